@@ -1,0 +1,35 @@
+# Everything sets itself up: with only python3 (3.11 or newer) and make, each goal creates .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-fast lint docs bench clean
+
+demo: $(VENV)/.ready-examples
+	$(BIN)/python examples/demo.py
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-fast: $(VENV)/.ready-test
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/.ready-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+docs: $(VENV)/.ready-docs
+	$(BIN)/mkdocs build --strict
+
+# Each set of extras leaves its own mark, made anew when pyproject.toml changes.
+$(VENV)/.ready-test: EXTRAS := test,examples
+$(VENV)/.ready-examples: EXTRAS := examples
+$(VENV)/.ready-docs: EXTRAS := docs
+$(VENV)/.ready-%: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[$(EXTRAS)]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build site out .pytest_cache .ruff_cache .hypothesis
