@@ -1,0 +1,18 @@
+"""Device code: attention over pages, writes into pages, merges. Pure functions of arrays."""
+
+from .cache_ops import append_kv, copy_pages
+from .dense import decode_attention
+from .dispatch import BACKENDS, Backend, backend_status
+from .merge import merge_attention
+from .op import paged_attention
+
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "append_kv",
+    "backend_status",
+    "copy_pages",
+    "decode_attention",
+    "merge_attention",
+    "paged_attention",
+]

@@ -1,0 +1,154 @@
+"""Writing the cache: new tokens into their slots, and whole pages onto others."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Num
+
+from .checks import AnyArray, check_axes, check_float, check_index, concrete
+from .op import check_layer
+
+__all__ = ["append_kv", "copy_pages"]
+Pages = Num[AnyArray, "N Hk S D"] | Num[AnyArray, "L N Hk S D"]
+
+
+def append_kv(
+    k_pages: Pages,
+    v_pages: Pages,
+    k: Float[AnyArray, "B Hk D"] | Float[AnyArray, "B T Hk D"],
+    v: Float[AnyArray, "B Hk D"] | Float[AnyArray, "B T Hk D"],
+    slots: Int[AnyArray, "B"] | Int[AnyArray, "B T"],
+    *,
+    layer: int | Int[AnyArray, ""] | None = None,
+) -> tuple[Array, Array]:
+    """Write new K and V into their slots; donates `k_pages` and `v_pages`.
+
+    Inside `jit` it updates in place when the caller donates the pool; outside, the given arrays
+    are consumed. Read from the arrays returned: reading the old ones forces a copy of the pool.
+
+    Args:
+      k_pages: `[N, Hk, S, D]`, or `[L, N, Hk, S, D]` with `layer`.
+      v_pages: like `k_pages`.
+      k: `[B, Hk, D]` with slots `[B]`, or `[B, T, Hk, D]` with slots `[B, T]`; converted to the
+        dtype of the pages.
+      v: like `k`.
+      slots: int32, `page * S + offset`. Padding points into the null page, slots `0 .. S-1`. Slots
+        outside the pool write nothing under `jit`. Two equal slots outside the null page are
+        the caller's fault: which one stays is undefined.
+      layer: which layer of a stacked pool, a Python int or an int32 scalar (it may be traced).
+
+    Returns:
+      The updated `(k_pages, v_pages)`.
+
+    Raises:
+      TypeError: slots not of int32 or int64, or K and V not floating-point.
+      ValueError: shapes that disagree, or concrete slots outside the pool. Nothing is written.
+      NotImplementedError: integer pages, which would need scales.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> pages = jnp.zeros((2, 1, 4, 1))
+      >>> new, slots = jnp.ones((1, 1, 1)), jnp.array([6])
+      >>> k, v = append_kv(pages, pages + 0, new, new, slots)
+      >>> k[1, 0, :, 0].tolist()
+      [0.0, 0.0, 1.0, 0.0]
+    """
+    _check_pools(k_pages, v_pages, "N, Hk, S, D" if layer is None else "L, N, Hk, S, D")
+    if layer is not None:
+        check_layer(layer, k_pages.shape[0])
+    check_index("slots", slots)
+    if len(slots.shape) not in (1, 2):
+        raise ValueError(f"slots must be [B] or [B, T]; got shape {slots.shape}")
+    axes = "B, T, Hk, D" if len(slots.shape) == 2 else "B, Hk, D"
+    pages, heads, page_size, dim = k_pages.shape[-4:]
+    sizes = dict(zip(("B", "T"), slots.shape, strict=False)) | {"Hk": heads, "D": dim}
+    for name, new in (("k", k), ("v", v)):
+        check_float(name, new)
+        check_axes(name, new, axes, **sizes)
+    _check_range("slots", slots, pages * page_size)
+    return _append(k_pages, v_pages, k, v, slots, layer)
+
+
+@partial(jax.jit, donate_argnums=(0, 1))
+def _append(
+    k_pages: Array, v_pages: Array, k: Array, v: Array, slots: Array, layer: Array | None
+) -> tuple[Array, Array]:
+    page_size = k_pages.shape[-2]
+    page, offset = slots // page_size, slots % page_size
+    where = (page, slice(None), offset) if layer is None else (layer, page, slice(None), offset)
+
+    def write(pages: Array, new: Array) -> Array:
+        at = pages.at[where]
+        return at.set(new.astype(pages.dtype), mode="drop", wrap_negative_indices=False)
+
+    return write(k_pages, k), write(v_pages, v)
+
+
+def copy_pages(
+    k_pages: Pages, v_pages: Pages, src: Int[AnyArray, " C"], dst: Int[AnyArray, " C"]
+) -> tuple[Array, Array]:
+    """Copy whole pages, `dst[i] = src[i]`, in every layer; donates `k_pages` and `v_pages`.
+
+    All pages are read before any is written, as copy-on-write of forks needs.
+
+    Args:
+      k_pages: `[N, Hk, S, D]` or `[L, N, Hk, S, D]`.
+      v_pages: like `k_pages`.
+      src: int32 `[C]`, page ids to read.
+      dst: int32 `[C]`, page ids to fill; distinct, but for padding, which copies 0 to 0.
+
+    Returns:
+      The updated `(k_pages, v_pages)`.
+
+    Raises:
+      TypeError: ids not of int32 or int64.
+      ValueError: shapes that disagree, or concrete ids outside the pool. Nothing is written.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> pages = jnp.arange(3.0).reshape(3, 1, 1, 1)
+      >>> k, v = copy_pages(pages, pages + 0, jnp.array([1]), jnp.array([2]))
+      >>> k.ravel().tolist()
+      [0.0, 1.0, 1.0]
+    """
+    axes = "N, Hk, S, D" if len(np.shape(k_pages)) == 4 else "L, N, Hk, S, D"
+    _check_pools(k_pages, v_pages, axes)
+    check_index("src", src)
+    check_axes("src", src, "C")
+    check_index("dst", dst)
+    check_axes("dst", dst, "C", C=src.shape[0])
+    _check_range("src", src, k_pages.shape[-4])
+    _check_range("dst", dst, k_pages.shape[-4])
+    return _copy(k_pages, v_pages, src, dst)
+
+
+@partial(jax.jit, donate_argnums=(0, 1))
+def _copy(k_pages: Array, v_pages: Array, src: Array, dst: Array) -> tuple[Array, Array]:
+    def copy(pages: Array) -> Array:
+        read = pages.at[..., src, :, :, :].get(mode="fill", wrap_negative_indices=False)
+        return pages.at[..., dst, :, :, :].set(read, mode="drop", wrap_negative_indices=False)
+
+    return copy(k_pages), copy(v_pages)
+
+
+def _check_pools(k_pages: Any, v_pages: Any, axes: str) -> None:
+    check_axes("k_pages", k_pages, axes)
+    if v_pages.shape != k_pages.shape or v_pages.dtype != k_pages.dtype:
+        raise ValueError(
+            f"v_pages must have the shape and dtype of k_pages, {k_pages.shape} {k_pages.dtype}; "
+            f"got {v_pages.shape} {v_pages.dtype}"
+        )
+    if not jnp.issubdtype(k_pages.dtype, jnp.floating):
+        raise NotImplementedError(
+            f"pages of dtype {k_pages.dtype} would need scales, which this operation does not take"
+        )
+
+
+def _check_range(name: str, ids: Any, end: int) -> None:
+    values = concrete(ids)
+    if values is not None and values.size and not (0 <= values.min() and values.max() < end):
+        bad = values[(values < 0) | (values >= end)][0]
+        raise ValueError(f"{name} must be in 0 .. {end - 1}; got {bad}")

@@ -1,0 +1,75 @@
+"""Argument checks shared by the public operations: the messages name the axes.
+
+Shapes and dtypes are checked always; values only where they are concrete, because under `jit`
+there is nothing to look at.
+"""
+
+import math
+from numbers import Real
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array
+
+__all__ = ["AnyArray", "check_axes", "check_float", "check_index", "check_number", "concrete"]
+
+AnyArray = Array | np.ndarray
+
+INDEX_DTYPES = (np.dtype(np.int32), np.dtype(np.int64))
+
+
+def check_axes(name: str, array: Any, axes: str, **sizes: int) -> None:
+    """Raise ValueError unless `array` has the axes named in `axes`, e.g. "B, P", of these sizes."""
+    names = [axis.strip() for axis in axes.split(",")]
+    shape = np.shape(array)
+    if len(shape) != len(names):
+        raise ValueError(f"{name} must be [{axes}]; got shape {shape}")
+    for axis, size in zip(names, shape, strict=True):
+        if sizes.get(axis, size) != size:
+            raise ValueError(
+                f"{name} must be [{axes}] with {axis} = {sizes[axis]}; got shape {shape}"
+            )
+
+
+def check_index(name: str, array: Any) -> None:
+    """Raise TypeError unless `array` is of dtype int32 or int64.
+
+    Small unsigned lengths wrap, bools index as masks, and floats round: each is silent in JAX.
+    """
+    dtype = getattr(array, "dtype", None)
+    if dtype is None or np.dtype(dtype) not in INDEX_DTYPES:
+        came = type(array).__name__ if dtype is None else f"dtype {dtype}"
+        raise TypeError(
+            f"{name} must be an array of int32 or int64; got {came}: convert it with "
+            "np.asarray(x, np.int32)"
+        )
+
+
+def check_float(name: str, array: Any) -> None:
+    """Raise TypeError unless `array` is an array of a floating-point dtype."""
+    dtype = getattr(array, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        came = type(array).__name__ if dtype is None else f"dtype {dtype}"
+        raise TypeError(f"{name} must be a floating-point array; got {came}")
+
+
+def check_number(name: str, value: Any, *, positive: bool = False) -> float:
+    """`value` as a finite Python float; it is compiled into the kernel, so it cannot be traced."""
+    if isinstance(value, bool) or not isinstance(value, Real | np.number):
+        raise TypeError(f"{name} must be a Python float; got {type(value).__name__}")
+    number = float(value)
+    if not math.isfinite(number) or (positive and number <= 0):
+        raise ValueError(f"{name} must be finite{' and > 0' if positive else ''}; got {number}")
+    return number
+
+
+def concrete(array: Any) -> np.ndarray | None:
+    """The values of `array` on the host, or None when it is traced or lies on other hosts."""
+    if isinstance(array, Tracer):
+        return None
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return None
+    return np.asarray(array)

@@ -1,0 +1,131 @@
+"""Which backend serves a call: a list of names, tried in order.
+
+A backend is a module with two functions, imported only when it is asked for:
+
+- `refusal(call) -> str | None`: why it cannot serve this call, in words, or None if it can;
+- `attend(call) -> (out [B, T, Hq, D] like q, lse float32 [B, T, Hq])`: NotImplementedError there
+  means the same as a refusal.
+"""
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import jax
+from jaxtyping import Array, Float
+
+from .record import AttentionCall
+
+__all__ = ["BACKENDS", "Backend", "attend", "backend_status", "default_platform"]
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """A name, where its code lies, and the platforms that try it without being asked.
+
+    Attributes:
+      name: what `implementation=` takes.
+      load: returns the backend's module; ImportError means that a package is missing.
+      platforms: of "cpu", "gpu", "tpu"; empty means by name only.
+    """
+
+    name: str
+    load: Callable[[], ModuleType]
+    platforms: tuple[str, ...]
+
+
+def _module(name: str) -> Callable[[], ModuleType]:
+    return lambda: importlib.import_module(f".{name}", __package__)
+
+
+# In order of preference on every platform: the fastest first.
+BACKENDS: tuple[Backend, ...] = (
+    Backend("xla", _module("xla"), ("cpu", "gpu", "tpu")),
+    Backend("reference", _module("reference"), ()),
+)
+
+
+def default_platform() -> str:
+    """The platform a call will run on: "cpu", "gpu" or "tpu"."""
+    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    if device is None:
+        platform = jax.default_backend()
+    else:
+        platform = device if isinstance(device, str) else device.platform
+    return "gpu" if platform in ("cuda", "rocm") else platform
+
+
+def attend(
+    call: AttentionCall,
+    implementation: Sequence[str] | None = None,
+    *,
+    backends: tuple[Backend, ...] = BACKENDS,
+) -> tuple[Float[Array, "B T Hq D"], Float[Array, "B T Hq"]]:
+    """Run `call` on the first backend that serves it.
+
+    `implementation` lists names to try in order; None means all that serve
+    the platform of the call.
+
+    Raises:
+      ValueError: a name that no backend has.
+      ExceptionGroup: every backend refused; holds one NotImplementedError for each, with why.
+    """
+    refusals: list[Exception] = []
+    for backend in _candidates(implementation, call.platform, backends):
+        try:
+            module = _load(backend)
+            if (reason := module.refusal(call)) is not None:
+                raise NotImplementedError(f"{backend.name}: {reason}")
+            return module.attend(call)
+        except NotImplementedError as refusal:
+            refusals.append(refusal)
+    raise ExceptionGroup("no backend serves this attention call", refusals)
+
+
+def backend_status(
+    platform: str | None = None, *, backends: tuple[Backend, ...] = BACKENDS
+) -> dict[str, str | None]:
+    """For every backend: None if `implementation=None` tries it on `platform`, else why not.
+
+    Example:
+      >>> backend_status("cpu")["xla"] is None
+      True
+    """
+    platform = default_platform() if platform is None else platform
+    status: dict[str, str | None] = {}
+    for backend in backends:
+        try:
+            _load(backend)
+            status[backend.name] = _off_platform(backend, platform)
+        except NotImplementedError as refusal:
+            status[backend.name] = str(refusal)
+    return status
+
+
+def _candidates(
+    names: Sequence[str] | None, platform: str, backends: tuple[Backend, ...]
+) -> list[Backend]:
+    if names is None:
+        return [backend for backend in backends if platform in backend.platforms]
+    known = {backend.name: backend for backend in backends}
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        wrong = ", ".join(map(repr, unknown)) or "an empty sequence"
+        raise ValueError(f"implementation must name some of {sorted(known)}; got {wrong}")
+    return [known[name] for name in names]
+
+
+def _load(backend: Backend) -> ModuleType:
+    try:
+        return backend.load()
+    except ImportError as error:
+        raise NotImplementedError(f"{backend.name}: cannot be imported: {error}") from error
+
+
+def _off_platform(backend: Backend, platform: str) -> str | None:
+    if platform in backend.platforms:
+        return None
+    if not backend.platforms:
+        return f"{backend.name}: runs only when named"
+    return f"{backend.name}: serves {', '.join(backend.platforms)}, not {platform}"

@@ -1,0 +1,77 @@
+"""Exact merge of attention over disjoint parts of the tokens, and sinks as one more part."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .checks import AnyArray, check_float
+
+__all__ = ["merge_attention", "sink_mass"]
+
+
+def merge_attention(
+    outs: Float[AnyArray, "K *axes Hq D"],
+    lses: Float[AnyArray, "K *axes Hq"],
+    *,
+    sinks: Float[AnyArray, "*heads M"] | None = None,
+) -> tuple[Float[Array, "*axes Hq D"], Float[Array, "*axes Hq"]]:
+    """Attention over the union of K disjoint sets of tokens, from the K partial results.
+
+    ```
+    tokens   [ shared prefix ][ row's own ]      lse = log(sum_k exp(lse_k))
+             out_0, lse_0     out_1, lse_1       out = sum_k exp(lse_k - lse) * out_k
+    ```
+
+    Args:
+      outs: `[K, ..., Hq, D]`, partial outputs **without sinks**.
+      lses: float32 `[K, ..., Hq]`, their natural-log sums; -inf marks a part that saw nothing.
+      sinks: `[M]`, `[Hk, M]` or `[Hq, M]` logits that join the denominator once, after the merge.
+
+    Returns:
+      `(out, lse)`, out of the dtype of `outs`, lse float32 without sinks: merging is associative.
+
+    Raises:
+      TypeError: arrays that are not floating-point.
+      ValueError: shapes that disagree.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> out, lse = merge_attention(jnp.array([[[2.0]], [[4.0]]]), jnp.zeros((2, 1)))
+      >>> out.tolist()
+      [[3.0]]
+    """
+    check_float("outs", outs)
+    check_float("lses", lses)
+    if outs.ndim < 3 or lses.shape != outs.shape[:-1] or outs.shape[0] == 0:
+        raise ValueError(
+            "outs must be [K, ..., Hq, D] and lses [K, ..., Hq] with K >= 1; got shapes "
+            f"{outs.shape} and {lses.shape}"
+        )
+    heads = outs.shape[-2]
+    lses = lses.astype(jnp.float32)
+    top = jnp.max(lses, axis=0)
+    sink = jnp.full(heads, -jnp.inf, jnp.float32) if sinks is None else sink_mass(sinks, heads)
+    # All parts empty: any finite top keeps -inf - -inf out of exp.
+    finite = jnp.where(jnp.maximum(top, sink) == -jnp.inf, 0.0, jnp.maximum(top, sink))
+    weights = jnp.exp(lses - finite)
+    total = jnp.sum(weights, axis=0)
+    mass = total + jnp.exp(sink - finite)
+    # A part of weight 0 saw nothing; its output counts as 0 whatever it holds.
+    parts = jnp.where(weights[..., None] > 0, outs.astype(jnp.float32), 0.0)
+    summed = jnp.sum(weights[..., None] * parts, axis=0)
+    out = summed / jnp.where(mass == 0, 1.0, mass)[..., None]
+    # The sinks may dwarf the tokens: take the sum without them from its own maximum.
+    return out.astype(outs.dtype), jax.nn.logsumexp(lses, axis=0)
+
+
+def sink_mass(sinks: Float[AnyArray, "*heads K"], heads: int) -> Float[Array, " Hq"]:
+    """Log of the denominator mass of all sinks of each query head, float32 `[Hq]`.
+
+    However many sinks a head has, they act as one logit: `logsumexp` over K.
+    """
+    if sinks.ndim not in (1, 2) or heads % (sinks.shape[0] if sinks.ndim == 2 else 1):
+        raise ValueError(
+            f"sinks must be [K], [Hk, K] or [Hq, K] with Hq = {heads}; got shape {sinks.shape}"
+        )
+    mass = jnp.atleast_1d(jax.nn.logsumexp(sinks.astype(jnp.float32), axis=-1))
+    return jnp.repeat(mass, heads // mass.shape[0])

@@ -1,0 +1,282 @@
+"""The attention op: what a call may say, checked once for every backend."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Num
+
+from . import dispatch
+from .checks import AnyArray, check_axes, check_float, check_index, check_number, concrete
+from .merge import sink_mass
+from .record import AttentionCall
+
+__all__ = ["paged_attention"]
+
+
+def paged_attention(
+    q: Float[AnyArray, "B Hq D"] | Float[AnyArray, "B T Hq D"],
+    k_pages: Num[AnyArray, "N Hk S D"] | Num[AnyArray, "L N Hk S D"],
+    v_pages: Num[AnyArray, "N Hk S D"] | Num[AnyArray, "L N Hk S D"],
+    page_table: Int[AnyArray, "B P"],
+    seq_lens: Int[AnyArray, " B"],
+    *,
+    layer: int | Int[AnyArray, ""] | None = None,
+    starts: Int[AnyArray, " B"] | None = None,
+    scale: float | None = None,
+    sliding_window: int | tuple[int, int] | None = None,
+    soft_cap: float | None = None,
+    sinks: Float[AnyArray, "*heads K"] | None = None,
+    return_lse: bool = False,
+    implementation: str | Sequence[str] | None = None,
+) -> Array | tuple[Array, Array]:
+    """Causal attention of the newest T tokens of every row over its pages.
+
+    Row b's query t sits at position `p = seq_lens[b] - T + t` and sees the tokens i with
+    `max(starts[b], p - left) <= i <= p`. Token i lies in page `page_table[b, i // S]` at offset
+    `i % S`. Logits are `scale * q.k`, then soft-capped, then a float32 softmax. A query that sees
+    nothing (an empty row, or padding in front of a short one) gives zeros and lse -inf.
+
+    What lies in unused slots, free pages, the null page and the table entries past a row's last
+    page changes no bit of the result.
+
+    Args:
+      q: `[B, Hq, D]`, the newest token of each row, or `[B, T, Hq, D]`, the newest T.
+      k_pages: `[N, Hk, S, D]`, or `[L, N, Hk, S, D]` with `layer`; float32, bfloat16 or float16.
+      v_pages: like `k_pages`.
+      page_table: int32 `[B, P]`, page ids in `0 .. N-1` as far as `seq_lens` reaches.
+      seq_lens: int32 `[B]`, tokens in the cache including the T new ones, `0 .. P * S`.
+      layer: which layer of a stacked pool, a Python int or an int32 scalar (it may be traced).
+      starts: int32 `[B]`, first visible token of each row; None: 0.
+      scale: None: `D ** -0.5`.
+      sliding_window: an int W >= 1, the W newest tokens **with the query itself** (Mistral,
+        Gemma); or EasyDeL's pair `(left, right)`, left + 1 tokens, where right has no effect on
+        causal attention.
+      soft_cap: c > 0; logits become `c * tanh(logits / c)`.
+      sinks: extra logits of the denominator, neither scaled nor capped: `[K]` for all heads,
+        `[Hk, K]` or `[Hq, K]`.
+      return_lse: also return the natural log of the softmax denominator **without sinks**, so
+        that parts over disjoint tokens merge exactly (`merge_attention`).
+      implementation: a backend name, or several to try in order; None: the platform's own list.
+
+    Returns:
+      out like `q`, or `(out, lse)` with lse float32 `[B, Hq]` or `[B, T, Hq]`.
+
+    Raises:
+      TypeError: an array or option of the wrong type, such as float lengths.
+      ValueError: shapes that disagree; and, where values are concrete, lengths beyond the table
+        or page ids outside the pool. Under `jit` such a row comes out as NaN.
+      NotImplementedError: differentiation; this op is for inference.
+      ExceptionGroup: no backend serves the call; it holds every backend's reason.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> pages = jnp.ones((3, 1, 4, 8))  # 3 pages, 1 KV head, 4 tokens a page, D = 8
+      >>> table, lens = jnp.array([[2, 1]]), jnp.array([5])
+      >>> paged_attention(jnp.ones((1, 2, 8)), pages, pages, table, lens).shape
+      (1, 2, 8)
+    """
+    _check_arrays(q, k_pages, v_pages, layer)
+    rows, heads, dim = q.shape[0], q.shape[-2], q.shape[-1]
+    pages, kv_heads, page_size = k_pages.shape[-4:-1]
+    _check_tables(page_table, seq_lens, starts, rows)
+    _check_values(page_table, seq_lens, starts, pages, page_size)
+    if sinks is not None:
+        _check_sinks(sinks, kv_heads, heads)
+    window = _window(sliding_window)
+    return _attend(
+        q,
+        k_pages,
+        v_pages,
+        page_table,
+        seq_lens,
+        0 if layer is None else layer,
+        starts,
+        sinks,
+        scale=dim**-0.5 if scale is None else check_number("scale", scale),
+        # A window as wide as the table hides nothing; without it no sum can overflow int32.
+        window=None if window is None or window >= page_table.shape[1] * page_size else window,
+        soft_cap=None if soft_cap is None else check_number("soft_cap", soft_cap, positive=True),
+        return_lse=bool(return_lse),
+        implementation=backend_names(implementation),
+        platform=dispatch.default_platform(),
+    )
+
+
+# One compiled function for eager calls, one cached trace for a model's many equal layers.
+@partial(
+    jax.jit,
+    static_argnames=("scale", "window", "soft_cap", "return_lse", "implementation", "platform"),
+)
+def _attend(
+    q: Array,
+    k_pages: Array,
+    v_pages: Array,
+    page_table: Array,
+    seq_lens: Array,
+    layer: Array,
+    starts: Array | None,
+    sinks: Array | None,
+    *,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    return_lse: bool,
+    implementation: tuple[str, ...] | None,
+    platform: str,
+) -> Array | tuple[Array, Array]:
+    rows, heads = q.shape[0], q.shape[-2]
+    stacked = (-1, *k_pages.shape[-4:])
+    call = dict(
+        q=q if q.ndim == 4 else q[:, None],
+        k_pages=k_pages.reshape(stacked),
+        v_pages=v_pages.reshape(stacked),
+        layer=jnp.asarray(layer).astype(jnp.int32),
+        page_table=page_table.astype(jnp.int32),
+        seq_lens=seq_lens.astype(jnp.int32),
+        starts=jnp.zeros(rows, jnp.int32) if starts is None else starts.astype(jnp.int32),
+        sink=jnp.full(heads, -jnp.inf, jnp.float32) if sinks is None else sink_mass(sinks, heads),
+    )
+
+    @jax.custom_jvp
+    def run(arrays: dict[str, Any]) -> tuple[Array, Array]:
+        record = AttentionCall(
+            **arrays, scale=scale, window=window, soft_cap=soft_cap, platform=platform
+        )
+        return dispatch.attend(record, implementation)
+
+    run.defjvp(_no_derivative)
+    out, lse = run(call)
+    out, lse = out.reshape(q.shape), lse.reshape(q.shape[:-1])
+    return (out, lse) if return_lse else out
+
+
+def _no_derivative(primals: Any, tangents: Any) -> Any:
+    raise NotImplementedError(
+        "paged_attention has no derivative: it reads a cache at inference; use "
+        "jax.lax.stop_gradient on its inputs, or a dense attention for training"
+    )
+
+
+def _check_arrays(q: Any, k_pages: Any, v_pages: Any, layer: Any) -> None:
+    check_float("q", q)
+    for name, array in (("k_pages", k_pages), ("v_pages", v_pages)):
+        if getattr(array, "dtype", None) is None:
+            raise TypeError(f"{name} must be an array; got {type(array).__name__}")
+    if q.ndim not in (3, 4) or (q.ndim == 4 and q.shape[1] == 0):
+        raise ValueError(f"q must be [B, Hq, D] or [B, T, Hq, D] with T >= 1; got shape {q.shape}")
+    if layer is None:
+        check_axes("k_pages", k_pages, "N, Hk, S, D")
+    else:
+        check_axes("k_pages", k_pages, "L, N, Hk, S, D")
+        check_layer(layer, k_pages.shape[0])
+    if v_pages.shape != k_pages.shape or v_pages.dtype != k_pages.dtype:
+        raise ValueError(
+            f"v_pages must have the shape and dtype of k_pages, {k_pages.shape} {k_pages.dtype}; "
+            f"got {v_pages.shape} {v_pages.dtype}"
+        )
+    if 0 in k_pages.shape:
+        raise ValueError(f"k_pages must have no empty axis; got shape {k_pages.shape}")
+    heads, kv_heads = q.shape[-2], k_pages.shape[-3]
+    if q.shape[-1] != k_pages.shape[-1]:
+        raise ValueError(
+            f"q and k_pages must have the same D; got {q.shape[-1]} in q {q.shape} and "
+            f"{k_pages.shape[-1]} in k_pages {k_pages.shape}"
+        )
+    if heads == 0 or heads % kv_heads:
+        raise ValueError(
+            f"Hq must be a multiple of Hk; got Hq = {heads} in q {q.shape} and Hk = {kv_heads} "
+            f"in k_pages {k_pages.shape}"
+        )
+
+
+def check_layer(layer: Any, layers: int) -> None:
+    """Raise unless `layer` is a Python int in `0 .. layers-1` or an integer scalar array."""
+    python_int = isinstance(layer, int) and not isinstance(layer, bool)
+    if not python_int:
+        check_index("layer", layer)
+        if np.shape(layer):
+            raise ValueError(f"layer must be a scalar; got shape {np.shape(layer)}")
+    value = layer if python_int else concrete(layer)
+    if value is not None and not 0 <= int(value) < layers:
+        raise ValueError(f"layer must be in 0 .. {layers - 1}; got {int(value)}")
+
+
+def _check_tables(page_table: Any, seq_lens: Any, starts: Any, rows: int) -> None:
+    check_index("page_table", page_table)
+    check_axes("page_table", page_table, "B, P", B=rows)
+    if page_table.shape[1] == 0:
+        raise ValueError("page_table must be [B, P] with P >= 1; got P = 0")
+    check_index("seq_lens", seq_lens)
+    check_axes("seq_lens", seq_lens, "B", B=rows)
+    if starts is not None:
+        check_index("starts", starts)
+        check_axes("starts", starts, "B", B=rows)
+
+
+def _check_values(page_table: Any, seq_lens: Any, starts: Any, pages: int, page_size: int) -> None:
+    if starts is not None and (values := concrete(starts)) is not None and (values < 0).any():
+        raise ValueError(f"starts must be >= 0; got {values.min()} in row {values.argmin()}")
+    lens = concrete(seq_lens)
+    if lens is None:
+        return
+    capacity = page_table.shape[1] * page_size
+    wrong = (lens < 0) | (lens > capacity)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise ValueError(
+            f"seq_lens must be in 0 .. P * S = {capacity}; got {lens[row]} in row {row}"
+        )
+    table = concrete(page_table)
+    if table is None:
+        return
+    used = np.arange(table.shape[1]) * page_size < lens[:, None]
+    wrong = used & ((table < 0) | (table >= pages))
+    if wrong.any():
+        row, column = (int(i[0]) for i in np.nonzero(wrong))
+        raise ValueError(
+            f"page_table must hold page ids in 0 .. N-1 = {pages - 1} as far as seq_lens reaches; "
+            f"got {table[row, column]} in row {row}, column {column} (length {lens[row]})"
+        )
+
+
+def _check_sinks(sinks: Any, kv_heads: int, heads: int) -> None:
+    check_float("sinks", sinks)
+    rows = sinks.shape[0] if sinks.ndim == 2 else kv_heads
+    if sinks.ndim not in (1, 2) or rows not in (kv_heads, heads) or sinks.shape[-1] == 0:
+        raise ValueError(
+            f"sinks must be [K], [Hk, K] or [Hq, K] with Hk = {kv_heads}, Hq = {heads}, K >= 1; "
+            f"got shape {sinks.shape}"
+        )
+
+
+def _window(window: Any) -> int | None:
+    """`sliding_window` as a count of tokens, the query's own included."""
+    if window is None:
+        return None
+    pair = isinstance(window, tuple) and len(window) == 2
+    numbers: tuple[Any, ...] = window if pair else (window,)
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, int | np.integer):
+            raise TypeError(
+                "sliding_window must be an int or a pair (left, right) of ints; got "
+                f"{window if pair else type(window).__name__}"
+            )
+    if pair and min(numbers) < 0:
+        raise ValueError(f"sliding_window (left, right) must be >= 0; got {window}")
+    if not pair and numbers[0] < 1:
+        raise ValueError(f"sliding_window counts the query itself, so it is >= 1; got {window}")
+    return int(numbers[0]) + 1 if pair else int(numbers[0])
+
+
+def backend_names(implementation: Any) -> tuple[str, ...] | None:
+    """`implementation` as a tuple, which `jit` can take as a static argument."""
+    if implementation is None:
+        return None
+    names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"implementation must be a name or a sequence of names; got {names}")
+    return names

@@ -1,0 +1,94 @@
+"""What every backend is given: one checked, canonical attention call."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32, Num
+
+__all__ = ["AttentionCall"]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """One call of `paged_attention` in the single form that backends see.
+
+    The public op has removed every alternative spelling: q always has a T axis, pages always have
+    a layer axis, a window is a count of tokens, and all the sinks of a head are one number.
+    Made under `jax.jit` only, so the reshapes behind it cost nothing.
+
+    Attributes:
+      q: `[B, T, Hq, D]`; query t of row b sits at position `seq_lens[b] - T + t`.
+      k_pages: `[L, N, Hk, S, D]`. Index `[layer, page]` together; a slice of one layer is a copy.
+      v_pages: like `k_pages`.
+      layer: int32 scalar.
+      page_table: int32 `[B, P]`; entries past a row's last page may hold anything.
+      seq_lens: int32 `[B]`.
+      starts: int32 `[B]`, first token that is visible.
+      sink: float32 `[Hq]`, log of the mass that joins the denominator; -inf where there is none.
+      scale: multiplies q.k.
+      window: newest tokens that a query sees, itself included; None: all.
+      soft_cap: logits become `soft_cap * tanh(logits / soft_cap)`; None: unchanged.
+      platform: where it will run, "cpu", "gpu" or "tpu".
+    """
+
+    q: Float[Array, "B T Hq D"]
+    k_pages: Num[Array, "L N Hk S D"]
+    v_pages: Num[Array, "L N Hk S D"]
+    layer: Int32[Array, ""]
+    page_table: Int32[Array, "B P"]
+    seq_lens: Int32[Array, "B"]
+    starts: Int32[Array, "B"]
+    sink: Float[Array, "Hq"]
+    scale: float
+    window: int | None
+    soft_cap: float | None
+    platform: str
+
+    @property
+    def page_size(self) -> int:
+        """S, tokens in a page."""
+        return self.k_pages.shape[3]
+
+    @property
+    def group(self) -> int:
+        """G, query heads that read one KV head."""
+        return self.q.shape[2] // self.k_pages.shape[2]
+
+    def visible(self) -> tuple[Int32[Array, "B T"], Int32[Array, "B T"]]:
+        """The tokens that each query sees, as a half-open range `first, end`.
+
+        ```
+        token      0 . . . first . . . . . position | end ...
+        seen by t          [================== = =====)
+        first = max(starts, position - window + 1, 0)       end = position + 1
+        ```
+        A query in front of its sequence (position < 0) has `end <= 0 <= first`: it sees nothing.
+        """
+        tokens = self.q.shape[1]
+        position = self.seq_lens[:, None] - tokens + jnp.arange(tokens, dtype=jnp.int32)
+        first = jnp.broadcast_to(jnp.maximum(self.starts, 0)[:, None], position.shape)
+        if self.window is not None:
+            first = jnp.maximum(first, position - (self.window - 1))
+        return first, position + 1
+
+    def broken_rows(self) -> Bool[Array, "B"]:
+        """Rows whose table breaks the contract: a page id outside the pool, or too few columns.
+
+        Values cannot raise under `jit`. Such a row must come out as NaN, never as the data of
+        another sequence, which is what clamped or wrapped indices would read.
+        """
+        pages, width = self.k_pages.shape[1], self.page_table.shape[1]
+        used = jnp.arange(width, dtype=jnp.int32) * self.page_size < self.seq_lens[:, None]
+        outside = (self.page_table < 0) | (self.page_table >= pages)
+        return jnp.any(used & outside, axis=1) | (self.seq_lens > width * self.page_size)
+
+    def pool_refusal(self) -> str | None:
+        """Why these arrays cannot be read as plain floating-point K and V; None if they can."""
+        served = (jnp.float32, jnp.bfloat16, jnp.float16)
+        for name, array in (("q", self.q), ("k_pages", self.k_pages), ("v_pages", self.v_pages)):
+            if array.dtype not in served:
+                return (
+                    f"{name} of dtype {array.dtype} is not served, only float32, bfloat16 and "
+                    "float16 (quantised pages would need scales)"
+                )
+        return None

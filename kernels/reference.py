@@ -1,0 +1,57 @@
+"""The contract in its plainest form: everything at once, in float32. Slow; read this first."""
+
+import jax.numpy as jnp
+from jax.nn import logsumexp
+from jaxtyping import Array, Float
+
+from .record import AttentionCall
+
+__all__ = ["attend", "refusal"]
+
+
+def refusal(call: AttentionCall) -> str | None:
+    """Why this backend cannot serve `call`, or None."""
+    return call.pool_refusal()
+
+
+def attend(call: AttentionCall) -> tuple[Float[Array, "B T Hq D"], Float[Array, "B T Hq"]]:
+    """Gather every page of every row, then one masked softmax over all P * S tokens.
+
+    Its memory grows with the table's width: an oracle for tests, not a kernel.
+    """
+    q = call.q.astype(jnp.float32)
+    k, v = _tokens(call, call.k_pages), _tokens(call, call.v_pages)  # [B, tokens, Hq, D]
+
+    first, end = call.visible()
+    token = jnp.arange(k.shape[1], dtype=jnp.int32)
+    seen = (first[..., None] <= token) & (token < end[..., None])  # [B, T, tokens]
+    seen = seen[:, :, None, :]  # [B, T, 1, tokens]: the same for every head
+
+    logits = call.scale * jnp.einsum("bthd,bnhd->bthn", q, k, precision="highest")
+    if call.soft_cap is not None:
+        logits = call.soft_cap * jnp.tanh(logits / call.soft_cap)
+    logits = jnp.where(seen, logits, -jnp.inf)
+
+    lse = logsumexp(logits, axis=-1)
+    mass = jnp.logaddexp(lse, call.sink)  # of the denominator: all tokens and the sinks
+    mass = jnp.where(mass == -jnp.inf, 0.0, mass)  # sees nothing: -inf - -inf would be NaN
+    weights = jnp.exp(logits - mass[..., None])
+    out = jnp.einsum("bthn,bnhd->bthd", weights, v, precision="highest")
+
+    broken = call.broken_rows()[:, None, None]
+    out = jnp.where(broken[..., None], jnp.nan, out)
+    return out.astype(call.q.dtype), jnp.where(broken, jnp.nan, lse)
+
+
+def _tokens(call: AttentionCall, pages: Array) -> Float[Array, "B tokens Hq D"]:
+    """The pages of every row as a run of tokens, zero where no query sees them."""
+    rows, columns = call.page_table.shape
+    used = jnp.arange(columns, dtype=jnp.int32) * call.page_size < call.seq_lens[:, None]
+    ids = jnp.clip(jnp.where(used, call.page_table, 0), 0, pages.shape[1] - 1)
+    tokens = jnp.moveaxis(pages[call.layer, ids], 2, 3)  # [B, P, S, Hk, D]
+    tokens = tokens.reshape(rows, columns * call.page_size, *tokens.shape[3:])
+    # Slots that no query sees may hold NaN, and 0 * NaN is NaN: mask the values too.
+    token, first = jnp.arange(tokens.shape[1], dtype=jnp.int32), call.visible()[0][:, :1]
+    held = (first <= token) & (token < call.seq_lens[:, None])
+    tokens = jnp.where(held[..., None, None], tokens.astype(jnp.float32), 0.0)
+    return jnp.repeat(tokens, call.group, axis=2)

@@ -1,0 +1,175 @@
+"""The contract once more, in float64 NumPy loops, and seeded inputs to try it on.
+
+It shares no code with the library, so the library's own reference is on trial as well.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from paged_decode.kernels import BACKENDS, paged_attention
+
+NAMES = [backend.name for backend in BACKENDS]
+# These serve every case of the suite. Another backend may refuse one: that shows as an xfail with
+# the backend's own reason, never as a pass or a skip.
+SERVE_EVERYTHING = {"xla", "reference"}
+
+# (rtol, atol) of outputs against the float64 oracle; the inputs are already rounded to the dtype.
+TOLERANCE = {
+    "float32": (2e-5, 4e-6),  # sums of up to 512 products in float32, exp near 1 ulp
+    "float16": (2e-3, 1e-3),  # the output is rounded to 11 bits: half an ulp is 5e-4 of it
+    "bfloat16": (1e-2, 8e-3),  # the output is rounded to 8 bits: half an ulp is 4e-3 of it
+}
+LSE_TOLERANCE = (2e-5, 2e-5)  # float32 for every dtype: logits are summed in float32
+
+
+@dataclass(frozen=True)
+class Case:
+    """The shape of one call; `build` makes its arrays."""
+
+    lens: tuple[int, ...]
+    kv_heads: int = 2
+    group: int = 3
+    dim: int = 16
+    page_size: int = 4
+    columns: int = 4
+    tokens: int | None = None  # None: q is [B, Hq, D]
+    dtype: str = "float32"
+    starts: tuple[int, ...] | None = None
+    sinks: tuple[int, ...] | None = None  # a shape
+    options: dict[str, Any] = field(default_factory=dict)
+    spare_pages: int = 4
+    seed: int = 0
+
+    @property
+    def heads(self) -> int:
+        return self.kv_heads * self.group
+
+
+@dataclass
+class Inputs:
+    """Arguments of one call, as NumPy, pages scrambled, every unused slot `fill`ed."""
+
+    q: np.ndarray
+    k_pages: np.ndarray
+    v_pages: np.ndarray
+    page_table: np.ndarray
+    seq_lens: np.ndarray
+    options: dict[str, Any]
+
+    def call(self, backend: str) -> tuple[np.ndarray, np.ndarray]:
+        """`(out, lse)` of one backend."""
+        return attend(
+            backend,
+            jnp.asarray(self.q),
+            jnp.asarray(self.k_pages),
+            jnp.asarray(self.v_pages),
+            self.page_table,
+            self.seq_lens,
+            **self.options,
+        )
+
+
+def build(case: Case, *, fill: float = 0.0, order: int = 0) -> Inputs:
+    """Seeded arrays of `case`; the same tokens whatever `fill` and the `order` of the pages are."""
+    rng = np.random.default_rng(case.seed)
+    rows, dtype, size = len(case.lens), jnp.dtype(case.dtype), case.page_size
+    tokens = () if case.tokens is None else (case.tokens,)
+    q = rng.standard_normal((rows, *tokens, case.heads, case.dim))
+    capacity = case.columns * size
+    k, v = rng.standard_normal((2, rows, capacity, case.kv_heads, case.dim))
+    options = dict(case.options)
+    if case.starts is not None:
+        options["starts"] = np.array(case.starts, np.int32)
+    if case.sinks is not None:
+        options["sinks"] = rng.standard_normal(case.sinks).astype(np.float32)
+
+    need = [-(-length // size) for length in case.lens]
+    pages = sum(need) + 1 + case.spare_pages
+    ids = iter(np.random.default_rng(order).permutation(np.arange(1, pages)))
+    pools = np.full((2, pages, case.kv_heads, size, case.dim), fill)
+    table = np.zeros((rows, case.columns), np.int32)
+    for row, length in enumerate(case.lens):
+        table[row, : need[row]] = [next(ids) for _ in range(need[row])]
+        for token in range(length):
+            page, slot = table[row, token // size], token % size
+            pools[0, page, :, slot], pools[1, page, :, slot] = k[row, token], v[row, token]
+    lens = np.array(case.lens, np.int32)
+    k_pages, v_pages = pools.astype(dtype)
+    return Inputs(q.astype(dtype), k_pages, v_pages, table, lens, options)
+
+
+def attend(backend: str, *args: Any, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+    """`paged_attention` with its lse on one backend; a refusal becomes an xfail with its reason."""
+    try:
+        out, lse = paged_attention(*args, return_lse=True, implementation=backend, **options)
+    except ExceptionGroup as group:
+        reasons = [str(e) for e in group.exceptions if isinstance(e, NotImplementedError)]
+        if backend in SERVE_EVERYTHING or len(reasons) != len(group.exceptions):
+            raise
+        pytest.xfail(f"refused: {'; '.join(reasons)}")
+    return np.asarray(out), np.asarray(lse)
+
+
+def expected(inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
+    """`(out, lse)` in float64, query by query and head by head."""
+    q, lens = inputs.q.astype(np.float64), inputs.seq_lens
+    q = q[:, None] if q.ndim == 3 else q
+    rows, tokens, heads, dim = q.shape
+    group = heads // inputs.k_pages.shape[1]
+    options = inputs.options
+    scale = options.get("scale", dim**-0.5)
+    cap, window = options.get("soft_cap"), options.get("sliding_window")
+    width = window[0] + 1 if isinstance(window, tuple) else window
+    starts = options.get("starts", np.zeros(rows, int))
+    sinks = _sinks_per_head(options.get("sinks"), heads)
+    out, lse = np.zeros(q.shape), np.full(q.shape[:-1], -np.inf)
+    for row, query in np.ndindex(rows, tokens):
+        position = int(lens[row]) - tokens + query
+        first = max(int(starts[row]), 0, position - width + 1 if width else 0)
+        seen = np.arange(first, position + 1)
+        if not seen.size:
+            continue
+        k, v = (_tokens(pages, inputs, row, seen) for pages in (inputs.k_pages, inputs.v_pages))
+        for head in range(heads):
+            logits = scale * (k[:, head // group] @ q[row, query, head])
+            logits = logits if cap is None else cap * np.tanh(logits / cap)
+            top = max(logits.max(), *sinks[head]) if len(sinks[head]) else logits.max()
+            mass = np.exp(logits - top).sum() + np.exp(sinks[head] - top).sum()
+            out[row, query, head] = np.exp(logits - top) @ v[:, head // group] / mass
+            lse[row, query, head] = np.log(np.exp(logits - logits.max()).sum()) + logits.max()
+    return out.reshape(inputs.q.shape), lse.reshape(inputs.q.shape[:-1])
+
+
+def check(backend: str, case: Case, tolerance: tuple[float, float] | None = None) -> None:
+    """One backend against the oracle, output and lse, in the tolerance of the dtype."""
+    inputs = build(case)
+    out, lse = inputs.call(backend)
+    want, want_lse = expected(inputs)
+    rtol, atol = tolerance or TOLERANCE[case.dtype]
+    assert out.dtype == inputs.q.dtype and lse.dtype == np.float32
+    np.testing.assert_allclose(out.astype(np.float64), want, rtol=rtol, atol=atol)
+    np.testing.assert_allclose(lse, want_lse, *LSE_TOLERANCE)
+
+
+def same_bits(got: Any, want: Any) -> None:
+    """Equal to the last bit, NaNs included."""
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        assert a.dtype == b.dtype and a.tobytes() == b.tobytes()
+
+
+def _tokens(pages: np.ndarray, inputs: Inputs, row: int, seen: np.ndarray) -> np.ndarray:
+    size = pages.shape[2]
+    return pages[inputs.page_table[row, seen // size], :, seen % size].astype(np.float64)
+
+
+def _sinks_per_head(sinks: np.ndarray | None, heads: int) -> np.ndarray:
+    if sinks is None:
+        return np.zeros((heads, 0))
+    sinks = np.atleast_2d(np.asarray(sinks, np.float64))
+    return np.repeat(sinks, heads // len(sinks), axis=0)
