@@ -1,0 +1,162 @@
+"""Every rule of the bookkeeping, checked from scratch against the raw state."""
+
+from collections.abc import Collection, Iterator
+
+import numpy as np
+
+from .errors import CorruptState
+from .pool import PagePool
+from .prefix import PrefixCache
+from .sequences import SequenceTable
+
+__all__ = ["require_consistent"]
+
+
+def require_consistent(pool: PagePool, table: SequenceTable, *, caching: bool) -> None:
+    """Raise one CorruptState that lists every rule that is broken."""
+    # The other checks index arrays with page ids, so ids outside the pool come first, and alone.
+    violations = list(_outside_pool(pool, table)) or [
+        *_free_pages(pool),
+        *_owners(pool, table),
+        *_prefix_cache(pool, pool.cache),
+        *_digests(pool, pool.cache),
+        *_sequences(pool, table),
+        *_chains(pool, table, caching),
+        *_vacant_rows(table),
+    ]
+    if violations:
+        raise CorruptState(violations)
+
+
+def _outside_pool(pool: PagePool, table: SequenceTable) -> Iterator[str]:
+    if not 0 <= pool.num_free <= pool.usable:
+        yield f"num_free is {pool.num_free}, outside 0..{pool.usable}"
+    free, pages = pool.free_pages, table.page_table
+    if ((free < 1) | (free > pool.usable)).any():
+        yield "the free list holds the null page or an id outside the pool"
+    if ((pages < 0) | (pages > pool.usable)).any():
+        yield "a page table points outside the pool"
+
+
+def _free_pages(pool: PagePool) -> Iterator[str]:
+    free = pool.free_pages.tolist()
+    num_referenced = int((pool.refs[1:] > 0).sum())
+    evictable = pool.cache.evictable
+    if len(free) + len(evictable) + num_referenced != pool.usable:
+        yield (
+            f"{len(free)} free + {len(evictable)} evictable + {num_referenced} referenced pages "
+            f"are not the {pool.usable} usable ones"
+        )
+    if len(set(free)) != len(free):
+        yield f"the free list holds {len(free) - len(set(free))} duplicates"
+    if set(free) & evictable:
+        yield f"pages {sorted(set(free) & evictable)} are both free and evictable"
+    owned = [page for page in free if pool.refs[page] != 0]
+    if owned:
+        yield f"free pages {owned} have owners"
+    findable = [page for page in free if pool.cache.published[page]]
+    if findable:
+        yield f"free pages {findable} are published"
+
+
+def _owners(pool: PagePool, table: SequenceTable) -> Iterator[str]:
+    rows = table.rows
+    pages = table.page_table[rows]
+    used = np.arange(pages.shape[1]) < table.num_pages[rows][:, None]
+    counted = np.bincount(pages[used], minlength=len(pool.refs)) + pool.pinned
+    for page in (counted != pool.refs).nonzero()[0].tolist():
+        yield f"page {page} has ref count {pool.refs[page]} but {counted[page]} owners"
+    if pool.refs[0] != 1 or not pool.pinned[0]:
+        yield "the null page is not pinned exactly once"
+    shared_pins = (pool.pinned & (pool.refs > 1)).nonzero()[0].tolist()
+    if shared_pins:
+        yield f"pinned pages {shared_pins} have more owners"
+    if not 0 <= pool.num_used <= pool.peak_used <= pool.usable:
+        yield f"num_used {pool.num_used} or peak_used {pool.peak_used} is impossible"
+
+
+def _prefix_cache(pool: PagePool, cache: PrefixCache) -> Iterator[str]:
+    by_page = set(cache.by_page)
+    if by_page != set(cache.published.nonzero()[0].tolist()):
+        yield "the published flags and the entries by page name different pages"
+    if {id(e) for e in cache.by_page.values()} != {id(e) for e in cache.index.values()}:
+        yield "the entries by page and the entries by digest differ"
+    for page, entry in cache.by_page.items():
+        if entry.page != page or cache.index.get(entry.digest) is not entry:
+            yield f"the entry of page {page} names page {entry.page} or is not found by its digest"
+    serials = [entry.serial for entry in cache.by_page.values()]
+    if len(set(serials)) != len(serials):
+        yield "two entries have one serial number"
+    if by_page & set(pool.pinned.nonzero()[0].tolist()):
+        yield "a pinned page is published"
+    if cache.evictable != {page for page in by_page if pool.refs[page] == 0}:
+        yield "the evictable pages are not the published ones without an owner"
+    if isinstance(cache.policy, Collection):
+        listed = list(cache.policy)
+        if len(listed) != len(cache.evictable) or set(listed) != cache.evictable:
+            yield "the eviction policy does not hold exactly the evictable pages"
+
+
+def _digests(pool: PagePool, cache: PrefixCache) -> Iterator[str]:
+    """A page must hold what its digest says; unknown where the page before it is gone."""
+    by_serial = {entry.serial: entry.digest for entry in cache.by_page.values()}
+    for page, entry in cache.by_page.items():
+        if isinstance(entry.parent, bytes):
+            parent = cache.root_digest(entry.parent)
+        else:
+            parent = by_serial.get(entry.parent)
+        if parent and entry.digest != next(cache.digests(parent, pool.tokens[page : page + 1])):
+            yield f"page {page} is published, but holds other tokens than its digest says"
+
+
+def _sequences(pool: PagePool, table: SequenceTable) -> Iterator[str]:
+    page_size = pool.page_size
+    for row in table.rows.tolist():
+        name = f"sequence {table.handle(row)}"
+        length, computed = int(table.length[row]), int(table.computed[row])
+        num_pages = int(table.num_pages[row])
+        if not 0 <= computed <= length <= num_pages * page_size:
+            yield f"{name}: not computed {computed} <= length {length} <= {num_pages} pages"
+        if not 0 <= num_pages < table.page_table.shape[1]:
+            yield f"{name}: {num_pages} pages leave no spare column"
+            continue
+        pages = table.pages(row)
+        if len(set(pages.tolist())) != num_pages or (pages == 0).any():
+            yield f"{name}: its page table holds a page twice, or the null page"
+        if table.page_table[row, num_pages:].any():
+            yield f"{name}: its page table is not 0 behind its pages"
+        ahead = pages[-(-length // page_size) :]
+        if (pool.refs[ahead] != 1).any() or pool.cache.published[ahead].any():
+            yield f"{name}: a reserved page is shared or published"
+        filled = pool.tokens[pages].reshape(-1)[:length]
+        if filled.size and filled.min() < 0:
+            yield f"{name}: holds a negative token"
+
+
+def _chains(pool: PagePool, table: SequenceTable, caching: bool) -> Iterator[str]:
+    """Entries stand for the content of a sequence's full pages, whichever page they name."""
+    page_size = pool.page_size
+    for row in table.rows.tolist():
+        chain, pages = table.chains[row], table.pages(row)
+        expected = int(table.computed[row]) // page_size if caching else 0
+        if len(chain) != expected:
+            yield f"sequence {table.handle(row)}: {len(chain)} entries for {expected} full pages"
+        for page, entry in zip(pages, chain, strict=False):
+            if pool.cache.is_live(entry) and not np.array_equal(
+                pool.tokens[page], pool.tokens[entry.page]
+            ):
+                yield f"page {entry.page} is published for page {page}, but holds other tokens"
+
+
+def _vacant_rows(table: SequenceTable) -> Iterator[str]:
+    live = set(table.rows.tolist())
+    vacant = table.vacant
+    if len(set(vacant)) != len(vacant) or live & set(vacant):
+        yield "a row is vacant twice, or vacant and live"
+    if len(live) + len(vacant) != len(table.generation):
+        yield "rows are neither live nor vacant"
+    rows = np.array(sorted(set(vacant)), np.int64)
+    if table.page_table[rows].any() or table.num_pages[rows].any() or table.length[rows].any():
+        yield "a vacant row still holds pages or tokens"
+    if any(table.chains[row] for row in vacant):
+        yield "a vacant row still holds cache entries"

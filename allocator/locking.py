@@ -1,0 +1,23 @@
+"""One lock per allocator, taken by every public call."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+__all__ = ["atomic"]
+
+
+S = TypeVar("S", bound=Any)
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def atomic(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+    """Run the method under the lock of its object, so no thread sees half a change."""
+
+    @functools.wraps(method)
+    def locked(self: S, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return locked

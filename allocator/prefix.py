@@ -1,0 +1,177 @@
+"""The prefix cache: which full pages can be found by the tokens that they hold."""
+
+import hashlib
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from .errors import CorruptState
+from .policy import LRU, EvictionPolicy
+
+__all__ = ["CacheEntry", "Digest", "Namespace", "PrefixCache", "blake2b_digest"]
+
+Digest = Callable[[bytes, bytes], bytes]
+
+
+def blake2b_digest(key: bytes, payload: bytes) -> bytes:
+    """The default digest: keyed BLAKE2b of 32 bytes, so nobody without the key finds collisions."""
+    return hashlib.blake2b(payload, digest_size=32, key=key).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class Namespace:
+    """Where the pages of one salt begin: its tagged bytes, and the digest of the empty prefix."""
+
+    key: bytes
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class CacheEntry:
+    """One published page.
+
+    `parent` is the link that makes a hit safe even if two digests collide: the serial number of
+    the page before it, or the namespace key for the first page. Serials are never used twice, so
+    equal tokens under an equal link mean equal tokens from the start of the sequence.
+    """
+
+    page: int
+    digest: bytes
+    parent: int | bytes
+    serial: int
+
+
+class PrefixCache:
+    """Digest to page, and the unreferenced pages among them in the order of eviction.
+
+    It knows nothing of reference counts: the pool tells it when a page loses its last owner
+    (`retire`) and when it gets one again (`revive`).
+    """
+
+    def __init__(
+        self,
+        num_pages: int,
+        *,
+        hash_key: bytes | None = None,
+        fingerprint: bytes = b"",
+        policy: EvictionPolicy | None = None,
+        digest: Digest | None = None,
+    ):
+        if not isinstance(fingerprint, bytes):
+            raise TypeError(f"fingerprint must be bytes, got {type(fingerprint).__name__}")
+        if hash_key is not None and not isinstance(hash_key, bytes):
+            raise TypeError(f"hash_key must be bytes or None, got {type(hash_key).__name__}")
+        if hash_key is not None and len(hash_key) > hashlib.blake2b.MAX_KEY_SIZE:
+            raise ValueError(f"hash_key must be at most 64 bytes, got {len(hash_key)}")
+        usable = isinstance(policy, EvictionPolicy) and not isinstance(policy, type)
+        if policy is not None and not usable:
+            raise TypeError(f"eviction must be an object with add, remove, pop; got {policy!r}")
+        self.policy: EvictionPolicy = LRU() if policy is None else policy
+        self.published = np.zeros(num_pages, bool)
+        self.by_page: dict[int, CacheEntry] = {}
+        self.index: dict[bytes, CacheEntry] = {}
+        self.evictable: set[int] = set()
+        self._hash_key = secrets.token_bytes(32) if hash_key is None else hash_key
+        self._fingerprint = fingerprint
+        self._digest = blake2b_digest if digest is None else digest
+        self._next_serial = 1
+        self.queried_tokens = self.hit_tokens = 0
+
+    def namespace(self, salt: str | bytes | None) -> Namespace:
+        """The start of every chain under this salt; None, "", b"" and "x", b"x" all differ.
+
+        What is digested begins with "n" here and with "p" for pages, so that no salt can be
+        chosen to look like a page.
+        """
+        if salt is None:
+            key = b"\0"
+        elif isinstance(salt, bytes):
+            key = b"b" + salt
+        elif isinstance(salt, str):
+            try:
+                key = b"s" + salt.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"cache_salt must be valid Unicode text: {error}") from None
+        else:
+            raise TypeError(f"cache_salt must be str, bytes or None, got {type(salt).__name__}")
+        return Namespace(key, self.root_digest(key))
+
+    def root_digest(self, key: bytes) -> bytes:
+        """The digest of the empty prefix in the namespace with that key."""
+        width = len(self._fingerprint).to_bytes(8, "little")
+        return self._digest(self._hash_key, b"n" + width + self._fingerprint + key)
+
+    def digests(self, parent: bytes, page_tokens: np.ndarray) -> Iterator[bytes]:
+        """Chained digests of the rows of `page_tokens` `[n, S]`; one width for every dtype."""
+        num_bytes = 4 * page_tokens.shape[1]
+        data = np.ascontiguousarray(page_tokens, "<i4").tobytes()
+        for begin in range(0, len(data), num_bytes):
+            parent = self._digest(self._hash_key, b"p" + parent + data[begin : begin + num_bytes])
+            yield parent
+
+    def match(
+        self, namespace: Namespace, page_tokens: np.ndarray, pool_tokens: np.ndarray
+    ) -> list[CacheEntry]:
+        """Entries for the longest run of leading rows of `page_tokens` `[n, S]` that is cached.
+
+        A hit needs the digest, the parent link and the tokens themselves (`pool_tokens` `[N, S]`).
+        """
+        found: list[CacheEntry] = []
+        parent: int | bytes = namespace.key
+        for digest in self.digests(namespace.digest, page_tokens):
+            entry = self.index.get(digest)
+            if entry is None or entry.parent != parent:
+                break
+            found.append(entry)
+            parent = entry.serial
+        pages = np.array([entry.page for entry in found], np.int64)
+        equal = (pool_tokens[pages] == page_tokens[: len(found)]).all(axis=1)
+        return found if equal.all() else found[: int(equal.argmin())]
+
+    @property
+    def num_evictable(self) -> int:
+        """Published pages without an owner."""
+        return len(self.evictable)
+
+    def count_query(self, num_tokens: int, hits: int) -> None:
+        """For the statistics: so many tokens were asked for, and so many found."""
+        self.queried_tokens += num_tokens
+        self.hit_tokens += hits
+
+    def is_live(self, entry: CacheEntry) -> bool:
+        """Whether the entry can still be found."""
+        return self.by_page.get(entry.page) is entry
+
+    def add(self, page: int, digest: bytes, parent: int | bytes) -> CacheEntry:
+        """Publish a page that has an owner; neither the page nor the digest is published yet."""
+        entry = CacheEntry(page, digest, parent, self._next_serial)
+        self._next_serial += 1
+        self.index[digest] = self.by_page[page] = entry
+        self.published[page] = True
+        return entry
+
+    def forget(self, page: int) -> None:
+        """The page can no longer be found."""
+        del self.index[self.by_page.pop(page).digest]
+        self.published[page] = False
+
+    def retire(self, page: int) -> None:
+        """A published page lost its last owner: it may be evicted from now on."""
+        self.policy.add(page)
+        self.evictable.add(page)
+
+    def revive(self, page: int) -> None:
+        """A published page without owner is needed again, or leaves the cache."""
+        self.policy.remove(page)
+        self.evictable.remove(page)
+
+    def evict(self) -> int:
+        """Let the policy choose a page, forget it and return it."""
+        page = self.policy.pop()
+        if page not in self.evictable:
+            raise CorruptState([f"the eviction policy chose page {page!r}, which is not evictable"])
+        self.evictable.remove(page)
+        self.forget(page)
+        return page

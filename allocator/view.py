@@ -1,0 +1,113 @@
+"""What can be read from an allocator without changing it."""
+
+import threading
+from typing import SupportsIndex
+
+import numpy as np
+
+from .arguments import as_count
+from .invariants import require_consistent
+from .locking import atomic
+from .pool import PagePool
+from .sequences import SequenceInfo, SequenceTable
+from .stats import AllocatorStats, collect_stats, page_states
+
+__all__ = ["AllocatorView"]
+
+
+class AllocatorView:
+    """The reading half of `BlockAllocator`."""
+
+    def __init__(self, pool: PagePool, *, prefix_cache: bool):
+        self._pool = pool
+        self._cache = pool.cache
+        self._table = SequenceTable()
+        self._caching = prefix_cache
+        self._lock = threading.RLock()
+
+    @property
+    def num_pages(self) -> int:
+        """N, the null page included."""
+        return self._pool.usable + 1
+
+    @property
+    def page_size(self) -> int:
+        """S, in tokens."""
+        return self._pool.page_size
+
+    @property
+    def prefix_cache(self) -> bool:
+        """Whether committed pages can be found again."""
+        return self._caching
+
+    @property
+    def usable_pages(self) -> int:
+        """N - 1; always `num_free + num_evictable + num_used`."""
+        return self._pool.usable
+
+    @property
+    def num_free(self) -> int:
+        """Pages that hold nothing."""
+        return self._pool.num_free
+
+    @property
+    def num_evictable(self) -> int:
+        """Cached pages without an owner: taken when the free ones are used up."""
+        return self._cache.num_evictable
+
+    @property
+    def num_used(self) -> int:
+        """Pages with at least one owner."""
+        return self._pool.num_used
+
+    def can_ever_fit(self, num_tokens: SupportsIndex) -> bool:
+        """Whether one sequence of that many tokens would fit the pool if it were empty."""
+        return self._pool.pages_for(as_count("num_tokens", num_tokens)) <= self._pool.usable
+
+    @atomic
+    def sequence(self, handle: SupportsIndex) -> SequenceInfo:
+        """What is known about one sequence."""
+        row = self._table.resolve_one(handle)
+        pages = tuple(self._table.pages(row).tolist())
+        return SequenceInfo(
+            length=int(self._table.length[row]),
+            computed=int(self._table.computed[row]),
+            cached=int(self._table.cached[row]),
+            capacity=len(pages) * self.page_size,
+            pages=pages,
+            cache_salt=self._table.salts[row],
+        )
+
+    @atomic
+    def tokens(self, handle: SupportsIndex) -> np.ndarray:
+        """The tokens of one sequence, int32 `[length]`, a copy."""
+        row = self._table.resolve_one(handle)
+        return self._pool.tokens[self._table.pages(row)].reshape(-1)[: self._table.length[row]]
+
+    def ref_count(self, page: SupportsIndex) -> int:
+        """How many owners a page has: sequences, or 1 if it is pinned. The null page has 0."""
+        page = as_count("page", page)
+        if page > self._pool.usable:
+            raise ValueError(f"page must be at most {self._pool.usable}, got {page}")
+        return int(self._pool.refs[page]) if page else 0
+
+    @atomic
+    def page_states(self) -> np.ndarray:
+        """What every page is doing: uint8 `[N]` of `PageState`."""
+        return page_states(self._pool)
+
+    @atomic
+    def stats(self) -> AllocatorStats:
+        """All counts at this moment; see `AllocatorStats`."""
+        return collect_stats(self._pool, self._table)
+
+    @atomic
+    def check_invariants(self) -> None:
+        """Verify all bookkeeping from scratch; raises CorruptState with every broken rule."""
+        require_consistent(self._pool, self._table, caching=self._caching)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.usable_pages} usable pages of {self.page_size} tokens: "
+            f"{self.num_used} used, {self.num_evictable} evictable, {self.num_free} free)"
+        )
