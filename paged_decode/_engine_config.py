@@ -1,0 +1,78 @@
+"""The engine's shapes and limits, and its counters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["EngineConfig", "EngineStats"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """The few shapes that the engine compiles for, and its limits.
+
+    Attributes:
+      max_rows: samples that hold pages at once.
+      decode_steps: tokens per row and host visit.
+      prefill_chunk: tokens per row and prefill program.
+      prefill_rows: rows per prefill program. One chunk of one row keeps a CPU busy; a large
+        accelerator wants several.
+      row_buckets: rows of the compiled decode programs, ascending to max_rows; empty:
+        (1, max_rows).
+      chunk_buckets: chunks of the compiled prefill programs, ascending to prefill_chunk; empty:
+        (prefill_chunk,).
+      max_sequence_tokens: longest sequence, prompt and output; sets the width of the page table.
+        None: all that the pool can hold.
+      top_logits: how many of the largest logits to report with every token.
+      vocab_size: prompts with ids from here on are refused; None: not checked.
+    """
+
+    max_rows: int = 8
+    decode_steps: int = 8
+    prefill_chunk: int = 128
+    prefill_rows: int = 1
+    row_buckets: tuple[int, ...] = ()
+    chunk_buckets: tuple[int, ...] = ()
+    max_sequence_tokens: int | None = None
+    top_logits: int = 0
+    vocab_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_rows", "decode_steps", "prefill_chunk", "prefill_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.top_logits < 0:
+            raise ValueError(f"top_logits must be at least 0, got {self.top_logits}")
+        for name, last, least in (
+            ("row_buckets", self.max_rows, (1, self.max_rows)),
+            ("chunk_buckets", self.prefill_chunk, (self.prefill_chunk,)),
+        ):
+            sizes = tuple(sorted(set(getattr(self, name) or least)))
+            if sizes[0] < 1 or sizes[-1] != last:
+                raise ValueError(f"{name} must be positive and end with {last}, got {sizes}")
+            object.__setattr__(self, name, sizes)
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """What the engine has done so far.
+
+    Attributes:
+      prefill_tokens: tokens computed by prefill; recomputed_tokens of them for a second time.
+      prefix_hit_tokens: prompt tokens found in the prefix cache at first admission.
+      decode_tokens: tokens generated.
+      preemptions: times that a sample lost its pages to an older one.
+      programs: program shapes used so far, which stops growing after `warmup`.
+      peak_used_pages: most pages referenced at once.
+      prefill_seconds, decode_seconds: time in the device programs, compilation included.
+    """
+
+    prefill_tokens: int = 0
+    recomputed_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    decode_tokens: int = 0
+    preemptions: int = 0
+    programs: int = 0
+    peak_used_pages: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0

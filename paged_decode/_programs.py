@@ -1,0 +1,121 @@
+"""The two device programs of the engine: one prefill chunk, and k decode steps in one launch.
+
+They are compiled once per model function and shape, whatever the number of engines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Int
+
+from .cache import DecodeBatch, KVCache
+from .sampling import SamplingRows, sample
+
+__all__ = ["DecodeOut", "Model", "decode", "null_batch", "prefill"]
+
+Model = Callable[[Any, KVCache, Array, DecodeBatch], tuple[Array, KVCache]]
+
+
+class DecodeOut(NamedTuple):
+    """What k steps produced: int32 tokens `[K, B]`, how many are real per row `[B]`, and the
+    largest logits of every step, ids and values `[K, B, top]` (top may be 0)."""
+
+    tokens: Any
+    counts: Any
+    top_ids: Any
+    top_logits: Any
+
+
+@partial(jax.jit, static_argnames="model", donate_argnames="cache")
+def prefill(
+    cache: KVCache,
+    params: Any,
+    tokens: Int[Array, "B T"],
+    batch: DecodeBatch,
+    *,
+    model: Model,
+) -> KVCache:
+    """Compute one chunk of every row, only to fill the cache. Donates the cache.
+
+    No logits come back: the newest token of a prompt is left to `decode`, so that sampling has
+    one home and forks of a prompt need nothing special.
+    """
+    return model(params, cache, tokens, batch)[1]
+
+
+@partial(jax.jit, static_argnames=("model", "page_size", "steps", "top"), donate_argnames="cache")
+def decode(
+    cache: KVCache,
+    params: Any,
+    tokens: Int[Array, " B"],
+    batch: DecodeBatch,
+    budget: Int[Array, " B"],
+    rows: SamplingRows,
+    *,
+    model: Model,
+    page_size: int,
+    steps: int,
+    top: int,
+) -> tuple[KVCache, DecodeOut]:
+    """Run up to `steps` tokens per row without the host. Donates the cache.
+
+    Row b stops after `budget[b]` tokens (0 pads the batch) or with a stop token, and the loop ends
+    with its last living row. Every page that the steps may write must be in the table before.
+    """
+    size = tokens.shape[0]
+    out = DecodeOut(
+        tokens=jnp.zeros((steps, size), jnp.int32),
+        counts=jnp.zeros(size, jnp.int32),
+        top_ids=jnp.zeros((steps, size, top), jnp.int32),
+        top_logits=jnp.zeros((steps, size, top), jnp.float32),
+    )
+
+    def living(state: tuple) -> Array:
+        return (state[0] < steps) & jnp.any(state[3])
+
+    def step(state: tuple) -> tuple:
+        i, cache, tokens, alive, out = state
+        lens = jnp.where(alive, batch.seq_lens + out.counts, 0)
+        now = _one_token_batch(batch.page_table, lens, page_size)
+        logits, cache = model(params, cache, tokens[:, None], now)
+        chosen = sample(logits, replace(rows, index=rows.index + out.counts))
+        stopped = jnp.any(rows.stop_tokens == chosen[:, None], axis=-1)
+        counts = out.counts + alive.astype(jnp.int32)
+        values, ids = lax.top_k(logits.astype(jnp.float32), top)
+        out = DecodeOut(
+            tokens=out.tokens.at[i].set(chosen),
+            counts=counts,
+            top_ids=out.top_ids.at[i].set(ids.astype(jnp.int32)),
+            top_logits=out.top_logits.at[i].set(values),
+        )
+        return i + 1, cache, chosen, alive & ~stopped & (counts < budget), out
+
+    state = (jnp.int32(0), cache, tokens, budget > 0, out)
+    _, cache, _, _, out = lax.while_loop(living, step, state)
+    return cache, out
+
+
+def null_batch(rows: int, chunk: int, *, columns: int) -> DecodeBatch:
+    """A batch of padding: it touches the null page only."""
+    return DecodeBatch(
+        page_table=np.zeros((rows, columns), np.int32),
+        seq_lens=np.zeros(rows, np.int32),
+        positions=np.zeros((rows, chunk), np.int32),
+        slots=np.zeros((rows, chunk), np.int32),
+    )
+
+
+def _one_token_batch(page_table: Array, seq_lens: Array, page_size: int) -> DecodeBatch:
+    """The step's `DecodeBatch`; rows of length 0 write to the null page and see nothing."""
+    positions = jnp.maximum(seq_lens - 1, 0)[:, None]
+    pages = jnp.take_along_axis(page_table, positions // page_size, axis=1)
+    slots = jnp.where(seq_lens[:, None] > 0, pages * page_size + positions % page_size, 0)
+    return DecodeBatch(page_table, seq_lens, positions, slots)

@@ -1,0 +1,169 @@
+"""The KV cache: page arrays of every layer, as one pytree that travels through `jit`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from .allocator import DecodeBatch, PageCopies
+from .kernels import append_kv, copy_pages, paged_attention
+
+__all__ = ["DecodeBatch", "KVCache", "PageCopies"]
+
+AnyArray = Array | np.ndarray
+
+# The class lives with the allocator, which never imports jax; here it becomes a pytree.
+jax.tree_util.register_dataclass(
+    DecodeBatch, data_fields=["page_table", "seq_lens", "positions", "slots"], meta_fields=[]
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class KVCache:
+    """Pages of keys and values, one array per layer: N pages of S tokens for Hk heads of D.
+
+    One array per layer, donated, is the layout in which XLA writes new tokens in place on CPU,
+    GPU and TPU. Pass the cache through your jitted step with `donate_argnums` and use what comes
+    back; the one passed in is gone. Page 0 is the null page: padding is written to it, and
+    nothing is ever read from it.
+
+    Attributes:
+      k_pages: L arrays `[N, Hk, S, D]`.
+      v_pages: L arrays `[N, Hk, S, D]`.
+
+    Example:
+      >>> cache = KVCache.create(
+      ...     num_layers=2, num_pages=9, num_kv_heads=3, page_size=16, head_dim=64)
+      >>> cache
+      KVCache(2 layers, 9 pages of 16 tokens, 3 heads of 64, float32, 0.4 MiB)
+    """
+
+    k_pages: tuple[Any, ...]
+    v_pages: tuple[Any, ...]
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        num_layers: int,
+        num_pages: int,
+        num_kv_heads: int,
+        page_size: int,
+        head_dim: int,
+        dtype: Any = jnp.float32,
+    ) -> KVCache:
+        """Make an empty cache; `num_pages` counts the null page.
+
+        Raises:
+          ValueError: a size is not a positive integer, there are fewer than 2 pages, or
+            page_size is no power of two.
+        """
+        sizes = dict(
+            num_layers=num_layers,
+            num_pages=num_pages,
+            num_kv_heads=num_kv_heads,
+            page_size=page_size,
+            head_dim=head_dim,
+        )
+        for name, size in sizes.items():
+            if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
+                raise ValueError(f"{name} must be a positive integer, got {size!r}")
+        if num_pages < 2:
+            raise ValueError(
+                f"num_pages must be at least 2 (page 0 is the null page), got {num_pages}"
+            )
+        if page_size & (page_size - 1):
+            raise ValueError(f"page_size must be a power of two, got {page_size}")
+        shape = (num_pages, num_kv_heads, page_size, head_dim)
+        return cls(
+            k_pages=tuple(jnp.zeros(shape, dtype) for _ in range(num_layers)),
+            v_pages=tuple(jnp.zeros(shape, dtype) for _ in range(num_layers)),
+        )
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return len(self.k_pages)
+
+    @property
+    def num_pages(self) -> int:
+        """N, the null page included."""
+        return self.k_pages[0].shape[0]
+
+    @property
+    def page_size(self) -> int:
+        """S, in tokens."""
+        return self.k_pages[0].shape[2]
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page over all layers, keys and values."""
+        return sum(a.nbytes // a.shape[0] for a in (*self.k_pages, *self.v_pages))
+
+    @property
+    def is_deleted(self) -> bool:
+        """Whether the arrays were given away by donation."""
+        return any(getattr(a, "is_deleted", lambda: False)() for a in self.k_pages)
+
+    def append(
+        self,
+        layer: int,
+        k: Float[AnyArray, "B T Hk D"] | Float[AnyArray, "B Hk D"],
+        v: Float[AnyArray, "B T Hk D"] | Float[AnyArray, "B Hk D"],
+        slots: Int[AnyArray, "B T"] | Int[AnyArray, " B"],
+    ) -> KVCache:
+        """Write new keys and values of one layer to their slots; in place under donation."""
+        k_pages, v_pages = append_kv(self.k_pages[layer], self.v_pages[layer], k, v, slots)
+        return replace(
+            self,
+            k_pages=(*self.k_pages[:layer], k_pages, *self.k_pages[layer + 1 :]),
+            v_pages=(*self.v_pages[:layer], v_pages, *self.v_pages[layer + 1 :]),
+        )
+
+    def attend(self, layer: int, q: AnyArray, batch: DecodeBatch, **options: Any) -> Any:
+        """`paged_attention` of `q` over one layer, through the batch's page table."""
+        return paged_attention(
+            q,
+            self.k_pages[layer],
+            self.v_pages[layer],
+            batch.page_table,
+            batch.seq_lens,
+            **options,
+        )
+
+    def copy_pages(self, copies: PageCopies) -> KVCache:
+        """Carry out copy-on-write; donates the cache. Without copies it is returned as it is.
+
+        The number of copies is padded to a power of two (with null page onto null page), so that
+        few programs are compiled.
+        """
+        if len(copies.src) == 0:
+            return self
+        width = 1 << (len(copies.src) - 1).bit_length()
+        src, dst = (np.zeros(width, np.int32) for _ in range(2))
+        src[: len(copies.src)], dst[: len(copies.dst)] = copies.src, copies.dst
+        return _copy_pages(self, src, dst)
+
+    def __repr__(self) -> str:
+        first = self.k_pages[0]
+        if not hasattr(first, "nbytes"):  # inside a transformation
+            return f"KVCache({self.num_layers} layers)"
+        pages, heads, page_size, head_dim = first.shape
+        mib = self.page_bytes * pages / 2**20
+        return (
+            f"KVCache({self.num_layers} layers, {pages} pages of {page_size} tokens, "
+            f"{heads} heads of {head_dim}, {first.dtype}, {mib:.1f} MiB)"
+        )
+
+
+@partial(jax.jit, donate_argnums=0)
+def _copy_pages(cache: KVCache, src: Int[Array, " C"], dst: Int[Array, " C"]) -> KVCache:
+    pairs = [copy_pages(k, v, src, dst) for k, v in zip(cache.k_pages, cache.v_pages, strict=True)]
+    return KVCache(tuple(k for k, _ in pairs), tuple(v for _, v in pairs))

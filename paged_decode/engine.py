@@ -1,0 +1,497 @@
+"""Continuous batching over a paged cache: admit, prefill, decode, stream, fork, preempt.
+
+A sample's newest token is never in the cache. The next decode step writes it and samples its
+successor, so a fresh prompt, a forked sample and a preempted one are the same thing: tokens, all
+but the last of which must be in the cache before decoding goes on.
+
+```
+tokens     [ p0 p1 p2 ... pn | g0 g1 ... gm ]
+pages hold [<------- the allocator's ----->]        all computed: decoding
+next step                                 gm        is written, and the next one sampled
+```
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._engine_config import EngineConfig, EngineStats
+from ._outbox import Outbox
+from ._programs import DecodeOut, Model, decode, null_batch, prefill
+from ._requests import Completion, Sample, TokenEvent, as_prompt, common_pages, gather
+from .allocator import BlockAllocator
+from .cache import DecodeBatch, KVCache, PageCopies
+from .errors import OutOfPages, PagedDecodeError, SequenceTooLong
+from .sampling import SamplingParams, SamplingRows
+
+__all__ = ["Completion", "Engine", "EngineConfig", "EngineStats", "TokenEvent"]
+
+
+class Engine:
+    """Generate for many requests at once from one pool of pages.
+
+    Args:
+      model: `model(params, cache, tokens, batch) -> (logits, cache)`: tokens int32 `[B, T]`, a
+        `DecodeBatch`, logits `[B, V]` of column T-1. It writes K and V of every token to
+        `batch.slots` and attends through `batch.page_table`.
+      params: whatever the model takes, a pytree.
+      cache: the pool; the engine donates it to its programs, `engine.cache` is the living one.
+      allocator: its bookkeeping, with the same number and size of pages.
+      config: shapes and limits.
+
+    One thread at a time may use an engine.
+
+    Raises:
+      ValueError: cache and allocator differ, or max_sequence_tokens does not fit the pool.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        params: Any,
+        cache: KVCache,
+        allocator: BlockAllocator,
+        config: EngineConfig | None = None,
+    ):
+        config = config or EngineConfig()
+        for name in ("num_pages", "page_size"):
+            ours, theirs = getattr(cache, name), getattr(allocator, name)
+            if ours != theirs:
+                raise ValueError(f"cache and allocator differ in {name}: {ours} and {theirs}")
+        capacity = allocator.usable_pages * allocator.page_size
+        limit = config.max_sequence_tokens or capacity
+        if not 2 <= limit <= capacity:
+            raise ValueError(
+                f"max_sequence_tokens must be in [2, {capacity}] for a pool of "
+                f"{allocator.usable_pages} usable pages of {allocator.page_size}, got {limit}"
+            )
+        self.config, self.params, self.cache, self.allocator = config, params, cache, allocator
+        self.stats = EngineStats()
+        self.max_sequence_tokens = limit
+        self._columns = -(-limit // allocator.page_size)
+        self._prefill = partial(prefill, model=model)
+        self._decode = partial(
+            decode,
+            model=model,
+            page_size=allocator.page_size,
+            steps=config.decode_steps,
+            top=config.top_logits,
+        )
+        self._shapes: set[tuple[int, int]] = set()  # rows, chunk; chunk 0 decodes
+        self._waiting: deque[Sample] = deque()
+        self._running: list[Sample] = []  # in order of admission
+        self._outbox = Outbox()
+        self._next_id = self._next_admission = 0
+
+    # ---- what users call
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        n: int = 1,
+        cache_salt: str | bytes | None = None,
+        on_token: Callable[[TokenEvent], None] | None = None,
+    ) -> int:
+        """Queue one prompt for n samples and return the request's id.
+
+        Sample i uses seed + i. The samples share the prompt's pages. `on_token` is called with
+        every event of the request after the visit that made it; if it raises, its request is
+        cancelled, `step` raises what it raised, and the next `step` returns the events.
+
+        Raises:
+          SequenceTooLong: the prompt and one token can never fit.
+          TypeError, ValueError: the prompt, n or the salt is not what it should be.
+        """
+        params = params or SamplingParams()
+        tokens = as_prompt(prompt, self.config.vocab_size)
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise ValueError(f"n must be a positive int, got {n!r}")
+        if len(tokens) + 1 > self.max_sequence_tokens:
+            raise SequenceTooLong(
+                f"a prompt of {len(tokens)} tokens and one generated token need "
+                f"{len(tokens) + 1} places, but a sequence can have {self.max_sequence_tokens} "
+                "(usable pages * page_size, or max_sequence_tokens); shorten it or enlarge the pool"
+            )
+        self.allocator.match_prefix(tokens, cache_salt=cache_salt)  # refuses a bad salt now
+        first = Sample(self._next_id, 0, len(tokens), tokens, params, cache_salt, on_token)
+        for i in range(1, n):
+            seeded = replace(params, seed=(params.seed + i) % 2**32)
+            first.siblings.append(first.spawn(first.request_id, i, seeded))
+        self._next_id += 1
+        self._waiting.append(first)
+        return first.request_id
+
+    def fork(self, request_id: int, params: SamplingParams) -> int:
+        """Branch a request that is decoding: a new request goes on from its tokens so far.
+
+        The pages are shared until one of the two writes. The new request's `max_new_tokens` counts
+        the tokens generated before the fork, too; its stream begins after them.
+
+        Raises:
+          KeyError: no such request is decoding.
+          OutOfPages: never; the copy is paid when it is written.
+          ValueError: all rows are taken.
+        """
+        parent = next((s for s in self._running if s.request_id == request_id and s.decoding), None)
+        if parent is None:
+            raise KeyError(f"request {request_id} is not decoding")
+        if len(self._running) >= self.config.max_rows:
+            raise ValueError(f"all {self.config.max_rows} rows are taken; fork later")
+        child = parent.spawn(self._next_id, 0, params)
+        if child.left < 1:
+            raise ValueError(
+                f"max_new_tokens must exceed the {child.generated} tokens generated before the "
+                f"fork, got {params.max_new_tokens}"
+            )
+        self._adopt(child, parent)
+        self._next_id += 1
+        return child.request_id
+
+    def cancel(self, request_id: int) -> None:
+        """End a request in whatever state it is and give its pages back.
+
+        Its last event, reason "cancelled", comes with the next step.
+
+        Raises:
+          KeyError: no such request is waiting or running.
+        """
+        found = [s for s in (*self._running, *self._waiting) if s.request_id == request_id]
+        if not found:
+            raise KeyError(f"request {request_id} is not in the engine")
+        for sample in found:
+            for ended in (sample, *sample.siblings):
+                self._outbox.add(ended, None, "cancelled")
+            self._drop(sample)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits, runs or is yet to be delivered."""
+        return not (self._waiting or self._running or self._outbox)
+
+    def step(self) -> list[TokenEvent]:
+        """One host visit: admit what fits, prefill one chunk, decode k steps, deliver.
+
+        If a device program fails, no request is lost: those whose pages it took with it are
+        queued again.
+        """
+        self._admit()
+        try:
+            self._prefill_visit()
+            self._decode_visit()
+        except BaseException:
+            if self.cache.is_deleted:
+                self._lose_cache()
+            raise
+        return self._outbox.deliver(self._abandon)
+
+    def stream(self) -> Iterator[TokenEvent]:
+        """Step until nothing is left, yielding events as they come."""
+        while not self.idle:
+            yield from self.step()
+
+    def generate(
+        self,
+        prompts: Iterable[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        n: int = 1,
+        cache_salt: str | bytes | None = None,
+    ) -> list[Completion]:
+        """Submit prompts together, run until all have ended, and return their completions.
+
+        The order is that of the prompts, n samples each. Requests submitted before run along.
+        """
+        prompts = list(prompts)
+        each = params if isinstance(params, Sequence) else [params] * len(prompts)
+        if len(each) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts, but {len(each)} sampling params")
+        ids: set[int] = set()
+        try:
+            for prompt, one in zip(prompts, each, strict=True):
+                ids.add(self.submit(prompt, one, n=n, cache_salt=cache_salt))
+        except BaseException:
+            self._waiting = deque(s for s in self._waiting if s.request_id not in ids)
+            raise
+        events = [event for event in self.stream() if event.request_id in ids]
+        return gather(events)
+
+    def warmup(self) -> int:
+        """Compile every program that the engine can need; returns how many are new to it."""
+        before = self.stats.programs
+        for chunk in self.config.chunk_buckets:
+            tokens = np.zeros((self.config.prefill_rows, chunk), np.int32)
+            self._run_prefill(tokens, null_batch(*tokens.shape, columns=self._columns))
+        for rows in self.config.row_buckets:
+            no_row = np.zeros(rows, np.int32)
+            samplers = SamplingRows.create([], [], rows)
+            self._run_decode(no_row, null_batch(rows, 1, columns=self._columns), no_row, samplers)
+        width = 1
+        while width < 2 * self.config.max_rows:
+            self._run_copies(PageCopies(np.zeros(width, np.int32), np.zeros(width, np.int32)))
+            width *= 2
+        return self.stats.programs - before
+
+    def __repr__(self) -> str:
+        return (
+            f"Engine({len(self._running)} running, {len(self._waiting)} waiting, "
+            f"{self.allocator.num_used} of {self.allocator.usable_pages} pages used, {self.cache})"
+        )
+
+    # ---- admission
+
+    def _admit(self) -> None:
+        """Take waiting samples in order while rows and pages last.
+
+        One page per running row must stay free, so that the admitted do not push each other out
+        at the next page boundary; an empty engine admits whatever fits.
+        """
+        for sample in list(self._waiting):
+            if len(self._running) >= self.config.max_rows:
+                return
+            if self._prefix_in_flight(sample):
+                continue
+            try:
+                handle = self.allocator.allocate(
+                    sample.tokens, cache_salt=sample.cache_salt, keep_free=len(self._running)
+                )
+            except OutOfPages:
+                return
+            self.allocator.truncate(handle, len(sample.tokens) - 1)
+            self._waiting.remove(sample)
+            sample.handle, sample.computed = handle, self.allocator.sequence(handle).computed
+            self._enter(sample)
+            if sample.preemptions == 0:
+                self.stats.prefix_hit_tokens += sample.computed
+            else:
+                self.stats.recomputed_tokens += len(sample.tokens) - 1 - sample.computed
+            if sample.decoding:
+                self._fork_siblings(sample)
+
+    def _prefix_in_flight(self, sample: Sample) -> bool:
+        """Whether a running prefill is about to publish a longer prefix than is cached now."""
+        if not self.allocator.prefix_cache:
+            return False
+        shared = max(
+            (
+                common_pages(sample.tokens, other.tokens, self.allocator.page_size)
+                for other in self._running
+                if not other.decoding and other.cache_salt == sample.cache_salt
+            ),
+            default=0,
+        )
+        if not shared:
+            return False
+        hit = self.allocator.match_prefix(sample.tokens, cache_salt=sample.cache_salt)
+        return shared * self.allocator.page_size > hit
+
+    def _enter(self, sample: Sample) -> None:
+        sample.admitted = self._next_admission
+        self._next_admission += 1
+        self._running.append(sample)
+
+    def _adopt(self, child: Sample, parent: Sample) -> None:
+        """Give the child a fork of the parent's pages."""
+        (child.handle,) = self.allocator.fork(parent.handle)
+        child.computed = parent.computed
+        self._enter(child)
+
+    def _fork_siblings(self, sample: Sample) -> None:
+        """The prompt is in the cache: let the other samples share it, or wait for a row."""
+        siblings, sample.siblings = sample.siblings, []
+        for position, sibling in enumerate(siblings):
+            if len(self._running) < self.config.max_rows:
+                self._adopt(sibling, sample)
+            else:
+                self._waiting.extendleft(reversed(siblings[position:]))
+                return
+
+    # ---- device visits
+
+    def _prefill_visit(self) -> None:
+        """One chunk for every sample whose prompt is not in the cache yet."""
+        rows = [s for s in self._running if not s.decoding]
+        start = time.perf_counter()
+        for first in range(0, len(rows), self.config.prefill_rows):
+            self._prefill_rows(rows[first : first + self.config.prefill_rows])
+        if rows:
+            self.stats.prefill_seconds += time.perf_counter() - start
+            self._note_usage()
+
+    def _prefill_rows(self, rows: list[Sample]) -> None:
+        begin = [s.computed for s in rows]
+        end = [min(s.computed + self.config.prefill_chunk, len(s.tokens) - 1) for s in rows]
+        widest = max(e - b for b, e in zip(begin, end, strict=True))
+        chunk = self._bucket(self.config.chunk_buckets, widest)
+        batch = self._batch(rows, begin, end, chunk, self.config.prefill_rows)
+        tokens = np.zeros(batch.slots.shape, np.int32)
+        for row, (sample, b, e) in enumerate(zip(rows, begin, end, strict=True)):
+            tokens[row, chunk - (e - b) :] = sample.tokens[b:e]
+        self._run_prefill(tokens, batch)
+        self.allocator.commit([s.handle for s in rows], end)
+        self.stats.prefill_tokens += sum(end) - sum(begin)
+        for sample, e in zip(rows, end, strict=True):
+            sample.computed = e
+            if sample.decoding:
+                self._fork_siblings(sample)
+
+    def _decode_visit(self) -> None:
+        rows, budget = self._reserve_steps()
+        if not rows:
+            return
+        start = time.perf_counter()
+        lengths = [len(s.tokens) for s in rows]
+        size = self._bucket(self.config.row_buckets, len(rows))
+        batch = self._batch(rows, [n - 1 for n in lengths], lengths, 1, size)
+        newest, budgets = np.zeros(size, np.int32), np.zeros(size, np.int32)
+        newest[: len(rows)] = [s.tokens[-1] for s in rows]
+        budgets[: len(rows)] = budget
+        samplers = SamplingRows.create([s.params for s in rows], [s.generated for s in rows], size)
+        out = self._run_decode(newest, batch, budgets, samplers)
+        self.stats.decode_seconds += time.perf_counter() - start
+        self._book(rows, newest, out)
+
+    def _reserve_steps(self) -> tuple[list[Sample], list[int]]:
+        """Find pages for as many steps as possible, preempting the newest if there is not one."""
+        while rows := [s for s in self._running if s.decoding]:
+            handles = [s.handle for s in rows]
+            most = [min(s.left, self.max_sequence_tokens - len(s.tokens)) for s in rows]
+            steps = self.config.decode_steps
+            while steps:
+                budget = [min(steps, m) for m in most]
+                try:
+                    copies = self.allocator.reserve(handles, budget)
+                except OutOfPages:
+                    steps //= 2
+                    continue
+                self._run_copies(copies)
+                self._note_usage()
+                return rows, budget
+            victim = self._running[-1]
+            if len(self._running) > 1:
+                self._preempt(victim)
+            else:
+                self._outbox.add(victim, None, "capacity")
+                self._drop(victim)
+        return [], []
+
+    def _book(self, rows: list[Sample], newest: np.ndarray, out: DecodeOut) -> None:
+        """Enter what the device wrote and generated."""
+        counts = out.counts[: len(rows)]
+        handles = [s.handle for s in rows]
+        written = np.vstack([newest, out.tokens[:-1]]).T[: len(rows)]
+        self.allocator.append(handles, written, counts)
+        self.stats.decode_tokens += int(counts.sum())
+        for row, sample in enumerate(rows):
+            for i in range(counts[row]):
+                sample.tokens.append(int(out.tokens[i, row]))
+                reason = sample.ending(self.max_sequence_tokens)
+                top = zip(
+                    out.top_ids[i, row].tolist(), out.top_logits[i, row].tolist(), strict=True
+                )
+                self._outbox.add(sample, sample.tokens[-1], reason, tuple(top))
+            sample.computed = len(sample.tokens) - 1
+        self.allocator.commit(handles, [s.computed for s in rows])
+        for sample in rows:
+            if sample.ending(self.max_sequence_tokens) is not None:
+                self._drop(sample)
+
+    def _batch(
+        self,
+        rows: list[Sample],
+        begin: Sequence[int],
+        end: Sequence[int],
+        width: int,
+        size: int,
+    ) -> DecodeBatch:
+        return self.allocator.batch(
+            [s.handle for s in rows],
+            begin,
+            end,
+            tokens_per_row=width,
+            rows=size,
+            columns=self._columns,
+        )
+
+    @staticmethod
+    def _bucket(sizes: tuple[int, ...], size: int) -> int:
+        return next(s for s in sizes if s >= size)
+
+    def _run_prefill(self, tokens: np.ndarray, batch: DecodeBatch) -> None:
+        self.cache = self._prefill(self.cache, self.params, tokens, batch)
+        jax.block_until_ready(self.cache.k_pages[-1])
+        self._note_program(*tokens.shape)
+
+    def _run_decode(
+        self, newest: np.ndarray, batch: DecodeBatch, budget: np.ndarray, samplers: SamplingRows
+    ) -> DecodeOut:
+        self.cache, out = self._decode(self.cache, self.params, newest, batch, budget, samplers)
+        self._note_program(len(newest), 0)
+        return DecodeOut(*(np.asarray(a) for a in out))
+
+    def _run_copies(self, copies: PageCopies) -> None:
+        try:
+            self.cache = self.cache.copy_pages(copies)
+        except BaseException:  # the allocator counts on copies that did not happen
+            self._preempt_all()
+            raise
+
+    def _note_program(self, rows: int, chunk: int) -> None:
+        self._shapes.add((rows, chunk))
+        self.stats.programs = len(self._shapes)
+
+    def _note_usage(self) -> None:
+        self.stats.peak_used_pages = max(self.stats.peak_used_pages, self.allocator.num_used)
+
+    # ---- endings
+
+    def _preempt(self, sample: Sample) -> None:
+        """Take a sample's pages; it waits at the front and computes its tokens again."""
+        self._drop(sample)
+        sample.handle, sample.computed = None, 0
+        sample.preemptions += 1
+        self.stats.preemptions += 1
+        self._waiting.appendleft(sample)
+
+    def _abandon(self, request_id: int) -> None:
+        """The request's callback failed: it is not called again, and the request ends."""
+        living = [s for s in (*self._running, *self._waiting) if s.request_id == request_id]
+        for sample in living:
+            for each in (sample, *sample.siblings):
+                each.on_token = None
+        if living:
+            self.cancel(request_id)
+
+    def _drop(self, sample: Sample) -> None:
+        """Remove a sample from the queues and free its pages."""
+        if sample.handle is not None:
+            self.allocator.free([sample.handle])
+            self._running.remove(sample)
+        else:
+            self._waiting.remove(sample)
+
+    def _preempt_all(self) -> None:
+        for sample in reversed(list(self._running)):
+            self._preempt(sample)
+
+    def _lose_cache(self) -> None:
+        """A program failed with the donated cache: start an empty one and queue all again."""
+        self._preempt_all()
+        if not self.allocator.reset_prefix_cache():
+            raise PagedDecodeError(
+                "the cache was lost in a failed program, and with it the pages that sequences "
+                "outside the engine hold; free those, then call step again"
+            )
+        self.cache = jax.tree.map(
+            lambda a: jnp.zeros(a.shape, a.dtype, device=a.sharding), self.cache
+        )

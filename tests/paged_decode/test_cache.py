@@ -1,0 +1,97 @@
+"""The cache as a pytree: what it refuses, what it copies, what it writes."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from paged_decode import BlockAllocator, DecodeBatch, KVCache, PageCopies
+from paged_decode.kernels import append_kv, paged_attention
+
+SIZES = dict(num_layers=2, num_pages=6, num_kv_heads=2, page_size=4, head_dim=8)
+
+
+def filled(**changes) -> KVCache:
+    cache = KVCache.create(**SIZES | changes)
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape), a.dtype), cache)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("num_layers", 0),
+        ("num_pages", 1),
+        ("num_kv_heads", -1),
+        ("page_size", 12),
+        ("page_size", 4.0),
+        ("head_dim", True),
+    ],
+)
+def test_sizes_that_make_no_cache_are_refused_by_name(unchecked, name, value):
+    with pytest.raises(ValueError, match=name):
+        KVCache.create(**SIZES | {name: value})
+
+
+def test_a_cache_and_a_batch_pass_through_jit_and_tree_map():
+    cache = filled()
+    batch = DecodeBatch(*(np.zeros(s, np.int32) for s in ((3, 2), (3,), (3, 1), (3, 1))))
+    back, seen = jax.jit(lambda c, b: (c, b))(cache, batch)
+    assert isinstance(back, KVCache) and isinstance(seen, DecodeBatch)
+    assert jax.tree.map(jnp.shape, seen) == jax.tree.map(np.shape, batch)
+    jax.tree.map(lambda _: object(), cache)  # unflattening must not validate
+
+
+def test_repr_tells_sizes_and_bytes():
+    text = repr(KVCache.create(**SIZES))
+    assert text == "KVCache(2 layers, 6 pages of 4 tokens, 2 heads of 8, float32, 0.0 MiB)"
+
+
+def test_copies_reach_every_layer_and_read_before_they_write():
+    cache = filled()
+    before = [np.array(a) for a in (*cache.k_pages, *cache.v_pages)]  # a view would hold the buffer
+    pairs = PageCopies(np.array([1, 2, 1], np.int32), np.array([2, 3, 5], np.int32))
+    after = cache.copy_pages(pairs)
+    for old, new in zip(before, (*after.k_pages, *after.v_pages), strict=True):
+        np.testing.assert_array_equal(new, old[[0, 1, 1, 2, 4, 1]])
+    assert cache.is_deleted and not after.is_deleted
+
+
+def test_no_copies_return_the_cache_itself():
+    cache = filled()
+    none = np.zeros(0, np.int32)
+    assert cache.copy_pages(PageCopies(none, none)) is cache
+
+
+def test_a_stacked_pool_scans_over_layers_in_place_and_equals_per_layer_arrays():
+    """L layers in one array as a scan carry: no layer is sliced out, and nothing is copied."""
+    layers, pages, rng = 4, 512, np.random.default_rng(1)
+    cache = KVCache.create(**SIZES | dict(num_layers=layers, num_pages=pages))
+    allocator = BlockAllocator(pages, 4)
+    rows = [allocator.allocate(rng.integers(0, 9, n)) for n in (5, 9)]
+    batch = allocator.batch(rows, [0, 0], [5, 9], tokens_per_row=9)
+    q, k, v = (
+        jnp.asarray(rng.standard_normal((layers, 2, 9, h, 8)), jnp.float32) for h in (4, 2, 2)
+    )
+
+    def scanned(pools, q, k, v, batch):
+        def layer(pools, x):
+            index, q, k, v = x
+            pools = append_kv(*pools, k, v, batch.slots, layer=index)
+            out = paged_attention(q, *pools, batch.page_table, batch.seq_lens, layer=index)
+            return pools, out
+
+        return jax.lax.scan(layer, pools, (jnp.arange(layers, dtype=jnp.int32), q, k, v))
+
+    pools = tuple(jnp.zeros((layers, pages, 2, 4, 8)) for _ in range(2))
+    program = jax.jit(scanned, donate_argnums=0).lower(pools, q, k, v, batch).compile()
+    memory = program.memory_analysis()
+    assert memory.alias_size_in_bytes >= sum(p.nbytes for p in pools)
+    assert memory.temp_size_in_bytes < pools[0].nbytes / 4
+    _, got = program(pools, q, k, v, batch)
+    for layer in range(layers):
+        cache = cache.append(layer, k[layer], v[layer], batch.slots)
+        want = cache.attend(layer, q[layer], batch)
+        np.testing.assert_allclose(got[layer], want, rtol=1e-6, atol=1e-6)

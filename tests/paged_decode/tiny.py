@@ -1,0 +1,98 @@
+"""A two-layer attention model small enough to check against a dense NumPy forward."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+
+from paged_decode import BlockAllocator, Engine, EngineConfig, KVCache
+
+VOCAB, WIDTH, HEADS, KV_HEADS, DIM, LAYERS, MAX_LEN = 61, 32, 4, 2, 8, 2, 256
+
+
+def make_params(seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> np.ndarray:
+        return (rng.standard_normal(shape) / np.sqrt(shape[-2])).astype(np.float32)
+
+    layers = {
+        f"{name}{layer}": normal(*shape)
+        for layer in range(LAYERS)
+        for name, shape in dict(
+            q=(WIDTH, HEADS * DIM),
+            k=(WIDTH, KV_HEADS * DIM),
+            v=(WIDTH, KV_HEADS * DIM),
+            o=(HEADS * DIM, WIDTH),
+        ).items()
+    }
+    return {
+        "embed": normal(VOCAB, WIDTH) * 6,
+        "place": normal(MAX_LEN, WIDTH) * 8,
+        "head": normal(WIDTH, VOCAB) * 3,
+        **layers,
+    }
+
+
+PARAMS = make_params()
+
+
+def model(params, cache, tokens, batch):
+    x = jnp.asarray(params["embed"])[tokens] + jnp.asarray(params["place"])[batch.positions]
+    for layer in range(LAYERS):
+        q, k, v = (
+            (x @ params[f"{name}{layer}"]).reshape(*tokens.shape, heads, DIM)
+            for name, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS))
+        )
+        cache = cache.append(layer, k, v, batch.slots)
+        seen = cache.attend(layer, q, batch)
+        x = x + jnp.tanh(seen.reshape(*tokens.shape, -1) @ params[f"o{layer}"])
+    return x[:, -1] @ params["head"], cache
+
+
+def dense_logits(tokens, params=PARAMS) -> np.ndarray:
+    """Float64 logits after the last token, computed without any cache."""
+    p = {name: value.astype(np.float64) for name, value in params.items()}
+    n = len(tokens)
+    x = p["embed"][tokens] + p["place"][:n]
+    for layer in range(LAYERS):
+        q = (x @ p[f"q{layer}"]).reshape(n, KV_HEADS, HEADS // KV_HEADS, DIM)
+        k = (x @ p[f"k{layer}"]).reshape(n, KV_HEADS, DIM)
+        v = (x @ p[f"v{layer}"]).reshape(n, KV_HEADS, DIM)
+        scores = np.einsum("tkgd,skd->kgts", q, k) * DIM**-0.5
+        scores = np.where(np.tri(n, dtype=bool), scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        seen = np.einsum("kgts,skd->tkgd", weights, v).reshape(n, -1)
+        x = x + np.tanh(seen @ p[f"o{layer}"])
+    return x[-1] @ p["head"]
+
+
+def dense_greedy(prompt, count: int) -> tuple[int, ...]:
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(np.argmax(dense_logits(tokens))))
+    return tuple(tokens[len(prompt) :])
+
+
+def prompts(count: int, seed: int = 1, low: int = 1, high: int = 30) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, VOCAB, rng.integers(low, high + 1)).tolist() for _ in range(count)]
+
+
+def make_engine(
+    num_pages: int = 64, page_size: int = 4, *, prefix_cache: bool = True, fn=model, **config
+) -> Engine:
+    shapes = (
+        dict(max_rows=4, row_buckets=(4,), prefill_chunk=8, prefill_rows=2, decode_steps=4) | config
+    )
+    cache = KVCache.create(
+        num_layers=LAYERS,
+        num_pages=num_pages,
+        num_kv_heads=KV_HEADS,
+        page_size=page_size,
+        head_dim=DIM,
+    )
+    allocator = BlockAllocator(num_pages, page_size, prefix_cache=prefix_cache, hash_key=b"test")
+    shapes.setdefault("max_sequence_tokens", min(MAX_LEN, allocator.usable_pages * page_size))
+    return Engine(fn, PARAMS, cache, allocator, EngineConfig(**shapes))

@@ -1,0 +1,113 @@
+"""The tree itself: names, imports, packaging."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import pkgutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import paged_decode
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("allocator", "kernels", "paged_decode")
+SOURCES = sorted(
+    path
+    for room in ROOMS
+    for path in (ROOT / room).rglob("*.py")
+    if not any(parent.is_symlink() for parent in path.parents if parent != ROOT)
+)
+
+
+def imports_of(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add("." * node.level + (node.module or ""))
+    return names
+
+
+def test_every_room_is_listed_for_the_wheel():
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = {
+        ".".join(("paged_decode", *path.parent.relative_to(ROOT).parts)).replace(
+            "paged_decode.paged_decode", "paged_decode"
+        )
+        for path in SOURCES
+    }
+    assert found == set(setup["packages"]) == set(setup["package-dir"])
+
+
+def test_the_rooms_depend_in_one_direction():
+    for path in SOURCES:
+        room = path.relative_to(ROOT).parts[0]
+        for name in imports_of(path):
+            if room == "allocator":
+                assert not name.startswith(("jax", "paged_decode", "..")), (path, name)
+            if room == "kernels":
+                assert not name.startswith("paged_decode"), (path, name)
+
+
+def test_no_library_code_asserts_or_unpickles():
+    for path in SOURCES:
+        tree = ast.parse(path.read_text())
+        assert not [n.lineno for n in ast.walk(tree) if isinstance(n, ast.Assert)], path
+        assert not imports_of(path) & {"pickle", "dill", "cloudpickle"}, path
+
+
+def test_no_file_of_the_library_exceeds_500_lines():
+    assert {p.name: n for p in SOURCES if (n := len(p.read_text().splitlines())) > 500} == {}
+
+
+def test_importing_the_package_touches_no_device():
+    code = "import jax; jax.devices = None; import paged_decode; import jax._src.xla_bridge as b; "
+    code += "raise SystemExit(bool(b._backends))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_every_public_name_is_documented():
+    for name in paged_decode.__all__:
+        value = getattr(paged_decode, name)
+        assert value.__doc__ and len(value.__doc__) > 20, name
+
+
+MODULES = sorted(
+    {"paged_decode"}
+    | {m.name for m in pkgutil.walk_packages(paged_decode.__path__, "paged_decode.")}
+)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings_run(name):
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("example", sorted(ROOT.glob("examples/[0-9]*.py")), ids=lambda p: p.name)
+def test_numbered_examples_run_and_are_short(example):
+    assert len(example.read_text().splitlines()) < 60
+    subprocess.run([sys.executable, example], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_three_rooms_and_nothing_bare(tmp_path):
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, ROOT]
+    subprocess.run(command, check=True)
+    listing = subprocess.run(
+        [sys.executable, "-m", "zipfile", "-l", next(tmp_path.glob("*.whl"))],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    names = [line.split()[0] for line in listing.splitlines()[1:]]
+    assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"paged_decode"}
+    for name in ("allocator/batch.py", "kernels/xla.py", "engine.py"):
+        assert f"paged_decode/{name}" in names
