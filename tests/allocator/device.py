@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import zlib
 from typing import Any
 
@@ -83,16 +82,14 @@ def freeze(allocator: BlockAllocator) -> dict[str, Any]:
     """A copy of all bookkeeping that can be compared: ids, counts, order of eviction, counters."""
     table, pool, cache = allocator._table, allocator._pool, allocator._cache
     live = table.rows.tolist()
-    return copy.deepcopy(
-        {
-            "free": pool.free_pages.tolist(),
-            "refs": pool.refs.tolist(),
-            "pinned": pool.pinned.tolist(),
-            "tokens": {h: allocator.tokens(h).tolist() for h in map(table.handle, live)},
-            "infos": {h: allocator.sequence(h) for h in map(table.handle, live)},
-            "chains": [table.chains[row] for row in live],
-            "published": dict(cache.by_page),
-            "policy": list(cache.policy) if hasattr(cache.policy, "__iter__") else None,
-            "stats": allocator.stats(),
-        }
-    )
+    return {
+        "free": pool.free_pages.tolist(),
+        "refs": pool.refs.tolist(),
+        "pinned": pool.pinned.tolist(),
+        "tokens": {h: allocator.tokens(h).tolist() for h in map(table.handle, live)},
+        "infos": {h: allocator.sequence(h) for h in map(table.handle, live)},
+        "chains": [list(table.chains[row]) for row in live],
+        "published": dict(cache.by_page),
+        "policy": list(cache.policy) if hasattr(cache.policy, "__iter__") else None,
+        "stats": allocator.stats(),
+    }

@@ -5,7 +5,8 @@ from __future__ import annotations
 import zlib
 
 import numpy as np
-from hypothesis import HealthCheck, settings
+import pytest
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -26,6 +27,15 @@ SALT = st.sampled_from([None, None, None, "", "a", b"a"])
 
 def has_sequences(machine: Programs) -> bool:
     return bool(machine.model)
+
+
+COMMON = settings(
+    stateful_step_count=50,
+    deadline=None,
+    database=None,
+    phases=[Phase.generate, Phase.shrink],
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 
 
 class Programs(RuleBasedStateMachine):
@@ -246,10 +256,14 @@ class Programs(RuleBasedStateMachine):
         assert self.allocator.num_used == len(owners)
 
 
-Programs.TestCase.settings = settings(
-    max_examples=150,
-    stateful_step_count=50,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
-TestPrograms = Programs.TestCase
+class TestPrograms(Programs.TestCase):
+    """The same programs every time, so that a red run can be repeated."""
+
+    settings = settings(COMMON, max_examples=80, derandomize=True)
+
+
+@pytest.mark.slow
+class TestManyPrograms(Programs.TestCase):
+    """Other programs every time."""
+
+    settings = settings(COMMON, max_examples=300)

@@ -1,0 +1,59 @@
+"""Your own generation loop, without the engine: allocate, write, attend, free."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paged_decode import BlockAllocator, KVCache
+
+VOCAB, HEADS, KV_HEADS, DIM, PAGE = 256, 4, 2, 16, 8
+
+
+def toy_model(params, cache, tokens, batch):
+    """One attention layer; put your own here. tokens [B, T] -> logits [B, V] of the last column."""
+    x = params["embed"][tokens] + params["place"][batch.positions]
+    q = (x @ params["q"]).reshape(*tokens.shape, HEADS, DIM)
+    k = (x @ params["k"]).reshape(*tokens.shape, KV_HEADS, DIM)
+    v = (x @ params["v"]).reshape(*tokens.shape, KV_HEADS, DIM)
+    cache = cache.append(0, k, v, batch.slots)  # write first ...
+    seen = cache.attend(0, q, batch)  # ... then read what was written
+    return seen[:, -1].reshape(len(tokens), -1) @ params["out"], cache
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)  # donated: the pages are updated in place
+def step(model, params, cache, tokens, batch):
+    logits, cache = model(params, cache, tokens, batch)
+    return jnp.argmax(logits, axis=-1), cache
+
+
+def main():
+    shapes = dict(embed=(VOCAB, 64), place=(64, 64), out=(64, VOCAB))
+    shapes |= dict(q=(64, HEADS * DIM), k=(64, KV_HEADS * DIM), v=(64, KV_HEADS * DIM))
+    keys = iter(jax.random.split(jax.random.key(0), len(shapes)))
+    params = {name: jax.random.normal(next(keys), s) / 4 for name, s in shapes.items()}
+
+    allocator = BlockAllocator(num_pages=32, page_size=PAGE)
+    cache = KVCache.create(
+        num_layers=1, num_pages=32, num_kv_heads=KV_HEADS, page_size=PAGE, head_dim=DIM
+    )
+    prompts = [[3, 1, 4, 1, 5], [9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3, 2]]
+    rows = [allocator.allocate(prompt) for prompt in prompts]  # pages for every prompt token
+
+    lengths, longest = [len(p) for p in prompts], max(map(len, prompts))
+    batch = allocator.batch(rows, [0] * len(rows), lengths, tokens_per_row=longest, columns=8)
+    tokens = np.stack([np.pad(p, (longest - len(p), 0)) for p in prompts])  # right-aligned
+    chosen, cache = step(toy_model, params, cache, tokens, batch)
+    for _ in range(20):
+        batch, copies = allocator.advance(rows, np.asarray(chosen), columns=8)  # new pages
+        cache = cache.copy_pages(copies)  # only after a fork; free otherwise
+        chosen, cache = step(toy_model, params, cache, np.asarray(chosen)[:, None], batch)
+    for row in rows:
+        print(allocator.tokens(row).tolist())
+    allocator.free(rows)
+    allocator.check_invariants()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+"""A reader for GGUF model files: metadata, tensor directory, and tensors as float32 arrays.
+
+```
+"GGUF" | version u32 | tensors u64 | entries u64
+entry:   key string | type u32 | value            (string: length u64 + UTF-8)
+tensor:  name string | dims u32 | dim u64 ... | type u32 | offset u64
+padding to general.alignment | tensor data, each tensor aligned
+```
+
+Every count, length and offset is compared with the size of the file before anything is
+allocated for it. The file is read, not mapped: one that is cut while it is open gives an error
+and not a bus error.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from .quants import TENSOR_TYPES, TensorType, dequantise
+
+__all__ = ["GGUF", "GGUFError", "TensorInfo", "read_gguf"]
+
+_SCALARS = {
+    0: np.dtype("u1"),
+    1: np.dtype("i1"),
+    2: np.dtype("<u2"),
+    3: np.dtype("<i2"),
+    4: np.dtype("<u4"),
+    5: np.dtype("<i4"),
+    6: np.dtype("<f4"),
+    7: np.dtype("?"),
+    10: np.dtype("<u8"),
+    11: np.dtype("<i8"),
+    12: np.dtype("<f8"),
+}
+_STRING, _ARRAY = 8, 9
+_MAX_DIMS, _MAX_NESTING = 4, 4
+_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
+
+
+class GGUFError(ValueError):
+    """The file is not a whole, well-formed GGUF file, or does not hold what was asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where a tensor lies.
+
+    Attributes:
+      shape: outermost axis first; a weight is `(out, in)`.
+      kind: its storage format.
+      offset: of its first byte in the file.
+      num_bytes: stored size.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: TensorType
+    offset: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class GGUF:
+    """An opened file: its metadata and its tensor directory; tensors are read when asked for.
+
+    Attributes:
+      path: the file.
+      metadata: values by key; arrays of numbers are NumPy arrays, arrays of strings are lists.
+      tensors: the directory, by name.
+    """
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+
+    def info(self, name: str) -> TensorInfo:
+        """The directory's entry of one tensor, which must be there."""
+        if name not in self.tensors:
+            raise GGUFError(f"{self.path}: expected a tensor {name!r}, the file has none")
+        return self.tensors[name]
+
+    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
+        """Read one tensor as float32, outermost axis first.
+
+        Raises:
+          GGUFError: there is no such tensor, its shape is not `shape`, or the file was cut.
+        """
+        info = self.info(name)
+        if shape is not None and info.shape != shape:
+            raise GGUFError(f"{self.path}: expected {name!r} of shape {shape}, got {info.shape}")
+        with self.path.open("rb") as file:
+            file.seek(info.offset)
+            raw = np.fromfile(file, np.uint8, info.num_bytes)
+        if raw.size != info.num_bytes:
+            raise GGUFError(
+                f"{self.path}: expected {info.num_bytes} bytes of {name!r}, got {raw.size}: "
+                "the file was changed after it was opened"
+            )
+        return dequantise(info.kind, raw).reshape(info.shape)
+
+    def value(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
+        """Metadata by key, of the expected Python type; without a default the key must exist."""
+        found = self.metadata.get(key, default)
+        if found is None:
+            raise GGUFError(f"{self.path}: expected metadata {key!r}, the file has none")
+        if not isinstance(found, kind) or (isinstance(found, bool) and kind is not bool):
+            raise GGUFError(f"{self.path}: expected {key!r} of type {kind}, got {found!r:.80}")
+        return found
+
+
+def read_gguf(path: str | os.PathLike[str]) -> GGUF:
+    """Open a GGUF file, version 2 or 3, and check its whole directory.
+
+    Raises:
+      GGUFError: the file is cut, corrupt, of another version, or another kind of file.
+      NotImplementedError: a tensor is stored in a format that this reader lacks.
+      OSError: it cannot be read at all.
+
+    Example:
+      >>> gguf = read_gguf("SmolLM2-135M-Instruct.Q4_1.gguf")  # doctest: +SKIP
+      >>> gguf.tensor("output_norm.weight").shape  # doctest: +SKIP
+      (576,)
+    """
+    path = Path(path)
+    with path.open("rb") as file:
+        return _Parser(path, file).parse()
+
+
+class _Parser:
+    """A cursor over the header that knows how many bytes are left."""
+
+    def __init__(self, path: Path, file: BinaryIO):
+        self.path, self.file = path, file
+        self.size = os.fstat(file.fileno()).st_size
+        self.left = self.size
+
+    def parse(self) -> GGUF:
+        magic = self.take(4, "the magic")
+        if magic != b"GGUF":
+            raise self.error(f"expected a GGUF file, which begins with b'GGUF', got {magic!r}")
+        version = self.u32("the version")
+        if version not in (2, 3):
+            raise self.error(f"expected GGUF version 2 or 3 (little-endian), got {version}")
+        # The shortest tensor entry takes 32 bytes, the shortest metadata entry 13.
+        num_tensors = self.count(32, "tensors")
+        num_entries = self.count(13, "metadata entries")
+        metadata: dict[str, Any] = {}
+        for _ in range(num_entries):
+            key = self.string("a metadata key")
+            if key in metadata:
+                raise self.error(f"expected each metadata key once, got {key!r} again")
+            metadata[key] = self.value(self.u32(f"the type of {key!r}"), key)
+        directory = [self.tensor_entry() for _ in range(num_tensors)]
+        return GGUF(self.path, metadata, self.place(directory, metadata))
+
+    def error(self, message: str) -> GGUFError:
+        return GGUFError(f"{self.path}: {message}")
+
+    def take(self, num_bytes: int, what: str) -> bytes:
+        if num_bytes > self.left:
+            raise self.error(
+                f"expected {num_bytes} bytes for {what} at byte {self.size - self.left}, got "
+                f"{self.left} up to the end: the file is cut short or corrupt"
+            )
+        data = self.file.read(num_bytes)
+        if len(data) != num_bytes:
+            raise self.error(f"expected {num_bytes} bytes for {what}, got {len(data)}")
+        self.left -= num_bytes
+        return data
+
+    def u32(self, what: str) -> int:
+        return _U32.unpack(self.take(4, what))[0]
+
+    def u64(self, what: str) -> int:
+        return _U64.unpack(self.take(8, what))[0]
+
+    def count(self, item_bytes: int, what: str) -> int:
+        """A number of items, of which each takes at least `item_bytes` of what is left."""
+        number = self.u64(f"the number of {what}")
+        if number * item_bytes > self.left:
+            raise self.error(
+                f"expected at most {self.left // item_bytes} {what} in the {self.left} bytes "
+                f"that are left, got {number}: the file is cut short or corrupt"
+            )
+        return number
+
+    def string(self, what: str) -> str:
+        data = self.take(self.u64(f"the length of {what}"), what)
+        try:
+            return data.decode()
+        except UnicodeDecodeError as error:
+            raise self.error(f"expected {what} in UTF-8, got {data[:40]!r}") from error
+
+    def value(self, kind: int, key: str, depth: int = 0) -> Any:
+        if kind in _SCALARS:
+            dtype = _SCALARS[kind]
+            return np.frombuffer(self.take(dtype.itemsize, key), dtype)[0].item()
+        if kind == _STRING:
+            return self.string(key)
+        if kind != _ARRAY:
+            raise self.error(f"expected a value type from 0 to 12 for {key!r}, got {kind}")
+        if depth == _MAX_NESTING:
+            raise self.error(f"expected at most {_MAX_NESTING} nested arrays in {key!r}")
+        item = self.u32(f"the item type of {key!r}")
+        if item in _SCALARS:
+            number = self.count(_SCALARS[item].itemsize, key)
+            return np.frombuffer(self.take(number * _SCALARS[item].itemsize, key), _SCALARS[item])
+        number = self.count(12 if item == _ARRAY else 8, key)
+        return [self.value(item, key, depth + 1) for _ in range(number)]
+
+    def tensor_entry(self) -> tuple[str, tuple[int, ...], TensorType, int]:
+        name = self.string("a tensor name")
+        dims = self.u32(f"the number of axes of {name!r}")
+        if not 1 <= dims <= _MAX_DIMS:
+            raise self.error(f"expected 1 to {_MAX_DIMS} axes of {name!r}, got {dims}")
+        shape = tuple(self.u64(f"the shape of {name!r}") for _ in range(dims))[::-1]
+        kind = self.u32(f"the type of {name!r}")
+        if kind not in TENSOR_TYPES:
+            known = ", ".join(t.name for t in TENSOR_TYPES.values())
+            raise NotImplementedError(
+                f"{self.path}: {name!r} is stored as ggml type {kind}; this reader knows {known}"
+            )
+        return name, shape, TENSOR_TYPES[kind], self.u64(f"the offset of {name!r}")
+
+    def place(self, directory: list, metadata: dict[str, Any]) -> dict[str, TensorInfo]:
+        """Turn the directory's entries into places in the file, having checked each of them."""
+        align = metadata.get("general.alignment", 32)
+        if not isinstance(align, int) or align < 1 or align & (align - 1):
+            raise self.error(f"expected a power of two as general.alignment, got {align!r:.80}")
+        header = self.size - self.left
+        start = header + -header % align
+        tensors: dict[str, TensorInfo] = {}
+        end, before = start, "the header"
+        for name, shape, kind, offset in sorted(directory, key=lambda entry: entry[3]):
+            if name in tensors:
+                raise self.error(f"expected each tensor once, got {name!r} again")
+            if min(shape) < 1 or shape[-1] % kind.block_size:
+                raise self.error(
+                    f"expected {name!r} ({kind.name}) to have axes of at least 1, the last a "
+                    f"multiple of {kind.block_size}, got {shape}"
+                )
+            num_bytes = math.prod(shape) // kind.block_size * kind.block_bytes
+            first = start + offset
+            if offset % align or first < end or first + num_bytes > self.size:
+                raise self.error(
+                    f"expected the {num_bytes} bytes of {name!r} at a multiple of {align}, after "
+                    f"{before} (which ends at {end}) and before the end of the file at "
+                    f"{self.size}, got byte {first}: the file is cut short or corrupt"
+                )
+            tensors[name] = TensorInfo(name, shape, kind, first, num_bytes)
+            end, before = first + num_bytes, repr(name)
+        return tensors

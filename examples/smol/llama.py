@@ -1,0 +1,101 @@
+"""A Llama-family decoder in JAX that keeps its keys and values in a paged cache.
+
+Everything the cache needs from a model is in `_attention`: write this step's K and V to
+`batch.slots`, then attend through `batch`. The rest is an ordinary Llama.
+
+Axes: B rows, T tokens per row, M = B * T, E model width, V vocabulary, Hq and Hk query and KV
+heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from paged_decode import DecodeBatch, KVCache
+
+from .checkpoint import LlamaConfig, Params, load
+
+__all__ = ["LlamaConfig", "load", "make_model"]
+
+Model = Callable[[Params, KVCache, Array, DecodeBatch], tuple[Array, KVCache]]
+
+
+def make_model(config: LlamaConfig) -> Model:
+    """Return `model(params, cache, tokens, batch) -> (logits, cache)` for these sizes.
+
+    tokens is int32 `[B, T]`, right-aligned as `batch` says; logits are float32 `[B, V]` of each
+    row's last token. Compute follows the dtype of the weights, with norms, rotary angles and
+    logits in float32. The cache should be donated by whoever compiles the step. On GPU and TPU,
+    float32 weights compute in float32 only under `jax_default_matmul_precision="highest"`.
+
+    Example:
+      >>> step = jax.jit(make_model(config), donate_argnums=1)  # doctest: +SKIP
+      >>> logits, cache = step(params, cache, tokens, batch)  # doctest: +SKIP
+    """
+
+    def model(
+        params: Params, cache: KVCache, tokens: Int[Array, "B T"], batch: DecodeBatch
+    ) -> tuple[Float[Array, "B V"], KVCache]:
+        rows, columns = tokens.shape
+        embed = params["embed"]
+        x = jnp.take(embed, tokens.reshape(-1), axis=1).T
+        rope = _rope_angles(params["rope_frequencies"], batch.positions)
+        for index, layer in enumerate(params["layers"]):
+            normed = _rms_norm(x, layer["attention_norm"], config.norm_eps)
+            mixed, cache = _attention(config, layer, index, normed, rope, cache, batch)
+            x = x + mixed
+            x = x + _feed_forward(layer, _rms_norm(x, layer["inner_norm"], config.norm_eps))
+        last = x.reshape(rows, columns, -1)[:, -1]
+        last = _rms_norm(last, params["norm"], config.norm_eps)
+        head = params.get("head", embed)
+        return jnp.matmul(last, head, preferred_element_type=jnp.float32), cache
+
+    return model
+
+
+def _attention(
+    config: LlamaConfig,
+    layer: Params,
+    index: int,
+    x: Float[Array, "M E"],
+    rope: tuple[Array, Array],
+    cache: KVCache,
+    batch: DecodeBatch,
+) -> tuple[Float[Array, "M E"], KVCache]:
+    rotated = config.num_heads + config.num_kv_heads
+    heads = (x @ layer["qkv"]).reshape(
+        *batch.positions.shape, rotated + config.num_kv_heads, config.head_dim
+    )
+    q, k = jnp.split(_rotate(heads[:, :, :rotated], *rope), [config.num_heads], axis=2)
+    cache = cache.append(index, k, heads[:, :, rotated:], batch.slots)
+    seen = cache.attend(index, q, batch, sliding_window=config.sliding_window)
+    return seen.reshape(len(x), -1) @ layer["out"], cache
+
+
+def _feed_forward(layer: Params, x: Float[Array, "M E"]) -> Float[Array, "M E"]:
+    gate, up = jnp.split(x @ layer["gate_up"], 2, axis=-1)
+    return (jax.nn.silu(gate) * up) @ layer["down"]
+
+
+def _rms_norm(x: Float[Array, "M E"], weight: Float[Array, " E"], eps: float) -> Array:
+    wide = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (wide * scale).astype(x.dtype) * weight
+
+
+def _rope_angles(
+    frequencies: Float[Array, " half"], positions: Int[Array, "B T"]
+) -> tuple[Array, Array]:
+    """cos and sin `[B, T, 1, D/2]`, made once a step for all layers and heads."""
+    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def _rotate(x: Float[Array, "B T H D"], cos: Array, sin: Array) -> Float[Array, "B T H D"]:
+    """Rotate the pairs (i, i + D/2)."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,22 @@
+"""The examples are scripts beside a package `smol`; they are imported from their own folder."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+
+
+@pytest.fixture(scope="session")
+def real_gguf() -> Path:
+    """The real model's file; without a network the test is skipped, but never in CI."""
+    from smol import weights
+
+    try:
+        return weights.fetch()
+    except weights.WeightsError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"no weights: {error}")

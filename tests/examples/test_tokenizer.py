@@ -1,0 +1,143 @@
+"""Text to ids and back: the golden ids of the real vocabulary, and every rule on a tiny one."""
+
+import json
+from pathlib import Path
+
+import pytest
+from smol import tokenizer
+from smol.gguf_reader import GGUFError
+from smol.tokenizer import StreamDecoder
+
+from .tiny_gguf import gguf_bytes
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "smollm2_greedy.json"
+CHATML = "{% for message in messages %}<|im_start|>{{ message.content }}<|im_end|>{% endfor %}"
+TEXTS = [
+    "",
+    "hello hello",
+    "  two spaces 2024\n\n and 17 lines\t",
+    "grüße, žluťoučký kůň, 你好, नमस्ते, 👩‍👩‍👧‍👦!",
+    "a\u0000b\u007f\u00ad\ufffd",
+]
+
+
+def byte_spelling() -> list[str]:
+    """Byte-level BPE writes byte b as this character, found by asking the library itself."""
+    from tokenizers import pre_tokenizers
+
+    return sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+def tiny_file(tmp_path, pre: str = "smollm", **changes) -> Path:
+    words = ["he", "ll", "hell", "hello", "12"]
+    merges = ["h e", "l l", "he ll", "hell o", "1 2"]
+    special = ["<|im_start|>", "<|im_end|>"]
+    tokens = [*special, *byte_spelling(), *words]
+    metadata = {
+        "tokenizer.ggml.model": ("string", "gpt2"),
+        "tokenizer.ggml.pre": ("string", pre),
+        "tokenizer.ggml.tokens": ("array:string", tokens),
+        "tokenizer.ggml.token_type": ("array:i32", [3, 3] + [1] * (len(tokens) - 2)),
+        "tokenizer.ggml.merges": ("array:string", merges),
+        "tokenizer.ggml.bos_token_id": ("u32", 0),
+        "tokenizer.ggml.eos_token_id": ("u32", 1),
+        "tokenizer.ggml.add_bos_token": ("bool", False),
+        "tokenizer.chat_template": ("string", CHATML),
+    }
+    metadata |= {key.replace("__", "."): entry for key, entry in changes.items()}
+    path = tmp_path / f"{pre}.gguf"
+    path.write_bytes(gguf_bytes({k: v for k, v in metadata.items() if v is not None}, {}))
+    return path
+
+
+@pytest.mark.parametrize("pre", ["smollm", "gpt-2", "llama-bpe"])
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_survives_the_round_trip(tmp_path, pre, text):
+    words = tokenizer.load(tiny_file(tmp_path, pre))
+    assert words.decode(words.encode(text)) == text
+
+
+def test_smollm_cuts_numbers_into_digits_and_the_others_do_not(tmp_path):
+    spelt = {}
+    for pre in ("smollm", "gpt-2", "llama-bpe"):
+        words = tokenizer.load(tiny_file(tmp_path, pre))
+        spelt[pre] = [words.tokens[i] for i in words.encode("hello 12")]
+    assert spelt["smollm"] == ["hello", "Ġ", "1", "2"]
+    assert spelt["gpt-2"] == spelt["llama-bpe"] == ["hello", "Ġ", "12"]
+
+
+def test_a_stream_shows_a_character_when_its_last_byte_has_come(tmp_path):
+    words = tokenizer.load(tiny_file(tmp_path))
+    ids = words.encode("é👩!")
+    assert len(ids) == 7  # one token per byte
+    stream = StreamDecoder(words)
+    assert [stream.push(i) for i in ids] == ["", "é", "", "", "", "👩", "!"]
+    assert stream.flush() == ""
+
+
+def test_a_stream_that_ends_inside_a_character_says_so_once(tmp_path):
+    words = tokenizer.load(tiny_file(tmp_path))
+    stream = StreamDecoder(words)
+    assert [stream.push(i) for i in words.encode("a👩")[:-1]] == ["a", "", "", ""]
+    assert stream.flush() == "\ufffd"
+
+
+def test_control_tokens_are_read_whole_and_written_never(tmp_path):
+    words = tokenizer.load(tiny_file(tmp_path))
+    ids = words.encode("<|im_start|>hello<|im_end|>")
+    assert [words.tokens[i] for i in ids] == ["<|im_start|>", "hello", "<|im_end|>"]
+    assert words.decode(ids) == "hello"
+    assert words.eos_id == ids[-1]
+
+
+def test_the_begin_token_comes_first_if_the_file_asks_for_it(tmp_path):
+    words = tokenizer.load(tiny_file(tmp_path, tokenizer__ggml__add_bos_token=("bool", True)))
+    assert words.encode("hello")[0] == 0
+
+
+def test_a_chat_is_three_turns(tmp_path):
+    words = tokenizer.load(tiny_file(tmp_path))
+    text = "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
+    assert words.encode_chat("Q", system="S") == words.encode(text)
+
+
+def test_another_chat_template_is_refused(tmp_path):
+    words = tokenizer.load(tiny_file(tmp_path, tokenizer__chat_template=("string", "[INST]")))
+    with pytest.raises(NotImplementedError, match="im_start"):
+        words.encode_chat("Q")
+
+
+def test_an_unknown_pre_tokenizer_is_named_with_those_that_are_known(tmp_path):
+    with pytest.raises(NotImplementedError, match="'qwen2'.*'smollm', 'gpt-2', 'llama-bpe'"):
+        tokenizer.load(tiny_file(tmp_path, "qwen2"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(tokenizer__ggml__tokens=None),
+        dict(tokenizer__ggml__tokens=("array:u8", [1, 2])),
+        dict(tokenizer__ggml__tokens=("array:string", ["a", "b"])),
+        dict(tokenizer__ggml__token_type=("array:i32", [1])),
+        dict(tokenizer__ggml__merges=("array:string", ["a"])),
+        dict(tokenizer__ggml__merges=("array:string", ["zz zz"])),
+        dict(tokenizer__ggml__merges=("array:array:string", [["a", "b"]])),
+        dict(tokenizer__ggml__eos_token_id=None),
+        dict(tokenizer__ggml__eos_token_id=("string", "1")),
+    ],
+)
+def test_entries_that_do_not_fit_together_are_one_kind_of_error(tmp_path, change):
+    with pytest.raises(GGUFError):
+        tokenizer.load(tiny_file(tmp_path, **change))
+
+
+@pytest.mark.slow
+def test_the_real_vocabulary_gives_the_golden_ids(real_gguf):
+    words = tokenizer.load(real_gguf)
+    for case in json.loads(GOLDEN.read_text())["cases"]:
+        assert words.encode(case["text"]) == case["prompt_ids"], case["name"]
+    chat = next(c for c in json.loads(GOLDEN.read_text())["cases"] if c["name"] == "chat")
+    assert words.encode_chat("What is gravity? Answer in two sentences.") == chat["prompt_ids"]
+    assert words.tokens[words.eos_id] == "<|im_end|>"
+    for text in TEXTS:
+        assert words.decode(words.encode(text)) == text
