@@ -77,6 +77,7 @@ class PrefixCache:
         self._fingerprint = fingerprint
         self._digest = blake2b_digest if digest is None else digest
         self._next_serial = 1
+        self.num_forgotten = 0
         self.queried_tokens = self.hit_tokens = 0
 
     def namespace(self, salt: str | bytes | None) -> Namespace:
@@ -156,6 +157,7 @@ class PrefixCache:
         """The page can no longer be found."""
         del self.index[self.by_page.pop(page).digest]
         self.published[page] = False
+        self.num_forgotten += 1
 
     def retire(self, page: int) -> None:
         """A published page lost its last owner: it may be evicted from now on."""

@@ -76,7 +76,9 @@ class SequenceTable:
         self.num_pages = np.zeros(rows, np.int64)
         self.generation = np.full(rows, _VACANT, np.int64)
         self.page_table = np.zeros((rows, columns), np.int32)
-        # Per row: the cache entries that stand for its committed full pages, and their root.
+        # Per row: the cache entries that stand for its committed full pages, and their root; and
+        # how many entries the cache had forgotten when all of these were last seen to be live.
+        self.chain_seen = np.zeros(rows, np.int64)
         self.chains: list[list[CacheEntry]] = [[] for _ in range(rows)]
         self.namespaces = [_NOWHERE] * rows
         self.salts: list[str | bytes | None] = [None] * rows
@@ -156,7 +158,7 @@ class SequenceTable:
     def copy(self, row: int, pages: np.ndarray) -> int:
         """Start a sequence like `row`, on these pages; there is room for it."""
         child = self.open(self.namespaces[row], self.salts[row], pages)
-        for field in (self.length, self.computed, self.cached):
+        for field in (self.length, self.computed, self.cached, self.chain_seen):
             field[child] = field[row]
         self.chains[child] = list(self.chains[row])
         return child

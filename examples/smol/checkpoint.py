@@ -62,52 +62,54 @@ def _read_config(gguf: GGUF) -> LlamaConfig:
         raise NotImplementedError(
             f"{gguf.path}: expected architecture 'llama', got {architecture!r}"
         )
-
-    def size(key: str, default: int | None = None) -> int:
-        found = gguf.value(f"llama.{key}", int, default)
-        if not 1 <= found < 2**31:
-            raise GGUFError(f"{gguf.path}: expected a positive 'llama.{key}', got {found}")
-        return found
-
-    def number(key: str, default: float) -> float:
-        found = gguf.value(f"llama.{key}", (float, int), default)
-        if not 0 < found < float("inf"):
-            raise GGUFError(f"{gguf.path}: expected a positive 'llama.{key}', got {found}")
-        return found
-
-    width, heads = size("embedding_length"), size("attention.head_count")
-    head_dim = size("attention.key_length", max(width // heads, 1))
-    kv_heads = size("attention.head_count_kv", heads)
+    width, heads = _size(gguf, "embedding_length"), _size(gguf, "attention.head_count")
+    head_dim = _size(gguf, "attention.key_length", max(width // heads, 1))
+    kv_heads = _size(gguf, "attention.head_count_kv", heads)
     if heads % kv_heads or head_dim % 2:
         raise GGUFError(
             f"{gguf.path}: expected query heads a multiple of KV heads and an even head size, got "
             f"{heads}, {kv_heads} and {head_dim}"
         )
     scaling = gguf.value("llama.rope.scaling.type", str, "none")
-    for what, found, expected in (
-        ("rope.scaling.type", scaling, ("none", "linear")),
-        ("rope.dimension_count", size("rope.dimension_count", head_dim), (head_dim,)),
-        ("attention.value_length", size("attention.value_length", head_dim), (head_dim,)),
-    ):
-        if found not in expected:
-            raise NotImplementedError(
-                f"{gguf.path}: 'llama.{what}' = {found!r} is not served, only {expected}"
-            )
+    _served(gguf, "rope.scaling.type", scaling, ("none", "linear"))
+    for key in ("rope.dimension_count", "attention.value_length"):
+        _served(gguf, key, _size(gguf, key, head_dim), (head_dim,))
     window = "attention.sliding_window"
     return LlamaConfig(
         vocab_size=gguf.info("token_embd.weight").shape[0],
-        num_layers=size("block_count"),
+        num_layers=_size(gguf, "block_count"),
         width=width,
-        inner_width=size("feed_forward_length"),
+        inner_width=_size(gguf, "feed_forward_length"),
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        max_positions=size("context_length"),
-        rope_theta=number("rope.freq_base", 10000.0),
-        rope_scale=number("rope.scaling.factor", 1.0) if scaling == "linear" else 1.0,
-        norm_eps=number("attention.layer_norm_rms_epsilon", 1e-5),
-        sliding_window=size(window) if f"llama.{window}" in gguf.metadata else None,
+        max_positions=_size(gguf, "context_length"),
+        rope_theta=_number(gguf, "rope.freq_base", 10000.0),
+        rope_scale=_number(gguf, "rope.scaling.factor", 1.0) if scaling == "linear" else 1.0,
+        norm_eps=_number(gguf, "attention.layer_norm_rms_epsilon", 1e-5),
+        sliding_window=_size(gguf, window) if f"llama.{window}" in gguf.metadata else None,
     )
+
+
+def _size(gguf: GGUF, key: str, default: int | None = None) -> int:
+    found = gguf.value(f"llama.{key}", int, default)
+    if not 1 <= found < 2**31:
+        raise GGUFError(f"{gguf.path}: expected a positive 'llama.{key}', got {found}")
+    return found
+
+
+def _number(gguf: GGUF, key: str, default: float) -> float:
+    found = gguf.value(f"llama.{key}", (float, int), default)
+    if not 0 < found < float("inf"):
+        raise GGUFError(f"{gguf.path}: expected a positive 'llama.{key}', got {found}")
+    return found
+
+
+def _served(gguf: GGUF, key: str, found: object, served: tuple[object, ...]) -> None:
+    if found not in served:
+        raise NotImplementedError(
+            f"{gguf.path}: 'llama.{key}' = {found!r} is not served, only {served}"
+        )
 
 
 class _Loader:

@@ -567,6 +567,39 @@ class TestPrefixCache:
         first, second = BlockAllocator(9, 4), BlockAllocator(9, 4)
         assert first.page_digests(range(9)) != second.page_digests(range(9))
 
+    @pytest.mark.parametrize("lost", [1, 2])
+    def test_a_sequence_publishes_its_own_pages_where_its_twins_are_lost(self, lost):
+        """29, 32: found pages are never unfindable because of who computed them first."""
+        allocator = make(16)
+        tokens = list(range(3 * S))
+        first, second = allocator.allocate(tokens), allocator.allocate(tokens)
+        allocator.commit([first], 2 * S)
+        allocator.commit([second], 3 * S)  # its first two pages stay unpublished: first has twins
+        allocator.truncate(first, lost * S - 1)  # one of the twins leaves the cache
+        assert allocator.match_prefix([*tokens, 0]) == (lost - 1) * S
+        (third,) = allocator.fork(second)
+        for handle in (third, second):
+            allocator.append([handle], [[70, 71, 72, 73]])
+            allocator.commit([handle], 4 * S)
+            assert allocator.match_prefix([*tokens, 70, 71, 72, 73, 0]) == 4 * S
+            allocator.check_invariants()
+        allocator.free([first, second, third])
+        allocator.check_invariants()
+
+    def test_a_fork_on_a_used_row_knows_which_of_its_entries_are_lost(self):
+        """29, 32: the row of the fork belonged to a sequence that had lost nothing."""
+        allocator = make(16)
+        tokens = list(range(2 * S))
+        first, second = allocator.allocate(tokens), allocator.allocate(tokens)
+        allocator.commit([first], S)
+        allocator.commit([second], 2 * S)
+        allocator.truncate(first, S - 1)
+        allocator.free(computed(allocator, range(50, 50 + S)))
+        (child,) = allocator.fork(second)
+        allocator.append([child], [[70, 71, 72, 73]])
+        allocator.commit([child], 3 * S)
+        assert allocator.match_prefix([*tokens, 70, 71, 72, 73, 0]) == 3 * S
+
     def test_a_recomputed_parent_takes_the_place_of_the_stale_child(self):
         """29, 32: the child's entry outlived its parent, and names a link that is gone."""
         allocator = make(8)

@@ -26,7 +26,7 @@ def run(
     [
         "--page-size 16",
         "--page-size 1 --no-prefix-cache --num-pages 160",
-        "--page-size 64 --num-pages 3 --prefill-chunk 8 --decode-steps 5",
+        "--page-size 64 --num-pages 4 --prefill-chunk 8 --decode-steps 5",
         "--page-size 16 --one-by-one",
     ],
 )
