@@ -10,10 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from smol import llama, tokenizer, weights
 
@@ -81,7 +82,6 @@ class Screen:
             TextColumn("{task.description:12}"),
             BarColumn(48),
             MofNCompleteColumn(),
-            TimeElapsedColumn(),
         )
         self.done = self.bars.add_task("tokens", total=len(questions) * MAX_NEW)
         self.used = self.bars.add_task("pages used", total=NUM_PAGES - 1)
@@ -126,12 +126,22 @@ def run(engine: Engine, prompts: list[list[int]], screen: Screen, stop: int, con
     return np.array(history), [w for w in waste if w > 0], preempted_at
 
 
-def report(engine: Engine, warm: int, seconds: float, waste: list[float], console: Console) -> None:
+def count_compilations() -> list[float]:
+    """A list that grows by the seconds of every program XLA compiles from now on."""
+    compiled: list[float] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, seconds, **_: compiled.append(seconds) if "backend_compile" in name else None
+    )
+    return compiled
+
+
+def report(
+    engine: Engine, warm: int, late: int, seconds: float, waste: list[float], console: Console
+) -> None:
     stats = engine.stats
     table = Table(title="One continuous batch, one small pool", title_justify="left")
     table.add_column("measure")
     table.add_column("value", justify="right")
-    late = stats.programs - warm
     for name, value in (
         ("prefill", f"{stats.prefill_tokens / stats.prefill_seconds:.0f} tokens/s"),
         ("decode", f"{stats.decode_tokens / stats.decode_seconds:.1f} tokens/s"),
@@ -185,13 +195,17 @@ def main() -> None:
     prompts = [words.encode_chat(q, system if q in SHARED else None) for q in questions]
     engine = make_engine(path, max(map(len, prompts)))
     console.print("Compiling ...")
-    start = time.perf_counter()
-    warm = engine.warmup()
-    console.print(f"{warm} programs in {time.perf_counter() - start:.0f} s")
+    compiled = count_compilations()
+    engine.warmup()
+    warm = len(compiled)
+    console.print(f"{warm} programs in {sum(compiled):.0f} s")
     start = time.perf_counter()
     screen = Screen(questions, words)
     history, waste, preempted_at = run(engine, prompts, screen, words.eos_id, console)
-    report(engine, warm, time.perf_counter() - start, waste, console)
+    seconds = time.perf_counter() - start
+    for question, tokens in zip(questions, screen.tokens, strict=True):
+        console.print(f"[bold]{question}[/bold]\n{words.decode(tokens).strip()}\n")
+    report(engine, warm, len(compiled) - warm, seconds, waste, console)
     engine.allocator.check_invariants()
     plot(history, preempted_at)
     console.print(f"Timeline of the pool: {OUT}")
