@@ -129,9 +129,12 @@ def run(engine: Engine, prompts: list[list[int]], screen: Screen, stop: int, con
 def count_compilations() -> list[float]:
     """A list that grows by the seconds of every program XLA compiles from now on."""
     compiled: list[float] = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, seconds, **_: compiled.append(seconds) if "backend_compile" in name else None
-    )
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if "backend_compile" in event:
+            compiled.append(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
     return compiled
 
 
