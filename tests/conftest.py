@@ -1,6 +1,7 @@
 """Strict settings for every test: CPU, strict promotion, warnings as errors, checked shapes."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -8,8 +9,18 @@ import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
 
+ROOT = Path(__file__).parents[1]
+# Every module but one kind: Triton compiles its functions' source and cannot see through wrappers.
+MODULES = [
+    ".".join(("paged_decode", *path.relative_to(ROOT).with_suffix("").parts)).replace(
+        "paged_decode.paged_decode.", "paged_decode."
+    )
+    for room in ("allocator", "kernels", "paged_decode")
+    for path in (ROOT / room).rglob("*.py")
+    if path.name not in ("__init__.py", "kernel.py")
+]
 # Every array annotation of the package is checked at run time while the tests run.
-install_import_hook("paged_decode", "beartype.beartype")
+install_import_hook(MODULES, "beartype.beartype")
 
 import jax  # noqa: E402
 

@@ -9,13 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from paged_decode.kernels import BACKENDS, paged_attention
 
 NAMES = [backend.name for backend in BACKENDS]
-# These serve every case of the suite. Another backend may refuse one: that shows as an xfail with
-# the backend's own reason, never as a pass or a skip.
+# These serve every case of the suite. Another backend may refuse one: `conftest.py` shows that as
+# an xfail with the backend's own reason, never as a pass or a skip.
 SERVE_EVERYTHING = {"xla", "reference"}
 
 # (rtol, atol) of outputs against the float64 oracle; the inputs are already rounded to the dtype.
@@ -104,14 +103,8 @@ def build(case: Case, *, fill: float = 0.0, order: int = 0) -> Inputs:
 
 
 def attend(backend: str, *args: Any, **options: Any) -> tuple[np.ndarray, np.ndarray]:
-    """`paged_attention` with its lse on one backend; a refusal becomes an xfail with its reason."""
-    try:
-        out, lse = paged_attention(*args, return_lse=True, implementation=backend, **options)
-    except ExceptionGroup as group:
-        reasons = [str(e) for e in group.exceptions if isinstance(e, NotImplementedError)]
-        if backend in SERVE_EVERYTHING or len(reasons) != len(group.exceptions):
-            raise
-        pytest.xfail(f"refused: {'; '.join(reasons)}")
+    """`paged_attention` with its lse on one backend."""
+    out, lse = paged_attention(*args, return_lse=True, implementation=backend, **options)
     return np.asarray(out), np.asarray(lse)
 
 

@@ -123,7 +123,11 @@ WRONG = [
     (dict(sinks=np.zeros((2, 0), np.float32)), ValueError, r"K >= 1; got shape \(2, 0\)"),
     (dict(sinks=np.zeros((), np.float32)), ValueError, r"sinks must be \[K\], \[Hk, K\]"),
     (dict(sinks=np.zeros(2, I32)), TypeError, r"sinks must be a floating-point array"),
-    (dict(implementation="cuda"), ValueError, r"some of \['reference', 'xla'\]; got 'cuda'"),
+    (
+        dict(implementation="cuda"),
+        ValueError,
+        r"some of \['reference', .* got 'cuda'",
+    ),
     (dict(implementation=()), ValueError, r"implementation must name some of .* an empty sequence"),
     (dict(implementation=(1,)), TypeError, r"implementation must be a name or a sequence of names"),
 ]

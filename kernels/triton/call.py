@@ -1,0 +1,107 @@
+"""From one attention call to one launch of the kernel."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ..record import AttentionCall
+from . import compat
+from .config import Shape, choose_config
+from .kernel import decode_kernel
+from .plan import Launch, plan
+
+__all__ = ["attend", "refusal"]
+
+MAX_DIM = 256
+MAX_GROUP = 64
+
+
+def refusal(call: AttentionCall) -> str | None:
+    """Why this backend cannot serve `call`, or None."""
+    if call.platform != "gpu":
+        return f"it runs on NVIDIA GPUs, not on {call.platform}"
+    if call.q.shape[1] != 1:
+        return f"it serves one query token a row, T = 1; got T = {call.q.shape[1]}"
+    if (reason := call.pool_refusal()) is not None:
+        return reason
+    if call.q.dtype != call.k_pages.dtype:
+        return f"q of dtype {call.q.dtype} over pages of dtype {call.k_pages.dtype} is not served"
+    if call.q.shape[3] > MAX_DIM:
+        return f"it serves D up to {MAX_DIM}; got D = {call.q.shape[3]}"
+    if call.group > MAX_GROUP:
+        return f"it serves up to {MAX_GROUP} query heads a KV head; got {call.group}"
+    if call.page_size & (call.page_size - 1):
+        return f"it serves page sizes that are powers of two; got {call.page_size}"
+    return compat.problem()
+
+
+def attend(call: AttentionCall) -> tuple[Float[Array, "B 1 Hq D"], Float[Array, "B 1 Hq"]]:
+    """Serve `call` in one launch."""
+    if call.q.shape[0] == 0:
+        return call.q, jnp.zeros(call.q.shape[:-1], jnp.float32)
+    shape = shape_of(call)
+    launch = plan(
+        shape,
+        choose_config(shape),
+        dtype=str(call.q.dtype),
+        pages=call.k_pages.shape[1],
+        columns=call.page_table.shape[1],
+        scale=call.scale,
+        window=call.window,
+        soft_cap=call.soft_cap,
+    )
+    out, lse, *_ = run(call, launch)
+    return out.reshape(call.q.shape), lse.reshape(call.q.shape[:-1])
+
+
+def run(call: AttentionCall, launch: Launch) -> list[Array]:
+    """The launch as a custom call: out, lse and two scratches."""
+    inputs = (
+        call.q,
+        call.k_pages,
+        call.v_pages,
+        call.layer,
+        call.page_table,
+        call.seq_lens,
+        call.starts,
+        call.sink,
+        _counters(launch.counters),
+    )
+    return compat.launch(
+        decode_kernel,
+        inputs,
+        [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in launch.outputs],
+        grid=launch.grid,
+        warps=launch.warps,
+        stages=launch.stages,
+        name="paged_decode",
+        constants=launch.constants,
+    )
+
+
+def shape_of(call: AttentionCall) -> Shape:
+    """The static sizes of `call` and of the card it runs on."""
+    device = jax.devices()[0]
+    generation = str(getattr(device, "compute_capability", "9.0"))
+    return Shape(
+        rows=call.q.shape[0],
+        kv_heads=call.k_pages.shape[2],
+        group=call.group,
+        dim=call.q.shape[3],
+        page_size=call.page_size,
+        capacity=call.page_table.shape[1] * call.page_size,
+        itemsize=call.k_pages.dtype.itemsize,
+        processors=getattr(device, "core_count", 132),
+        generation=int(generation.replace(".", "")),
+    )
+
+
+def _counters(lanes: int) -> Array:
+    """Zeros that the kernel counts in and leaves as zeros, as a constant of the program.
+
+    A zeroed output, or `jnp.zeros`, would cost a memset in every call. The last number keeps XLA
+    from turning the constant into just that. Programs of one device run one after the other, so
+    no two launches count in it at the same time.
+    """
+    return jnp.asarray(np.append(np.zeros(lanes, np.int32), np.int32(1)))

@@ -1,0 +1,102 @@
+"""What differs between versions of jax-triton, in one place.
+
+| set | state |
+| --- | --- |
+| jax-triton 0.3.1, triton 3.6, any jax from 0.10.2 to 0.12 | works: what the `cuda` extra pins |
+| jax-triton 0.4.x, triton 3.7 and newer, jax 0.11 | works; PTX 8.7 is asked for |
+| jax-triton 0.4.x, triton 3.6 | its CUDA backend silently becomes a stub: fails at lowering |
+| jax-triton 0.4.1, jax 0.12 | its dead-code rule has another signature: fails under `jit` |
+
+0.3.1 cannot be imported where jax has no GPU plugin, so nothing here imports it before a launch.
+No array is aliased: the two disagree on whether an aliased output has a pointer of its own.
+"""
+
+import importlib
+import re
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Any
+
+import jax
+import numpy as np
+
+__all__ = ["launch", "problem"]
+
+CURE = "install the set that works: pip install 'paged-decode[cuda]' (jax-triton 0.3.1, triton 3.6)"
+
+
+def problem(versions: dict[str, str | None] | None = None) -> str | None:
+    """Why the installed set cannot launch a kernel, with the cure; None if it can.
+
+    `versions` of "jax", "jax-triton" and "triton" replace the installed ones in tests.
+    """
+    found = _installed() if versions is None else versions
+    missing = [name for name, version in found.items() if version is None]
+    if missing:
+        return f"{' and '.join(missing)} not installed; {CURE}"
+    ours, triton, jax_version = (_numbers(found[n]) for n in ("jax-triton", "triton", "jax"))
+    named = ", ".join(f"{name} {version}" for name, version in found.items())
+    if ours < (0, 3, 1):
+        return f"{named}: jax-triton before 0.3.1 does not know this jax; {CURE}"
+    if ours >= (0, 4) and triton < (3, 7):
+        return f"{named}: jax-triton 0.4 needs triton 3.7 and fails at lowering; {CURE}"
+    if (0, 4) <= ours <= (0, 4, 1) and jax_version >= (0, 12):
+        return f"{named}: jax-triton 0.4.1 fails under jit in jax 0.12; {CURE}"
+    return None
+
+
+def launch(
+    kernel: Any,
+    inputs: Sequence[jax.Array | np.float32],
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    *,
+    grid: int,
+    warps: int,
+    stages: int,
+    name: str,
+    constants: dict[str, Any],
+    compute_capability: int | None = None,
+) -> list[jax.Array]:
+    """One launch of a Triton kernel; pointers of `outputs` follow those of `inputs`.
+
+    Scalars are passed as `np.float32`: a Python float would become a double in 0.3.1.
+
+    Raises:
+      NotImplementedError: a set of versions that cannot launch, with the cure.
+    """
+    if (reason := problem()) is not None:
+        raise NotImplementedError(reason)
+    try:
+        binding = importlib.import_module("jax_triton")
+    except ImportError as error:
+        raise NotImplementedError(f"jax-triton cannot be imported: {error}; {CURE}") from error
+    modern = _numbers(metadata.version("jax-triton")) >= (0, 4)
+    options: dict[str, Any] = {"out_type" if modern else "out_shape": list(outputs)}
+    if modern:
+        # Newer Triton writes PTX that the assembler of CUDA 13.0 rejects.
+        options["backend_options"] = {"ptx_version": 87}
+    return binding.triton_call(
+        *inputs,
+        kernel=kernel,
+        grid=(grid,),
+        name=name,
+        num_warps=warps,
+        num_stages=stages,
+        compute_capability=compute_capability,
+        **options,
+        **constants,
+    )
+
+
+def _installed() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name in ("jax", "jax-triton", "triton"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _numbers(version: str | None) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version or "")[:3])

@@ -1,0 +1,95 @@
+"""From a config to one launch of the kernel: the grid, the constants, the buffers."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from .config import Config, Shape
+
+__all__ = ["Launch", "plan"]
+
+# Each program scans the lengths of the whole batch; with more rows than this none is split.
+MAX_SPLIT_ROWS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One launch: what jax-triton, the interpreter and the ahead-of-time compiler all need."""
+
+    grid: int
+    warps: int
+    stages: int
+    constants: dict[str, Any]
+    counters: int
+    outputs: tuple[tuple[tuple[int, ...], str], ...]  # (shape, dtype) of out, lse and two scratches
+
+
+def plan(
+    shape: Shape,
+    config: Config,
+    *,
+    dtype: str,
+    pages: int,
+    columns: int,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    dot_f32: bool = False,
+) -> Launch:
+    """The launch of `config` for a call of this shape."""
+    lanes = shape.kv_heads // config.pack
+    block_g, block_d = _power(shape.group), max(_power(shape.dim), 16)
+    tokens = config.block_n // config.pack
+    full = -(-shape.capacity // tokens)  # tiles of a row that fills its table
+    split = config.even > 0 and shape.rows <= MAX_SPLIT_ROWS
+    aims = (config.even, config.ragged) if split and shape.rows > 1 else (config.even,)
+    # Rounding up gives every row at most one program more than its share of the aim.
+    items = max(min(shape.rows + aim // lanes, shape.rows * full) for aim in aims) if split else 0
+    items = max(items, shape.rows)
+    size = max(-(-shape.rows * full * lanes // max(config.even, 1)), config.min_tiles)
+    most = items - shape.rows + 1
+    rows_m = block_g * config.pack
+    constants = dict(
+        ROWS=shape.rows,
+        COLUMNS=columns,
+        PAGES=pages,
+        PAGE=shape.page_size,
+        KV_HEADS=shape.kv_heads,
+        GROUP=shape.group,
+        D=shape.dim,
+        SCALE=scale,
+        SOFT_CAP=0.0 if soft_cap is None else soft_cap,
+        WINDOW=0 if window is None else window,
+        M=max(rows_m, 16),
+        BLOCK_G=block_g,
+        PACK=config.pack,
+        BLOCK_D=block_d,
+        BLOCK_N=config.block_n,
+        STAGES=config.stages,
+        CHUNK=min(max(config.merge * 32 * config.warps // (rows_m * block_d), 2), 16, _power(most)),
+        BLOCK_ROWS=_power(shape.rows) if split else 1,
+        GUESS=max((full + size // 2) // size, 1) if split else 1,
+        EVEN_ITEMS=config.even,
+        RAGGED_ITEMS=config.ragged,
+        MIN_TILES=config.min_tiles,
+        SPLIT=split,
+        DOT_F32=dot_f32,
+    )
+    heads = shape.kv_heads * shape.group
+    slots = items * lanes if most > 1 else 1
+    return Launch(
+        grid=items * lanes,
+        warps=config.warps,
+        stages=config.stages,
+        constants=constants,
+        counters=shape.rows * lanes,
+        outputs=(
+            ((shape.rows, heads, shape.dim), dtype),
+            ((shape.rows, heads), "float32"),
+            ((slots, config.pack * shape.group, shape.dim), "float32"),
+            ((slots, config.pack * shape.group), "float32"),
+        ),
+    )
+
+
+def _power(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
