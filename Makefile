@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast lint docs bench clean
+.PHONY: demo test test-fast lint docs clean
 
 demo: $(VENV)/.ready-examples
 	$(BIN)/python examples/demo.py
