@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
-from .checks import AnyArray, check_axes, check_float, check_index, concrete
+from .checks import AnyArray, check_axes, check_float, check_index, check_twins, concrete
 from .op import check_layer
 
 __all__ = ["append_kv", "copy_pages"]
@@ -136,11 +136,7 @@ def _copy(k_pages: Array, v_pages: Array, src: Array, dst: Array) -> tuple[Array
 
 def _check_pools(k_pages: Any, v_pages: Any, axes: str) -> None:
     check_axes("k_pages", k_pages, axes)
-    if v_pages.shape != k_pages.shape or v_pages.dtype != k_pages.dtype:
-        raise ValueError(
-            f"v_pages must have the shape and dtype of k_pages, {k_pages.shape} {k_pages.dtype}; "
-            f"got {v_pages.shape} {v_pages.dtype}"
-        )
+    check_twins("v_pages", v_pages, "k_pages", k_pages)
     if not jnp.issubdtype(k_pages.dtype, jnp.floating):
         raise NotImplementedError(
             f"pages of dtype {k_pages.dtype} would need scales, which this operation does not take"

@@ -14,7 +14,15 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
 
-__all__ = ["AnyArray", "check_axes", "check_float", "check_index", "check_number", "concrete"]
+__all__ = [
+    "AnyArray",
+    "check_axes",
+    "check_float",
+    "check_index",
+    "check_number",
+    "check_twins",
+    "concrete",
+]
 
 AnyArray = Array | np.ndarray
 
@@ -54,6 +62,15 @@ def check_float(name: str, array: Any) -> None:
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         came = type(array).__name__ if dtype is None else f"dtype {dtype}"
         raise TypeError(f"{name} must be a floating-point array; got {came}")
+
+
+def check_twins(name: str, array: Any, twin_name: str, twin: Any) -> None:
+    """Raise ValueError unless `array` has the shape and dtype of `twin`."""
+    if array.shape != twin.shape or array.dtype != twin.dtype:
+        raise ValueError(
+            f"{name} must have the shape and dtype of {twin_name}, {twin.shape} {twin.dtype}; got "
+            f"{array.shape} {array.dtype}"
+        )
 
 
 def check_number(name: str, value: Any, *, positive: bool = False) -> float:

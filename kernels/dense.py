@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from .checks import AnyArray, check_axes, check_float, check_index, concrete
+from .checks import AnyArray, check_axes, check_float, check_index, check_twins, concrete
 from .op import backend_names, paged_attention
 
 __all__ = ["decode_attention"]
@@ -70,11 +70,7 @@ def decode_attention(
     rows, dim = query.shape[0], query.shape[-1]
     check_axes("key", key, "B, S, Hk, D", B=rows, D=dim)
     check_axes("value", value, "B, S, Hk, D", B=rows, D=dim)
-    if key.shape != value.shape or key.dtype != value.dtype:
-        raise ValueError(
-            f"value must have the shape and dtype of key, {key.shape} {key.dtype}; got "
-            f"{value.shape} {value.dtype}"
-        )
+    check_twins("value", value, "key", key)
     _check_bounds("starts", starts, rows, None)
     _check_bounds("ends", ends, rows, key.shape[1])
     return _attend(

@@ -10,7 +10,15 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
 from . import dispatch
-from .checks import AnyArray, check_axes, check_float, check_index, check_number, concrete
+from .checks import (
+    AnyArray,
+    check_axes,
+    check_float,
+    check_index,
+    check_number,
+    check_twins,
+    concrete,
+)
 from .merge import sink_mass
 from .record import AttentionCall
 
@@ -173,11 +181,7 @@ def _check_arrays(q: Any, k_pages: Any, v_pages: Any, layer: Any) -> None:
     else:
         check_axes("k_pages", k_pages, "L, N, Hk, S, D")
         check_layer(layer, k_pages.shape[0])
-    if v_pages.shape != k_pages.shape or v_pages.dtype != k_pages.dtype:
-        raise ValueError(
-            f"v_pages must have the shape and dtype of k_pages, {k_pages.shape} {k_pages.dtype}; "
-            f"got {v_pages.shape} {v_pages.dtype}"
-        )
+    check_twins("v_pages", v_pages, "k_pages", k_pages)
     if 0 in k_pages.shape:
         raise ValueError(f"k_pages must have no empty axis; got shape {k_pages.shape}")
     heads, kv_heads = q.shape[-2], k_pages.shape[-3]

@@ -65,7 +65,6 @@ class Sample:
     siblings: list[Sample] = field(default_factory=list)  # forked when the prompt is in the cache
     handle: Any = None  # a Handle while it has pages
     computed: int = 0
-    admitted: int = -1  # order of admission; the newest is preempted first
     preemptions: int = 0
 
     @property
@@ -103,7 +102,6 @@ class Sample:
             siblings=[],
             handle=None,
             computed=0,
-            admitted=-1,
             preemptions=0,
         )
 

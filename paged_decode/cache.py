@@ -13,10 +13,9 @@ from jaxtyping import Array, Float, Int
 
 from .allocator import DecodeBatch, PageCopies
 from .kernels import append_kv, copy_pages, paged_attention
+from .kernels.checks import AnyArray
 
 __all__ = ["DecodeBatch", "KVCache", "PageCopies"]
-
-AnyArray = Array | np.ndarray
 
 # The class lives with the allocator, which never imports jax; here it becomes a pytree.
 jax.tree_util.register_dataclass(

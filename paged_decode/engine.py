@@ -88,9 +88,9 @@ class Engine:
         )
         self._shapes: set[tuple[int, int]] = set()  # rows, chunk; chunk 0 decodes
         self._waiting: deque[Sample] = deque()
-        self._running: list[Sample] = []  # in order of admission
+        self._running: list[Sample] = []  # in order of admission: the last is preempted first
         self._outbox = Outbox()
-        self._next_id = self._next_admission = 0
+        self._next_id = 0
 
     # ---- what users call
 
@@ -270,7 +270,7 @@ class Engine:
             self.allocator.truncate(handle, len(sample.tokens) - 1)
             self._waiting.remove(sample)
             sample.handle, sample.computed = handle, self.allocator.sequence(handle).computed
-            self._enter(sample)
+            self._running.append(sample)
             if sample.preemptions == 0:
                 self.stats.prefix_hit_tokens += sample.computed
             else:
@@ -295,16 +295,11 @@ class Engine:
         hit = self.allocator.match_prefix(sample.tokens, cache_salt=sample.cache_salt)
         return shared * self.allocator.page_size > hit
 
-    def _enter(self, sample: Sample) -> None:
-        sample.admitted = self._next_admission
-        self._next_admission += 1
-        self._running.append(sample)
-
     def _adopt(self, child: Sample, parent: Sample) -> None:
         """Give the child a fork of the parent's pages."""
         (child.handle,) = self.allocator.fork(parent.handle)
         child.computed = parent.computed
-        self._enter(child)
+        self._running.append(child)
 
     def _fork_siblings(self, sample: Sample) -> None:
         """The prompt is in the cache: let the other samples share it, or wait for a row."""
