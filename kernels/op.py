@@ -22,7 +22,7 @@ from .checks import (
 from .merge import sink_mass
 from .record import AttentionCall
 
-__all__ = ["paged_attention"]
+__all__ = ["append_and_attend", "paged_attention"]
 
 
 def paged_attention(
@@ -87,6 +87,96 @@ def paged_attention(
       >>> paged_attention(jnp.ones((1, 2, 8)), pages, pages, table, lens).shape
       (1, 2, 8)
     """
+    arrays, options = _checked(
+        q, k_pages, v_pages, page_table, seq_lens, layer, starts, scale, sliding_window, soft_cap,
+        sinks, implementation,
+    )  # fmt: skip
+    out, lse = _attend(*arrays, **options)
+    return (out, lse) if return_lse else out
+
+
+def append_and_attend(
+    q: Float[AnyArray, "B Hq D"] | Float[AnyArray, "B T Hq D"],
+    k: Float[AnyArray, "B Hk D"] | Float[AnyArray, "B T Hk D"],
+    v: Float[AnyArray, "B Hk D"] | Float[AnyArray, "B T Hk D"],
+    k_pages: Num[AnyArray, "N Hk S D"] | Num[AnyArray, "L N Hk S D"],
+    v_pages: Num[AnyArray, "N Hk S D"] | Num[AnyArray, "L N Hk S D"],
+    page_table: Int[AnyArray, "B P"],
+    seq_lens: Int[AnyArray, " B"],
+    *,
+    layer: int | Int[AnyArray, ""] | None = None,
+    starts: Int[AnyArray, " B"] | None = None,
+    scale: float | None = None,
+    sliding_window: int | tuple[int, int] | None = None,
+    soft_cap: float | None = None,
+    sinks: Float[AnyArray, "*heads K"] | None = None,
+    return_lse: bool = False,
+    implementation: str | Sequence[str] | None = None,
+) -> tuple[Array, ...]:
+    """`append_kv` and `paged_attention` of the same tokens as one operation; donates the pages.
+
+    K and V of the newest T tokens of row b go to the positions `seq_lens[b] - T + t`, found through
+    the page table; then q attends as in `paged_attention`. With T = 1 on a GPU both are one launch.
+    Padding (a row of length 0, a position in front of its sequence) is written nowhere. Inside
+    `jit` it updates in place when the caller donates the pool; outside, the given pages are
+    consumed.
+
+    Args:
+      q: `[B, Hq, D]`, or `[B, T, Hq, D]`.
+      k: `[B, Hk, D]`, with the T axis of `q` where it has one; converted to the pages' dtype.
+      v: like `k`.
+      k_pages: `[N, Hk, S, D]`, or `[L, N, Hk, S, D]` with `layer`.
+      v_pages: like `k_pages`.
+      page_table: int32 `[B, P]`. The pages that are written belong to one row only.
+      seq_lens: int32 `[B]`, tokens of each row, the new ones included.
+      layer, starts, scale, sliding_window, soft_cap, sinks, return_lse, implementation: as in
+        `paged_attention`.
+
+    Returns:
+      `(out, k_pages, v_pages)`, or `(out, lse, k_pages, v_pages)`.
+
+    Raises:
+      TypeError, ValueError, NotImplementedError, ExceptionGroup: as `paged_attention`; nothing is
+        written then.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> pages = jnp.zeros((3, 1, 4, 8))
+      >>> new, table, lens = jnp.ones((1, 1, 8)), jnp.array([[2, 1]]), jnp.array([5])
+      >>> out, k, v = append_and_attend(new, new, new, pages, pages + 0, table, lens)
+      >>> float(k[1, 0, 0, 0]), round(float(out[0, 0, 0]), 3)
+      (1.0, 0.809)
+    """
+    arrays, options = _checked(
+        q, k_pages, v_pages, page_table, seq_lens, layer, starts, scale, sliding_window, soft_cap,
+        sinks, implementation,
+    )  # fmt: skip
+    axes = "B, Hk, D" if len(q.shape) == 3 else "B, T, Hk, D"
+    sizes = dict(B=q.shape[0], T=q.shape[1], Hk=k_pages.shape[-3], D=q.shape[-1])
+    for name, new in (("k", k), ("v", v)):
+        check_float(name, new)
+        check_axes(name, new, axes, **{axis: sizes[axis] for axis in axes.split(", ")})
+    out, lse, k_pages, v_pages = _append_and_attend(
+        k_pages, v_pages, k, v, q, *arrays[3:], **options
+    )
+    return (out, lse, k_pages, v_pages) if return_lse else (out, k_pages, v_pages)
+
+
+def _checked(
+    q: Any,
+    k_pages: Any,
+    v_pages: Any,
+    page_table: Any,
+    seq_lens: Any,
+    layer: Any,
+    starts: Any,
+    scale: Any,
+    sliding_window: Any,
+    soft_cap: Any,
+    sinks: Any,
+    implementation: Any,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arrays and the static options of a call that keeps the contract."""
     _check_arrays(q, k_pages, v_pages, layer)
     rows, heads, dim = q.shape[0], q.shape[-2], q.shape[-1]
     pages, kv_heads, page_size = k_pages.shape[-4:-1]
@@ -95,30 +185,19 @@ def paged_attention(
     if sinks is not None:
         _check_sinks(sinks, kv_heads, heads)
     window = _window(sliding_window)
-    return _attend(
-        q,
-        k_pages,
-        v_pages,
-        page_table,
-        seq_lens,
-        0 if layer is None else layer,
-        starts,
-        sinks,
+    layer = 0 if layer is None else layer
+    return (q, k_pages, v_pages, page_table, seq_lens, layer, starts, sinks), dict(
         scale=dim**-0.5 if scale is None else check_number("scale", scale),
         # A window as wide as the table hides nothing; without it no sum can overflow int32.
         window=None if window is None or window >= page_table.shape[1] * page_size else window,
         soft_cap=None if soft_cap is None else check_number("soft_cap", soft_cap, positive=True),
-        return_lse=bool(return_lse),
         implementation=backend_names(implementation),
         platform=dispatch.default_platform(),
     )
 
 
 # One compiled function for eager calls, one cached trace for a model's many equal layers.
-@partial(
-    jax.jit,
-    static_argnames=("scale", "window", "soft_cap", "return_lse", "implementation", "platform"),
-)
+@partial(jax.jit, static_argnames=("scale", "window", "soft_cap", "implementation", "platform"))
 def _attend(
     q: Array,
     k_pages: Array,
@@ -129,16 +208,72 @@ def _attend(
     starts: Array | None,
     sinks: Array | None,
     *,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
-    return_lse: bool,
     implementation: tuple[str, ...] | None,
-    platform: str,
-) -> Array | tuple[Array, Array]:
+    **options: Any,
+) -> tuple[Array, Array]:
+    arrays = _canonical(q, k_pages, v_pages, page_table, seq_lens, layer, starts, sinks)
+
+    @jax.custom_jvp
+    def run(arrays: dict[str, Any]) -> tuple[Array, Array]:
+        return dispatch.attend(AttentionCall(**arrays, **options), implementation)
+
+    run.defjvp(_no_derivative)
+    out, lse = run(arrays)
+    return out.reshape(q.shape), lse.reshape(q.shape[:-1])
+
+
+@partial(
+    jax.jit,
+    static_argnames=("scale", "window", "soft_cap", "implementation", "platform"),
+    donate_argnames=("k_pages", "v_pages"),
+)
+def _append_and_attend(
+    k_pages: Array,
+    v_pages: Array,
+    k: Array,
+    v: Array,
+    q: Array,
+    page_table: Array,
+    seq_lens: Array,
+    layer: Array,
+    starts: Array | None,
+    sinks: Array | None,
+    *,
+    implementation: tuple[str, ...] | None,
+    **options: Any,
+) -> tuple[Array, Array, Array, Array]:
+    arrays = _canonical(q, k_pages, v_pages, page_table, seq_lens, layer, starts, sinks)
+    shape = (*arrays["q"].shape[:2], *k.shape[-2:])
+
+    @jax.custom_jvp
+    def run(arrays: dict[str, Any], k: Array, v: Array) -> tuple[Array, Array, Array, Array]:
+        call = AttentionCall(**arrays, **options)
+        return dispatch.append_and_attend(call, k, v, implementation)
+
+    run.defjvp(_no_derivative)
+    new = (x.reshape(shape).astype(k_pages.dtype) for x in (k, v))
+    out, lse, new_k_pages, new_v_pages = run(arrays, *new)
+    return (
+        out.reshape(q.shape),
+        lse.reshape(q.shape[:-1]),
+        new_k_pages.reshape(k_pages.shape),
+        new_v_pages.reshape(v_pages.shape),
+    )
+
+
+def _canonical(
+    q: Array,
+    k_pages: Array,
+    v_pages: Array,
+    page_table: Array,
+    seq_lens: Array,
+    layer: Array,
+    starts: Array | None,
+    sinks: Array | None,
+) -> dict[str, Array]:
     rows, heads = q.shape[0], q.shape[-2]
     stacked = (-1, *k_pages.shape[-4:])
-    call = dict(
+    return dict(
         q=q if q.ndim == 4 else q[:, None],
         k_pages=k_pages.reshape(stacked),
         v_pages=v_pages.reshape(stacked),
@@ -148,18 +283,6 @@ def _attend(
         starts=jnp.zeros(rows, jnp.int32) if starts is None else starts.astype(jnp.int32),
         sink=jnp.full(heads, -jnp.inf, jnp.float32) if sinks is None else sink_mass(sinks, heads),
     )
-
-    @jax.custom_jvp
-    def run(arrays: dict[str, Any]) -> tuple[Array, Array]:
-        record = AttentionCall(
-            **arrays, scale=scale, window=window, soft_cap=soft_cap, platform=platform
-        )
-        return dispatch.attend(record, implementation)
-
-    run.defjvp(_no_derivative)
-    out, lse = run(call)
-    out, lse = out.reshape(q.shape), lse.reshape(q.shape[:-1])
-    return (out, lse) if return_lse else out
 
 
 def _no_derivative(primals: Any, tangents: Any) -> Any:

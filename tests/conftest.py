@@ -17,7 +17,8 @@ MODULES = [
     )
     for room in ("allocator", "kernels", "paged_decode")
     for path in (ROOT / room).rglob("*.py")
-    if path.name not in ("__init__.py", "kernel.py")
+    if path.name != "__init__.py"
+    and not (path.parent.name == "triton" and path.name in ("kernel.py", "merge.py", "tiles.py"))
 ]
 # Every array annotation of the package is checked at run time while the tests run.
 install_import_hook(MODULES, "beartype.beartype")

@@ -9,9 +9,9 @@ from ..record import AttentionCall
 from . import compat
 from .config import Shape, choose_config
 from .kernel import decode_kernel
-from .plan import Launch, plan
+from .plan import plan
 
-__all__ = ["attend", "refusal"]
+__all__ = ["append_and_attend", "attend", "refusal"]
 
 MAX_DIM = 256
 MAX_GROUP = 64
@@ -40,6 +40,22 @@ def attend(call: AttentionCall) -> tuple[Float[Array, "B 1 Hq D"], Float[Array, 
     """Serve `call` in one launch."""
     if call.q.shape[0] == 0:
         return call.q, jnp.zeros(call.q.shape[:-1], jnp.float32)
+    out, lse, *_ = run(call, None)
+    return out.reshape(call.q.shape), lse.reshape(call.q.shape[:-1])
+
+
+def append_and_attend(
+    call: AttentionCall, k: Float[Array, "B 1 Hk D"], v: Float[Array, "B 1 Hk D"]
+) -> tuple[Array, Array, Array, Array]:
+    """Write k and v at the newest position of every row and serve `call`, in one launch."""
+    if call.q.shape[0] == 0:
+        return *attend(call), call.k_pages, call.v_pages
+    out, lse, _, _, k_pages, v_pages = run(call, (k, v))
+    return out.reshape(call.q.shape), lse.reshape(call.q.shape[:-1]), k_pages, v_pages
+
+
+def run(call: AttentionCall, newest: tuple[Array, Array] | None) -> list[Array]:
+    """The launch as a custom call: out, lse, two scratches and the pages, if they are written."""
     shape = shape_of(call)
     launch = plan(
         shape,
@@ -50,13 +66,8 @@ def attend(call: AttentionCall) -> tuple[Float[Array, "B 1 Hq D"], Float[Array, 
         scale=call.scale,
         window=call.window,
         soft_cap=call.soft_cap,
+        append=newest is not None,
     )
-    out, lse, *_ = run(call, launch)
-    return out.reshape(call.q.shape), lse.reshape(call.q.shape[:-1])
-
-
-def run(call: AttentionCall, launch: Launch) -> list[Array]:
-    """The launch as a custom call: out, lse and two scratches."""
     inputs = (
         call.q,
         call.k_pages,
@@ -67,11 +78,14 @@ def run(call: AttentionCall, launch: Launch) -> list[Array]:
         call.starts,
         call.sink,
         _counters(launch.counters),
+        *((call.q, call.q) if newest is None else newest),  # never read without an append
     )
     return compat.launch(
         decode_kernel,
         inputs,
         [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in launch.outputs],
+        rewritten=("k_written", "v_written"),
+        aliases=() if newest is None else (1, 2),
         grid=launch.grid,
         warps=launch.warps,
         stages=launch.stages,

@@ -86,6 +86,9 @@ def choose_config(shape: Shape) -> Config:
     block_n, warps, stages, pack = _TABLE[dim, "long" if long else "few" if few else "many"]
     if shape.kv_heads % pack or shape.group * pack > 16:
         pack = 1
+    if lanes // pack <= shape.processors:
+        # One program on each multiprocessor: it needs the deep tile of few.
+        block_n, warps, stages, _ = _TABLE[dim, "few"]
     if few:
         return Config(
             block_n,

@@ -20,7 +20,7 @@ class Launch:
     stages: int
     constants: dict[str, Any]
     counters: int
-    outputs: tuple[tuple[tuple[int, ...], str], ...]  # (shape, dtype) of out, lse and two scratches
+    outputs: tuple[tuple[tuple[int, ...], str], ...]  # (shape, dtype) of out, lse, two scratches
 
 
 def plan(
@@ -33,9 +33,10 @@ def plan(
     scale: float,
     window: int | None,
     soft_cap: float | None,
+    append: bool = False,
     dot_f32: bool = False,
 ) -> Launch:
-    """The launch of `config` for a call of this shape."""
+    """The launch of `config` for a call of this shape; `append` also writes the newest token."""
     lanes = shape.kv_heads // config.pack
     block_g, block_d = _power(shape.group), max(_power(shape.dim), 16)
     tokens = config.block_n // config.pack
@@ -72,6 +73,7 @@ def plan(
         RAGGED_ITEMS=config.ragged,
         MIN_TILES=config.min_tiles,
         SPLIT=split,
+        APPEND=append,
         DOT_F32=dot_f32,
     )
     heads = shape.kv_heads * shape.group
