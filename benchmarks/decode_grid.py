@@ -35,7 +35,8 @@ SHAPES = {
     "64/8/64": (64, 8, 64),
 }
 CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 131072)
-LIMIT = 2**21  # tokens of a case: 8.6 GB of K and V at 8 heads of 128
+# Tokens of a case, 4.3 GB of K and V: beyond 2^31 numbers in a pool a peer reads out of bounds.
+LIMIT = 2**20
 TOLERANCE = 1e-2  # relative error in bfloat16
 OURS = "paged-decode/triton"
 

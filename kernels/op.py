@@ -270,8 +270,8 @@ def _canonical(
     layer: Array,
     starts: Array | None,
     sinks: Array | None,
-) -> dict[str, Array]:
-    rows, heads = q.shape[0], q.shape[-2]
+) -> dict[str, Array | None]:
+    """The arrays of the record; what is not given stays None, so that no backend computes it."""
     stacked = (-1, *k_pages.shape[-4:])
     return dict(
         q=q if q.ndim == 4 else q[:, None],
@@ -280,8 +280,8 @@ def _canonical(
         layer=jnp.asarray(layer).astype(jnp.int32),
         page_table=page_table.astype(jnp.int32),
         seq_lens=seq_lens.astype(jnp.int32),
-        starts=jnp.zeros(rows, jnp.int32) if starts is None else starts.astype(jnp.int32),
-        sink=jnp.full(heads, -jnp.inf, jnp.float32) if sinks is None else sink_mass(sinks, heads),
+        starts=None if starts is None else starts.astype(jnp.int32),
+        sink=None if sinks is None else sink_mass(sinks, q.shape[-2]),
     )
 
 

@@ -23,8 +23,8 @@ class AttentionCall:
       layer: int32 scalar.
       page_table: int32 `[B, P]`; entries past a row's last page may hold anything.
       seq_lens: int32 `[B]`.
-      starts: int32 `[B]`, first token that is visible.
-      sink: float32 `[Hq]`, log of the mass that joins the denominator; -inf where there is none.
+      starts: int32 `[B]`, first token that is visible; None: 0.
+      sink: float32 `[Hq]`, log of the mass that joins the denominator; None: no mass.
       scale: multiplies q.k.
       window: newest tokens that a query sees, itself included; None: all.
       soft_cap: logits become `soft_cap * tanh(logits / soft_cap)`; None: unchanged.
@@ -37,8 +37,8 @@ class AttentionCall:
     layer: Int32[Array, ""]
     page_table: Int32[Array, "B P"]
     seq_lens: Int32[Array, "B"]
-    starts: Int32[Array, "B"]
-    sink: Float[Array, "Hq"]
+    starts: Int32[Array, "B"] | None
+    sink: Float[Array, "Hq"] | None
     scale: float
     window: int | None
     soft_cap: float | None
@@ -66,7 +66,8 @@ class AttentionCall:
         """
         tokens = self.q.shape[1]
         position = self.seq_lens[:, None] - tokens + jnp.arange(tokens, dtype=jnp.int32)
-        first = jnp.broadcast_to(jnp.maximum(self.starts, 0)[:, None], position.shape)
+        starts = jnp.int32(0) if self.starts is None else jnp.maximum(self.starts, 0)[:, None]
+        first = jnp.broadcast_to(starts, position.shape)
         if self.window is not None:
             first = jnp.maximum(first, position - (self.window - 1))
         return first, position + 1

@@ -66,6 +66,8 @@ def run(call: AttentionCall, newest: tuple[Array, Array] | None) -> list[Array]:
         scale=call.scale,
         window=call.window,
         soft_cap=call.soft_cap,
+        starts=call.starts is not None,
+        sinks=call.sink is not None,
         append=newest is not None,
     )
     inputs = (
@@ -75,10 +77,10 @@ def run(call: AttentionCall, newest: tuple[Array, Array] | None) -> list[Array]:
         call.layer,
         call.page_table,
         call.seq_lens,
-        call.starts,
-        call.sink,
+        call.seq_lens if call.starts is None else call.starts,  # what is not there is not read
+        call.q if call.sink is None else call.sink,
         _counters(launch.counters),
-        *((call.q, call.q) if newest is None else newest),  # never read without an append
+        *((call.q, call.q) if newest is None else newest),
     )
     return compat.launch(
         decode_kernel,

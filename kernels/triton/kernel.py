@@ -28,10 +28,14 @@ __all__ = ["decode_kernel"]
 
 
 @triton.jit
-def _range(row, seq_lens, starts, CAPACITY: tl.constexpr, WINDOW: tl.constexpr):
+def _range(
+    row, seq_lens, starts, CAPACITY: tl.constexpr, WINDOW: tl.constexpr, STARTS: tl.constexpr
+):
     """`first, end` of the visible tokens of a row, and whether its length breaks the contract."""
     length = tl.load(seq_lens + row)
-    first = tl.maximum(tl.load(starts + row), 0)
+    first = length * 0
+    if STARTS:
+        first = tl.maximum(tl.load(starts + row), 0)
     end = tl.minimum(length, CAPACITY)
     if WINDOW > 0:
         first = tl.maximum(first, length - WINDOW)
@@ -52,6 +56,7 @@ def _find_place(
     EVEN_ITEMS: tl.constexpr,
     RAGGED_ITEMS: tl.constexpr,
     MIN_TILES: tl.constexpr,
+    STARTS: tl.constexpr,
 ):
     """`row, place of the row's first program, programs of the row` for one program of a lane.
 
@@ -60,7 +65,9 @@ def _find_place(
     """
     rows = tl.arange(0, BLOCK_ROWS)
     length = tl.load(seq_lens + rows, mask=rows < ROWS, other=0)
-    first = tl.maximum(tl.load(starts + rows, mask=rows < ROWS, other=0), 0)
+    first = tl.zeros([BLOCK_ROWS], tl.int32)
+    if STARTS:
+        first = tl.maximum(tl.load(starts + rows, mask=rows < ROWS, other=0), 0)
     if WINDOW > 0:
         first = tl.maximum(first, length - WINDOW)
     tiles = tl.cdiv(tl.minimum(length, CAPACITY), TOKENS) - first // TOKENS
@@ -133,6 +140,8 @@ def decode_kernel(
     RAGGED_ITEMS: tl.constexpr,
     MIN_TILES: tl.constexpr,
     SPLIT: tl.constexpr,
+    STARTS: tl.constexpr,
+    SINKS: tl.constexpr,
     APPEND: tl.constexpr,
     DOT_F32: tl.constexpr,
 ):
@@ -168,16 +177,18 @@ def decode_kernel(
     q_mask = real[:, None] & (dim < D)[None, :]
     q_at = head[:, None] * D + dim[None, :]
     q_tile = tl.load(q + guess.to(tl.int64) * (HEADS * D) + q_at, mask=q_mask, other=0.0)
-    sinks = tl.load(sink + head, mask=real, other=0.0)
+    sinks = tl.full([M], -float("inf"), tl.float32)
+    if SINKS:
+        sinks = tl.load(sink + head, mask=real, other=0.0)
     row = guess
     base = item
     parts = 1
     if SPLIT and ROWS > 1:
         row, base, parts = _find_place(
             item, seq_lens, starts, ROWS, LANES, CAPACITY, WINDOW, TOKENS, BLOCK_ROWS, EVEN_ITEMS,
-            RAGGED_ITEMS, MIN_TILES,
+            RAGGED_ITEMS, MIN_TILES, STARTS,
         )  # fmt: skip
-    first, end, broken = _range(row, seq_lens, starts, CAPACITY, WINDOW)
+    first, end, broken = _range(row, seq_lens, starts, CAPACITY, WINDOW, STARTS)
     tile0 = first // TOKENS
     if SPLIT and ROWS == 1:
         base = 0
@@ -223,5 +234,5 @@ def decode_kernel(
             ):  # fmt: skip
                 merge_parts(
                     part_acc, part_lse, slot0, LANES, parts, out, lse, sink, row, lane, HEADS,
-                    GROUP, D, BLOCK_G, PACK, BLOCK_D, CHUNK,
+                    GROUP, D, BLOCK_G, PACK, BLOCK_D, CHUNK, SINKS,
                 )  # fmt: skip

@@ -96,6 +96,7 @@ def merge_parts(
     PACK: tl.constexpr,
     BLOCK_D: tl.constexpr,
     CHUNK: tl.constexpr,
+    SINKS: tl.constexpr,
 ):
     """Merge the partials in slot0, slot0 + slot_step, ... and store the result.
 
@@ -107,7 +108,9 @@ def merge_parts(
     dim = tl.arange(0, BLOCK_D)
     index, real = q_rows(0, GROUP, BLOCK_G, PACK, ROWS_M)
     head, real = q_rows(lane, GROUP, BLOCK_G, PACK, ROWS_M)
-    sinks = tl.load(sink + head, mask=real, other=0.0)
+    sinks = tl.full([ROWS_M], -float("inf"), tl.float32)
+    if SINKS:
+        sinks = tl.load(sink + head, mask=real, other=0.0)
     mask = real[:, None] & (dim < D)[None, :]
     from_acc = part_acc + slot0.to(tl.int64) * (WIDTH * D) + index[:, None] * D + dim[None, :]
     from_lse = part_lse + slot0.to(tl.int64) * WIDTH + index

@@ -33,10 +33,15 @@ def plan(
     scale: float,
     window: int | None,
     soft_cap: float | None,
+    starts: bool = True,
+    sinks: bool = True,
     append: bool = False,
     dot_f32: bool = False,
 ) -> Launch:
-    """The launch of `config` for a call of this shape; `append` also writes the newest token."""
+    """The launch of `config` for a call of this shape; `append` also writes the newest token.
+
+    Without `starts` or `sinks` their pointers are never followed.
+    """
     lanes = shape.kv_heads // config.pack
     block_g, block_d = _power(shape.group), max(_power(shape.dim), 16)
     tokens = config.block_n // config.pack
@@ -73,6 +78,8 @@ def plan(
         RAGGED_ITEMS=config.ragged,
         MIN_TILES=config.min_tiles,
         SPLIT=split,
+        STARTS=starts,
+        SINKS=sinks,
         APPEND=append,
         DOT_F32=dot_f32,
     )
