@@ -1,10 +1,23 @@
-"""How a test of one backend may end besides passing: with that backend's refusal and reason."""
+"""The backends that only tests have, and how a test of one backend may end besides passing."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from functools import partial
+from unittest import mock
 
 import pytest
 
+from paged_decode.kernels import dispatch
+
 from .oracle import SERVE_EVERYTHING
+from .triton import interpret
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreted_backends() -> Iterator[None]:
+    """Let `implementation=` name the interpreted kernel beside the library's own backends."""
+    backends = (*dispatch.BACKENDS, *interpret.BACKENDS)
+    with mock.patch.object(dispatch, "attend", partial(dispatch.attend, backends=backends)):
+        yield
 
 
 @pytest.hookimpl(wrapper=True)
