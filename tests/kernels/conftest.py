@@ -16,7 +16,9 @@ from .triton import interpret
 def interpreted_backends() -> Iterator[None]:
     """Let `implementation=` name the interpreted kernel beside the library's own backends."""
     backends = (*dispatch.BACKENDS, *interpret.BACKENDS)
-    with mock.patch.object(dispatch, "attend", partial(dispatch.attend, backends=backends)):
+    served = [name for name in dispatch.__all__ if name.endswith("attend")]
+    wider = {name: partial(getattr(dispatch, name), backends=backends) for name in served}
+    with mock.patch.multiple(dispatch, **wider):
         yield
 
 

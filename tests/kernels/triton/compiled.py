@@ -88,8 +88,11 @@ def launched(
         seen["config"] = choose(shape)
         return seen["config"]
 
-    def launch(kernel: Any, inputs: Any, outputs: Any, **options: Any) -> list[jax.Array]:
-        seen.update(options, kernel=kernel, arrays=[*inputs, *outputs])
+    def launch(
+        kernel: Any, inputs: Any, outputs: Any, *, rewritten: Any = (), **options: Any
+    ) -> list[jax.Array]:
+        bytes_ = [jax.ShapeDtypeStruct((1,), jnp.int8) for _ in rewritten]
+        seen.update(options, kernel=kernel, arrays=[*inputs, *outputs, *bytes_])
         return [jnp.zeros(out.shape, out.dtype) for out in outputs]
 
     def attend(arrays: dict[str, Any]) -> Any:
@@ -124,7 +127,13 @@ def launched(
     )
 
 
-_TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "int32": "*i32"}
+_TYPES = {
+    "bfloat16": "*bf16",
+    "float16": "*fp16",
+    "float32": "*fp32",
+    "int32": "*i32",
+    "int8": "*i8",
+}
 
 
 def needs(launch: Launched, card: Card) -> Needs:
@@ -142,7 +151,9 @@ def needs(launch: Launched, card: Card) -> Needs:
     )
     target = GPUTarget(card.backend, card.arch, card.threads)
     options = dict(num_warps=launch.warps, num_stages=launch.stages)
-    built = triton.compile(source, target=target, options=options)
+    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
+        triton.knobs.cache.dir = folder  # nothing is taken from an earlier run
+        built = triton.compile(source, target=target, options=options)
     if card.backend == "hip":
         return _needs_amd(built)
     return _needs_nvidia(built, Path(triton.__file__).parent)

@@ -75,20 +75,23 @@ def _module(name: str, variant: Variant) -> ModuleType:
         with mock.patch.object(compat, "problem", lambda: None):
             return library.refusal(replace(call, platform="gpu"))
 
-    def attend(call: Any) -> Any:
-        def launch(kernel: Any, inputs: Sequence[Any], outputs: Sequence[Any], **options: Any):
-            return _launch(kernel, inputs, outputs, variant.order, **options)
+    def launch(kernel: Any, inputs: Sequence[Any], outputs: Sequence[Any], **options: Any):
+        return _launch(kernel, inputs, outputs, variant.order, **options)
 
-        with (
-            mock.patch.object(compat, "launch", launch),
-            mock.patch.object(
-                library, "choose_config", lambda shape: _config(shape, variant, chosen)
-            ),
-        ):
-            return library.attend(call)
+    def interpreted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            with (
+                mock.patch.object(compat, "launch", launch),
+                mock.patch.object(library, "choose_config", lambda s: _config(s, variant, chosen)),
+            ):
+                return function(*args)
+
+        return call
 
     module = ModuleType(name)
-    vars(module).update(refusal=refusal, attend=attend)
+    vars(module)["refusal"] = refusal
+    for served in {"attend", *library.__all__} - {"refusal"}:
+        vars(module)[served] = interpreted(getattr(library, served))
     return module
 
 
@@ -103,16 +106,20 @@ def _launch(
     warps: int,
     stages: int,
     name: str,
+    rewritten: Sequence[str] = (),
+    aliases: Sequence[int] = (),
 ) -> list[jax.Array]:
     """What `compat.launch` promises, interpreted; `warps` and `stages` mean nothing here."""
     made = [(out.shape, out.dtype.name) for out in outputs]
+    again = [jax.ShapeDtypeStruct(inputs[i].shape, inputs[i].dtype) for i in aliases]
 
     def interpret(*arrays: Any) -> list[np.ndarray]:
         given = [np.asarray(array) for array in arrays]
-        where = (kernel.__module__, kernel.__name__)
-        return _worker().submit(worker.run, *where, given, made, grid, constants, order).result()
+        what = (kernel.__module__, kernel.__name__, given, made, grid, constants, order)
+        return _worker().submit(worker.run, *what, rewritten, aliases).result()
 
-    return jax.pure_callback(interpret, list(outputs), *inputs, vmap_method="sequential")
+    results = [*outputs, *again]
+    return jax.pure_callback(interpret, results, *inputs, vmap_method="sequential")
 
 
 @cache

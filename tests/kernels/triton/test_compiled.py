@@ -42,23 +42,35 @@ def sweep(card: Card, group: int) -> dict[str, dict]:
     return found
 
 
-# What is known to be wrong; strict, so whoever cures it takes the line away.
+# What is known to be wrong, by the id of its test; strict, so whoever cures it takes the line away.
 KNOWN = {
-    "sm_100 bfloat16 D128 G4 tile 128x4x2x1 merge 32": "128 registers, 8 bytes of spills",
+    "sm_100 bfloat16 D128 G4 tile 128x4x2x1 merge 32": "8 bytes of spills at 128 registers",
+    "sm_80 float32 D128 G16 tile 16x4x2x1 merge 32": "16 bytes of spills at 72 registers",
+    "sm_80 float32 D256 G16 tile 16x4x2x1 merge 32": "8 bytes of spills at 128 registers",
+    "sm_80 bfloat16 D64 G16 tile 128x4x2x1 merge 32": "152 registers: 3 programs resident, not 4",
+    "sm_90 float32 D256 G16 tile 16x4x2x1 merge 32": "144 registers: 3 programs resident, not 4",
+    "sm_100 float32 D64 G16 tile 16x4x2x1 merge 32": "8 bytes of spills at 64 registers",
+    "sm_100 float32 D256 G16 tile 16x4x2x1 merge 32": "144 registers: 3 programs resident, not 4",
+    "{'window': 100}-sm_100": "8 bytes of spills at 96 registers",
+    "{'group': 64}-sm_80": "8 bytes of spills at 255 registers",
+    "{'group': 64}-sm_100": "32 bytes of spills at 255 registers",
 }
+
+
+@pytest.fixture(autouse=True)
+def known(request):
+    case = getattr(request.node, "callspec", None)
+    if case is not None and case.id in KNOWN:
+        request.applymarker(pytest.mark.xfail(reason=KNOWN[case.id], strict=True))
 
 
 def cases(cards, groups):
     return [
-        pytest.param(card, call, id=f"{card} {name}", marks=known(f"{card} {name}"))
+        pytest.param(card, call, id=f"{card} {name}")
         for card in cards
         for group in groups
         for name, call in sweep(CARDS[card], group).items()
     ]
-
-
-def known(name):
-    return [pytest.mark.xfail(reason=KNOWN[name], strict=True)] if name in KNOWN else []
 
 
 def check_needs(card_name: str, call: dict) -> None:

@@ -38,23 +38,28 @@ def run(
     grid: int,
     constants: dict[str, Any],
     order: int,
+    rewritten: Sequence[str] = (),
+    aliases: Sequence[int] = (),
 ) -> list[np.ndarray]:
     """The outputs of one launch, whose programs run one after the other in a seeded order.
 
-    Outputs hold NaN before the launch; the inputs must hold after it what they held before, which
-    for counters means zeros. Reads and writes outside all the arrays raise.
+    Outputs hold NaN before the launch. Inputs that are not in `aliases` must hold after it what
+    they held before, which for counters means zeros; the others come back after the outputs, and
+    the pointers named in `rewritten` are theirs. Reads and writes outside all the arrays raise.
     """
     # Memory from JAX may be read-only, and an array that is not contiguous would be misread.
     given = [np.array(array, order="C") for array in inputs]
     made = [np.full(shape, np.nan, np.dtype(dtype)) for shape, dtype in outputs]
     function = getattr(importlib.import_module(module), kernel)
     places = np.random.default_rng(order).permutation(grid)
+    again = [given[i] for i in aliases] or [np.zeros(1, np.int8) for _ in rewritten]
+    named = {name: _Pointer(array) for name, array in zip(rewritten, again, strict=True)}
     with _fenced([*given, *made]), _shuffled(places):
-        function[(grid,)](*map(_Pointer, (*given, *made)), **constants)
+        function[(grid,)](*map(_Pointer, (*given, *made)), **named, **constants)
     for index, (before, after) in enumerate(zip(inputs, given, strict=True)):
-        if np.asarray(before).tobytes() != after.tobytes():
+        if index not in aliases and np.asarray(before).tobytes() != after.tobytes():
             raise AssertionError(f"input {index} of {kernel} was changed by the launch")
-    return made
+    return made + [given[i] for i in aliases]
 
 
 class _Pointer:
