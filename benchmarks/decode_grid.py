@@ -240,37 +240,99 @@ def _build_flashinfer(cases: list[dict[str, Any]]) -> None:
             print("flashinfer", key, error or "built", flush=True)
 
 
-def summary(records: list[dict[str, Any]]) -> str:
-    """Ours against the best peer at every point, and geometric means."""
+def by_point(records: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, dict]]]:
+    """Every case with the record of each system that served it."""
     points: dict[str, dict[str, dict]] = {}
     for record in records:
         if "median_s" in record and record["system"] != "ceiling":
             points.setdefault(json.dumps(record["case"]), {})[record["system"]] = record
-    lines, ratios = [], {}
-    for key, systems in points.items():
-        case = json.loads(key)
-        peers = {s: r["median_s"] for s, r in systems.items() if s not in (OURS, "torch/dense")}
-        if OURS not in systems or not peers:
-            continue
-        mine, best = systems[OURS], min(peers, key=lambda s: peers[s])
+    return [(json.loads(key), systems) for key, systems in points.items() if OURS in systems]
+
+
+def peers_of(systems: dict[str, dict]) -> dict[str, float]:
+    """Median seconds of the paged peers; dense attention is a ceiling, not a peer."""
+    return {s: r["median_s"] for s, r in systems.items() if s not in (OURS, "torch/dense")}
+
+
+def means(records: list[dict[str, Any]]) -> dict[tuple[str, str], tuple[float, float, int]]:
+    """By kind and peer: geometric mean and worst of its time over ours, and the points."""
+    ratios: dict[tuple[str, str], list[float]] = {}
+    for case, systems in by_point(records):
+        peers = peers_of(systems)
         kind = "uniform" if case["lengths"].isdigit() else "ragged"
-        for name, value in {**peers, "best": peers[best]}.items():
-            ratios.setdefault((kind, name), []).append(value / mine["median_s"])
+        for name, value in {**peers, "best": min(peers.values())}.items():
+            ratio = value / systems[OURS]["median_s"]
+            ratios.setdefault((kind, name), []).append(ratio)
+    return {
+        key: (math.exp(statistics.fmean(map(math.log, values))), min(values), len(values))
+        for key, values in sorted(ratios.items(), reverse=True)
+    }
+
+
+def summary(records: list[dict[str, Any]]) -> str:
+    """Ours against the best peer at every point, and geometric means."""
+    lines = []
+    for case, systems in by_point(records):
+        peers, mine = peers_of(systems), systems[OURS]
+        best = min(peers, key=lambda system: peers[system])
         lines.append(
             f"{case['rows']:4d} x {case['lengths']:30s} {case['heads']}/{case['kv_heads']}/"
             f"{case['dim']} page {case['page_size']:3d}  {mine['median_s'] * 1e6:8.1f} us "
             f"{mine['bytes'] / mine['median_s'] / 1e12:5.2f} TB/s  best peer "
             f"{peers[best] * 1e6:8.1f} us ({best}) ratio {peers[best] / mine['median_s']:.3f}"
         )
-    for (kind, name), values in sorted(ratios.items()):
-        mean = math.exp(statistics.fmean(map(math.log, values)))
-        lines.append(f"{kind} / {name}: geometric mean {mean:.3f}, worst {min(values):.3f}, "
-                     f"{len(values)} points")  # fmt: skip
+    for (kind, name), (mean, worst, count) in means(records).items():
+        lines.append(f"{kind} / {name}: geometric mean {mean:.3f}, worst {worst:.3f}, {count}")
     for record in records:
         if record["system"] == "ceiling":
             rate = record["bytes"] / record["median_s"] / 1e12
             lines.append(f"{record['case']['kind']} {record['bytes'] >> 20} MiB: {rate:.3f} TB/s")
     return "\n".join(lines)
+
+
+def plot(records: list[dict[str, Any]], path: str) -> None:
+    """TB/s over context for three batch sizes, one line for each system."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    read = max(
+        r["bytes"] / r["median_s"] / 1e12
+        for r in records
+        if r["system"] == "ceiling" and r["case"]["kind"] == "read"
+    )
+    points = [
+        (case, systems)
+        for case, systems in by_point(records)
+        if case["lengths"].isdigit() and case["page_size"] == 16 and case["order"] == "permuted"
+    ]
+    figure, panels = plt.subplots(1, 3, figsize=(13, 4.2), sharey=True, layout="constrained")
+    names = list(dict.fromkeys(name for _, systems in points for name in systems))
+    for panel, rows in zip(panels, (1, 16, 64), strict=True):
+        here = sorted(
+            (int(case["lengths"]), systems) for case, systems in points if case["rows"] == rows
+        )
+        for name in names:
+            line = [
+                (context, systems[name]["bytes"] / systems[name]["median_s"] / 1e12)
+                for context, systems in here
+                if name in systems
+            ]
+            style = dict(lw=2.6, zorder=5) if name == OURS else dict(lw=1.2)
+            style |= dict(ls="--", color="0.6") if name == "torch/dense" else {}
+            panel.plot(*zip(*line, strict=True), marker="o", ms=3.5, label=name, **style)
+        panel.axhline(read, color="0.3", lw=0.8, ls=":")
+        panel.set(xscale="log", title=f"{rows} rows" if rows > 1 else "1 row")
+        panel.set_xlabel("context, tokens")
+        ticks = [context for context, _ in here]
+        panel.set_xticks(ticks, [f"{t // 1024}k" if t >= 1024 else t for t in ticks])
+        panel.minorticks_off()
+        panel.grid(alpha=0.25)
+    panels[0].set_ylabel("K and V read, TB/s")
+    panels[0].text(600, read - 0.12, "read ceiling", fontsize=8, color="0.3")
+    panels[2].legend(fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -286,7 +348,9 @@ def main() -> None:
     parser.add_argument("--name", default="decode_grid", help="of the result file")
     args = parser.parse_args()
     if args.summary:
-        print(summary(json.loads((RESULTS / f"{args.name}.json").read_text())["records"]))
+        records = json.loads((RESULTS / f"{args.name}.json").read_text())["records"]
+        plot(records, str(RESULTS / f"{args.name}.png"))
+        print(summary(records))
         return
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     import torch

@@ -4,7 +4,14 @@ from .allocator import BlockAllocator, DecodeBatch, Handle, PageCopies
 from .cache import KVCache
 from .engine import Completion, Engine, EngineConfig, EngineStats, TokenEvent
 from .errors import OutOfPages, PagedDecodeError, PageTableError, SequenceTooLong, StaleHandle
-from .kernels import append_kv, copy_pages, decode_attention, merge_attention, paged_attention
+from .kernels import (
+    append_and_attend,
+    append_kv,
+    copy_pages,
+    decode_attention,
+    merge_attention,
+    paged_attention,
+)
 from .sampling import SamplingParams
 
 __all__ = [
@@ -24,6 +31,7 @@ __all__ = [
     "SequenceTooLong",
     "StaleHandle",
     "TokenEvent",
+    "append_and_attend",
     "append_kv",
     "copy_pages",
     "decode_attention",

@@ -21,6 +21,8 @@ def refusal(call: AttentionCall) -> str | None:
     """Why this backend cannot serve `call`, or None."""
     if call.platform != "gpu":
         return f"it runs on NVIDIA GPUs, not on {call.platform}"
+    if not (generation := _compute_capability()).replace(".", "").isdigit():
+        return f"it runs on NVIDIA GPUs, not on {generation}"
     if call.q.shape[1] != 1:
         return f"it serves one query token a row, T = 1; got T = {call.q.shape[1]}"
     if (reason := call.pool_refusal()) is not None:
@@ -99,7 +101,6 @@ def run(call: AttentionCall, newest: tuple[Array, Array] | None) -> list[Array]:
 def shape_of(call: AttentionCall) -> Shape:
     """The static sizes of `call` and of the card it runs on."""
     device = jax.devices()[0]
-    generation = str(getattr(device, "compute_capability", "9.0"))
     return Shape(
         rows=call.q.shape[0],
         kv_heads=call.k_pages.shape[2],
@@ -109,8 +110,13 @@ def shape_of(call: AttentionCall) -> Shape:
         capacity=call.page_table.shape[1] * call.page_size,
         itemsize=call.k_pages.dtype.itemsize,
         processors=getattr(device, "core_count", 132),
-        generation=int(generation.replace(".", "")),
+        generation=int(_compute_capability().replace(".", "")),
     )
+
+
+def _compute_capability() -> str:
+    """Such as "9.0"; where a call is only lowered, there may be no card to ask."""
+    return str(getattr(jax.devices()[0], "compute_capability", "9.0"))
 
 
 def _counters(lanes: int) -> Array:

@@ -73,6 +73,7 @@ def launched(
     dtype: str,
     window: int | None = None,
     soft_cap: float | None = None,
+    append: bool = False,
 ) -> Launched:
     """The launch that the library makes of a call on `card`."""
     from paged_decode.kernels.triton import call as library

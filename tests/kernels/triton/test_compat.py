@@ -133,6 +133,40 @@ def test_jax_triton_0_4_is_told_out_type_and_a_version_of_ptx(binding):
     assert seen["named"] == COMMON | dict(out_type=OUTPUTS, backend_options={"ptx_version": 87})
 
 
+PAGES = jnp.zeros((5, 4), jnp.bfloat16)
+SAME = jax.ShapeDtypeStruct(PAGES.shape, PAGES.dtype)
+
+
+def rewrite(aliases):
+    options = dict(grid=7, warps=4, stages=3, name="paged_decode", constants=dict(D=64, SPLIT=True))
+    named = dict(rewritten=("written",), aliases=aliases)
+    return compat.launch("kernel", (np.float32(0.5), PAGES), OUTPUTS, **options, **named)
+
+
+def test_in_jax_triton_0_3_a_rewritten_input_is_a_last_output_with_its_own_pointer(binding):
+    seen = binding("0.3.1", triton="3.6.0")
+    rewrite((1,))
+    want = dict(out_shape=[*OUTPUTS, SAME], input_output_aliases={1: 2})
+    assert seen["named"] == COMMON | want
+
+
+def test_in_jax_triton_0_4_its_pointer_does_not_exist_and_a_scalar_stands_for_it(binding):
+    seen = binding("0.4.1")
+    rewrite((1,))
+    want = dict(out_type=[*OUTPUTS, SAME], input_output_aliases={1: 2}, written=0)
+    assert seen["named"] == COMMON | want | dict(backend_options={"ptx_version": 87})
+
+
+def test_an_input_that_is_not_rewritten_gets_a_byte_in_its_place(binding):
+    byte = jax.ShapeDtypeStruct((1,), jnp.int8)
+    seen = binding("0.3.1", triton="3.6.0")
+    rewrite(())
+    assert seen["named"] == COMMON | dict(out_shape=[*OUTPUTS, byte])
+    seen = binding("0.4.1")
+    rewrite(())
+    assert seen["named"]["out_type"] == [*OUTPUTS, byte] and "written" not in seen["named"]
+
+
 def test_the_card_may_be_named_and_scalars_stay_float32(binding):
     seen = binding("0.3.1", triton="3.6.0")
     launch(compute_capability=90)
@@ -187,3 +221,32 @@ def test_a_call_lowers_for_cuda_to_one_custom_call(monkeypatch, dtype):
     call = jax.jit(lambda *a: paged_attention(*a, return_lse=True, implementation="triton"))
     text = call.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("stablehlo.custom_call") == 1 and "triton_kernel_call" in text
+
+
+@pytest.mark.skipif(not can_lower(), reason="jax-triton with a GPU plugin is not installed")
+def test_append_and_attend_lowers_to_one_custom_call_that_aliases_the_pages(monkeypatch):
+    from paged_decode.kernels import append_and_attend, dispatch
+
+    real = compat.launch
+    monkeypatch.setattr(dispatch, "default_platform", lambda: "gpu")
+    monkeypatch.setattr(compat, "launch", lambda *a, **k: real(*a, **k, compute_capability=90))
+    q, new = jnp.zeros((3, 8, 64)), jnp.zeros((3, 2, 64))
+    pages, table, lens = jnp.zeros((9, 2, 16, 64)), jnp.zeros((3, 4), int), jnp.zeros(3, int)
+    call = jax.jit(lambda *a: append_and_attend(*a, implementation="triton"))
+    traced = call.trace(q, new, new, pages, pages, table.astype(np.int32), lens.astype(np.int32))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.custom_call") == 1 and text.count("output_operand_alias<") == 2
+
+
+@pytest.mark.skipif(not INSTALLED, reason="triton has no wheel for this platform")
+def test_an_amd_card_is_refused_by_name(monkeypatch):
+    from paged_decode.kernels import dispatch, paged_attention
+    from paged_decode.kernels.triton import call
+
+    monkeypatch.setattr(dispatch, "default_platform", lambda: "gpu")
+    monkeypatch.setattr(call, "_compute_capability", lambda: "gfx942")
+    q, pages = jnp.zeros((1, 3, 48)), jnp.zeros((3, 1, 16, 48))
+    with pytest.raises(ExceptionGroup) as refused:
+        paged_attention(q, pages, pages, jnp.ones((1, 1), np.int32), jnp.ones(1, np.int32),
+                        implementation="triton")  # fmt: skip
+    assert "NVIDIA GPUs, not on gfx942" in str(refused.value.exceptions[0])
