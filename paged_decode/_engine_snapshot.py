@@ -11,15 +11,12 @@ from ._requests import Sample, TokenEvent
 from .errors import SequenceTooLong, SnapshotMismatch
 from .snapshot import OSFiles, PendingSnapshot, Snapshot
 from .snapshot._engine import (
-    ENGINE,
     EngineState,
     PendingEvent,
     engine_arrays,
-    engine_from,
 )
 from .snapshot._load import Opened, place_snapshot
 from .snapshot._save import plan_save
-from .snapshot._state import require_shapes
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -93,10 +90,9 @@ class EngineSnapshots:
           SequenceTooLong: a request does not fit this engine's `max_sequence_tokens`.
         """
         with Opened(path) as opened:
-            if not opened.extra:
+            state = opened.engine
+            if state is None:
                 raise SnapshotMismatch(f"{path} holds no requests; use load_snapshot")
-            require_shapes(opened.chain.files[0].specs, ENGINE)
-            state = engine_from(opened.arrays(list(ENGINE)), opened.state)
             _require_fit(self, state)
             try:
                 placed = place_snapshot(opened, self.cache, self.allocator, accept_fingerprint)

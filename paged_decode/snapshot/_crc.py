@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Callable
+
 __all__ = ["crc32"]
 
-try:
-    from isal.isal_zlib import crc32
-except ImportError:
-    from zlib import crc32
+
+def _fastest() -> Callable[..., int]:
+    try:
+        from isal import isal_zlib  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return zlib.crc32
+    return isal_zlib.crc32
+
+
+crc32 = _fastest()

@@ -133,7 +133,7 @@ def encode_header(header: Header) -> bytes:
     check_metadata(header.metadata, ValueError)
     parent = header.parent
     crcs = header.crcs or tuple((0,) * spec.num_chunks for spec in header.arrays)
-    body = msgpack.packb(
+    body: Any = msgpack.packb(
         {
             "arrays": [
                 [s.name, s.dtype, list(s.shape), struct.pack(f"<{len(c)}I", *c)]
@@ -166,13 +166,18 @@ def check_metadata(metadata: Any, error: type[Exception]) -> None:
         raise error(f"metadata must be a map, got {type(metadata).__name__}")
     for key, value in metadata.items():
         known = type(value) in (str, int, float, bool, type(None))
-        if type(key) is not str or not known:
+        if not _is(key, str) or not known:
             raise error(f"metadata must map str to str, int, float, bool or None, got {key!r}")
-        if type(value) is int and not -(2**63) <= value < 2**63:
+        if _is(value, int) and not -(2**63) <= value < 2**63:
             raise error(f"metadata {key!r} does not fit 64 bits with a sign")
 
 
 # ---- reading
+
+
+def _is(value: Any, kind: type) -> bool:
+    """Exactly that type: True is no int here."""
+    return type(value) is kind
 
 
 def _require(holds: bool, message: str) -> None:
@@ -214,11 +219,11 @@ def decode_header(front: bytes) -> Header:
     _require(found == crc, f"the header's checksum is {found:08x}, it should be {crc:08x}")
     fields = _unpack(body)
     keys = ["arrays", "fingerprint", "metadata", "page_size", "pages", "parent"]
-    _require(type(fields) is dict, f"the header is no map but {type(fields).__name__}")
+    _require(_is(fields, dict), f"the header is no map but {type(fields).__name__}")
     _require(list(fields) == keys, f"the header's keys are {list(fields)}, not {keys}")
     page_size = _integer("page_size", fields["page_size"], 1, MAX_DIMENSION)
     _require(page_size & (page_size - 1) == 0, f"page_size {page_size} is no power of two")
-    _require(type(fields["fingerprint"]) is bytes, "fingerprint is not bytes")
+    _require(_is(fields["fingerprint"], bytes), "fingerprint is not bytes")
     check_metadata(fields["metadata"], SnapshotCorrupt)
     arrays, crcs = _directory(fields["arrays"])
     header = Header(
@@ -263,7 +268,7 @@ def _unpack(body: bytes) -> Any:
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> int:
-    _require(type(value) is int, f"{name} is not an integer but {value!r}")
+    _require(_is(value, int), f"{name} is not an integer but {value!r}")
     _require(low <= value <= high, f"{name} is {value}, outside {low}..{high}")
     return value
 
@@ -271,11 +276,11 @@ def _integer(name: str, value: Any, low: int, high: int) -> int:
 def _parent(value: Any) -> Parent | None:
     if value is None:
         return None
-    _require(type(value) is list and len(value) == 3, "parent is not [id, name, pages]")
+    _require(_is(value, list) and len(value) == 3, "parent is not [id, name, pages]")
     ident, name, pages = value
-    _require(type(ident) is bytes and len(ident) == 16, "the parent's id is not 16 bytes")
+    _require(_is(ident, bytes) and len(ident) == 16, "the parent's id is not 16 bytes")
     _require(
-        type(name) is str and 0 < len(name.encode()) <= MAX_NAME_BYTES and is_plain_name(name),
+        _is(name, str) and 0 < len(name.encode()) <= MAX_NAME_BYTES and is_plain_name(name),
         f"the parent's name {name!r} is not the name of a file in the same folder",
     )
     return Parent(ident, name, _integer("the parent's pages", pages, 0, MAX_DIMENSION))
@@ -287,7 +292,7 @@ def is_plain_name(name: str) -> bool:
 
 
 def _directory(value: Any) -> tuple[tuple[ArraySpec, ...], tuple[tuple[int, ...], ...]]:
-    _require(type(value) is list, "arrays is not a list")
+    _require(_is(value, list), "arrays is not a list")
     entries = [_array(entry) for entry in value]
     names = [spec.name for spec, _ in entries]
     _require(len(set(names)) == len(names), "two arrays have one name")
@@ -296,22 +301,22 @@ def _directory(value: Any) -> tuple[tuple[ArraySpec, ...], tuple[tuple[int, ...]
 
 def _array(entry: Any) -> tuple[ArraySpec, tuple[int, ...]]:
     _require(
-        type(entry) is list and len(entry) == 4, "an array is not [name, dtype, shape, checksums]"
+        _is(entry, list) and len(entry) == 4, "an array is not [name, dtype, shape, checksums]"
     )
     name, dtype, shape, crcs = entry
     _require(
-        type(name) is str and 0 < len(name.encode()) <= MAX_NAME_BYTES,
+        _is(name, str) and 0 < len(name.encode()) <= MAX_NAME_BYTES,
         f"an array's name is not text of 1 to {MAX_NAME_BYTES} bytes",
     )
-    _require(type(dtype) is str and dtype in DTYPES, f"{name}: unknown dtype {dtype!r}")
+    _require(_is(dtype, str) and dtype in DTYPES, f"{name}: unknown dtype {dtype!r}")
     _require(
-        type(shape) is list and 1 <= len(shape) <= MAX_AXES,
+        _is(shape, list) and 1 <= len(shape) <= MAX_AXES,
         f"{name}: the shape is not a list of 1 to {MAX_AXES} axes",
     )
     for size in shape:
         _integer(f"{name}: an axis", size, 0, MAX_DIMENSION)
     spec = ArraySpec(name, dtype, tuple(shape))
-    _require(type(crcs) is bytes, f"{name}: the checksums are not bytes")
+    _require(_is(crcs, bytes), f"{name}: the checksums are not bytes")
     _require(
         len(crcs) == 4 * spec.num_chunks,
         f"{name}: {len(crcs)} bytes of checksums for {spec.num_chunks} chunks",

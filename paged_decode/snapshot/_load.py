@@ -12,6 +12,7 @@ import numpy as np
 
 from ..allocator import AllocatorState, BlockAllocator, Handle
 from ..errors import OutOfPages, SnapshotCorrupt, SnapshotMismatch
+from ._engine import ENGINE, EngineState, engine_from
 from ._files import Files, OSFiles
 from ._format import DTYPES, ArraySpec, Header, Parent, Scalar
 from ._pages import Part, parts_of, prepare_insert
@@ -40,6 +41,7 @@ class SnapshotInfo:
       page_size: tokens per page.
       pages: pages that it consists of; own_pages of them are in this file.
       sequences, tokens, cached_pages: how many; tokens of shared pages count for each sequence.
+      requests: samples of an engine, running and waiting; None without an engine.
       fingerprint: of the allocator that was saved.
       metadata: the user's.
       parent: the snapshot that it is a delta of, or None.
@@ -55,6 +57,7 @@ class SnapshotInfo:
     sequences: int
     tokens: int
     cached_pages: int
+    requests: int | None
     fingerprint: bytes
     metadata: Mapping[str, Scalar]
     parent: Parent | None
@@ -98,8 +101,8 @@ class Opened:
     def _check(self) -> None:
         file, header = self.chain.files[0], self.chain.header
         self.kv = [s for s in header.arrays if s.name.startswith("kv/")]
-        self.extra = [s for s in header.arrays if s.name.startswith("engine/")]
-        known = len(self.kv) + len(self.extra) + len(STATE) + (header.parent is not None)
+        extra = any(s.name.startswith("engine/") for s in header.arrays)
+        known = len(self.kv) + len(ENGINE) * extra + len(STATE) + (header.parent is not None)
         require_shapes(file.specs, STATE)
         if known != len(header.arrays):
             raise SnapshotCorrupt("there are arrays that the format does not have")
@@ -108,6 +111,10 @@ class Opened:
         for older in self.chain.files:
             self._check_pages(older.header, {s.name: s for s in older.header.arrays})
         self.state = state_from({name: file.array(name) for name in STATE}, header.page_size)
+        self.engine: EngineState | None = None
+        if extra:
+            require_shapes(file.specs, ENGINE)
+            self.engine = engine_from({name: file.array(name) for name in ENGINE}, self.state)
 
     def _check_pages(self, header: Header, specs: Mapping[str, ArraySpec]) -> None:
         own = header.pages if header.parent is None else None
@@ -124,9 +131,6 @@ class Opened:
         if len(counts) > 1:
             raise SnapshotCorrupt("the arrays of keys and values differ in their number of pages")
 
-    def arrays(self, names: list[str]) -> dict[str, np.ndarray]:
-        return {name: self.chain.files[0].array(name) for name in names}
-
     def info(self) -> SnapshotInfo:
         file, header, state = self.chain.files[0], self.chain.header, self.state
         return SnapshotInfo(
@@ -139,6 +143,7 @@ class Opened:
             sequences=len(state.lengths),
             tokens=int(state.lengths.sum()),
             cached_pages=state.num_pages - state.num_owned,
+            requests=None if self.engine is None else len(self.engine.samples),
             fingerprint=header.fingerprint,
             metadata=header.metadata,
             parent=header.parent,

@@ -49,7 +49,8 @@ def parts_of(cache: Any, num_pages: int) -> list[Part]:
     parts: list[Part] = []
     for at, (path, leaf) in enumerate(leaves):
         name = "kv/" + jax.tree_util.keystr(path, simple=True, separator="/")
-        shape, dtype = tuple(leaf.shape), str(np.dtype(leaf.dtype))
+        dtype = str(np.dtype(leaf.dtype))
+        shape: tuple[int, ...] = tuple(leaf.shape)
         if dtype not in DTYPES:
             raise NotImplementedError(f"{name}: snapshots do not hold {dtype}")
         stacked = len(shape) > 4 or shape[:1] != (num_pages,)
@@ -59,8 +60,7 @@ def parts_of(cache: Any, num_pages: int) -> list[Part]:
                 f"the allocator's N = {num_pages} pages"
             )
         if stacked:
-            layers = range(shape[0])
-            parts += [Part(f"{name}/{i}", at, i, shape[2:], dtype) for i in layers]
+            parts += [Part(f"{name}/{i}", at, i, shape[2:], dtype) for i in range(leaf.shape[0])]
         else:
             parts.append(Part(name, at, None, shape[1:], dtype))
     return parts

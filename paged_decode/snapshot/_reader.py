@@ -27,7 +27,7 @@ from ._format import (
     split_prefix,
 )
 
-__all__ = ["Chain", "Progress", "SnapshotFile", "aligned_empty"]
+__all__ = ["Chain", "Progress", "SnapshotFile", "aligned_empty", "as_bytes", "chunk_bytes"]
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes there are."""
@@ -238,7 +238,7 @@ class Chain:
         shape = (spec.chunk_rows, *spec.shape[1:])
         buffer = aligned_empty(shape, DTYPES[spec.dtype])
         for chunk in np.unique(chunk_of).tolist():
-            data = memoryview(buffer.reshape(-1).view(np.uint8))[: chunk_bytes(spec, chunk)]
+            data = as_bytes(buffer)[: chunk_bytes(spec, chunk)]
             file.read_chunk(spec.name, chunk, data)
             here = chunk_of == chunk
             out[where[here]] = buffer[rows[here] - chunk * spec.chunk_rows]
@@ -259,10 +259,14 @@ def chunk_bytes(spec: ArraySpec, chunk: int) -> int:
     return rows * spec.row_bytes
 
 
+def as_bytes(array: Any) -> memoryview:
+    """The memory of a contiguous array."""
+    return memoryview(array.reshape(-1).view(np.uint8))
+
+
 def _bytes_of(array: np.ndarray, spec: ArraySpec, chunk: int) -> memoryview:
     begin = chunk * spec.chunk_rows * spec.row_bytes
-    flat = array.reshape(-1).view(np.uint8)
-    return memoryview(flat[begin : begin + chunk_bytes(spec, chunk)])
+    return as_bytes(array)[begin : begin + chunk_bytes(spec, chunk)]
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

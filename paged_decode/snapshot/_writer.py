@@ -13,7 +13,7 @@ import numpy as np
 from ._crc import crc32
 from ._files import Files, replacing, write_all
 from ._format import PREFIX, ArraySpec, Header, encode_header, layout, snapshot_id
-from ._reader import Progress
+from ._reader import Progress, as_bytes
 
 __all__ = ["array_chunks", "write_file"]
 
@@ -76,7 +76,7 @@ class _Emitter:
     def _emit(
         self, chunk: np.ndarray, offset: int, crcs: list[int], last: Future[None] | None
     ) -> None:
-        data = memoryview(chunk.reshape(-1).view(np.uint8))
+        data = as_bytes(chunk)
         crc = crc32(data)
         if last is not None:
             last.result()
