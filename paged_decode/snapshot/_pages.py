@@ -227,15 +227,24 @@ def _shard_on(leaf: Any, device: Any) -> tuple[tuple[slice, ...], Any]:
 def _insert_impl(
     leaves: list[Any], values: list[Any], ids: Any, *, places: tuple[tuple[int, int | None], ...]
 ) -> list[Any]:
-    """Bits are moved, never numbers: a conversion on the way would quieten a signalling NaN."""
+    """Bits are moved, never numbers."""
     out = [_bits(leaf) for leaf in leaves]
     for (leaf, layer), value in zip(places, values, strict=True):
         at = out[leaf].at[ids] if layer is None else out[leaf].at[layer, ids]
         out[leaf] = at.set(_bits(value), unique_indices=True, mode="promise_in_bounds")
-    return [lax.bitcast_convert_type(new, old.dtype) for new, old in zip(out, leaves, strict=True)]
+    return [
+        new if new.dtype == old.dtype else lax.bitcast_convert_type(new, old.dtype)
+        for new, old in zip(out, leaves, strict=True)
+    ]
 
 
 def _bits(array: Any) -> Any:
+    """Small floats as integers: a CPU widens them on the way, which quietens a signalling NaN.
+
+    Others stay as they are, because XLA for CPU copies the whole pool for the change of type.
+    """
+    if array.dtype.itemsize >= 4 or jnp.issubdtype(array.dtype, jnp.integer):
+        return array
     return lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}"))
 
 
