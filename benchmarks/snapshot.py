@@ -106,7 +106,7 @@ def run(folder: Path, mib: int, rounds: int) -> list[dict]:
     def note(case: str, system: str, work: Callable[[], object]) -> None:
         times.setdefault((case, system), []).append(timed(work))
 
-    def load() -> object:
+    def load() -> float:
         pool = KVCache.create(
             num_layers=LAYERS,
             num_pages=cache.num_pages,
@@ -145,7 +145,7 @@ def run(folder: Path, mib: int, rounds: int) -> list[dict]:
         times.setdefault(("pause", "paged-decode"), []).append(time.perf_counter() - start)
         pending.result()
     for name, function in (("zlib.crc32", zlib.crc32), ("crc32 in use", crc32)):
-        data = memoryview(np.concatenate([p.reshape(-1) for p in pages.values()]).view(np.uint8))
+        data = memoryview(np.concatenate([p.reshape(-1) for p in pages.values()]).tobytes())
         note(
             "checksum",
             name,
