@@ -12,10 +12,12 @@ from .errors import (
 )
 from .policy import LRU, EvictionPolicy
 from .sequences import Handle, SequenceInfo
+from .state import AllocatorState, StatePages, check_state
 from .stats import AllocatorStats, PageState
 
 __all__ = [
     "LRU",
+    "AllocatorState",
     "AllocatorStats",
     "BlockAllocator",
     "CorruptState",
@@ -30,4 +32,6 @@ __all__ = [
     "SequenceInfo",
     "SequenceTooLong",
     "StaleHandle",
+    "StatePages",
+    "check_state",
 ]

@@ -3,7 +3,17 @@
 from .allocator import BlockAllocator, DecodeBatch, Handle, PageCopies
 from .cache import KVCache
 from .engine import Completion, Engine, EngineConfig, EngineStats, TokenEvent
-from .errors import OutOfPages, PagedDecodeError, PageTableError, SequenceTooLong, StaleHandle
+from .errors import (
+    OutOfPages,
+    PagedDecodeError,
+    PageTableError,
+    SequenceTooLong,
+    SnapshotCorrupt,
+    SnapshotError,
+    SnapshotMismatch,
+    SnapshotVersion,
+    StaleHandle,
+)
 from .kernels import (
     append_and_attend,
     append_kv,
@@ -13,6 +23,19 @@ from .kernels import (
     paged_attention,
 )
 from .sampling import SamplingParams
+from .snapshot import (
+    Restored,
+    Snapshot,
+    SnapshotInfo,
+    compact_snapshot,
+    export_sequence,
+    import_sequence,
+    inspect_snapshot,
+    load_snapshot,
+    save_snapshot,
+    save_snapshot_async,
+    verify_snapshot,
+)
 
 __all__ = [
     "BlockAllocator",
@@ -27,14 +50,29 @@ __all__ = [
     "PageCopies",
     "PageTableError",
     "PagedDecodeError",
+    "Restored",
     "SamplingParams",
     "SequenceTooLong",
+    "Snapshot",
+    "SnapshotCorrupt",
+    "SnapshotError",
+    "SnapshotInfo",
+    "SnapshotMismatch",
+    "SnapshotVersion",
     "StaleHandle",
     "TokenEvent",
     "append_and_attend",
     "append_kv",
+    "compact_snapshot",
     "copy_pages",
     "decode_attention",
+    "export_sequence",
+    "import_sequence",
+    "inspect_snapshot",
+    "load_snapshot",
     "merge_attention",
     "paged_attention",
+    "save_snapshot",
+    "save_snapshot_async",
+    "verify_snapshot",
 ]

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._engine_config import EngineConfig, EngineStats
+from ._engine_snapshot import EngineSnapshots
 from ._outbox import Outbox
 from ._programs import DecodeOut, Model, decode, null_batch, prefill
 from ._requests import Completion, Sample, TokenEvent, as_prompt, common_pages, gather
@@ -36,7 +37,7 @@ from .sampling import SamplingParams, SamplingRows
 __all__ = ["Completion", "Engine", "EngineConfig", "EngineStats", "TokenEvent"]
 
 
-class Engine:
+class Engine(EngineSnapshots):
     """Generate for many requests at once from one pool of pages.
 
     Args:
