@@ -5,10 +5,12 @@ from .dense import decode_attention
 from .dispatch import BACKENDS, Backend, backend_status
 from .merge import merge_attention
 from .op import paged_attention
+from .placement import Placement
 
 __all__ = [
     "BACKENDS",
     "Backend",
+    "Placement",
     "append_kv",
     "backend_status",
     "copy_pages",

@@ -20,6 +20,7 @@ from .checks import (
     concrete,
 )
 from .merge import sink_mass
+from .placement import Placement
 from .record import AttentionCall
 
 __all__ = ["paged_attention"]
@@ -40,6 +41,7 @@ def paged_attention(
     sinks: Float[AnyArray, "*heads K"] | None = None,
     return_lse: bool = False,
     implementation: str | Sequence[str] | None = None,
+    placement: Placement | None = None,
 ) -> Array | tuple[Array, Array]:
     """Causal attention of the newest T tokens of every row over its pages.
 
@@ -69,6 +71,8 @@ def paged_attention(
       return_lse: also return the natural log of the softmax denominator **without sinks**, so
         that parts over disjoint tokens merge exactly (`merge_attention`).
       implementation: a backend name, or several to try in order; None: the platform's own list.
+      placement: how the pool lies on a mesh (`KVCache` passes its own); every device then attends
+        with its own heads, and with a data axis over its own rows and pages. No device talks.
 
     Returns:
       out like `q`, or `(out, lse)` with lse float32 `[B, Hq]` or `[B, T, Hq]`.
@@ -87,10 +91,12 @@ def paged_attention(
       >>> paged_attention(jnp.ones((1, 2, 8)), pages, pages, table, lens).shape
       (1, 2, 8)
     """
-    _check_arrays(q, k_pages, v_pages, layer)
+    _check_arrays(q, k_pages, v_pages, layer, placement)
     rows, heads, dim = q.shape[0], q.shape[-2], q.shape[-1]
     pages, kv_heads, page_size = k_pages.shape[-4:-1]
     _check_tables(page_table, seq_lens, starts, rows)
+    if placement is not None:
+        pages //= placement.data_shards  # ids are local to a shard
     _check_values(page_table, seq_lens, starts, pages, page_size)
     if sinks is not None:
         _check_sinks(sinks, kv_heads, heads)
@@ -110,14 +116,30 @@ def paged_attention(
         soft_cap=None if soft_cap is None else check_number("soft_cap", soft_cap, positive=True),
         return_lse=bool(return_lse),
         implementation=backend_names(implementation),
-        platform=dispatch.default_platform(),
+        platform=dispatch.default_platform(placement.platform if placement else None),
+        placement=placement,
     )
+
+
+# The arrays of an `AttentionCall` and their axes, which say how each is split on a mesh.
+_AXES = dict(
+    q="B, T, Hq, D",
+    k_pages="L, N, Hk, S, D",
+    v_pages="L, N, Hk, S, D",
+    layer="",
+    page_table="B, P",
+    seq_lens="B",
+    starts="B",
+    sink="Hq",
+)
 
 
 # One compiled function for eager calls, one cached trace for a model's many equal layers.
 @partial(
     jax.jit,
-    static_argnames=("scale", "window", "soft_cap", "return_lse", "implementation", "platform"),
+    static_argnames=(
+        *("scale", "window", "soft_cap", "return_lse", "implementation", "platform", "placement"),
+    ),
 )
 def _attend(
     q: Array,
@@ -135,6 +157,7 @@ def _attend(
     return_lse: bool,
     implementation: tuple[str, ...] | None,
     platform: str,
+    placement: Placement | None,
 ) -> Array | tuple[Array, Array]:
     rows, heads = q.shape[0], q.shape[-2]
     stacked = (-1, *k_pages.shape[-4:])
@@ -151,10 +174,20 @@ def _attend(
 
     @jax.custom_jvp
     def run(arrays: dict[str, Any]) -> tuple[Array, Array]:
-        record = AttentionCall(
-            **arrays, scale=scale, window=window, soft_cap=soft_cap, platform=platform
-        )
-        return dispatch.attend(record, implementation)
+        def local(*own: Array) -> tuple[Array, Array]:
+            record = AttentionCall(
+                **dict(zip(_AXES, own, strict=True)),
+                scale=scale,
+                window=window,
+                soft_cap=soft_cap,
+                platform=platform,
+            )
+            return dispatch.attend(record, implementation)
+
+        ordered = [arrays[name] for name in _AXES]
+        if placement is None:
+            return local(*ordered)
+        return placement.run(local, _AXES.values(), ("B, T, Hq, D", "B, T, Hq"), *ordered)
 
     run.defjvp(_no_derivative)
     out, lse = run(call)
@@ -169,7 +202,9 @@ def _no_derivative(primals: Any, tangents: Any) -> Any:
     )
 
 
-def _check_arrays(q: Any, k_pages: Any, v_pages: Any, layer: Any) -> None:
+def _check_arrays(
+    q: Any, k_pages: Any, v_pages: Any, layer: Any, placement: Placement | None
+) -> None:
     check_float("q", q)
     for name, array in (("k_pages", k_pages), ("v_pages", v_pages)):
         if getattr(array, "dtype", None) is None:
@@ -190,6 +225,8 @@ def _check_arrays(q: Any, k_pages: Any, v_pages: Any, layer: Any) -> None:
             f"q and k_pages must have the same D; got {q.shape[-1]} in q {q.shape} and "
             f"{k_pages.shape[-1]} in k_pages {k_pages.shape}"
         )
+    if placement is not None:
+        placement.check(q.shape[0], heads)
     if heads == 0 or heads % kv_heads:
         raise ValueError(
             f"Hq must be a multiple of Hk; got Hq = {heads} in q {q.shape} and Hk = {kv_heads} "
