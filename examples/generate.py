@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 from smol import llama, parallel, tokenizer, weights
@@ -77,7 +78,8 @@ def read_ids(path: Path) -> list[dict]:
 
 def make_engine(args: argparse.Namespace, prompts: list[list[int]], path: Path) -> Engine:
     config, params = llama.load(path, dtype=args.dtype)
-    model, where = llama.make_model(config), {}
+    model = llama.make_model(config)
+    where: dict[str, Any] = {}
     if args.devices != 1:
         mesh = parallel.make_mesh(args.devices)
         model = parallel.make_parallel_model(config, params, mesh)

@@ -21,7 +21,7 @@ from paged_decode import DecodeBatch, KVCache
 from .checkpoint import LlamaConfig, Params
 from .llama import Model, make_model
 
-__all__ = ["AXIS", "make_mesh", "make_parallel_model", "split_params"]
+__all__ = ["AXIS", "make_mesh", "make_parallel_model", "param_specs", "split_params"]
 
 AXIS = "tensor"
 
@@ -83,7 +83,7 @@ def split_params(config: LlamaConfig, params: Params, mesh: Mesh) -> Params:
     return jax.tree.map(
         lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec)),
         ordered,
-        _specs(config, params, devices),
+        param_specs(config, params, devices),
     )
 
 
@@ -95,7 +95,7 @@ def make_parallel_model(config: LlamaConfig, params: Params, mesh: Mesh) -> Mode
     devices = mesh.shape[AXIS]
     split_vocabulary = config.vocab_size % devices == 0
     local = make_model(local_config(config, devices), axis=AXIS, split_vocabulary=split_vocabulary)
-    specs = _specs(config, params, devices)
+    specs = param_specs(config, params, devices)
     logits = PartitionSpec(None, AXIS if split_vocabulary else None)
 
     def model(
@@ -120,7 +120,8 @@ def _interleave(parts: Sequence[np.ndarray], devices: int) -> np.ndarray:
     return np.concatenate([p for own in zip(*pieces, strict=True) for p in own], axis=1)
 
 
-def _specs(config: LlamaConfig, params: Params, devices: int) -> Any:
+def param_specs(config: LlamaConfig, params: Params, devices: int) -> Any:
+    """How `split_params` splits every array: a pytree like `params` of PartitionSpecs."""
     columns, rows, whole = PartitionSpec(None, AXIS), PartitionSpec(AXIS, None), PartitionSpec()
     vocabulary = columns if config.vocab_size % devices == 0 else whole
     layer = dict(qkv=columns, out=rows, gate_up=columns, down=rows)
