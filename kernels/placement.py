@@ -131,6 +131,13 @@ class Placement:
         )
         return mapped(*args)
 
+    def whole(self, tree: Any) -> Any:
+        """The same values on every device, as any process of several can read them."""
+        kinds = {kind for kind in self.mesh.axis_types}
+        put = jax.sharding.reshard if kinds == {AxisType.Explicit} else jax.device_put
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        return jax.tree.map(lambda a: put(a, everywhere), tree)
+
     def check(self, rows: int, heads: int | None = None) -> None:
         """Raise ValueError unless so many rows, and query heads, can be split."""
         if rows % self.data_shards:

@@ -1,10 +1,18 @@
 """A paged KV cache and decode engine for JAX."""
 
+from ._replicas import ReplicaMismatch, ReplicatedAllocator
 from .allocator import BlockAllocator, DecodeBatch, Handle, PageCopies
 from .cache import KVCache
 from .engine import Completion, Engine, EngineConfig, EngineStats, TokenEvent
 from .errors import OutOfPages, PagedDecodeError, PageTableError, SequenceTooLong, StaleHandle
-from .kernels import append_kv, copy_pages, decode_attention, merge_attention, paged_attention
+from .kernels import (
+    Placement,
+    append_kv,
+    copy_pages,
+    decode_attention,
+    merge_attention,
+    paged_attention,
+)
 from .sampling import SamplingParams
 
 __all__ = [
@@ -20,6 +28,9 @@ __all__ = [
     "PageCopies",
     "PageTableError",
     "PagedDecodeError",
+    "Placement",
+    "ReplicaMismatch",
+    "ReplicatedAllocator",
     "SamplingParams",
     "SequenceTooLong",
     "StaleHandle",
