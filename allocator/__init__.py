@@ -12,6 +12,7 @@ from .errors import (
 )
 from .policy import LRU, EvictionPolicy
 from .sequences import Handle, SequenceInfo
+from .sharded import ShardedAllocator
 from .stats import AllocatorStats, PageState
 
 __all__ = [
@@ -29,5 +30,6 @@ __all__ = [
     "PagedDecodeError",
     "SequenceInfo",
     "SequenceTooLong",
+    "ShardedAllocator",
     "StaleHandle",
 ]

@@ -1,7 +1,7 @@
 """A paged KV cache and decode engine for JAX."""
 
 from ._replicas import ReplicaMismatch, ReplicatedAllocator
-from .allocator import BlockAllocator, DecodeBatch, Handle, PageCopies
+from .allocator import BlockAllocator, DecodeBatch, Handle, PageCopies, ShardedAllocator
 from .cache import KVCache
 from .engine import Completion, Engine, EngineConfig, EngineStats, TokenEvent
 from .errors import OutOfPages, PagedDecodeError, PageTableError, SequenceTooLong, StaleHandle
@@ -14,6 +14,7 @@ from .kernels import (
     paged_attention,
 )
 from .sampling import SamplingParams
+from .sharding import Spread, split_batch
 
 __all__ = [
     "BlockAllocator",
@@ -33,6 +34,8 @@ __all__ = [
     "ReplicatedAllocator",
     "SamplingParams",
     "SequenceTooLong",
+    "ShardedAllocator",
+    "Spread",
     "StaleHandle",
     "TokenEvent",
     "append_kv",
@@ -40,4 +43,5 @@ __all__ = [
     "decode_attention",
     "merge_attention",
     "paged_attention",
+    "split_batch",
 ]

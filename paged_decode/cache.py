@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from .allocator import DecodeBatch, PageCopies
 from .kernels import Placement, append_kv, copy_pages, paged_attention
 from .kernels.checks import AnyArray
 from .kernels.placement import Axis
+from .sharding import Spread, split_batch, split_copies
 
 __all__ = ["DecodeBatch", "KVCache", "PageCopies"]
 
@@ -63,16 +65,19 @@ class KVCache:
         dtype: Any = jnp.float32,
         mesh: Mesh | AbstractMesh | None = None,
         head_axis: Axis = None,
+        data_axis: Axis = None,
     ) -> KVCache:
         """Make an empty cache; `num_pages` counts the null page.
 
         With a mesh, KV heads are split over its axis `head_axis`. If there are r times as many
         devices as heads, r devices hold each head: the arrays then have r * Hk heads, and `append`
-        copies every new head r times. Other axes of the mesh hold copies.
+        copies every new head r times. Over `data_axis` of R devices, rows and pages are split:
+        each shard has `num_pages / R` pages, the first of which is its null page, and the ids that
+        the device sees are local to it (`split`). Other axes of the mesh hold copies.
 
         Raises:
           ValueError: a size is not a positive integer, there are fewer than 2 pages,
-            page_size is no power of two, or the heads cannot be split over `head_axis`.
+            page_size is no power of two, or heads or pages cannot be split so.
         """
         sizes = dict(
             num_layers=num_layers,
@@ -90,12 +95,19 @@ class KVCache:
             )
         if page_size & (page_size - 1):
             raise ValueError(f"page_size must be a power of two, got {page_size}")
-        if (mesh is None) != (head_axis is None):
-            raise ValueError(f"mesh and head_axis go together; got {mesh} and {head_axis!r}")
+        if (mesh is None) != (head_axis is None and data_axis is None):
+            raise ValueError(
+                f"mesh and head_axis or data_axis go together; got {mesh}, {head_axis!r} and "
+                f"{data_axis!r}"
+            )
         placement, where = None, None
         if mesh is not None:
             placement = Placement.create(
-                mesh, num_kv_heads=num_kv_heads, num_pages=num_pages, head_axis=head_axis
+                mesh,
+                num_kv_heads=num_kv_heads,
+                num_pages=num_pages,
+                head_axis=head_axis,
+                data_axis=data_axis,
             )
             num_kv_heads *= placement.kv_copies
             where = placement.sharding("N, Hk, S, D")
@@ -159,6 +171,27 @@ class KVCache:
             **options,
         )
 
+    @property
+    def data_shards(self) -> int:
+        """R, into how many parts rows and pages are split."""
+        return self.placement.data_shards if self.placement else 1
+
+    def split(self, batch: DecodeBatch, sizes: Sequence[int]) -> tuple[DecodeBatch, Spread]:
+        """The batch as the device takes it, and where its rows lie; see `split_batch`.
+
+        Without a data axis it is the batch itself.
+        """
+        if self.data_shards == 1:
+            rows = len(batch.seq_lens)
+            return batch, Spread(None, rows, rows)
+        return split_batch(
+            batch,
+            shards=self.data_shards,
+            pages_per_shard=self.num_pages // self.data_shards,
+            page_size=self.page_size,
+            sizes=tuple(sizes),
+        )
+
     def copy_pages(self, copies: PageCopies) -> KVCache:
         """Carry out copy-on-write; donates the cache. Without copies it is returned as it is.
 
@@ -167,6 +200,9 @@ class KVCache:
         """
         if len(copies.src) == 0:
             return self
+        if (shards := self.data_shards) > 1:
+            pages = self.num_pages // shards
+            return _copy_pages(self, *split_copies(copies, shards=shards, pages_per_shard=pages))
         width = 1 << (len(copies.src) - 1).bit_length()
         src, dst = (np.zeros(width, np.int32) for _ in range(2))
         src[: len(copies.src)], dst[: len(copies.dst)] = copies.src, copies.dst
