@@ -1,5 +1,6 @@
 """One allocator per data shard, behind one front that speaks of pages of the whole pool."""
 
+from dataclasses import fields, replace
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -11,6 +12,7 @@ from .errors import OutOfPages
 from .framing import empty_page_table
 from .growth import plan_growth
 from .sequences import Handle, SequenceInfo, as_handles
+from .stats import AllocatorStats
 
 __all__ = ["ShardedAllocator"]
 
@@ -160,8 +162,7 @@ class ShardedAllocator:
         index, own = self._one(handle)
         info = self.shards[index].sequence(own)
         first = index * self.shards[0].num_pages
-        fields = {name: getattr(info, name) for name in SequenceInfo.__slots__}
-        return SequenceInfo(**fields | dict(pages=tuple(first + page for page in info.pages)))
+        return replace(info, pages=tuple(first + page for page in info.pages))
 
     def tokens(self, handle: SupportsIndex) -> np.ndarray:
         """The tokens of one sequence, int32 `[length]`, a copy."""
@@ -270,6 +271,19 @@ class ShardedAllocator:
             whole.slots[at] = np.where(real, part.slots + first * self.page_size, 0)
             whole.seq_lens[at], whole.positions[at] = part.seq_lens, part.positions
         return whole
+
+    def page_states(self) -> np.ndarray:
+        """What every page of the pool is doing: uint8 `[N]` of `PageState`."""
+        return np.concatenate([shard.page_states() for shard in self.shards])
+
+    def stats(self) -> AllocatorStats:
+        """The shards' counts added up; `peak_used` adds peaks that may be of different moments."""
+        parts = [shard.stats() for shard in self.shards]
+        names = [field.name for field in fields(AllocatorStats)]
+        total = {name: sum(getattr(part, name) for part in parts) for name in names}
+        slots = (total["used"] - total["pinned"]) * self.page_size
+        waste = 1 - total["stored_tokens"] / slots if slots else 0.0
+        return AllocatorStats(**total | dict(tail_waste=waste))
 
     def reset_prefix_cache(self) -> bool:
         """Empty the prefix caches; False, and no change, while any page has an owner."""

@@ -177,9 +177,9 @@ def scaling():
             yield dict(case=case, system="paged-decode", ratio=ratio, **spread(split.seconds))
 
 
-def compiled(config, rows, devices):
-    """The HLO of one step on `devices` devices, from shapes alone."""
-    mesh = parallel.make_mesh(devices)
+def compiled(config, rows, devices, data):
+    """The HLO of one step on `data * devices` devices, `rows` rows a shard, from shapes alone."""
+    mesh = parallel.make_mesh(devices, data=data)
     copies = max(devices // config.num_kv_heads, 1)
     widened = replace(config, num_kv_heads=config.num_kv_heads * copies)  # as `split_params` does
     params = shapes(widened, jnp.float32)
@@ -188,14 +188,22 @@ def compiled(config, rows, devices):
         s.shape, s.dtype, sharding=NamedSharding(mesh, spec)
     )
     small = replace(config, head_dim=2)  # an empty cache of full size would need the memory
-    where = dict(mesh=mesh, head_axis=parallel.AXIS)
-    cache = Timed.make_cache(small, 1, where)
-    pool = (1 + rows * COLUMNS, widened.num_kv_heads, PAGE, config.head_dim)
+    cache = KVCache.create(
+        num_layers=config.num_layers,
+        num_pages=2 * data,
+        num_kv_heads=small.num_kv_heads,
+        page_size=PAGE,
+        head_dim=small.head_dim,
+        mesh=mesh,
+        head_axis=parallel.AXIS,
+        data_axis=parallel.DATA,
+    )
+    pool = (data * (1 + rows * COLUMNS), widened.num_kv_heads, PAGE, config.head_dim)
     cache = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(pool, jnp.float32, sharding=a.sharding), cache
     )
     model = parallel.make_parallel_model(config, params, mesh)
-    args = (jax.tree.map(put, params, specs), cache, *step_inputs(rows))
+    args = (jax.tree.map(put, params, specs), cache, *step_inputs(rows * data))
     return jax.jit(model, donate_argnums=1).lower(*args).compile().as_text()
 
 
@@ -216,11 +224,11 @@ def count(hlo):
 def talk(counts):
     for name, large in LARGE.items():
         for devices in counts:
-            if large.num_heads % devices:
-                continue
+            heads = min(devices, large.num_heads)  # beyond Hq only a data axis can grow
+            data = devices // heads
             for rows in (1, 64):
                 one, three = (
-                    count(compiled(replace(large, num_layers=n), rows, devices)) for n in (1, 3)
+                    count(compiled(replace(large, num_layers=n), rows, heads, data)) for n in (1, 3)
                 )
                 kinds = sorted(set(one) | set(three))
                 calls, total = {}, {}
@@ -229,18 +237,41 @@ def talk(counts):
                     more = large.num_layers - 1
                     calls[kind] = c1 + (c3 - c1) // 2 * more
                     total[kind] = b1 + (b3 - b1) // 2 * more
-                case = dict(measure="talk", model=name, B=rows, devices=devices, dtype="float32")
+                case = dict(measure="talk", model=name, devices=devices, dtype="float32")
+                case |= dict(rows_per_shard=rows, head_shards=heads, data_shards=data)
                 yield dict(case=case, system="paged-decode", calls=calls, bytes_per_step=total)
 
 
+def arithmetic():
+    """What lies on one of 8 to 64 GPUs of 80 GB in bfloat16, and the bytes it must read a step."""
+    gpu_bytes, rows, length = 0.9 * 80e9, 64, 4096
+    for name, large in LARGE.items():
+        weights = 2 * sum(int(np.prod(s.shape)) for s in jax.tree.leaves(shapes(large, jnp.int8)))
+        for devices in (8, 16, 32, 64):
+            heads = max(large.num_kv_heads / devices, 1)
+            token = int(2 * large.num_layers * heads * large.head_dim * 2)
+            room = gpu_bytes - weights / devices
+            case = dict(measure="arithmetic", model=name, devices=devices, dtype="bfloat16")
+            yield dict(
+                case=case,
+                system="paged-decode",
+                weight_bytes_per_device=weights // devices,
+                kv_bytes_per_token_per_device=token,
+                tokens_that_fit=max(int(room // token), 0),
+                read_bytes_per_step=weights // devices + rows * length * token,
+                read_case=dict(B=rows, tokens=length),
+                all_reduce_bytes_per_step=2 * rows * large.width * (2 * large.num_layers + 1),
+            )
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--most-devices", type=int, default=256, help="for the count of talk")
     args = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", args.most_devices)
     counts = [2**i for i in range(9) if 2**i <= args.most_devices]
     records = []
-    for part in (overhead(), scaling(), talk(counts)):
+    for part in (overhead(), scaling(), talk(counts), arithmetic()):
         for record in part:
             records.append(record)
             print({k: v for k, v in record.items() if k not in ("min_s", "max_s")}, flush=True)

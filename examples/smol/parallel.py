@@ -21,20 +21,24 @@ from paged_decode import DecodeBatch, KVCache
 from .checkpoint import LlamaConfig, Params
 from .llama import Model, make_model
 
-__all__ = ["AXIS", "make_mesh", "make_parallel_model", "param_specs", "split_params"]
+__all__ = ["AXIS", "DATA", "make_mesh", "make_parallel_model", "param_specs", "split_params"]
 
-AXIS = "tensor"
+AXIS, DATA = "tensor", "data"
 
 
-def make_mesh(devices: int) -> Mesh:
-    """The first `devices` devices as one axis; ValueError if there are fewer."""
+def make_mesh(devices: int, *, data: int = 1) -> Mesh:
+    """The first `data * devices` devices as axes (DATA, AXIS); ValueError if there are fewer."""
+    devices = data * devices
     if not 1 <= devices <= len(jax.devices()):
         raise ValueError(
             f"{devices} devices were asked for, but JAX sees {len(jax.devices())}; on a CPU, set "
             f"the config option jax_num_cpu_devices to {devices} before the first use of a device"
         )
     return jax.make_mesh(
-        (devices,), (AXIS,), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices]
+        (data, devices // data),
+        (DATA, AXIS),
+        axis_types=(AxisType.Auto,) * 2,
+        devices=jax.devices()[:devices],
     )
 
 
@@ -91,21 +95,24 @@ def make_parallel_model(config: LlamaConfig, params: Params, mesh: Mesh) -> Mode
     """Like `make_model`, for weights of `split_params` and a cache on the same mesh.
 
     The whole model runs inside one `shard_map`: in there heads are local, and the cache knows it.
+    A cache that has a data axis splits the rows as well; every shard has all the
+    weights.
     """
     devices = mesh.shape[AXIS]
     split_vocabulary = config.vocab_size % devices == 0
     local = make_model(local_config(config, devices), axis=AXIS, split_vocabulary=split_vocabulary)
     specs = param_specs(config, params, devices)
-    logits = PartitionSpec(None, AXIS if split_vocabulary else None)
 
     def model(
         params: Params, cache: KVCache, tokens: Array, batch: DecodeBatch
     ) -> tuple[Array, KVCache]:
-        pages = PartitionSpec(None, AXIS)
+        data = cache.placement.data_axis if cache.placement else None
+        rows, pages = PartitionSpec(data), PartitionSpec(data, AXIS)
+        logits = PartitionSpec(data, AXIS if split_vocabulary else None)
         mapped = jax.shard_map(
             local,
             mesh=mesh,
-            in_specs=(specs, pages, PartitionSpec(), PartitionSpec()),
+            in_specs=(specs, pages, rows, rows),
             out_specs=(logits, pages),
             check_vma=False,
         )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from smol import llama, parallel
 
-from paged_decode import BlockAllocator, DecodeBatch, KVCache
+from paged_decode import BlockAllocator, DecodeBatch, KVCache, ShardedAllocator
 
 from .test_generate import GOLDEN, run
 from .test_llama import PAGE, PROMPTS, Paged
@@ -101,6 +101,30 @@ def test_logits_on_several_devices_equal_those_of_one(devices, tied, vocab):
         head_axis=parallel.AXIS,
     )
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+
+def test_rows_over_a_data_axis_give_the_same_logits():
+    params = random_params(SMALL, tied=True)
+    want = first_logits(llama.make_model(SMALL), params, SMALL)
+    mesh = parallel.make_mesh(2, data=2)
+    cache = KVCache.create(
+        num_layers=2,
+        num_pages=8,
+        num_kv_heads=2,
+        page_size=4,
+        head_dim=4,
+        mesh=mesh,
+        head_axis=parallel.AXIS,
+        data_axis=parallel.DATA,
+    )
+    allocator = ShardedAllocator(8, 4, num_shards=2)
+    rows = [allocator.allocate([1] * n) for n in (5, 3)]
+    batch = allocator.batch(rows, [0, 0], [5, 3], tokens_per_row=5)
+    batch, spread = cache.split(batch, (1,))
+    tokens = spread.put(np.random.default_rng(1).integers(0, 32, (2, 5)).astype(np.int32))
+    model = jax.jit(parallel.make_parallel_model(SMALL, params, mesh), donate_argnums=1)
+    got, _ = model(parallel.split_params(SMALL, params, mesh), cache, tokens, batch)
+    np.testing.assert_allclose(spread.take(got), want, rtol=0, atol=1e-5)
 
 
 def test_a_model_from_a_file_decodes_alike_on_two_devices(tmp_path):

@@ -82,7 +82,7 @@ def test_the_engine_over_data_shards_gives_the_tokens_of_one_device(data, heads)
     for i, completion in enumerate(done):
         assert completion.tokens == tiny.dense_greedy(prompts[i // 3], 10)
     assert engine.stats.programs == programs
-    assert engine.stats.prefix_hit_tokens and sum(s.stats().copies for s in allocator.shards)
+    assert engine.stats.prefix_hit_tokens and allocator.stats().copies
     assert all(shard.stats().peak_used for shard in allocator.shards)
     assert engine.idle and allocator.num_used == 0
     allocator.check_invariants()
@@ -159,6 +159,9 @@ def test_what_the_front_refuses_changes_no_shard():
     allocator.commit([a, b], [8, 12])
     batch, copies = allocator.advance([a], [3])
     assert batch.seq_lens.tolist() == [9] and len(copies.src) == 0
+    stats = allocator.stats()
+    assert (stats.used, stats.sequences, stats.stored_tokens) == (6, 2, 21)
+    assert stats.tail_waste == 1 - 21 / 24 and len(allocator.page_states()) == 8
     allocator.free([a, b])
     assert allocator.num_used == 0 and allocator.match_prefix([2] * 12) == 8
     with pytest.raises(StaleHandle):
