@@ -130,12 +130,15 @@ class Wrapped(Timed):
         self.cache = self.make_cache(config, rows, dict(mesh=mesh, head_axis=parallel.AXIS))
 
 
-def take_turns(systems):
+def take_turns(systems, rounds=ROUNDS):
+    """Time all systems once a round, each round in another order: neighbours share caches."""
     for system in systems.values():
         system.run()
         system.seconds.clear()
-    for _ in range(ROUNDS):
-        for system in systems.values():
+    order = list(systems.values())
+    for _ in range(rounds):
+        order = [*order[1:], order[0]]
+        for system in order:
             system.run()
 
 
@@ -147,7 +150,7 @@ def overhead():
             "paged-decode, ops wrapped": Wrapped(SMALL, rows),
             "paged-decode, model wrapped": Timed(SMALL, rows, 1),
         }
-        take_turns(systems)
+        take_turns(systems, 3 * ROUNDS)
         plain = np.array(systems["paged-decode, no mesh"].seconds)
         for name, system in systems.items():
             ratio = float(np.median(np.array(system.seconds) / plain))
