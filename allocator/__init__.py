@@ -12,6 +12,7 @@ from .errors import (
 )
 from .policy import LRU, EvictionPolicy
 from .sequences import Handle, SequenceInfo
+from .sharded import ShardedAllocator
 from .state import AllocatorState, StatePages, check_state
 from .stats import AllocatorStats, PageState
 
@@ -31,6 +32,7 @@ __all__ = [
     "PagedDecodeError",
     "SequenceInfo",
     "SequenceTooLong",
+    "ShardedAllocator",
     "StaleHandle",
     "StatePages",
     "check_state",

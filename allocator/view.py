@@ -52,6 +52,11 @@ class AllocatorView:
         return self._pool.usable
 
     @property
+    def sequence_pages(self) -> int:
+        """The most pages that one sequence can have."""
+        return self._pool.usable
+
+    @property
     def num_free(self) -> int:
         """Pages that hold nothing."""
         return self._pool.num_free

@@ -5,11 +5,13 @@ from .dense import decode_attention
 from .dispatch import BACKENDS, Backend, backend_status
 from .merge import merge_attention
 from .op import append_and_attend, paged_attention
+from .placement import Placement
 
 __all__ = [
     "BACKENDS",
     "Backend",
     "append_and_attend",
+    "Placement",
     "append_kv",
     "backend_status",
     "copy_pages",

@@ -59,10 +59,12 @@ BACKENDS: tuple[Backend, ...] = (
 )
 
 
-def default_platform() -> str:
-    """The platform a call will run on: "cpu", "gpu" or "tpu"."""
+def default_platform(platform: str | None = None) -> str:
+    """The platform a call will run on, "cpu", "gpu" or "tpu"; `platform` where it is known."""
     device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
-    if device is None:
+    if platform is not None:
+        pass
+    elif device is None:
         platform = jax.default_backend()
     else:
         platform = device if isinstance(device, str) else device.platform

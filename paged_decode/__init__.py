@@ -1,6 +1,7 @@
 """A paged KV cache and decode engine for JAX."""
 
-from .allocator import BlockAllocator, DecodeBatch, Handle, PageCopies
+from ._replicas import ReplicaMismatch, ReplicatedAllocator
+from .allocator import BlockAllocator, DecodeBatch, Handle, PageCopies, ShardedAllocator
 from .cache import KVCache
 from .engine import Completion, Engine, EngineConfig, EngineStats, TokenEvent
 from .errors import (
@@ -15,6 +16,7 @@ from .errors import (
     StaleHandle,
 )
 from .kernels import (
+    Placement,
     append_and_attend,
     append_kv,
     copy_pages,
@@ -23,6 +25,7 @@ from .kernels import (
     paged_attention,
 )
 from .sampling import SamplingParams
+from .sharding import Spread, split_batch
 from .snapshot import (
     Restored,
     Snapshot,
@@ -50,15 +53,20 @@ __all__ = [
     "PageCopies",
     "PageTableError",
     "PagedDecodeError",
+    "Placement",
+    "ReplicaMismatch",
+    "ReplicatedAllocator",
     "Restored",
     "SamplingParams",
     "SequenceTooLong",
+    "ShardedAllocator",
     "Snapshot",
     "SnapshotCorrupt",
     "SnapshotError",
     "SnapshotInfo",
     "SnapshotMismatch",
     "SnapshotVersion",
+    "Spread",
     "StaleHandle",
     "TokenEvent",
     "append_and_attend",
@@ -74,5 +82,6 @@ __all__ = [
     "paged_attention",
     "save_snapshot",
     "save_snapshot_async",
+    "split_batch",
     "verify_snapshot",
 ]

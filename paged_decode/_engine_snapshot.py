@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ._requests import Sample, TokenEvent
+from .allocator import BlockAllocator
 from .errors import SequenceTooLong, SnapshotMismatch
 from .snapshot import OSFiles, PendingSnapshot, Snapshot
 from .snapshot._engine import (
@@ -129,7 +130,7 @@ def _plan(
     return plan_save(
         path,
         engine.cache,
-        engine.allocator,
+        cast(BlockAllocator, engine.allocator),  # of a sharded one the cache is refused
         handles=[s.handle for s in running],
         cached=wanted is None if cached is None else cached,
         committed_only=True,

@@ -26,6 +26,7 @@ import jax  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_enable_compilation_cache", False)
+jax.config.update("jax_num_cpu_devices", 8)  # for tests of meshes; the others use the first one
 
 
 @pytest.fixture

@@ -43,8 +43,16 @@ def parts_of(cache: Any, num_pages: int) -> list[Part]:
 
     Raises:
       ValueError: a leaf has no axis of `num_pages`, or it cannot be told which one it is.
-      NotImplementedError: a dtype that the format does not have.
+      NotImplementedError: a dtype that the format does not have; pages that are not those of one
+        pool with every head once.
     """
+    placement = getattr(cache, "placement", None)
+    if placement is not None and (placement.kv_copies > 1 or placement.data_shards > 1):
+        raise NotImplementedError(
+            "snapshots hold one pool with every KV head once; this cache has "
+            f"{placement.kv_copies} copies of each head and {placement.data_shards} data shards: "
+            "split it over a head_axis that divides the KV heads, and over no data_axis"
+        )
     leaves, _ = jax.tree_util.tree_flatten_with_path(cache)
     parts: list[Part] = []
     for at, (path, leaf) in enumerate(leaves):

@@ -56,6 +56,17 @@ except NotImplementedError as error:
     assert "only heads may be" in str(error)
 else:
     raise SystemExit("pages over devices were saved")
+
+sizes = dict(num_layers=1, num_pages=20, num_kv_heads=2, page_size=4, head_dim=8)
+for axes in (dict(head_axis="heads"), dict(data_axis="heads")):
+    cache = KVCache.create(**sizes, mesh=jax.make_mesh((4,), ("heads",)), **axes)
+    try:
+        save_snapshot(folder / "y", cache, allocator)
+    except NotImplementedError as error:
+        assert "every KV head once" in str(error)
+    else:
+        raise SystemExit(f"{axes} were saved")
+    assert not (folder / "y").exists()
 """
 
 
