@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from .allocator import DecodeBatch, PageCopies
-from .kernels import append_and_attend, append_kv, copy_pages, paged_attention
+from .kernels import append_kv, copy_pages, paged_attention
 from .kernels.checks import AnyArray
 
 __all__ = ["DecodeBatch", "KVCache", "PageCopies"]
@@ -119,8 +119,11 @@ class KVCache:
         slots: Int[AnyArray, "B T"] | Int[AnyArray, " B"],
     ) -> KVCache:
         """Write new keys and values of one layer to their slots; in place under donation."""
-        return self._with_layer(
-            layer, *append_kv(self.k_pages[layer], self.v_pages[layer], k, v, slots)
+        k_pages, v_pages = append_kv(self.k_pages[layer], self.v_pages[layer], k, v, slots)
+        return replace(
+            self,
+            k_pages=(*self.k_pages[:layer], k_pages, *self.k_pages[layer + 1 :]),
+            v_pages=(*self.v_pages[:layer], v_pages, *self.v_pages[layer + 1 :]),
         )
 
     def attend(self, layer: int, q: AnyArray, batch: DecodeBatch, **options: Any) -> Any:
@@ -134,25 +137,6 @@ class KVCache:
             **options,
         )
 
-    def append_and_attend(
-        self, layer: int, q: AnyArray, k: AnyArray, v: AnyArray, batch: DecodeBatch, **options: Any
-    ) -> tuple[Any, KVCache]:
-        """`append` and `attend` of the newest tokens as one operation: one launch on a GPU.
-
-        Options are those of `kernels.append_and_attend` but for `return_lse`.
-        """
-        out, k_pages, v_pages = append_and_attend(
-            q,
-            k,
-            v,
-            self.k_pages[layer],
-            self.v_pages[layer],
-            batch.page_table,
-            batch.seq_lens,
-            **options,
-        )
-        return out, self._with_layer(layer, k_pages, v_pages)
-
     def copy_pages(self, copies: PageCopies) -> KVCache:
         """Carry out copy-on-write; donates the cache. Without copies it is returned as it is.
 
@@ -165,13 +149,6 @@ class KVCache:
         src, dst = (np.zeros(width, np.int32) for _ in range(2))
         src[: len(copies.src)], dst[: len(copies.dst)] = copies.src, copies.dst
         return _copy_pages(self, src, dst)
-
-    def _with_layer(self, layer: int, k_pages: Any, v_pages: Any) -> KVCache:
-        return replace(
-            self,
-            k_pages=(*self.k_pages[:layer], k_pages, *self.k_pages[layer + 1 :]),
-            v_pages=(*self.v_pages[:layer], v_pages, *self.v_pages[layer + 1 :]),
-        )
 
     def __repr__(self) -> str:
         first = self.k_pages[0]
