@@ -17,7 +17,8 @@ def toy_model(params, cache, tokens, batch):
     q = (x @ params["q"]).reshape(*tokens.shape, HEADS, DIM)
     k = (x @ params["k"]).reshape(*tokens.shape, KV_HEADS, DIM)
     v = (x @ params["v"]).reshape(*tokens.shape, KV_HEADS, DIM)
-    seen, cache = cache.append_and_attend(0, q, k, v, batch)  # write the newest, then read all
+    cache = cache.append(0, k, v, batch.slots)  # write first ...
+    seen = cache.attend(0, q, batch)  # ... then read what was written
     return seen[:, -1].reshape(len(tokens), -1) @ params["out"], cache
 
 

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 
 from .allocator import DecodeBatch, PageCopies
-from .kernels import Placement, append_and_attend, append_kv, copy_pages, paged_attention
+from .kernels import Placement, append_kv, copy_pages, paged_attention
 from .kernels.checks import AnyArray
 from .kernels.placement import Axis
 from .sharding import Spread, split_batch, split_copies
@@ -148,9 +148,16 @@ class KVCache:
         slots: Int[AnyArray, "B T"] | Int[AnyArray, " B"],
     ) -> KVCache:
         """Write new keys and values of one layer to their slots; in place under donation."""
-        k, v = self._copied(layer, k, v)
         pools = self.k_pages[layer], self.v_pages[layer]
-        return self._with_layer(layer, *append_kv(*pools, k, v, slots, placement=self.placement))
+        copies = self.placement.kv_copies if self.placement else 1
+        if copies > 1 and copies * k.shape[-2] == pools[0].shape[1]:  # else the heads are local
+            k, v = (jnp.repeat(jnp.asarray(new), copies, axis=-2) for new in (k, v))
+        k_pages, v_pages = append_kv(*pools, k, v, slots, placement=self.placement)
+        return replace(
+            self,
+            k_pages=(*self.k_pages[:layer], k_pages, *self.k_pages[layer + 1 :]),
+            v_pages=(*self.v_pages[:layer], v_pages, *self.v_pages[layer + 1 :]),
+        )
 
     def attend(self, layer: int, q: AnyArray, batch: DecodeBatch, **options: Any) -> Any:
         """`paged_attention` of `q` over one layer, through the batch's page table."""
@@ -163,27 +170,6 @@ class KVCache:
             placement=self.placement,
             **options,
         )
-
-    def append_and_attend(
-        self, layer: int, q: AnyArray, k: AnyArray, v: AnyArray, batch: DecodeBatch, **options: Any
-    ) -> tuple[Any, KVCache]:
-        """`append` and `attend` of the newest tokens as one operation: one launch on a GPU.
-
-        Options are those of `kernels.append_and_attend` but for `return_lse`.
-        """
-        k, v = self._copied(layer, k, v)
-        out, k_pages, v_pages = append_and_attend(
-            q,
-            k,
-            v,
-            self.k_pages[layer],
-            self.v_pages[layer],
-            batch.page_table,
-            batch.seq_lens,
-            placement=self.placement,
-            **options,
-        )
-        return out, self._with_layer(layer, k_pages, v_pages)
 
     @property
     def data_shards(self) -> int:
@@ -221,21 +207,6 @@ class KVCache:
         src, dst = (np.zeros(width, np.int32) for _ in range(2))
         src[: len(copies.src)], dst[: len(copies.dst)] = copies.src, copies.dst
         return _copy_pages(self, src, dst)
-
-    def _copied(self, layer: int, k: AnyArray, v: AnyArray) -> tuple[AnyArray, AnyArray]:
-        """k and v once for every device that holds their head."""
-        copies = self.placement.kv_copies if self.placement else 1
-        if copies == 1 or copies * k.shape[-2] != self.k_pages[layer].shape[1]:  # heads are local
-            return k, v
-        k, v = (jnp.repeat(jnp.asarray(new), copies, axis=-2) for new in (k, v))
-        return k, v
-
-    def _with_layer(self, layer: int, k_pages: Any, v_pages: Any) -> KVCache:
-        return replace(
-            self,
-            k_pages=(*self.k_pages[:layer], k_pages, *self.k_pages[layer + 1 :]),
-            v_pages=(*self.v_pages[:layer], v_pages, *self.v_pages[layer + 1 :]),
-        )
 
     def __repr__(self) -> str:
         first = self.k_pages[0]

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from paged_decode import BlockAllocator, Engine, EngineConfig, KVCache, PageCopies, SamplingParams
+from paged_decode.kernels import append_and_attend
 
 from . import tiny
 
@@ -71,20 +72,23 @@ def test_append_and_attend_on_a_mesh_equals_one_after_the_other(kv_heads, device
     q, k, v, batch, sinks = inputs(kv_heads, 8)
 
     def fused(cache, q, k, v, batch, sinks):
-        return cache.append_and_attend(0, q, k, v, batch, sinks=sinks)
+        k, v = (jnp.repeat(new, cache.placement.kv_copies, axis=-2) for new in (k, v))
+        pools = cache.k_pages[0], cache.v_pages[0]
+        options = dict(sinks=sinks, placement=cache.placement)
+        return append_and_attend(q, k, v, *pools, batch.page_table, batch.seq_lens, **options)
 
     _, (want, _) = run((q, k, v, batch, sinks), kv_heads)
     mesh = make_mesh(devices)
     cache = KVCache.create(**SIZES, num_kv_heads=kv_heads, mesh=mesh, head_axis="tensor")
     program = jax.jit(fused, donate_argnums=0).lower(cache, q, k, v, batch, sinks).compile()
     assert not re.search(r"all-gather|all-reduce", program.as_text())
-    got, after = program(cache, q, k, v, batch, sinks)
+    got, k_pages, v_pages = program(cache, q, k, v, batch, sinks)
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
     other = KVCache.create(**SIZES, num_kv_heads=kv_heads, mesh=mesh, head_axis="tensor")
     appended = other.append(0, k, v, batch.slots)
     # Page 0 takes the padding of `append`; the other writes it nowhere.
-    np.testing.assert_array_equal(after.k_pages[0][1:], appended.k_pages[0][1:])
-    np.testing.assert_array_equal(after.v_pages[0][1:], appended.v_pages[0][1:])
+    np.testing.assert_array_equal(k_pages[1:], appended.k_pages[0][1:])
+    np.testing.assert_array_equal(v_pages[1:], appended.v_pages[0][1:])
 
 
 @pytest.mark.parametrize("kind", KINDS)
