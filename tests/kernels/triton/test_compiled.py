@@ -54,6 +54,7 @@ KNOWN = {
     "{'window': 100}-sm_100": "8 bytes of spills at 96 registers",
     "{'group': 64}-sm_80": "8 bytes of spills at 255 registers",
     "{'group': 64}-sm_100": "32 bytes of spills at 255 registers",
+    "{'append': True, 'rows': 16, 'capacity': 1024}-sm_100": "8 bytes of spills at 128 registers",
 }
 
 
