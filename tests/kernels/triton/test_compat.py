@@ -214,7 +214,7 @@ def test_a_call_lowers_for_cuda_to_one_custom_call(monkeypatch, dtype):
     from ..oracle import Case, build
 
     real = compat.launch
-    monkeypatch.setattr(dispatch, "default_platform", lambda: "gpu")
+    monkeypatch.setattr(dispatch, "default_platform", lambda *_: "gpu")
     monkeypatch.setattr(compat, "launch", lambda *a, **k: real(*a, **k, compute_capability=90))
     inputs = build(Case((7, 16, 2), 2, 4, 64, 16, 4, dtype=dtype))
     arrays = [inputs.q, inputs.k_pages, inputs.v_pages, inputs.page_table, inputs.seq_lens]
@@ -228,7 +228,7 @@ def test_append_and_attend_lowers_to_one_custom_call_that_aliases_the_pages(monk
     from paged_decode.kernels import append_and_attend, dispatch
 
     real = compat.launch
-    monkeypatch.setattr(dispatch, "default_platform", lambda: "gpu")
+    monkeypatch.setattr(dispatch, "default_platform", lambda *_: "gpu")
     monkeypatch.setattr(compat, "launch", lambda *a, **k: real(*a, **k, compute_capability=90))
     q, new = jnp.zeros((3, 8, 64)), jnp.zeros((3, 2, 64))
     pages, table, lens = jnp.zeros((9, 2, 16, 64)), jnp.zeros((3, 4), int), jnp.zeros(3, int)
@@ -243,7 +243,7 @@ def test_an_amd_card_is_refused_by_name(monkeypatch):
     from paged_decode.kernels import dispatch, paged_attention
     from paged_decode.kernels.triton import call
 
-    monkeypatch.setattr(dispatch, "default_platform", lambda: "gpu")
+    monkeypatch.setattr(dispatch, "default_platform", lambda *_: "gpu")
     monkeypatch.setattr(call, "_compute_capability", lambda: "gfx942")
     q, pages = jnp.zeros((1, 3, 48)), jnp.zeros((3, 1, 16, 48))
     with pytest.raises(ExceptionGroup) as refused:
