@@ -16,7 +16,7 @@ import torch
 
 from paged_decode.kernels import paged_attention
 
-__all__ = ["PEERS", "SYSTEMS", "Arrays", "GridCase", "warm_flashinfer"]
+__all__ = ["SYSTEMS", "Arrays", "GridCase", "warm_flashinfer"]
 
 Call = Callable[[], Any]
 Bind = Callable[["Arrays"], Call]
@@ -271,11 +271,11 @@ def warm_flashinfer(case: dict[str, Any]) -> str:
     return ""
 
 
-PEERS = {
+SYSTEMS = {
+    "paged-decode/triton": ours,
     "flashinfer": flashinfer,
     "flash-attention-3": flash_attention_3,
     "ejkernel": ejkernel,
     "jax/pallas": jax_pallas,
     "torch/dense": torch_dense,
 }
-SYSTEMS = {"paged-decode/triton": ours} | PEERS

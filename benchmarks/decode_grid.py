@@ -364,7 +364,7 @@ def main() -> None:
     write_result(
         args.name,
         records,
-        command="python " + " ".join([*sys.argv[:1], *sys.argv[1:]]),
+        command=" ".join(["python", *sys.argv]),
         device=torch.cuda.get_device_name(),
         packages=packages,
     )

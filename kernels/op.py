@@ -220,31 +220,6 @@ _AXES = dict(
 
 
 # One compiled function for eager calls, one cached trace for a model's many equal layers.
-@partial(jax.jit, static_argnames=("scale", "window", "soft_cap", "implementation", "platform"))
-def _attend(
-    q: Array,
-    k_pages: Array,
-    v_pages: Array,
-    page_table: Array,
-    seq_lens: Array,
-    layer: Array,
-    starts: Array | None,
-    sinks: Array | None,
-    *,
-    implementation: tuple[str, ...] | None,
-    **options: Any,
-) -> tuple[Array, Array]:
-    arrays = _canonical(q, k_pages, v_pages, page_table, seq_lens, layer, starts, sinks)
-
-    @jax.custom_jvp
-    def run(arrays: dict[str, Any]) -> tuple[Array, Array]:
-        return dispatch.attend(AttentionCall(**arrays, **options), implementation)
-
-    run.defjvp(_no_derivative)
-    out, lse = run(arrays)
-    return out.reshape(q.shape), lse.reshape(q.shape[:-1])
-
-
 @partial(
     jax.jit,
     static_argnames=("scale", "window", "soft_cap", "implementation", "platform", "placement"),

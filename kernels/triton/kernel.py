@@ -143,7 +143,6 @@ def decode_kernel(
     STARTS: tl.constexpr,
     SINKS: tl.constexpr,
     APPEND: tl.constexpr,
-    DOT_F32: tl.constexpr,
 ):
     """One call of one layer.
 
@@ -207,15 +206,13 @@ def decode_kernel(
             ids = page_ids(table, token, token < end, PAGE)
             q_tile = tl.load(q + row.to(tl.int64) * (HEADS * D) + q_at, mask=q_mask, other=0.0)
         begin = (tile0 + order) * TOKENS
-        if DOT_F32:
-            q_tile = q_tile.to(tl.float32)
         if APPEND:
             end -= 1
             page = tl.load(table + tl.maximum(end, 0) // PAGE)
         acc, top, total = attend_tiles(
             q_tile, k_pages + offset, v_pages + offset, table, ids, begin, first, end, broken,
             parts * TOKENS, PAGES, PAGE, D, PAGE_STRIDE, SCALE, SOFT_CAP, M, BLOCK_G, PACK,
-            BLOCK_D, BLOCK_N, STAGES, DOT_F32,
+            BLOCK_D, BLOCK_N, STAGES,
         )  # fmt: skip
         if APPEND:
             if (order == 0) & (end >= 0):

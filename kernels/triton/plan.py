@@ -36,7 +36,6 @@ def plan(
     starts: bool = True,
     sinks: bool = True,
     append: bool = False,
-    dot_f32: bool = False,
 ) -> Launch:
     """The launch of `config` for a call of this shape; `append` also writes the newest token.
 
@@ -81,7 +80,6 @@ def plan(
         STARTS=starts,
         SINKS=sinks,
         APPEND=append,
-        DOT_F32=dot_f32,
     )
     heads = shape.kv_heads * shape.group
     slots = items * lanes if most > 1 else 1

@@ -63,7 +63,6 @@ def attend_tiles(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
-    DOT_F32: tl.constexpr,
 ):
     """Online softmax over the tiles at `begin, begin + step, ...`; `ids` are those of the first.
 
@@ -102,9 +101,6 @@ def attend_tiles(
         v = tl.load(v_head + at, mask=mask, other=0.0)
         after = token + step
         ids = page_ids(table, after, after < end, PAGE)
-        if DOT_F32:
-            k = k.to(tl.float32)
-            v = v.to(tl.float32)
         logits = _scaled(tl.dot(q, tl.trans(k), input_precision="ieee"), SCALE, SOFT_CAP)
         bias = tl.where(known & (broken == 0), 0.0, float("nan"))
         logits += tl.where(live, bias, -float("inf"))[None, :]
