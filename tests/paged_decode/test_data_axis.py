@@ -43,8 +43,8 @@ def make_cache(data: int, heads: int, **sizes) -> KVCache:
 
 
 def step(cache, q, k, v, batch):
-    cache = cache.append(0, k, v, batch.slots)
-    return cache, cache.attend(0, q, batch)
+    out, cache = cache.append_and_attend(0, q, k, v, batch)
+    return cache, out
 
 
 @pytest.mark.parametrize("data, heads", [(2, 1), (2, 2), (4, 2), (1, 2)])

@@ -35,7 +35,7 @@ def sweep(card: Card, group: int) -> dict[str, dict]:
             card.generation,
         )  # fmt: skip
         config = choose_config(shape)
-        tile = (config.block_n, config.warps, config.stages, config.pack)
+        tile = (config.tokens, config.warps, config.stages)
         name = f"{dtype} D{dim} G{group} tile {'x'.join(map(str, tile))} merge {config.merge}"
         call = dict(rows=rows, kv_heads=kv_heads, group=group, dim=dim, page_size=16)
         found.setdefault(name, call | dict(capacity=capacity, dtype=dtype))
@@ -44,13 +44,13 @@ def sweep(card: Card, group: int) -> dict[str, dict]:
 
 # What is known to be wrong, by the id of its test; strict, so whoever cures it takes the line away.
 KNOWN = {
-    "sm_100 bfloat16 D128 G4 tile 128x4x2x1 merge 32": "8 bytes of spills at 128 registers",
-    "sm_80 float32 D128 G16 tile 16x4x2x1 merge 32": "16 bytes of spills at 72 registers",
-    "sm_80 float32 D256 G16 tile 16x4x2x1 merge 32": "8 bytes of spills at 128 registers",
-    "sm_80 bfloat16 D64 G16 tile 128x4x2x1 merge 32": "152 registers: 3 programs resident, not 4",
-    "sm_90 float32 D256 G16 tile 16x4x2x1 merge 32": "144 registers: 3 programs resident, not 4",
-    "sm_100 float32 D64 G16 tile 16x4x2x1 merge 32": "8 bytes of spills at 64 registers",
-    "sm_100 float32 D256 G16 tile 16x4x2x1 merge 32": "144 registers: 3 programs resident, not 4",
+    "sm_100 bfloat16 D128 G4 tile 128x4x2 merge 32": "8 bytes of spills at 128 registers",
+    "sm_80 float32 D128 G16 tile 16x4x2 merge 32": "16 bytes of spills at 72 registers",
+    "sm_80 float32 D256 G16 tile 16x4x2 merge 32": "8 bytes of spills at 128 registers",
+    "sm_80 bfloat16 D64 G16 tile 128x4x2 merge 32": "152 registers: 3 programs resident, not 4",
+    "sm_90 float32 D256 G16 tile 16x4x2 merge 32": "144 registers: 3 programs resident, not 4",
+    "sm_100 float32 D64 G16 tile 16x4x2 merge 32": "8 bytes of spills at 64 registers",
+    "sm_100 float32 D256 G16 tile 16x4x2 merge 32": "144 registers: 3 programs resident, not 4",
     "{'window': 100}-sm_100": "8 bytes of spills at 96 registers",
     "{'group': 64}-sm_80": "8 bytes of spills at 255 registers",
     "{'group': 64}-sm_100": "32 bytes of spills at 255 registers",
@@ -94,7 +94,7 @@ def check_needs(card_name: str, call: dict) -> None:
 def check_loads(listing: str, launch, call: dict) -> None:
     """K and V come as asynchronous copies of 16 bytes, for each buffer and once in the loop."""
     dim = 1 << (call["dim"] - 1).bit_length()
-    tile_bytes = 2 * launch.config.block_n * dim * ITEMSIZE[call["dtype"]]
+    tile_bytes = 2 * launch.config.tokens * dim * ITEMSIZE[call["dtype"]]
     copies = tile_bytes // (16 * 32 * launch.warps) * launch.stages
     wide = re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], 0x10", listing)
     assert len(wide) >= copies
@@ -143,11 +143,11 @@ def test_a_sweep_meets_every_row_of_the_table():
     from paged_decode.kernels.triton import config
 
     tiles = {
-        (launch.config.block_n, launch.config.warps, launch.config.stages, launch.config.pack)
+        (launch.config.tokens, launch.config.warps, launch.config.stages)
         for call in sweep(CARDS["sm_90"], 4).values()
         for launch in [launched(CARDS["sm_90"], **call)]
     }
-    assert {row[:4] for row in config._TABLE.values()} <= tiles
+    assert {row[:3] for row in config._TABLE.values()} <= tiles
 
 
 def test_a_tile_that_is_too_large_is_caught():
