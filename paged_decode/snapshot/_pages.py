@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -190,7 +191,7 @@ def prepare_insert(
 
     def insert(pages: list[int]) -> Any:
         ids = np.array(pages, np.int32)
-        results = [program(local, values, ids) for program, local, values in runs]
+        results = [[program(*args, ids) for program, *args in run] for run in runs]
         if len(runs) == 1:
             return jax.tree.unflatten(tree, results[0])
         filled = [
@@ -212,18 +213,27 @@ def _devices(leaves: list[Any]) -> list[Any]:
 
 def _compile(
     leaves: list[Any], parts: list[Part], staged: list[np.ndarray], device: Any
-) -> tuple[Any, list[Any], list[Any]]:
-    """The program that fills the leaves' shards on one device, those shards, and the pages."""
+) -> list[tuple[Any, Any, list[Any]]]:
+    """For each leaf the program that fills it on one device, its shard there, and its pages.
+
+    Leaves that are alike, as all layers are, share one program.
+    """
     shards = [_shard_on(leaf, device) for leaf in leaves]
-    values = []
+    values: list[list[Any]] = [[] for _ in leaves]
     for part, pages in zip(parts, staged, strict=True):
         index = shards[part.leaf][0][1 if part.layer is None else 2 :]
-        mine = pages[(slice(None), *index)]
-        values.append(jax.device_put(mine, device))
-    local = [data for _, data in shards]
-    places = tuple((part.leaf, part.layer) for part in parts)
+        values[part.leaf].append(jax.device_put(pages[(slice(None), *index)], device))
+    stacked = {part.leaf: part.layer is not None for part in parts}
     ids = np.zeros(len(staged[0]) if staged else 0, np.int32)
-    return _insert.lower(local, values, ids, places=places).compile(), local, values
+    programs: dict[Any, Any] = {}
+    runs = []
+    for at, ((_, local), pages) in enumerate(zip(shards, values, strict=True)):
+        alike = (local.shape, local.dtype, stacked[at])
+        if alike not in programs:
+            lowered = _insert.lower(local, pages, ids, stacked=stacked[at])
+            programs[alike] = lowered.compile()
+        runs.append((programs[alike], local, pages))
+    return runs
 
 
 def _shard_on(leaf: Any, device: Any) -> tuple[tuple[slice, ...], Any]:
@@ -232,18 +242,14 @@ def _shard_on(leaf: Any, device: Any) -> tuple[tuple[slice, ...], Any]:
     return next((s.index, s.data) for s in leaf.addressable_shards if s.device == device)
 
 
-def _insert_impl(
-    leaves: list[Any], values: list[Any], ids: Any, *, places: tuple[tuple[int, int | None], ...]
-) -> list[Any]:
+@partial(jax.jit, donate_argnums=0, static_argnames="stacked")
+def _insert(leaf: Any, values: list[Any], ids: Any, *, stacked: bool) -> Any:
     """Bits are moved, never numbers."""
-    out = [_bits(leaf) for leaf in leaves]
-    for (leaf, layer), value in zip(places, values, strict=True):
-        at = out[leaf].at[ids] if layer is None else out[leaf].at[layer, ids]
-        out[leaf] = at.set(_bits(value), unique_indices=True, mode="promise_in_bounds")
-    return [
-        new if new.dtype == old.dtype else lax.bitcast_convert_type(new, old.dtype)
-        for new, old in zip(out, leaves, strict=True)
-    ]
+    out = _bits(leaf)
+    for layer, value in enumerate(values):
+        at = out.at[layer, ids] if stacked else out.at[ids]
+        out = at.set(_bits(value), unique_indices=True, mode="promise_in_bounds")
+    return out if out.dtype == leaf.dtype else lax.bitcast_convert_type(out, leaf.dtype)
 
 
 def _bits(array: Any) -> Any:
@@ -255,5 +261,3 @@ def _bits(array: Any) -> Any:
         return array
     return lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}"))
 
-
-_insert = jax.jit(_insert_impl, donate_argnums=0, static_argnames="places")
