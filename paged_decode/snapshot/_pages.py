@@ -8,6 +8,7 @@ parts (`kv/k_pages/0` and so on), and one can be saved and the other restored.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,8 +33,9 @@ class Part:
     name: str
     leaf: int
     layer: int | None
-    shape: tuple[int, ...]  # of one page
+    shape: tuple[int, ...]  # of one page, with every KV head once
     dtype: str
+    copies: int  # of every KV head in the cache, one behind the other on axis 0 of a page
 
     def spec(self, pages: int) -> ArraySpec:
         return ArraySpec(self.name, self.dtype, (pages, *self.shape))
@@ -45,15 +47,15 @@ def parts_of(cache: Any, num_pages: int) -> list[Part]:
     Raises:
       ValueError: a leaf has no axis of `num_pages`, or it cannot be told which one it is.
       NotImplementedError: a dtype that the format does not have; pages that are not those of one
-        pool with every head once.
+        pool.
     """
     placement = getattr(cache, "placement", None)
-    if placement is not None and (placement.kv_copies > 1 or placement.data_shards > 1):
+    if placement is not None and placement.data_shards > 1:
         raise NotImplementedError(
-            "snapshots hold one pool with every KV head once; this cache has "
-            f"{placement.kv_copies} copies of each head and {placement.data_shards} data shards: "
-            "split it over a head_axis that divides the KV heads, and over no data_axis"
+            f"snapshots hold one pool; this cache has {placement.data_shards} data shards with "
+            "pages of their own: split it over no data_axis"
         )
+    copies = 1 if placement is None else placement.kv_copies
     leaves, _ = jax.tree_util.tree_flatten_with_path(cache)
     parts: list[Part] = []
     for at, (path, leaf) in enumerate(leaves):
@@ -68,10 +70,14 @@ def parts_of(cache: Any, num_pages: int) -> list[Part]:
                 f"{name} has shape {list(shape)}: expected [N, ...] or, stacked, [L, N, ...] with "
                 f"the allocator's N = {num_pages} pages"
             )
+        page = shape[2:] if stacked else shape[1:]
+        if copies > 1:
+            page = (page[0] // copies, *page[1:])
         if stacked:
-            parts += [Part(f"{name}/{i}", at, i, shape[2:], dtype) for i in range(leaf.shape[0])]
+            names = [(f"{name}/{i}", i) for i in range(shape[0])]
+            parts += [Part(n, at, layer, page, dtype, copies) for n, layer in names]
         else:
-            parts.append(Part(name, at, None, shape[1:], dtype))
+            parts.append(Part(name, at, None, page, dtype, copies))
     return parts
 
 
@@ -84,12 +90,12 @@ def page_chunks(
       copy: make every chunk its own memory; else they lie in a ring of 4 buffers.
     """
     step = part.spec(0).chunk_rows
-    pieces = _pieces(jax.tree.leaves(cache)[part.leaf], part.layer)
+    pieces = _pieces(jax.tree.leaves(cache)[part.leaf], part)
     buffers = [
         np.empty((min(step, len(pages)), *part.shape), DTYPES[part.dtype])
         for _ in range(0 if copy else min(_RING, -(-len(pages) // step)))
     ]
-    taken = [(index, _take(local, pages, step)) for index, local in pieces]
+    taken = [(index, heads, _take(local, pages, step)) for index, heads, local in pieces]
     for turn, first in enumerate(range(0, len(pages), step)):
         count = min(step, len(pages) - first)
         out = (
@@ -97,16 +103,19 @@ def page_chunks(
             if copy
             else buffers[turn % _RING][:count]
         )
-        for index, chunks in taken:
-            out[(slice(None), *index)] = next(chunks)[:count]
+        for index, heads, chunks in taken:
+            chunk = next(chunks)[:count]
+            out[(slice(None), *index)] = chunk if heads is None else chunk[:, heads]
         _clear_tails(out, filled[first : first + count], page_size)
         yield out
 
 
-def _pieces(leaf: Any, layer: int | None) -> list[tuple[tuple[slice, ...], Any]]:
-    """`[N, ...]` arrays on one device each, and which part of a page they are."""
+def _pieces(leaf: Any, part: Part) -> list[tuple[tuple[slice, ...], slice | None, Any]]:
+    """`[N, ...]` arrays on one device each, which part of a page they are, and which of their heads
+    to take: None for all, else the first copy of each."""
+    layer = part.layer
     if not isinstance(leaf, jax.Array):
-        return [((), leaf if layer is None else leaf[layer])]
+        return [((), None, leaf if layer is None else leaf[layer])]
     if not leaf.is_fully_addressable:
         raise NotImplementedError(
             "the cache is spread over several processes; save a replica in each of them, or gather "
@@ -120,8 +129,16 @@ def _pieces(leaf: Any, layer: int | None) -> list[tuple[tuple[slice, ...], Any]]
             for s, n in zip(shard.index[: front + 1], leaf.shape, strict=False)
         ):
             raise NotImplementedError("pages or layers are split over devices; only heads may be")
+        index, heads = shard.index[front + 1 :], None
+        if part.copies > 1:
+            begin, end, _ = index[0].indices(part.copies * part.shape[0])
+            first, stop = -(-begin // part.copies), -(-end // part.copies)
+            index = (slice(first, stop), *index[1:])
+            heads = slice(first * part.copies - begin, None, part.copies)
+            if first == stop:
+                continue
         if shard.replica_id == 0:
-            pieces.append((shard.index[front + 1 :], _Layer(shard.data, layer)))
+            pieces.append((index, heads, _Layer(shard.data, layer)))
     return pieces
 
 
@@ -191,7 +208,8 @@ def prepare_insert(
 
     def insert(pages: list[int]) -> Any:
         ids = np.array(pages, np.int32)
-        results = [[program(*args, ids) for program, *args in run] for run in runs]
+        with ThreadPoolExecutor(2) as threads:  # on a CPU a program runs in the calling thread
+            results = [list(threads.map(lambda job: job[0](*job[1:], ids), run)) for run in runs]
         if len(runs) == 1:
             return jax.tree.unflatten(tree, results[0])
         filled = [
@@ -222,6 +240,9 @@ def _compile(
     values: list[list[Any]] = [[] for _ in leaves]
     for part, pages in zip(parts, staged, strict=True):
         index = shards[part.leaf][0][1 if part.layer is None else 2 :]
+        if part.copies > 1:
+            heads = np.arange(part.copies * part.shape[0])[index[0]] // part.copies
+            index = (heads, *index[1:])
         values[part.leaf].append(jax.device_put(pages[(slice(None), *index)], device))
     stacked = {part.leaf: part.layer is not None for part in parts}
     ids = np.zeros(len(staged[0]) if staged else 0, np.int32)
