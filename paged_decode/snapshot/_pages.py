@@ -281,4 +281,3 @@ def _bits(array: Any) -> Any:
     if array.dtype.itemsize >= 4 or jnp.issubdtype(array.dtype, jnp.integer):
         return array
     return lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}"))
-
