@@ -11,8 +11,7 @@ import os
 import time
 from dataclasses import replace
 
-SLICES = {"v5e:2x4": 8, "v5p:2x2x2": 8, "v6e:4x4": 16}
-os.environ |= dict(  # before JAX is imported
+os.environ.update(  # before JAX is imported
     JAX_PLATFORMS="cpu",
     TPU_SKIP_MDS_QUERY="1",
     TPU_ACCELERATOR_TYPE="v5litepod-8",
@@ -28,6 +27,8 @@ from jax.sharding import AxisType, Mesh
 from sharding import LARGE, compiled, count
 
 from examples.smol import parallel
+
+SLICES = {"v5e:2x4": 8, "v5p:2x2x2": 8, "v6e:4x4": 16}
 
 
 def mesh_of(name, heads):
