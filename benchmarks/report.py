@@ -167,7 +167,8 @@ def snapshot() -> Iterator[str]:
         result,
         ("jax", "safetensors", "isal"),
     )
-    yield "| | paged-decode | raw | safetensors | of raw | of safetensors |\n|---|---|---|---|---|---|\n"
+    yield "| | paged-decode | raw | safetensors | of raw | of safetensors |\n"
+    yield "|---|---|---|---|---|---|\n"
     for case, label in (
         ("write", "write and sync"),
         ("read, dropped", "read from the disk"),
@@ -183,9 +184,9 @@ def snapshot() -> Iterator[str]:
     ]
     first = found["first load of a process", OURS]["median_s"]
     ours, copy = (found["pause", name]["min_s"] for name in (OURS, "copy alone"))
-    yield f"\nPeak memory above the cache: {', '.join(peaks)}. `save_snapshot_async` holds the loop "
-    yield f"up for {ours * 1e3:.0f} ms; copying the same pages out takes {copy * 1e3:.0f} ms. The "
-    yield f"first load of a process compiles, and takes {first * 1e3:.0f} ms.\n\n"
+    yield f"\nPeak memory above the cache: {', '.join(peaks)}. `save_snapshot_async` holds the "
+    yield f"loop up for {ours * 1e3:.0f} ms; copying the same pages out takes {copy * 1e3:.0f} ms. "
+    yield f"The first load of a process compiles, and takes {first * 1e3:.0f} ms.\n\n"
 
 
 def sharding_cost() -> Iterator[str]:
@@ -224,8 +225,8 @@ def sharding_talk() -> Iterator[str]:
     for record in slices["records"]:
         case, (calls, total) = record["case"], _only_sums(record)
         shards, rows = f"{case['head_shards']} x {case['data_shards']}", case["rows_per_shard"]
-        yield f"| {case['slice']}, {case['model']}, {case['dtype']} | {shards} | {rows} | {calls} | "
-        yield f"{total / 1e6:.1f} MB |\n"
+        yield f"| {case['slice']}, {case['model']}, {case['dtype']} | {shards} | {rows} "
+        yield f"| {calls} | {total / 1e6:.1f} MB |\n"
     yield "\n"
 
 

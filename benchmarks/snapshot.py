@@ -1,5 +1,6 @@
 """Snapshots against the machine's raw rate and against safetensors, same bytes, one run.
 
+    pip install paged-decode[bench]
     python benchmarks/snapshot.py --mib 1024
 
 Systems:
@@ -175,8 +176,13 @@ def run(folder: Path, mib: int, rounds: int) -> list[dict]:
 
 def load(path: Path, num_pages: int) -> float:
     """Seconds of a load into an empty pool."""
-    sizes = dict(num_layers=LAYERS, num_kv_heads=HEADS, page_size=PAGE, head_dim=DIM)
-    pool = KVCache.create(num_pages=num_pages, **sizes)
+    pool = KVCache.create(
+        num_layers=LAYERS,
+        num_pages=num_pages,
+        num_kv_heads=HEADS,
+        page_size=PAGE,
+        head_dim=DIM,
+    )
     pool = jax.block_until_ready(jax.tree.map(lambda a: a + 0, pool))  # its memory is there
     allocator = BlockAllocator(num_pages, PAGE)
     start = time.perf_counter()

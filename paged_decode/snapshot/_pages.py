@@ -70,7 +70,7 @@ def parts_of(cache: Any, num_pages: int) -> list[Part]:
                 f"{name} has shape {list(shape)}: expected [N, ...] or, stacked, [L, N, ...] with "
                 f"the allocator's N = {num_pages} pages"
             )
-        page = shape[2:] if stacked else shape[1:]
+        page: tuple[int, ...] = shape[2:] if stacked else shape[1:]
         if copies > 1:
             page = (page[0] // copies, *page[1:])
         if stacked:

@@ -313,7 +313,10 @@ def fresh_arrays(shapes: Iterable[tuple[tuple[int, ...], np.dtype]]) -> list[np.
 def _private_mapping(nbytes: int) -> Any:
     if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
         return np.empty(nbytes, np.uint8)
-    block = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        block = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"there are no {nbytes} bytes to read the pages into") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without them
             block.madvise(mmap.MADV_HUGEPAGE)
