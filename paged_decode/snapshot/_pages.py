@@ -70,11 +70,11 @@ def parts_of(cache: Any, num_pages: int) -> list[Part]:
                 f"{name} has shape {list(shape)}: expected [N, ...] or, stacked, [L, N, ...] with "
                 f"the allocator's N = {num_pages} pages"
             )
-        page: tuple[int, ...] = shape[2:] if stacked else shape[1:]
+        page = tuple(leaf.shape[1 + int(stacked) :])
         if copies > 1:
             page = (page[0] // copies, *page[1:])
         if stacked:
-            names = [(f"{name}/{i}", i) for i in range(shape[0])]
+            names = [(f"{name}/{i}", i) for i in range(leaf.shape[0])]
             parts += [Part(n, at, layer, page, dtype, copies) for n, layer in names]
         else:
             parts.append(Part(name, at, None, page, dtype, copies))
