@@ -87,27 +87,26 @@ def page_chunks(
     """The pages `[M]` of one part in chunks of the format; slots from `filled` on are zero.
 
     Args:
-      copy: make every chunk its own memory; else they lie in a ring of 4 buffers.
+      copy: make every chunk its own memory; else they may lie in a ring of 4 buffers.
     """
     step = part.spec(0).chunk_rows
-    pieces = _pieces(jax.tree.leaves(cache)[part.leaf], part)
-    buffers = [
-        np.empty((min(step, len(pages)), *part.shape), DTYPES[part.dtype])
-        for _ in range(0 if copy else min(_RING, -(-len(pages) // step)))
+    shape, dtype = (min(step, len(pages)), *part.shape), DTYPES[part.dtype]
+    ring = [
+        np.empty(shape, dtype) for _ in range(0 if copy else min(_RING, -(-len(pages) // step)))
     ]
-    taken = [(index, heads, _take(local, pages, step)) for index, heads, local in pieces]
+    pieces = _pieces(jax.tree.leaves(cache)[part.leaf], part)
+    whole = len(pieces) == 1 and pieces[0][1] is None
+    taken = [_take(local, pages, step, ring if whole else []) for _, _, local in pieces]
     for turn, first in enumerate(range(0, len(pages), step)):
         count = min(step, len(pages) - first)
-        out = (
-            np.empty((count, *part.shape), DTYPES[part.dtype])
-            if copy
-            else buffers[turn % _RING][:count]
-        )
-        for index, heads, chunks in taken:
-            chunk = next(chunks)[:count]
-            out[(slice(None), *index)] = chunk if heads is None else chunk[:, heads]
-        _clear_tails(out, filled[first : first + count], page_size)
-        yield out
+        if whole:
+            out = next(taken[0])[:count]
+        else:
+            out = np.empty((count, *part.shape), dtype) if copy else ring[turn % _RING][:count]
+            for (index, heads, _), chunks in zip(pieces, taken, strict=True):
+                chunk = next(chunks)[:count]
+                out[(slice(None), *index)] = chunk if heads is None else chunk[:, heads]
+        yield _without_tails(out, filled[first : first + count], page_size)
 
 
 def _pieces(leaf: Any, part: Part) -> list[tuple[tuple[slice, ...], slice | None, Any]]:
@@ -150,8 +149,11 @@ class _Layer:
     layer: int | None
 
 
-def _take(local: Any, pages: np.ndarray, step: int) -> Iterator[np.ndarray]:
-    """Chunks of `step` pages on the host; the last one may be longer than its pages."""
+def _take(local: Any, pages: np.ndarray, step: int, ring: list[np.ndarray]) -> Iterator[np.ndarray]:
+    """Chunks of `step` pages on the host: in the ring, or each in its own memory.
+
+    The last one may be longer than its pages.
+    """
     if isinstance(local, _Layer) and local.array.device.platform != "cpu":
         yield from _take_from_device(local, pages, step)
         return
@@ -160,8 +162,12 @@ def _take(local: Any, pages: np.ndarray, step: int) -> Iterator[np.ndarray]:
         view = view if local.layer is None else view[local.layer]
     else:
         view = np.asarray(local)
-    for first in range(0, len(pages), step):
-        yield view[pages[first : first + step]]
+    for turn, first in enumerate(range(0, len(pages), step)):
+        ids = pages[first : first + step]
+        if ring and view.flags.c_contiguous:
+            yield np.take(view, ids, axis=0, out=ring[turn % _RING][: len(ids)], mode="clip")
+        else:
+            yield view[ids]
 
 
 def _take_from_device(local: _Layer, pages: np.ndarray, step: int) -> Iterator[np.ndarray]:
@@ -184,12 +190,16 @@ def _gather(array: Any, ids: Any, layer: int | None) -> Any:
     return array[ids] if layer is None else array[layer, ids]
 
 
-def _clear_tails(chunk: np.ndarray, filled: np.ndarray, page_size: int) -> None:
+def _without_tails(chunk: np.ndarray, filled: np.ndarray, page_size: int) -> np.ndarray:
     """Zero what lies behind the tokens of a page `[Hk, S, ...]`: it may be of another prompt."""
     if chunk.ndim < 3 or chunk.shape[2] != page_size:
-        return
-    for row in np.flatnonzero(filled < page_size).tolist():
+        return chunk
+    partial_pages = np.flatnonzero(filled < page_size).tolist()
+    if partial_pages and not chunk.flags.writeable:  # as it came from the device
+        chunk = chunk.copy()
+    for row in partial_pages:
         chunk[row, :, filled[row] :] = np.zeros((), chunk.dtype)
+    return chunk
 
 
 # ---- back to the device
