@@ -178,6 +178,12 @@ def snapshot() -> Iterator[str]:
         cells = [f"{r['best_gb_per_s']:.2f} ({r['gb_per_s']:.2f})" for r in rates]
         cells += [f"{rates[0]['best_gb_per_s'] / r['best_gb_per_s']:.2f}x" for r in rates[1:]]
         yield f"| {label} | {' | '.join(cells)} |\n"
+    yield "\nProcessor time of all threads, least of the rounds: "
+    yield "; ".join(
+        f"{label} {', '.join(_cpu(found[case, name]) for name in (OURS, 'raw', 'safetensors'))} ms"
+        for case, label in (("write", "writing"), ("read, cached", "reading a cached file"))
+    )
+    yield " (in the order of the table).\n"
     peaks = [
         f"{name} {found[f'memory, {name}', OURS]['peak_bytes'] / 2**20:.0f} MiB"
         for name in ("save", "save_async", "load")
@@ -187,6 +193,10 @@ def snapshot() -> Iterator[str]:
     yield f"\nPeak memory above the cache: {', '.join(peaks)}. `save_snapshot_async` holds the "
     yield f"loop up for {ours * 1e3:.0f} ms; copying the same pages out takes {copy * 1e3:.0f} ms. "
     yield f"The first load of a process compiles, and takes {first * 1e3:.0f} ms.\n\n"
+
+
+def _cpu(record: dict[str, Any]) -> str:
+    return f"{record['min_cpu_s'] * 1e3:.0f}"
 
 
 def sharding_cost() -> Iterator[str]:

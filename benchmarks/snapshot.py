@@ -12,7 +12,8 @@ Systems:
 - `paged-decode` saves a cache whose pages lie in random order, or loads it into a pool whose memory
   is in use already, checksums and bookkeeping included.
 
-Rounds are interleaved. On a machine that others use, compare the best of each: `best_gb_per_s`.
+Rounds are interleaved. On a machine that others use, compare the best of each, `best_gb_per_s`, and
+the processor time of all threads, `min_cpu_s`.
 Reads are made twice: with the file in the page cache, and after asking the kernel to drop it.
 `pause` is what `save_snapshot_async` costs the loop, beside copying the pages out and nothing else.
 `memory` is the peak of a process of its own above what it had with pool and allocator made.
@@ -50,10 +51,11 @@ LAYERS, HEADS, PAGE, DIM = 8, 8, 16, 64
 CHUNK = 1 << 22
 
 
-def timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def timed(work: Callable[[], object]) -> tuple[float, float]:
+    """Seconds, and seconds of processor time of all threads."""
+    start, used = time.perf_counter(), time.process_time()
     jax.block_until_ready(work())
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - used
 
 
 def raw_write(path: Path, buffer: memoryview, total: int) -> None:
@@ -115,13 +117,14 @@ def run(folder: Path, mib: int, rounds: int) -> list[dict]:
     pages = gather(cache, allocator)
     ours, theirs, raw = folder / "s.pgd", folder / "s.safetensors", folder / "raw"
     buffer = bytearray(CHUNK)
-    times: dict[tuple[str, str], list[float]] = {}
+    times: dict[tuple[str, str], list[tuple[float, float]]] = {}
 
     def note(case: str, system: str, work: Callable[[], object]) -> None:
         times.setdefault((case, system), []).append(timed(work))
 
     save_snapshot(ours, cache, allocator)
     first = load(ours, cache.num_pages)  # compiles what places the pages
+    saved, behind = (ours, cache, allocator), []
     for _ in range(rounds):
         note("write", "raw", lambda: raw_write(raw, memoryview(buffer), live))
         note(
@@ -141,10 +144,9 @@ def run(folder: Path, mib: int, rounds: int) -> list[dict]:
             note(case, "safetensors", lambda: safetensors.flax.load_file(theirs))
             times.setdefault((case, "paged-decode"), []).append(load(ours, cache.num_pages))
         note("pause", "copy alone", lambda: gather(cache, allocator))
-        start = time.perf_counter()
-        pending = save_snapshot_async(ours, cache, allocator)
-        times.setdefault(("pause", "paged-decode"), []).append(time.perf_counter() - start)
-        pending.result()
+        behind.clear()
+        note("pause", "paged-decode", lambda: behind.append(save_snapshot_async(*saved)))
+        behind[0].result()
     for name, function in (("zlib.crc32", zlib.crc32), ("crc32 in use", crc32)):
         data = memoryview(np.concatenate([p.reshape(-1) for p in pages.values()]).tobytes())
         note(
@@ -154,28 +156,25 @@ def run(folder: Path, mib: int, rounds: int) -> list[dict]:
                 [f(d[i : i + CHUNK]) for i in range(0, len(d), CHUNK)] and None
             ),
         )
-    return [
-        {
-            "case": {"what": case, "mib": live >> 20},
-            "system": system,
-            **spread(seconds),
-            "bytes": live,
-            "gb_per_s": round(live / sorted(seconds)[len(seconds) // 2] / 1e9, 3),
-            "best_gb_per_s": round(live / min(seconds) / 1e9, 3),
-        }
-        for (case, system), seconds in times.items()
-    ] + [
-        {
-            "case": {"what": "first load of a process", "mib": live >> 20},
-            "system": "paged-decode",
-            **spread([first]),
-            "bytes": live,
-        }
-    ]
+    times["first load of a process", "paged-decode"] = [first]
+    return [record(case, system, live, both) for (case, system), both in times.items()]
 
 
-def load(path: Path, num_pages: int) -> float:
-    """Seconds of a load into an empty pool."""
+def record(case: str, system: str, live: int, both: list[tuple[float, float]]) -> dict:
+    seconds = [wall for wall, _ in both]
+    return {
+        "case": {"what": case, "mib": live >> 20},
+        "system": system,
+        **spread(seconds),
+        "min_cpu_s": min(used for _, used in both),
+        "bytes": live,
+        "gb_per_s": round(live / sorted(seconds)[len(seconds) // 2] / 1e9, 3),
+        "best_gb_per_s": round(live / min(seconds) / 1e9, 3),
+    }
+
+
+def load(path: Path, num_pages: int) -> tuple[float, float]:
+    """As `timed`, a load into an empty pool."""
     pool = KVCache.create(
         num_layers=LAYERS,
         num_pages=num_pages,
@@ -185,9 +184,7 @@ def load(path: Path, num_pages: int) -> float:
     )
     pool = jax.block_until_ready(jax.tree.map(lambda a: a + 0, pool))  # its memory is there
     allocator = BlockAllocator(num_pages, PAGE)
-    start = time.perf_counter()
-    jax.block_until_ready(load_snapshot(path, into=(pool, allocator)).cache)
-    return time.perf_counter() - start
+    return timed(lambda: load_snapshot(path, into=(pool, allocator)).cache)
 
 
 def status(field: str) -> int:
