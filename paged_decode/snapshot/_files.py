@@ -63,7 +63,8 @@ class OSFiles:
         taken = os.pwrite(file, data, offset)
         if hasattr(os, "posix_fadvise"):
             # Linux begins to write these bytes to the disk, and fsync finds little left to do.
-            os.posix_fadvise(file, offset, taken, os.POSIX_FADV_DONTNEED)
+            with suppress(OSError):  # a hint only
+                os.posix_fadvise(file, offset, taken, os.POSIX_FADV_DONTNEED)
         return taken
 
     def fsync(self, file: int) -> None:
