@@ -13,7 +13,7 @@ Systems:
   is in use already, checksums and bookkeeping included.
 
 Rounds are interleaved. On a machine that others use, compare the best of each, `best_gb_per_s`, and
-the processor time of all threads, `min_cpu_s`.
+the processor time of all threads, `min_cpu_s`; the record `machine` says how busy it was.
 Reads are made twice: with the file in the page cache, and after asking the kernel to drop it.
 `pause` is what `save_snapshot_async` costs the loop, beside copying the pages out and nothing else.
 `memory` is the peak of a process of its own above what it had with pool and allocator made.
@@ -238,11 +238,17 @@ def main() -> None:
         print(*peak_above(args.peak, args.mib))
         return
     with tempfile.TemporaryDirectory() as folder:
+        before = os.getloadavg()[0]
         records = run(Path(folder), args.mib, args.rounds) + memory(args.mib)
+    load_averages = [before, os.getloadavg()[0]]
+    case = {"what": "machine", "mib": args.mib}
+    records.append(
+        {"case": case, "system": "load average, before and after", "load": load_averages}
+    )
     for r in records:
         print(r["case"]["what"], r["system"], r.get("best_gb_per_s", ""), r.get("peak_bytes", ""))
     packages = ("numpy", "jax", "jaxlib", "safetensors", "isal")
-    command = f"python benchmarks/snapshot.py --mib {args.mib}"
+    command = f"python benchmarks/snapshot.py --mib {args.mib} --rounds {args.rounds}"
     write_result("snapshot", records, command=command, packages=packages)
 
 
