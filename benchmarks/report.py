@@ -179,8 +179,8 @@ def snapshot() -> Iterator[str]:
         cells += [f"{rates[0]['best_gb_per_s'] / r['best_gb_per_s']:.2f}x" for r in rates[1:]]
         yield f"| {label} | {' | '.join(cells)} |\n"
     before, after = found["machine", "load average, before and after"]["load"]
-    yield f"\nLoad average of the machine: {before:.1f} before, {after:.1f} after. Other work on its "
-    yield "cores slows what uses several threads most; repeat the command on a quiet one.\n"
+    yield f"\nLoad average of the machine: {before:.1f} before, {after:.1f} after. Other work on "
+    yield "its cores slows what uses several threads most; repeat the command on a quiet one.\n"
     yield "\nProcessor time of all threads, least of the rounds: "
     yield "; ".join(
         f"{label} {', '.join(_cpu(found[case, name]) for name in (OURS, 'raw', 'safetensors'))} ms"
