@@ -15,8 +15,6 @@ from .interpret import INSTALLED
 
 pytestmark = pytest.mark.skipif(not INSTALLED, reason="triton has no wheel for this platform")
 
-# Programs on a multiprocessor beyond which one more hides no more latency worth its registers.
-RESIDENT = 4
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -43,18 +41,13 @@ def sweep(card: Card, group: int) -> dict[str, dict]:
 
 
 # What is known to be wrong, by the id of its test; strict, so whoever cures it takes the line away.
-KNOWN = {
-    "sm_100 bfloat16 D128 G4 tile 128x4x2 merge 32": "8 bytes of spills at 128 registers",
+KNOWN: dict[str, str] = {
     "sm_80 float32 D128 G16 tile 16x4x2 merge 32": "16 bytes of spills at 72 registers",
     "sm_80 float32 D256 G16 tile 16x4x2 merge 32": "8 bytes of spills at 128 registers",
-    "sm_80 bfloat16 D64 G16 tile 128x4x2 merge 32": "152 registers: 3 programs resident, not 4",
-    "sm_90 float32 D256 G16 tile 16x4x2 merge 32": "144 registers: 3 programs resident, not 4",
     "sm_100 float32 D64 G16 tile 16x4x2 merge 32": "8 bytes of spills at 64 registers",
-    "sm_100 float32 D256 G16 tile 16x4x2 merge 32": "144 registers: 3 programs resident, not 4",
-    "{'window': 100}-sm_100": "8 bytes of spills at 96 registers",
     "{'group': 64}-sm_80": "8 bytes of spills at 255 registers",
+    "{'group': 64}-sm_90": "shared memory for 2 programs, not 3",
     "{'group': 64}-sm_100": "32 bytes of spills at 255 registers",
-    "{'append': True, 'rows': 16, 'capacity': 1024}-sm_100": "8 bytes of spills at 128 registers",
 }
 
 
@@ -81,13 +74,12 @@ def check_needs(card_name: str, call: dict) -> None:
     need = needs(launch, card)
     assert need.stack_bytes == 0
     assert need.shared_bytes <= card.block_bytes
-    aim = -(-max(launch.config.even, launch.config.ragged) // card.processors)
+    aim = -(-launch.config.least // card.processors)
     fits = card.processor_bytes // max(need.shared_bytes, 1)
     threads = launch.warps * card.threads
     registers = -(-need.registers // 8) * 8  # they are given out in eights
-    resident = min(RESIDENT, aim, fits) if card.backend == "cuda" else 1
-    assert registers * threads * max(resident, 1) <= card.registers
     if card.backend == "cuda":
+        assert aim <= fits and registers * threads * aim <= card.registers
         check_loads(need.listing, launch, call)
 
 
@@ -98,7 +90,9 @@ def check_loads(listing: str, launch, call: dict) -> None:
     copies = tile_bytes // (16 * 32 * launch.warps) * launch.stages
     wide = re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], 0x10", listing)
     assert len(wide) >= copies
-    assert not re.findall(r"ld\.global\S*\.[bu]16\b", listing)
+    # The newest token is one row of each, which is a number for each thread.
+    narrow = re.findall(r"ld\.global\S*\.[bu]16\b", listing)
+    assert len(narrow) <= (2 if call.get("append") else 0)
 
 
 @pytest.mark.parametrize("card,call", cases(["sm_90", "gfx942"], [4]))
