@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from .kernel import LANES, Refs, Static, decode_kernel
 
-__all__ = ["launch"]
+__all__ = ["launch", "like"]
 
 
 def launch(
@@ -21,13 +21,13 @@ def launch(
     `scalars` and `arrays` are named as the fields of `Refs`; to be written, pages come in as `k_in`
     and `v_in`. What is not given is not there for the kernel either.
     """
-    specs, out = _specs(static), _like(arrays["q"])
+    specs, out = _specs(static), like(arrays["q"])
     outputs = dict(out=out, lse=out.update(shape=(*out.shape[:2], 1), dtype=jnp.float32))
     inputs, aliases = [*scalars, *arrays], {}
     if static.append:
         for name, source in (("k_pages", "k_in"), ("v_pages", "v_in")):
             aliases[inputs.index(source)] = len(outputs)
-            outputs[name] = _like(arrays[source])
+            outputs[name] = like(arrays[source])
     scratch = _scratch(static, arrays["k_in" if static.append else "k_pages"].dtype)
     names = [*inputs, *outputs, *scratch]
 
@@ -58,7 +58,7 @@ def launch(
     return tuple(call(*scalars.values(), *arrays.values()))
 
 
-def _like(array: Array) -> jax.ShapeDtypeStruct:
+def like(array: Array) -> jax.ShapeDtypeStruct:
     """Its shape, its dtype, and over which axes of a mesh it varies."""
     kind = jax.typeof(array).manual_axis_type
     return jax.ShapeDtypeStruct(array.shape, array.dtype, manual_axis_type=kind)
