@@ -37,7 +37,11 @@ GENERATIONS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One call. `system`: ours, ours/append, ours/write, or jax/paged, jax/ragged."""
+    """One call of a system: `ours`, `ours/append`, `ours/write`, `jax/paged` or `jax/ragged`.
+
+    `ours/scan` is a step of a model that scans over its layers: each one is written, then read;
+    `xla/scan` is the same with XLA's scatter.
+    """
 
     system: str = "ours"
     rows: int = 32
@@ -97,7 +101,8 @@ def main() -> None:
         try:
             answer = _answer(request["generation"], Case(**given))
         except Exception as error:  # what a compiler refuses is an answer too
-            answers.append(dict(error=f"{type(error).__name__}: {error}"))
+            reasons = getattr(error, "exceptions", (error,))
+            answers.append(dict(error="; ".join(f"{type(e).__name__}: {e}" for e in reasons)))
             continue
         new = set(folder.iterdir()) - before
         answers.append(answer | _listing(new, Case(**given), answer))
@@ -148,6 +153,7 @@ def _ours(devices: Any, case: Case) -> Built:
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     from paged_decode.kernels import append_and_attend, append_kv, paged_attention
+    from paged_decode.kernels.cache_ops import _write
     from paged_decode.kernels.placement import Placement
 
     mesh = Mesh(np.array(devices[: case.shards]), ("heads",))
@@ -177,8 +183,9 @@ def _ours(devices: Any, case: Case) -> Built:
     if case.system == "ours":
         jitted = jax.jit(lambda *args, **more: paged_attention(*args, **more, **options))
         lowered = jitted.lower(q, pool, pool, table, lens, **more)
-        return lowered.compile(), _block(case), 1
-    out = dict(donate_argnums=(0, 1), out_shardings=(pool.sharding, pool.sharding, None))
+        exact = "float32" in (case.dtype, q_dtype)  # those have a loop over heads in the tile
+        return lowered.compile(), None if exact else _block(case), 1
+    out = dict(donate_argnums=(0, 1), out_shardings=(pool.format, pool.format, None))
     if case.system == "ours/append":
         new = array((case.rows, case.kv_heads, case.dim), case.dtype, 1)
 
@@ -191,9 +198,24 @@ def _ours(devices: Any, case: Case) -> Built:
     slots = array((case.rows, case.tokens), "int32")
 
     def write(k: Any, v: Any, new: Any, slots: Any, layer: Any) -> Any:
+        if case.system == "xla/scan":
+            return *_write(k, v, new, slots, layer), None
         return *append_kv(k, v, new, new, slots, layer=layer, placement=placement), None
 
-    return jax.jit(write, **out).lower(pool, pool, new, slots, layer).compile(), None, 1
+    if case.system == "ours/write":
+        return jax.jit(write, **out).lower(pool, pool, new, slots, layer).compile(), None, 1
+
+    def scan(k: Any, v: Any, q: Any, new: Any, slots: Any, table: Any, lens: Any) -> Any:
+        def one(carry: Any, layer: Any) -> Any:
+            k, v, q = carry
+            k, v, _ = write(k, v, new, slots, layer)
+            q, _ = paged_attention(q, k, v, table, lens, layer=layer, **options)
+            return (k, v, q), None
+
+        return jax.lax.scan(one, (k, v, q), np.arange(case.layers, dtype=np.int32))[0]
+
+    args = (pool, pool, q, new, slots, table, lens)
+    return jax.jit(scan, donate_argnums=(0, 1)).lower(*args).compile(), None, 1
 
 
 def _block(case: Case) -> tuple[int, int, int]:
@@ -272,6 +294,9 @@ KERNELS |= {"ours/write": "paged_write", "jax/paged": "paged_attention", "jax/ra
 
 def _listing(files: set[Path], case: Case, answer: dict[str, Any]) -> dict[str, Any]:
     """What the final bundles of the kernel say of it."""
+
+    if case.system not in KERNELS:
+        return {}
 
     def only(ending: str) -> str:
         named = f"-{KERNELS[case.system]}"

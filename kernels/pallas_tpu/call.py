@@ -84,17 +84,37 @@ def _run(
     scalars["layer"] = call.layer.reshape(1)
     table = call.page_table if config.cores == 1 else call.page_table[rows]
     tables = jnp.concatenate([table, call.page_table[jnp.maximum(following, 0)]], axis=1)
-    arrays = dict(tables=tables[:, None], q=call.q[:, 0])
+    static = static_of(call, config, rows.shape[0] // config.cores, append)
+    arrays = dict(tables=tables[:, None], q=_widen(call.q[:, 0], call.group, static.group))
     if call.sink is not None:
-        arrays["sink"] = call.sink.reshape(-1, 1)
+        arrays["sink"] = _widen(call.sink.reshape(1, -1, 1), call.group, static.group)[0]
     if newest is None:
         arrays |= dict(k_pages=call.k_pages, v_pages=call.v_pages)
     else:
         new_k, new_v = (jnp.moveaxis(new, 1, 2) for new in newest)  # [B, Hk, 1, D]
         arrays |= dict(new_k=new_k, new_v=new_v, k_in=call.k_pages, v_in=call.v_pages)
-    static = static_of(call, config, rows.shape[0] // config.cores, append)
     with jax.enable_x64(False):  # the kernel has no 64-bit number, and Mosaic no 64-bit integer
-        return launch(scalars, arrays, static, config.cores, interpret)
+        out, lse, *written = launch(scalars, arrays, static, config.cores, interpret)
+    out, lse = (_narrow(x, call.group, static.group) for x in (out, lse))
+    return out, lse, *written
+
+
+def _widen(x: Float[Array, "B Hq d"], group: int, wanted: int) -> Float[Array, "B heads d"]:
+    """Zero heads added to every group, for the alignment of float32 products."""
+    if group == wanted:
+        return x
+    grouped = x.reshape(x.shape[0], -1, group, x.shape[2])
+    wide = jnp.pad(grouped, ((0, 0), (0, 0), (0, wanted - group), (0, 0)))
+    return wide.reshape(x.shape[0], -1, x.shape[2])
+
+
+def _narrow(x: Float[Array, "B heads d"], group: int, given: int) -> Float[Array, "B Hq d"]:
+    """The heads without those that `_widen` added."""
+    if group == given:
+        return x
+    return x.reshape(x.shape[0], -1, given, x.shape[2])[:, :, :group].reshape(
+        x.shape[0], -1, x.shape[2]
+    )
 
 
 def shape_of(call: AttentionCall) -> Shape:
@@ -107,8 +127,14 @@ def shape_of(call: AttentionCall) -> Shape:
         page_size=call.page_size,
         columns=call.page_table.shape[1],
         itemsize=call.k_pages.dtype.itemsize,
+        exact=_compute(call) == jnp.float32,
         cores=_cores(),
     )
+
+
+def _compute(call: AttentionCall) -> Any:
+    """The dtype of the products."""
+    return call.q.dtype if call.q.dtype == call.k_pages.dtype else jnp.dtype(jnp.float32)
 
 
 def _cores() -> int:
@@ -122,10 +148,10 @@ def _cores() -> int:
 def static_of(call: AttentionCall, config: Config, steps: int, append: bool) -> Static:
     """What is compiled into the kernel for `call`."""
     layers, pages, kv_heads, page_size, dim = call.k_pages.shape
-    same = call.q.dtype == call.k_pages.dtype
+    compute = _compute(call)
     return Static(
         kv_heads=kv_heads,
-        group=call.group,
+        group=-(-call.group // 8) * 8 if compute == jnp.float32 else call.group,
         dim=dim,
         page_size=page_size,
         layers=layers,
@@ -142,7 +168,7 @@ def static_of(call: AttentionCall, config: Config, steps: int, append: bool) -> 
         starts=call.starts is not None,
         sinks=call.sink is not None,
         append=append,
-        compute=call.q.dtype if same else jnp.dtype(jnp.float32),
+        compute=compute,
     )
 
 
@@ -162,7 +188,7 @@ def deal(
     steps = -(-batch // cores)
     first, end = (edge[:, 0] for edge in call.visible())
     end = jnp.where(end <= call.page_table.shape[1] * call.page_size, end, 0)
-    rows = jnp.arange(batch, dtype=jnp.int32).reshape(1, -1)
+    rows = order = jnp.arange(batch, dtype=jnp.int32).reshape(1, -1)
     if cores > 1:
         order = jnp.argsort(first - end).astype(jnp.int32)
         order = jnp.concatenate([order, jnp.full(steps * cores - batch, -1, jnp.int32)])
@@ -170,7 +196,7 @@ def deal(
         order = jnp.where(jnp.arange(steps)[:, None] % 2 == 1, order[:, ::-1], order).T
         rows = order.at[:, -1].set(jnp.where(order[:, -1] < 0, order[:, -2], order[:, -1]))
     live = (end > 0) if append else (end > jnp.maximum(first, 0))
-    step = jnp.where(live[rows], jnp.arange(steps, dtype=jnp.int32), steps)
+    step = jnp.where(live[rows] & (order >= 0), jnp.arange(steps, dtype=jnp.int32), steps)
     later = jax.lax.cummin(step, axis=1, reverse=True)
     later = jnp.concatenate([later[:, 1:], jnp.full((cores, 1), steps, jnp.int32)], axis=1)
     found = jnp.take_along_axis(rows, jnp.minimum(later, steps - 1), axis=1)

@@ -20,6 +20,7 @@ class Shape:
     page_size: int
     columns: int
     itemsize: int  # bytes of a number in the pages
+    exact: bool = False  # products of float32, which the matrix unit makes of several bfloat16
     cores: int = 1  # tensor cores behind one device: two on v4 and v5p
 
 
@@ -50,7 +51,8 @@ def choose_config(shape: Shape) -> Config:
     page_bytes = 2 * shape.kv_heads * shape.page_size * _up(shape.dim, LANES) * shape.itemsize
     fetch = min(max(FETCH_BYTES // page_bytes, 1), shape.columns)
     tokens = LANES * max(REGISTERS * SUBLANES // _up(heads, SUBLANES), 1)
-    tile = max(min(tokens, 4 * LANES) // shape.page_size, 1)
+    tokens = min(tokens, (1 if shape.exact else 4) * LANES)
+    tile = max(tokens // shape.page_size, 1)
     if shape.page_size < SUBLANES:  # such a page fills no register: each is moved by itself
         tile = min(tile, 4 * SUBLANES)
     tile = min(tile, fetch)

@@ -28,6 +28,7 @@ class Static:
     Attributes:
       fetch: pages that are on their way together, one buffer of two; a multiple of `tile`.
       tile: pages that are multiplied at once.
+      group: query heads of a KV head; a multiple of 8 for products of float32.
       unroll: pages whose copies are started in one go.
       steps: rows of a core.
       strip: tokens of a page that a DMA can write, at least.
@@ -309,21 +310,42 @@ def _tile(
     refs: Refs, static: Static, span: _Span, slot: Scalar, place: Scalar, token: Scalar
 ) -> None:
     """One step of the online softmax over a tile of pages, all heads at once."""
-    group, pages = static.group, pl.ds(place, static.tile)
-    precision = lax.Precision.HIGHEST if static.compute == jnp.float32 else None
+    pages = pl.ds(place, static.tile)
+    exact = static.compute == jnp.float32
+    precision = lax.Precision.HIGHEST if exact else None
 
-    def load(buffer: Any, head: int) -> Num[Array, "C D"]:
+    def rows(head: Scalar) -> Any:
+        first = head * static.group
+        return pl.ds(first if isinstance(head, int) else pl.multiple_of(first, 8), static.group)
+
+    def load(buffer: Any, head: Scalar) -> Num[Array, "C D"]:
         return buffer[slot, pages, head].reshape(static.tokens, static.dim).astype(static.compute)
 
-    for head in range(static.kv_heads):
-        q = refs.q32[head * group : (head + 1) * group].astype(static.compute)
-        refs.logits[head * group : (head + 1) * group] = lax.dot_general(
-            q,
+    def multiply_keys(head: Scalar, _: None = None) -> None:
+        refs.logits[rows(head)] = lax.dot_general(
+            refs.q32[rows(head)].astype(static.compute),
             load(refs.k_buf, head),
             (((1,), (1,)), ((), ())),
             precision=precision,
             preferred_element_type=jnp.float32,
         )
+
+    def multiply_values(head: Scalar, _: None = None) -> None:
+        refs.acc[rows(head)] += jnp.dot(
+            refs.logits[rows(head)].astype(static.compute),
+            load(refs.v_buf, head),
+            precision=precision,
+            preferred_element_type=jnp.float32,
+        )
+
+    def each_head(multiply: Any) -> None:
+        if exact:  # its many partial products of several heads at once would not fit the registers
+            lax.fori_loop(0, static.kv_heads, multiply, None)
+        else:
+            for head in range(static.kv_heads):
+                multiply(head)
+
+    each_head(multiply_keys)
     at = token + lax.broadcasted_iota(jnp.int32, (1, static.tokens), 1)
     seen = (at >= span.first) & (at < span.end)
     logits = jnp.where(seen, _scaled(refs.logits[...], static), -jnp.inf)
@@ -336,14 +358,7 @@ def _tile(
     refs.total[...] = refs.total[...] * decay + jnp.sum(weights, axis=1, keepdims=True)
     refs.logits[...] = weights
     refs.acc[...] = refs.acc[...] * _lanes(decay, static.dim)
-    for head in range(static.kv_heads):
-        rows = slice(head * group, (head + 1) * group)
-        refs.acc[rows] += jnp.dot(
-            refs.logits[rows].astype(static.compute),
-            load(refs.v_buf, head),
-            precision=precision,
-            preferred_element_type=jnp.float32,
-        )
+    each_head(multiply_values)
 
 
 def _scaled(products: Float[Array, "Hq C"], static: Static) -> Float[Array, "Hq C"]:

@@ -1,5 +1,6 @@
 """The kernel that writes tokens into a stacked pool equals a scatter, and copies nothing."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -29,8 +30,6 @@ def test_tokens_go_to_their_slots_of_one_layer_and_nowhere_else(name):
     slots, layer = jnp.asarray(slots, jnp.int32), jnp.int32(1)
     got = write_tokens(k_pages, v_pages, k, v, slots, layer, interpret=True)
     # Under jit, where slots outside the pool write nothing. Padding has no order.
-    import jax
-
     want = jax.jit(append_kv, donate_argnums=())(k_pages, v_pages, k, v, slots, layer=layer)
     known = slice(1, None) if name.startswith("padding") else slice(None)
     same_bits([pages[:, known] for pages in got], [pages[:, known] for pages in want])
