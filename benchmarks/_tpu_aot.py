@@ -349,6 +349,8 @@ class Listing:
         self.parts = []
         for at, bundle in enumerate(self.bundles):
             for region in re.findall(r"sbr\.rel (?:\(!?%\w+\) )?target = \$region(\d+)", bundle):
+                if region not in starts:  # a branch of the frame around the kernel
+                    continue
                 to, behind = starts[region], at + DELAY_SLOTS + 1
                 loop = to <= at
                 if loop or behind < to:

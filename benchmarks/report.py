@@ -158,6 +158,30 @@ def decode_step() -> Iterator[str]:
     yield "\n"
 
 
+def tpu_static() -> Iterator[str]:
+    result = load("tpu_static")
+    yield from heading(
+        "Instructions of a TPU core for each page (bundles, all KV heads), read from compiled code",
+        result,
+        ("jax", "libtpu"),
+    )
+    rows: dict[tuple[str, str], dict[str, float]] = {}
+    for record in result["records"]:
+        case = record["case"]
+        found = rows.setdefault((case["shape"], case["generation"]), {})
+        if "bundles_per_page" in record:
+            name = record["system"].split(",")[0]  # the better of a peer's blocks
+            found[name] = min(record["bundles_per_page"], found.get(name, float("inf")))
+    names = ["paged-decode/pallas_tpu", "jax/paged_attention", "jax/ragged_paged_attention"]
+    yield f"| shape | TPU | ours | {' | '.join(names[1:])} | ours / best |\n"
+    yield "|---|---|---|---|---|---|\n"
+    for (shape, generation), found in sorted(rows.items()):
+        cells = [f"{found[name]:.0f}" if name in found else "does not compile" for name in names]
+        best = min(found[name] for name in names[1:] if name in found)
+        yield f"| {shape} | {generation} | {' | '.join(cells)} | {found[names[0]] / best:.2f}x |\n"
+    yield "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -167,7 +191,7 @@ def main() -> None:
     text = README.read_text()
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    parts = (decode_grid, decode_step, cpu_decode, allocator_step, attention_xla)
+    parts = (decode_grid, decode_step, tpu_static, cpu_decode, allocator_step, attention_xla)
     tables = "".join("".join(part()) for part in parts)
     new = before + BEGIN + "\n" + tables + END + after
     if args.check and new != text:

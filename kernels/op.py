@@ -121,9 +121,9 @@ def append_and_attend(
     """`append_kv` and `paged_attention` of the same tokens as one operation; donates the pages.
 
     K and V of the newest T tokens of row b go to the positions `seq_lens[b] - T + t`, found through
-    the page table; then q attends as in `paged_attention`. With T = 1 on a GPU both are one launch.
-    Padding (a row of length 0, a position in front of its sequence) is written nowhere, but all T
-    tokens of any other row are new: where rows bring fewer, use `append_kv` with their slots.
+    the page table; then q attends as in `paged_attention`. With T = 1 on GPU and TPU both are one
+    launch. Padding (a row of length 0, a position in front of its sequence) is written nowhere, but
+    all T tokens of any other row are new: where rows bring fewer, use `append_kv` with their slots.
     Inside `jit` it updates in place when the caller donates the pool; outside, the given pages
     are consumed.
 

@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status, 1 for an error that a message explains."""
     parser = argparse.ArgumentParser(
         prog="paged-decode",
-        description="Tools for paged KV caches: check the backends; inspect, verify and fold snapshots.",
+        description="Tools for paged KV caches: backends and snapshots.",
     )
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:

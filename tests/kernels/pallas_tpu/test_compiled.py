@@ -30,9 +30,9 @@ FEW = {
     "D 64": Case(dim=64, kv_heads=8, group=8),
 }
 MANY = {
-    **{f"G {group}": Case(group=group, kv_heads=2) for group in (1, 3, 5, 7, 16)},
+    **{f"G {group}": Case(group=group, kv_heads=2) for group in (1, 3, 5, 7, 16, 128)},
     **{f"D {dim}": Case(dim=dim, kv_heads=4) for dim in (80, 96, 256)},
-    **{f"page {size}": Case(page_size=size, kv_heads=2) for size in (1, 2, 4, 8, 64, 256)},
+    **{f"page {size}": Case(page_size=size, kv_heads=2) for size in (1, 2, 4, 8, 24, 256)},
     "MHA": Case(kv_heads=32, group=1, pages=1024),
     "one head of a split 70B": Case(kv_heads=1, group=8),
     "gpt-oss": Case(dim=64, window=128, sinks=True, group=8),
@@ -42,6 +42,7 @@ MANY = {
     "write a chunk on 4 devices": Case(system="ours/write", layers=4, tokens=16, shards=4),
     "float32 queries over bfloat16": Case(q_dtype="float32"),
     "one row": Case(rows=1),
+    "the widest table": Case(rows=4, columns=49000),
     "an odd number of rows": Case(rows=7),
 }
 
