@@ -18,9 +18,10 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 __all__ = ["GENERATIONS", "INSTALLED", "Case", "compile_all"]
@@ -147,75 +148,101 @@ def _target(devices: Any) -> Iterator[None]:
 
 
 def _ours(devices: Any, case: Case) -> Built:
+    """The public operations, over a stacked pool whose heads are split over the devices."""
+    import jax
+
+    from paged_decode.kernels.placement import Placement
+
+    given = _arguments(devices, case)
+    placement = Placement.create(
+        given.mesh, num_kv_heads=case.kv_heads, num_pages=case.pages, head_axis="heads"
+    )
+    program, names = _program(case, placement)
+    args = [getattr(given, name) for name in names]
+    if case.system == "ours":
+        exact = "float32" in (case.dtype, case.q_dtype)  # those loop over the heads of a tile
+        return jax.jit(program).lower(*args).compile(), None if exact else _block(case), 1
+    out = (given.pool.format, given.pool.format, None)
+    jitted = jax.jit(program, donate_argnums=(0, 1), out_shardings=out)
+    return jitted.lower(*args).compile(), None, 1
+
+
+def _arguments(devices: Any, case: Case) -> SimpleNamespace:
+    """The shapes of the arguments and where they lie."""
     import jax
     import numpy as np
     from jax.experimental.layout import Format, Layout
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    from paged_decode.kernels import append_and_attend, append_kv, paged_attention
-    from paged_decode.kernels.cache_ops import _write
-    from paged_decode.kernels.placement import Placement
-
     mesh = Mesh(np.array(devices[: case.shards]), ("heads",))
 
     def array(shape: tuple[int, ...], dtype: str, heads: int | None = None) -> Any:
-        spec = [None] * len(shape)
-        if heads is not None:
-            spec[heads] = "heads"
+        spec = ["heads" if axis == heads else None for axis in range(len(shape))]
         sharding: Any = NamedSharding(mesh, PartitionSpec(*spec))
         if len(shape) == 5 and case.dim % 128:  # XLA's own order would put pages into the lanes
             sharding = Format(Layout(tuple(range(len(shape)))), sharding)
         return jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=sharding)
 
-    placement = Placement.create(
-        mesh, num_kv_heads=case.kv_heads, num_pages=case.pages, head_axis="heads"
-    )
-    heads, q_dtype = case.kv_heads * case.group, case.q_dtype or case.dtype
-    pool = array((case.layers, case.pages, case.kv_heads, case.page_size, case.dim), case.dtype, 2)
-    q = array((case.rows, heads, case.dim), q_dtype, 1)
-    lens = array((case.rows,), "int32")
-    table, layer = array((case.rows, case.columns), "int32"), array((), "int32")
-    more: dict[str, Any] = dict(layer=layer)
-    more |= dict(starts=lens) if case.starts else {}
+    heads, rows = case.kv_heads * case.group, case.rows
+    pool = (case.layers, case.pages, case.kv_heads, case.page_size, case.dim)
+    more = dict(starts=array((rows,), "int32")) if case.starts else {}
     more |= dict(sinks=array((heads, 1), "float32", 0)) if case.sinks else {}
-    options = dict(placement=placement, sliding_window=case.window, soft_cap=case.soft_cap)
+    return SimpleNamespace(
+        mesh=mesh,
+        pool=array(pool, case.dtype, 2),
+        q=array((rows, heads, case.dim), case.q_dtype or case.dtype, 1),
+        new=array((rows, case.kv_heads, case.dim), case.dtype, 1),
+        chunk=array((rows, case.tokens, case.kv_heads, case.dim), case.dtype, 2),
+        slots=array((rows, case.tokens), "int32"),
+        table=array((rows, case.columns), "int32"),
+        lens=array((rows,), "int32"),
+        layer=array((), "int32"),
+        more=more,
+    )
+
+
+def _program(case: Case, placement: Any) -> tuple[Callable[..., Any], list[str]]:
+    """A function, and which arguments it takes; it returns the pages first, where it writes."""
+    import jax
+    import numpy as np
+
+    from paged_decode.kernels import append_and_attend, append_kv, paged_attention
+    from paged_decode.kernels.cache_ops import _write
+
+    options: Any = dict(placement=placement, sliding_window=case.window, soft_cap=case.soft_cap)
     options |= dict(implementation="pallas_tpu", return_lse=True)
-    if case.system == "ours":
-        jitted = jax.jit(lambda *args, **more: paged_attention(*args, **more, **options))
-        lowered = jitted.lower(q, pool, pool, table, lens, **more)
-        exact = "float32" in (case.dtype, q_dtype)  # those have a loop over heads in the tile
-        return lowered.compile(), None if exact else _block(case), 1
-    out = dict(donate_argnums=(0, 1), out_shardings=(pool.format, pool.format, None))
-    if case.system == "ours/append":
-        new = array((case.rows, case.kv_heads, case.dim), case.dtype, 1)
 
-        def step(k: Any, v: Any, q: Any, new: Any, table: Any, lens: Any, more: Any) -> Any:
-            *results, k, v = append_and_attend(q, new, new, k, v, table, lens, **more, **options)
-            return k, v, results
+    def read(q: Any, k: Any, v: Any, table: Any, lens: Any, layer: Any, more: Any) -> Any:
+        return paged_attention(q, k, v, table, lens, layer=layer, **more, **options)
 
-        return jax.jit(step, **out).lower(pool, pool, q, new, table, lens, more).compile(), None, 1
-    new = array((case.rows, case.tokens, case.kv_heads, case.dim), case.dtype, 2)
-    slots = array((case.rows, case.tokens), "int32")
+    def append(
+        k: Any, v: Any, q: Any, new: Any, table: Any, lens: Any, layer: Any, more: Any
+    ) -> Any:
+        *results, k, v = append_and_attend(
+            q, new, new, k, v, table, lens, layer=layer, **more, **options
+        )
+        return k, v, results
 
     def write(k: Any, v: Any, new: Any, slots: Any, layer: Any) -> Any:
         if case.system == "xla/scan":
-            return *_write(k, v, new, slots, layer), None
+            return *_write(k, v, new, new, slots, layer), None
         return *append_kv(k, v, new, new, slots, layer=layer, placement=placement), None
-
-    if case.system == "ours/write":
-        return jax.jit(write, **out).lower(pool, pool, new, slots, layer).compile(), None, 1
 
     def scan(k: Any, v: Any, q: Any, new: Any, slots: Any, table: Any, lens: Any) -> Any:
         def one(carry: Any, layer: Any) -> Any:
             k, v, q = carry
             k, v, _ = write(k, v, new, slots, layer)
-            q, _ = paged_attention(q, k, v, table, lens, layer=layer, **options)
-            return (k, v, q), None
+            return (k, v, read(q, k, v, table, lens, layer, {})[0]), None
 
         return jax.lax.scan(one, (k, v, q), np.arange(case.layers, dtype=np.int32))[0]
 
-    args = (pool, pool, q, new, slots, table, lens)
-    return jax.jit(scan, donate_argnums=(0, 1)).lower(*args).compile(), None, 1
+    scanned = (scan, "pool pool q chunk slots table lens")
+    program, names = {
+        "ours": (read, "q pool pool table lens layer more"),
+        "ours/append": (append, "pool pool q new table lens layer more"),
+        "ours/write": (write, "pool pool chunk slots layer"),
+    }.get(case.system, scanned)
+    return program, names.split()
 
 
 def _block(case: Case) -> tuple[int, int, int]:
@@ -288,8 +315,13 @@ def _compile(devices: Any, call: Any, shapes: list[tuple[tuple[int, ...], str]])
 
 # --- what the compiler wrote down -------------------------------------------------------------
 
-KERNELS = dict.fromkeys(("ours", "ours/append"), "paged_decode")
-KERNELS |= {"ours/write": "paged_write", "jax/paged": "paged_attention", "jax/ragged": "ragged"}
+KERNELS = {
+    "ours": "paged_decode",
+    "ours/append": "paged_decode",
+    "ours/write": "paged_write",
+    "jax/paged": "paged_attention",
+    "jax/ragged": "ragged",
+}
 
 
 def _listing(files: set[Path], case: Case, answer: dict[str, Any]) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def _answers(name: str) -> tuple[np.ndarray, ...]:
     rng = np.random.default_rng(0)
     rows, kv_heads, group, size, columns, dim = 4, 2, 4, 16, 3, 128
     q = rng.standard_normal((rows, kv_heads * group, dim)).astype(np.float32)
-    new = rng.standard_normal((2, rows, kv_heads, dim)).astype(np.float32)
+    k, v = rng.standard_normal((2, rows, kv_heads, dim)).astype(np.float32)
     pools = rng.standard_normal((2, rows * columns + 1, kv_heads, size, dim)).astype(np.float32)
     pools[:, 0] = np.nan  # the null page
     table = rng.permutation(np.arange(1, rows * columns + 1, dtype=np.int32)).reshape(rows, columns)
@@ -116,7 +116,7 @@ def _answers(name: str) -> tuple[np.ndarray, ...]:
     k_pages, v_pages = map(jnp.asarray, pools)
     out = paged_attention(q, k_pages, v_pages, table, lens, implementation=name, **options)
     appended, k_pages, v_pages = append_and_attend(
-        q, *new, k_pages, v_pages, table, lens, implementation=name
+        q, k, v, k_pages, v_pages, table, lens, implementation=name
     )
     return tuple(map(np.asarray, (out, appended, k_pages[1:], v_pages[1:])))
 
