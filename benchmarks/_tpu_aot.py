@@ -348,7 +348,8 @@ def _listing(files: set[Path], case: Case, answer: dict[str, Any]) -> dict[str, 
     if answer["block"]:
         listing = Listing(only("-final_bundles.txt"))
         per_block = listing.steady(*answer["block"])
-        found["bundles_per_page"] = per_block * answer["passes"] / answer["block"][0]
+        if per_block is not None:
+            found["bundles_per_page"] = per_block * answer["passes"] / answer["block"][0]
     return found
 
 
@@ -397,7 +398,7 @@ class Listing:
     def products(self, begin: int, end: int) -> int:
         return self.count(r"vmatmul|vmatpush|vmatprep|matmul", begin, end)
 
-    def steady(self, pages: int, tile: int, copies: int) -> float:
+    def steady(self, pages: int, tile: int, copies: int) -> float | None:
         """Bundles for a block of `pages` pages, in the middle of a row.
 
         The loop over blocks is the innermost one that both starts copies and multiplies. What it
@@ -411,6 +412,8 @@ class Listing:
             for p in self.parts
             if p.loop and self.copies(p.begin, p.end) and self.products(p.begin, p.end)
         ]
+        if not both:  # a kernel in which branches cannot be told apart from the listing
+            return None
         block = min(both, key=lambda part: part.end - part.begin)
         return self._cost(block, frozenset([block]), pages / tile, pages * copies)
 

@@ -57,13 +57,18 @@ def check(generation: str, cases: dict[str, Case]) -> None:
         itemsize = 4 if case.dtype == "float32" else 2
         rows = case.layers * case.pages * case.kv_heads * case.page_size // case.shards
         pool_bytes = 2 * rows * lanes * itemsize
-        # What is not the pool: tables, queries, results.
-        assert answer["temp_bytes"] < 8 * case.rows * case.columns + 2**20, where
-        assert answer["temp_bytes"] < pool_bytes / 4, where
+        # Tables and queries may be copied; the keys of one layer would be an eighth or more.
+        assert answer["temp_bytes"] < pool_bytes / 32, where
         assert answer["alias_bytes"] == (0 if case.system == "ours" else pool_bytes), where
         assert answer["collectives"] == 0, where
-        if case.page_size >= 8:  # smaller pages are gathered into registers, some by way of memory
-            assert answer.get("spills", 0) == 0, where
+        assert answer.get("spills", 0) == 0 or _may_spill(generation, case), where
+
+
+def _may_spill(generation: str, case: Case) -> bool:
+    """What is known to spill, and told in docs/backends.md."""
+    small_pages = case.page_size < 8  # gathered into registers, some by way of memory
+    exact = "float32" in (case.dtype, case.q_dtype)
+    return small_pages or case.group > 64 or (generation == "v4" and exact)
 
 
 def test_v5e_takes_the_kernels_as_they_are():
