@@ -269,10 +269,35 @@ def sharding_memory() -> Iterator[str]:
     yield "\n"
 
 
+def tpu_static() -> Iterator[str]:
+    result = load("tpu_static")
+    yield from heading(
+        "Instructions of a TPU core for each page (bundles, all KV heads), read from compiled code",
+        result,
+        ("jax", "libtpu"),
+    )
+    rows: dict[tuple[str, str], dict[str, float]] = {}
+    for record in result["records"]:
+        case = record["case"]
+        found = rows.setdefault((case["shape"], case["generation"]), {})
+        if "bundles_per_page" in record:
+            name = record["system"].split(",")[0]  # the better of a peer's blocks
+            found[name] = min(record["bundles_per_page"], found.get(name, float("inf")))
+    names = ["paged-decode/pallas_tpu", "jax/paged_attention", "jax/ragged_paged_attention"]
+    yield f"| shape | TPU | ours | {' | '.join(names[1:])} | ours / best |\n"
+    yield "|---|---|---|---|---|---|\n"
+    for (shape, generation), found in sorted(rows.items()):
+        cells = [f"{found[name]:.0f}" if name in found else "does not compile" for name in names]
+        best = min(found[name] for name in names[1:] if name in found)
+        yield f"| {shape} | {generation} | {' | '.join(cells)} | {found[names[0]] / best:.2f}x |\n"
+    yield "\n"
+
+
 PAGES = {
     "README.md": (
         decode_grid,
         decode_step,
+        tpu_static,
         cpu_decode,
         allocator_step,
         attention_xla,

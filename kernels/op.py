@@ -122,9 +122,9 @@ def append_and_attend(
     """`append_kv` and `paged_attention` of the same tokens as one operation; donates the pages.
 
     K and V of the newest T tokens of row b go to the positions `seq_lens[b] - T + t`, found through
-    the page table; then q attends as in `paged_attention`. With T = 1 on a GPU both are one launch.
-    Padding (a row of length 0, a position in front of its sequence) is written nowhere, nor is a
-    token whose slot lies in the null page: there q attends to what the cache already holds.
+    the page table; then q attends as in `paged_attention`. With T = 1 on GPU and TPU both are one
+    launch. Padding (a row of length 0, a position in front of its sequence) is written nowhere, nor
+    is a token whose slot lies in the null page: there q attends to what the cache already holds.
     Inside `jit` it updates in place when the caller donates the pool; outside, the given pages
     are consumed.
 
