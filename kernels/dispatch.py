@@ -54,6 +54,7 @@ def _module(name: str) -> Callable[[], ModuleType]:
 # In order of preference on every platform: the fastest first.
 BACKENDS: tuple[Backend, ...] = (
     Backend("triton", _module("triton"), ("gpu",)),
+    Backend("pallas_gpu", _module("pallas_gpu"), ()),
     Backend("xla", _module("xla"), ("cpu", "gpu", "tpu")),
     Backend("reference", _module("reference"), ()),
 )
