@@ -12,7 +12,7 @@ from .plan import Plan, plan
 
 __all__ = ["attend", "plan_of", "refusal", "run"]
 
-DIMS = (128,)
+DIMS = (64, 128)
 MAX_GROUP = 64  # rows of a product of the matrix unit
 MIN_PAGE = 8  # rows of a swizzled block of shared memory
 _INDEX = 2**31

@@ -85,23 +85,27 @@ def finish(
 
     @pl.when(parts == 1)
     def _():
-        for g in range(plan.group):
-            row, head = place.index, place.head * plan.group + g
-            _store(
-                plan, inputs, outputs, row, head, _line(plan, stage.acc, g), stage.top[g],
-                stage.total[g],
-            )  # fmt: skip
+        @_some_heads(plan)
+        def _(heads: list[Any]) -> None:
+            for g in heads:
+                row, head = place.index, place.head * plan.group + g
+                sums = _line(plan, stage.acc, g), stage.top[g], stage.total[g]
+                _store(plan, inputs, outputs, row, head, *sums)
 
     @pl.when(parts > 1)
     def _():
         # The first tiles of a block have the even slot, others begin in it.
         worker = lax.axis_index("worker")
         slot = 2 * worker + jnp.where(at == begin, 0, 1)
-        for g in range(plan.group):
-            mass = stage.total[g]
-            acc = _line(plan, stage.acc, g) / jnp.where(mass == 0.0, 1.0, mass)
-            outputs.part_acc[slot, g, :] = acc
-            outputs.part_lse[slot, g] = stage.top[g] + jnp.log2(mass)
+
+        @_some_heads(plan)
+        def _(heads: list[Any]) -> None:
+            for g in heads:
+                mass = stage.total[g]
+                acc = _line(plan, stage.acc, g) / jnp.where(mass == 0.0, 1.0, mass)
+                outputs.part_acc[slot, g, :] = acc
+                outputs.part_lse[slot, g] = stage.top[g] + jnp.log2(mass)
+
         if not plan.interpreted:
             counter = inputs.counters.at[pl.ds(place.index * plan.kv_heads + place.head, 1)]
             arrived = _arrive(counter, stage.arrived, parts)
@@ -122,10 +126,10 @@ def merge_parts(
     slot0: Any,
 ) -> None:
     """Merge the parts of a row and head, in the order of the tokens, and store the result."""
-    for g0 in range(0, plan.group, _HEADS):
-        heads = range(g0, min(g0 + _HEADS, plan.group))
 
-        def chunk(c: Any, carry: Any, heads: range = heads) -> Any:
+    @_some_heads(plan)
+    def _(heads: list[Any]) -> None:
+        def chunk(c: Any, carry: Any) -> Any:
             numbers = [c * _CHUNK + i for i in range(_CHUNK)]
             slots = [jnp.where(n == 0, slot0, 2 * (first + n)) for n in numbers]
             slots = [jnp.where(n < parts, s, slot0) for n, s in zip(numbers, slots, strict=True)]
@@ -147,6 +151,22 @@ def merge_parts(
         merged = lax.fori_loop(0, chunks, chunk, [nothing for _ in heads])
         for g, sums in zip(heads, merged, strict=True):
             _store(plan, inputs, outputs, row, kv_head * plan.group + g, *sums)
+
+
+def _some_heads(plan: Plan) -> Any:
+    """Run a function of some heads of the group until it had all, the last perhaps twice."""
+
+    def run(body: Any) -> None:
+        if plan.group <= _HEADS:
+            body(list(range(plan.group)))
+            return
+
+        def step(i: Any, _: None) -> None:
+            body([jnp.minimum(i * _HEADS + g, plan.group - 1) for g in range(_HEADS)])
+
+        lax.fori_loop(0, -(-plan.group // _HEADS), step, None)
+
+    return run
 
 
 def _merge_some(sums: Any, some: Any, here: Any) -> Any:
@@ -175,7 +195,9 @@ def merge_body(plan: Plan, inputs: Inputs, outputs: Outputs) -> None:
 
 
 def _line_layout(plan: Plan) -> Any:
-    return plgpu.Layout.WG_STRIDED((plan.dim,), vec_size=max(plan.dim // 128, 1))
+    if plan.dim % 128:  # fewer numbers than threads
+        return plgpu.Layout.WGMMA.reduce(1)
+    return plgpu.Layout.WG_STRIDED((plan.dim,), vec_size=plan.dim // 128)
 
 
 def _line(plan: Plan, array: Any, g: Any) -> Any:

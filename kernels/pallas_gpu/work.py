@@ -89,8 +89,9 @@ def total_tiles(plan: Plan, lens: Any, starts: Any) -> Scalar:
 
 
 def share(plan: Plan, total: Scalar, worker: Scalar) -> Scalar:
-    """Where the tiles of a block begin."""
-    return lax.div(worker * total, jnp.int32(plan.workers))
+    """Where the tiles of a block begin; with fewer tiles than blocks the last have none."""
+    workers = jnp.minimum(total, plan.workers)
+    return lax.div(jnp.minimum(worker, workers) * total, workers)
 
 
 def find(plan: Plan, lens: Any, starts: Any, begin: Scalar) -> Place:
@@ -126,7 +127,7 @@ def parts_of(plan: Plan, total: Scalar, begin: Scalar, tiles: Scalar) -> tuple[A
     """`first block, blocks, slot in the first block` of the tiles from `begin` on."""
 
     def owner(tile: Scalar) -> Scalar:
-        return lax.div((tile + 1) * plan.workers - 1, total)
+        return lax.div((tile + 1) * jnp.minimum(total, plan.workers) - 1, total)
 
     first = owner(begin)
     inside = share(plan, total, first) < begin

@@ -1,0 +1,71 @@
+"""The Hopper kernel, interpreted: values, masks, cut rows, poison, races between its warpgroups.
+
+The common suite is mostly float32 and small heads, which the matrix unit of Hopper does not take;
+these cases are the contract once more in shapes that it does.
+"""
+
+import numpy as np
+import pytest
+
+from ..oracle import Case, build, check, same_bits
+from .interpret import NAME, PROBLEM
+
+pytestmark = pytest.mark.skipif(PROBLEM is not None, reason=str(PROBLEM))
+
+MANY, RACES = f"{NAME}-many", f"{NAME}-races"
+
+CASES = {
+    "pages smaller than a tile": Case((130, 0, 1), 1, 4, 64, 16, 9, dtype="bfloat16"),
+    "pages of a tile": Case((65, 64), 2, 8, 128, 64, 2, dtype="bfloat16"),
+    "pages larger than a tile": Case((200, 3), 1, 3, 64, 128, 2, dtype="float16"),
+    "pages of 8, a group of 12": Case((21,), 1, 12, 64, 8, 3, dtype="float16"),
+    "window, starts, cap and sinks": Case(
+        (150, 0, 70, 9),
+        1,
+        5,
+        64,
+        32,
+        5,
+        dtype="float16",
+        starts=(0, 0, 66, 9),
+        sinks=(5, 2),
+        options=dict(sliding_window=77, soft_cap=2.0, scale=0.4),
+    ),
+    "more rows than are read at once": Case((9,) * 18, 1, 1, 64, 16, 1, dtype="bfloat16"),
+}
+
+
+@pytest.mark.parametrize("backend", [NAME, MANY])
+@pytest.mark.parametrize("name", CASES)
+def test_every_case_matches_the_oracle(backend, name):
+    check(backend, CASES[name])
+
+
+@pytest.mark.parametrize("fill", [np.nan, np.inf])
+def test_poison_and_page_order_change_no_bit(fill):
+    case = CASES["window, starts, cap and sinks"]
+    same_bits(build(case, fill=fill, order=3).call(NAME), build(case).call(NAME))
+
+
+def test_the_number_of_blocks_changes_a_result_by_rounding_only():
+    inputs = build(CASES["pages smaller than a tile"])
+    (out, lse), (other, other_lse) = inputs.call(NAME), inputs.call(MANY)
+    np.testing.assert_allclose(
+        out.astype(np.float32), other.astype(np.float32), rtol=1e-2, atol=8e-3
+    )
+    np.testing.assert_allclose(lse, other_lse, rtol=1e-6)
+
+
+@pytest.mark.parametrize("wrong", [-1, 10**6])
+def test_a_page_id_outside_the_pool_gives_nan_in_its_row_alone(wrong):
+    inputs = build(Case((70, 40), 1, 2, 64, 16, 5, dtype="float16"))
+    want = inputs.call(NAME)
+    inputs.page_table[0, 1] = wrong
+    out, lse = inputs.call(NAME)
+    assert np.isnan(out[0].astype(np.float32)).all() and np.isnan(lse[0]).all()
+    same_bits((out[1], lse[1]), (want[0][1], want[1][1]))
+
+
+def test_warpgroups_do_not_race(capfd):
+    check(RACES, Case((200,), 1, 2, 64, 32, 7, dtype="float16"))
+    assert "RACE" not in capfd.readouterr().out
