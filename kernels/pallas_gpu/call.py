@@ -43,7 +43,7 @@ def shape_refusal(call: AttentionCall) -> str | None:
     if call.group > MAX_GROUP:
         return f"it serves up to {MAX_GROUP} query heads a KV head; got {call.group}"
     if call.page_size < MIN_PAGE or call.page_size & (call.page_size - 1):
-        return f"it serves page sizes that are powers of two from {MIN_PAGE} on; got {call.page_size}"
+        return f"it serves powers of two from {MIN_PAGE} on as page sizes; got {call.page_size}"
     if call.k_pages.size // dim >= _INDEX:
         return f"the pool has {call.k_pages.size // dim} rows of D; a copy counts them in int32"
     made = plan_of(call)
@@ -79,11 +79,19 @@ def run(
         sink=jnp.zeros(1, jnp.float32) if call.sink is None else call.sink,
         counters=_counters(made.rows * made.kv_heads),
     )
-    out, lse = launch(made, inputs, interpret)
+
+    # A batch of launches would count arrivals in the same counters: one after the other.
+    @jax.custom_batching.sequential_vmap
+    def launched(*arrays: Array) -> tuple[Array, Array]:
+        return launch(made, Inputs(*arrays), interpret)
+
+    out, lse = launched(*inputs)
     return out[:, None], lse[:, None]
 
 
-def plan_of(call: AttentionCall, *, interpreted: bool = False, processors: int | None = None) -> Plan:
+def plan_of(
+    call: AttentionCall, *, interpreted: bool = False, processors: int | None = None
+) -> Plan:
     """The plan of `call` on the card it runs on, or on one with so many multiprocessors."""
     if processors is None:
         processors = getattr(jax.devices()[0], "core_count", 132)

@@ -18,7 +18,6 @@ in a page in front of the first and behind the last visible token.
 import math
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -75,30 +74,42 @@ def scratch(plan: Plan, dtype: Any) -> Ring:
 
 def decode_body(plan: Plan, inputs: merge.Inputs, outputs: merge.Outputs, ring: Ring) -> None:
     """What one warpgroup of one block does."""
-    worker = lax.axis_index("worker")
+    worker, thread = lax.axis_index("worker"), lax.axis_index("thread")
     lens, starts = inputs.seq_lens, inputs.starts
-    total = work.total_tiles(plan, lens, starts)
-    begin = work.share(plan, total, worker)
-    stop = work.share(plan, total, worker + 1)
 
-    @pl.when(begin < stop)
+    def mine() -> tuple[Any, Any, Any]:
+        total = work.total_tiles(plan, lens, starts)
+        return work.share(plan, total, worker), work.share(plan, total, worker + 1), total
+
+    @pl.when(thread == 0)
     def _():
-        place = work.find(plan, lens, starts, begin)
-        thread = lax.axis_index("thread")
+        begin, stop, total = mine()
 
-        @pl.when(thread == 0)
+        @pl.when(begin < stop)
         def _():
+            place = work.find(plan, lens, starts, begin)
             _consume(plan, inputs, outputs, ring, place, begin, stop, total)
 
-        @pl.when(thread == 1)
+    @pl.when(thread == 1)
+    def _():
+        # On their way while the lengths are: an even batch of full rows starts with these.
+        layer, index, tile = inputs.layer[0], *work.guess(plan, worker)
+        guessed = _page_ids(plan, inputs, index, tile)
+        begin, stop, _ = mine()
+
+        @pl.when(begin < stop)
         def _():
-            _load(plan, inputs, ring, place, stop - begin)
+            place = work.find(plan, lens, starts, begin)
+            right = (place.index == index) & (place.row.tile0 + place.tile == tile)
+            ids = lax.cond(right, lambda: guessed, lambda: _ids_of(plan, inputs, place))
+            _load(plan, inputs, ring, place, ids, layer, stop - begin)
 
 
-def _load(plan: Plan, inputs: merge.Inputs, ring: Ring, place: Place, steps: Any) -> None:
-    """Fill the ring with the tiles of this block, one after the other."""
+def _load(
+    plan: Plan, inputs: merge.Inputs, ring: Ring, place: Place, ids: Any, layer: Any, steps: Any
+) -> None:
+    """Fill the ring with the tiles of this block, one after the other; `ids` are of the first."""
     lens, starts = inputs.seq_lens, inputs.starts
-    layer = inputs.layer[0]
 
     def step(i: Any, carry: Any) -> Any:
         place, ids, queries = carry
@@ -121,10 +132,9 @@ def _load(plan: Plan, inputs: merge.Inputs, ring: Ring, place: Place, steps: Any
 
         _load_tile(plan, inputs, ring, place, ids, layer, i)
         place = work.advance(plan, lens, starts, place, jnp.int32(1))
-        return place, _page_ids(plan, inputs, place), queries + fresh.astype(jnp.int32)
+        return place, _ids_of(plan, inputs, place), queries + fresh.astype(jnp.int32)
 
-    init = (place, _page_ids(plan, inputs, place), jnp.int32(0))
-    _, _, queries = lax.fori_loop(0, steps, step, init)
+    _, _, queries = lax.fori_loop(0, steps, step, (place, ids, jnp.int32(0)))
     _drain(steps, plan.stages, ring.k_free, ring.v_free)
     _drain(queries, Q_SLOTS, ring.q_free)
 
@@ -139,36 +149,42 @@ def _drain(steps: Any, slots: int, *free: Any) -> None:
     lax.fori_loop(jnp.maximum(steps, slots), steps + slots, step, None)
 
 
-def _tokens(plan: Plan, place: Place) -> list[Any]:
-    """The first token of each piece of a tile."""
-    token = (place.row.tile0 + place.tile) * plan.tile
-    return [token + piece * plan.piece for piece in range(plan.pieces)]
+def _tokens(plan: Plan, tile: Any) -> list[Any]:
+    """The first token of each piece of a tile of a row."""
+    return [tile * plan.tile + piece * plan.piece for piece in range(plan.pieces)]
 
 
-def _page_ids(plan: Plan, inputs: merge.Inputs, place: Place) -> list[Any]:
-    index = jnp.minimum(place.index, plan.rows - 1)
-    columns = [lax.div(token, jnp.int32(plan.page_size)) for token in _tokens(plan, place)]
+def _page_ids(plan: Plan, inputs: merge.Inputs, index: Any, tile: Any) -> list[Any]:
+    """The page of each piece of a tile of a row; anything where the table has no such entry."""
+    index = jnp.minimum(index, plan.rows - 1)
+    columns = [lax.div(token, jnp.int32(plan.page_size)) for token in _tokens(plan, tile)]
     return [inputs.page_table[index, jnp.minimum(c, plan.columns - 1)] for c in columns]
+
+
+def _ids_of(plan: Plan, inputs: merge.Inputs, place: Place) -> list[Any]:
+    return _page_ids(plan, inputs, place.index, place.row.tile0 + place.tile)
 
 
 def _load_tile(
     plan: Plan, inputs: merge.Inputs, ring: Ring, place: Place, ids: list[Any], layer: Any, i: Any
 ) -> None:
     row, slot = place.row, lax.rem(i, jnp.int32(plan.stages))
-    tokens = _tokens(plan, place)
+    tokens = _tokens(plan, row.tile0 + place.tile)
     live = [(t < row.end) & (t + plan.piece > row.first) for t in tokens]
     known = [(0 <= page) & (page < plan.pages) for page in ids]
-    pools = ((inputs.k, ring.k, ring.k_full, ring.k_free), (inputs.v, ring.v, ring.v_full, ring.v_free))
-    for number, (pool, buffer, full, free) in enumerate(pools):
+    wrong = row.broken
+    for a, b in zip(live, known, strict=True):
+        wrong |= a & ~b
+    for pool, buffer, full, free in (
+        (inputs.k, ring.k, ring.k_full, ring.k_free),
+        (inputs.v, ring.v, ring.v_full, ring.v_free),
+    ):
 
         @pl.when(i >= plan.stages)
         def _(free: Any = free):
             plgpu.barrier_wait(free.at[slot])
 
-        if number == 0:
-            wrong = row.broken
-            for a, b in zip(live, known, strict=True):
-                wrong |= a & ~b
+        if pool is inputs.k:  # read with K, so free when K is
             ring.bad[slot] = wrong.astype(jnp.int32)
         for piece, page in enumerate(ids):
             at = ((layer * plan.pages + page) * plan.kv_heads + place.head) * plan.page_size

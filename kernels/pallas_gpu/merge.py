@@ -3,7 +3,6 @@
 import math
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -18,7 +17,7 @@ __all__ = ["Inputs", "Outputs", "Staged", "finish", "merge_body", "staged"]
 LOG2E, LN2 = math.log2(math.e), math.log(2)
 HUGE = 3.0e38  # the largest sink in base 2 that still gives a finite difference to any logit
 _HEADS = 8  # query heads merged at once
-_CHUNK = 4  # parts loaded before the first is used: one round trip for all of them
+_LOADS = 64  # of parts before the first is used: one round trip for all of them
 
 
 class Inputs(NamedTuple):
@@ -77,9 +76,13 @@ def finish(
     """Store the result if this block has all of the row and head, else a part of it."""
     acc, top, total, bad = sums
     total = total * jnp.where(bad != 0, jnp.float32(jnp.nan), jnp.float32(1))
+    # No thread of this warpgroup still reads what another writes, or the other way round. Nothing
+    # else in shared memory is both written and read by one warpgroup.
+    plgpu.commit_smem()
     stage.acc[...] = acc
     stage.top[...] = top
     stage.total[...] = total
+    plgpu.commit_smem()
     row0 = at - place.tile
     first, parts, slot0 = work.parts_of(plan, total_tiles, row0, place.row.tiles)
 
@@ -129,8 +132,10 @@ def merge_parts(
 
     @_some_heads(plan)
     def _(heads: list[Any]) -> None:
+        count = min(_LOADS // len(heads), 16)
+
         def chunk(c: Any, carry: Any) -> Any:
-            numbers = [c * _CHUNK + i for i in range(_CHUNK)]
+            numbers = [c * count + i for i in range(count)]
             slots = [jnp.where(n == 0, slot0, 2 * (first + n)) for n in numbers]
             slots = [jnp.where(n < parts, s, slot0) for n, s in zip(numbers, slots, strict=True)]
             loaded = [
@@ -147,7 +152,7 @@ def merge_parts(
             jnp.float32(-jnp.inf),
             jnp.float32(0),
         )
-        chunks = lax.div(parts + (_CHUNK - 1), jnp.int32(_CHUNK))
+        chunks = lax.div(parts + (count - 1), jnp.int32(count))
         merged = lax.fori_loop(0, chunks, chunk, [nothing for _ in heads])
         for g, sums in zip(heads, merged, strict=True):
             _store(plan, inputs, outputs, row, kv_head * plan.group + g, *sums)
@@ -205,10 +210,9 @@ def _line(plan: Plan, array: Any, g: Any) -> Any:
     return plgpu.load(array.at[g], layout=_line_layout(plan), optimized=False)
 
 
-def _store(
-    plan: Plan, inputs: Inputs, outputs: Outputs, row: Any, head: Any, acc: Any, top: Any, total: Any
-) -> None:
-    """The result of one query head, from its sums and its sink."""
+def _store(plan: Plan, inputs: Inputs, outputs: Outputs, row: Any, head: Any, *sums: Any) -> None:
+    """The result of one query head, from its `acc, top, total` and its sink."""
+    acc, top, total = sums
     extra = jnp.minimum(inputs.sink[head] * LOG2E, HUGE) if plan.sinks else jnp.float32(-jnp.inf)
     base = jnp.maximum(top, extra)
     base = jnp.where(base == -jnp.inf, 0.0, base)
@@ -242,9 +246,7 @@ def _arrive(counter: Any, box: Any, parts: Any) -> Any:
                 pointer, one, result_types=i32, has_side_effects=True,
             )  # fmt: skip
             memref.store(old, box, [zero])
-            last = arith.cmpi(
-                arith.CmpIPredicate.eq, old, arith.subi(parts.registers.item(), one)
-            )
+            last = arith.cmpi(arith.CmpIPredicate.eq, old, arith.subi(parts.registers.item(), one))
             with mgpu.utils.when(last):
                 memref.store(mgpu.utils.c(0, i32), counter, [zero])
         mgpu.utils.warpgroup_barrier()

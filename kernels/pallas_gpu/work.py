@@ -20,6 +20,7 @@ __all__ = [
     "Row",
     "advance",
     "find",
+    "guess",
     "lane",
     "parts_of",
     "row_at",
@@ -27,7 +28,9 @@ __all__ = [
     "total_tiles",
 ]
 
-_CHUNK = 16  # rows whose lengths are loaded at once
+_CHUNK = 32  # rows whose lengths are loaded at once
+
+_MOST = 2**22  # tiles of a guess, so that times blocks it is an int32
 
 Scalar = Any  # int32 in a register
 
@@ -74,8 +77,9 @@ def _fold(plan: Plan, lens: Any, starts: Any, step: Any, init: Any) -> Any:
     def chunk(c: Scalar, carry: Any) -> Any:
         rows = [c * _CHUNK + i for i in range(min(_CHUNK, plan.rows))]
         tiles = [row_at(plan, lens, starts, row).tiles * plan.kv_heads for row in rows]
+        whole = plan.rows <= _CHUNK or plan.rows % _CHUNK == 0
         for row, some in zip(rows, tiles, strict=True):
-            carry = step(carry, row, jnp.where(row < plan.rows, some, 0))
+            carry = step(carry, row, some if whole else jnp.where(row < plan.rows, some, 0))
         return carry
 
     if plan.rows <= _CHUNK:
@@ -97,15 +101,24 @@ def share(plan: Plan, total: Scalar, worker: Scalar) -> Scalar:
 def find(plan: Plan, lens: Any, starts: Any, begin: Scalar) -> Place:
     """The tile with this number."""
 
-    def step(carry: Any, row: Scalar, some: Scalar) -> Any:
-        index, base = carry
-        behind = (index == row) & (base + some <= begin)
-        return jnp.where(behind, index + 1, index), jnp.where(behind, base + some, base)
+    def step(carry: Any, _: Scalar, some: Scalar) -> Any:
+        index, base, end = carry
+        end += some
+        behind = end <= begin
+        return index + behind.astype(jnp.int32), jnp.where(behind, end, base), end
 
-    index, base = _fold(plan, lens, starts, step, (jnp.int32(0), jnp.int32(0)))
+    index, base, _ = _fold(plan, lens, starts, step, (jnp.int32(0),) * 3)
     row = row_at(plan, lens, starts, index)
     head = lax.div(begin - base, row.tiles)
     return Place(index, head, begin - base - head * row.tiles, row)
+
+
+def guess(plan: Plan, worker: Scalar) -> tuple[Scalar, Scalar]:
+    """`row, tile` where a block begins if all rows are full: known before any length is."""
+    tiles = -(-plan.capacity // plan.tile)
+    begin = lax.div(worker * min(plan.rows * plan.kv_heads * tiles, _MOST), jnp.int32(plan.workers))
+    index = lax.div(begin, jnp.int32(plan.kv_heads * tiles))
+    return index, lax.rem(begin, jnp.int32(tiles))
 
 
 def advance(plan: Plan, lens: Any, starts: Any, place: Place, tiles: Scalar) -> Place:

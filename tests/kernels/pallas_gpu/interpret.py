@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import jax
+
 from paged_decode.kernels.dispatch import Backend
 
 __all__ = ["BACKENDS", "NAME", "PROBLEM", "Variant"]
@@ -23,7 +24,7 @@ PROBLEM = (
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to interpret: how many blocks, and whether races between warpgroups are looked for."""
+    """One way to interpret: how many blocks, and whether to look for races of warpgroups."""
 
     processors: int
     races: bool = False
@@ -38,6 +39,7 @@ VARIANTS = {
 
 def _module(name: str, variant: Variant) -> ModuleType:
     from jax.experimental.pallas import mosaic_gpu as plgpu
+
     from paged_decode.kernels.pallas_gpu import call as library
 
     def attend(call: Any) -> Any:
