@@ -79,7 +79,7 @@ def finish(
     # No thread of this warpgroup still reads what another writes, or the other way round. Nothing
     # else in shared memory is both written and read by one warpgroup.
     plgpu.commit_smem()
-    stage.acc[...] = acc
+    _stash(plan, acc, stage.acc)
     stage.top[...] = top
     stage.total[...] = total
     plgpu.commit_smem()
@@ -200,8 +200,10 @@ def merge_body(plan: Plan, inputs: Inputs, outputs: Outputs) -> None:
 
 
 def _line_layout(plan: Plan) -> Any:
-    if plan.dim % 128:  # fewer numbers than threads
-        return plgpu.Layout.WGMMA.reduce(1)
+    if plan.dim % 128:  # fewer numbers than threads: every warp has them all, two in a lane
+        return plgpu.Layout.TILED(
+            plgpu.Tiling(((plan.dim,), (2,))), (plgpu.Replicated(4),), (-2,), vector_dim=-1
+        )
     return plgpu.Layout.WG_STRIDED((plan.dim,), vec_size=plan.dim // 128)
 
 
@@ -221,6 +223,28 @@ def _store(plan: Plan, inputs: Inputs, outputs: Outputs, row: Any, head: Any, *s
     result = acc * (share / jnp.where(mass == 0.0, 1.0, mass))
     outputs.out[row, head, :] = result.astype(outputs.out.dtype)
     outputs.lse[row, head] = (top + jnp.log2(total)) * LN2
+
+
+def _stash(plan: Plan, acc: Any, to: Any) -> None:
+    """Store the rows of the group; each warp has 16 rows, and those without such a row do nothing.
+
+    Eight rows of 512 bytes meet in the same banks, so four warps would take four times as long.
+    """
+    if plan.interpreted:
+        to[...] = acc
+        return
+    from jax.experimental.mosaic import gpu as mgpu
+    from jaxlib.mlir.dialects import arith
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))
+    def store(_: Any, acc: Any, to: Any) -> None:
+        warp = mgpu.utils.warp_idx()
+        warp = arith.remui(warp, mgpu.utils.c(4, warp.type))
+        most = mgpu.utils.c(-(-plan.group // 16), warp.type)
+        with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.ult, warp, most)):
+            acc.store_untiled(to, optimized=False)
+
+    store(acc, to)
 
 
 def _arrive(counter: Any, box: Any, parts: Any) -> Any:
