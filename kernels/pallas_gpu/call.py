@@ -76,7 +76,7 @@ def run(
         seq_lens=call.seq_lens,
         # What is not there is not read.
         starts=call.seq_lens if call.starts is None else call.starts,
-        sink=jnp.zeros(1, jnp.float32) if call.sink is None else call.sink,
+        sink=call.seq_lens if call.sink is None else jnp.pad(call.sink, (0, call.group % 2)),
         counters=_counters(made.rows * made.kv_heads),
     )
 

@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from . import work
 from .kernel import decode_body, scratch
-from .merge import Inputs, Outputs, merge_body
+from .merge import Inputs, Outputs, merge_body, staged
 from .plan import Plan
 
 __all__ = ["launch"]
@@ -21,8 +21,8 @@ def launch(plan: Plan, inputs: Inputs, interpret: Any = None) -> tuple[Array, Ar
     types = Outputs(
         out=jax.ShapeDtypeStruct((plan.rows, heads, plan.dim), inputs.q.dtype),
         lse=jax.ShapeDtypeStruct((plan.rows, heads), jnp.float32),
-        part_acc=jax.ShapeDtypeStruct((plan.slots, plan.group, plan.dim), jnp.float32),
-        part_lse=jax.ShapeDtypeStruct((plan.slots, plan.group), jnp.float32),
+        part_acc=jax.ShapeDtypeStruct((plan.slots, plan.lines, plan.dim), jnp.float32),
+        part_lse=jax.ShapeDtypeStruct((plan.slots, plan.lines), jnp.float32),
     )
     options: dict[str, Any] = dict(
         # Barriers around every store would cost more than the stores: the kernel has its own.
@@ -51,12 +51,13 @@ def launch(plan: Plan, inputs: Inputs, interpret: Any = None) -> tuple[Array, Ar
         return made.out, made.lse
 
     def merge(*refs: Any) -> None:
-        given, parts, made = refs[: len(inputs)], refs[len(inputs) : -2], refs[-2:]
-        merge_body(plan, Inputs(*given), Outputs(*made, *parts))
+        given, parts, made = refs[: len(inputs)], refs[len(inputs) : -3], refs[-3:-1]
+        merge_body(plan, Inputs(*given), Outputs(*made, *parts), refs[-1])
 
     out, lse = plgpu.kernel(
         merge,
         out_type=(types.out, types.lse),
+        scratch_types=[staged(plan)],
         grid=(plan.rows, plan.kv_heads),
         grid_names=("row", "head"),
         kernel_name="paged_decode_merge",

@@ -16,8 +16,7 @@ __all__ = ["Inputs", "Outputs", "Staged", "finish", "merge_body", "staged"]
 
 LOG2E, LN2 = math.log2(math.e), math.log(2)
 HUGE = 3.0e38  # the largest sink in base 2 that still gives a finite difference to any logit
-_HEADS = 8  # query heads merged at once
-_LOADS = 64  # of parts before the first is used: one round trip for all of them
+_LOADS = 64  # lines of parts before the first is used: one round trip for all of them
 
 
 class Inputs(NamedTuple):
@@ -30,7 +29,7 @@ class Inputs(NamedTuple):
     page_table: Any  # int32 [B, P]
     seq_lens: Any  # int32 [B]
     starts: Any  # int32 [B]
-    sink: Any  # float32 [Hq]
+    sink: Any  # float32 [Hq], one more where G is odd
     counters: Any  # int32 [B * Hk], zeros before and after
 
 
@@ -39,8 +38,8 @@ class Outputs(NamedTuple):
 
     out: Any  # [B, Hq, D]
     lse: Any  # float32 [B, Hq]
-    part_acc: Any  # float32 [slots, G, D], normalised
-    part_lse: Any  # float32 [slots, G], base 2
+    part_acc: Any  # float32 [slots, lines, D], normalised; a line more than G where G is odd
+    part_lse: Any  # float32 [slots, lines], base 2
 
 
 class Staged(NamedTuple):
@@ -83,146 +82,146 @@ def finish(
     stage.top[...] = top
     stage.total[...] = total
     plgpu.commit_smem()
+    sums = _load(plan, stage.acc), _load(plan, stage.top), _load(plan, stage.total)
     row0 = at - place.tile
     first, parts, slot0 = work.parts_of(plan, total_tiles, row0, place.row.tiles)
 
     @pl.when(parts == 1)
     def _():
-        @_some_heads(plan)
-        def _(heads: list[Any]) -> None:
-            for g in heads:
-                row, head = place.index, place.head * plan.group + g
-                sums = _line(plan, stage.acc, g), stage.top[g], stage.total[g]
-                _store(plan, inputs, outputs, row, head, *sums)
+        _store(plan, inputs, outputs, stage, place.index, place.head, sums)
 
     @pl.when(parts > 1)
     def _():
         # The first tiles of a block have the even slot, others begin in it.
-        worker = lax.axis_index("worker")
-        slot = 2 * worker + jnp.where(at == begin, 0, 1)
-
-        @_some_heads(plan)
-        def _(heads: list[Any]) -> None:
-            for g in heads:
-                mass = stage.total[g]
-                acc = _line(plan, stage.acc, g) / jnp.where(mass == 0.0, 1.0, mass)
-                outputs.part_acc[slot, g, :] = acc
-                outputs.part_lse[slot, g] = stage.top[g] + jnp.log2(mass)
-
+        slot = 2 * lax.axis_index("worker") + jnp.where(at == begin, 0, 1)
+        acc, top, total = sums
+        outputs.part_acc[slot] = acc * _wide(plan, 1.0 / jnp.where(total == 0.0, 1.0, total))
+        _put(outputs.part_lse.at[slot], top + jnp.log2(total))
         if not plan.interpreted:
             counter = inputs.counters.at[pl.ds(place.index * plan.kv_heads + place.head, 1)]
             arrived = _arrive(counter, stage.arrived, parts)
 
             @pl.when(arrived == parts - 1)
             def _():
-                merge_parts(plan, inputs, outputs, place.index, place.head, first, parts, slot0)
+                where = first, parts, slot0
+                merge_parts(plan, inputs, outputs, stage, place.index, place.head, where)
 
 
 def merge_parts(
-    plan: Plan,
-    inputs: Inputs,
-    outputs: Outputs,
-    row: Any,
-    kv_head: Any,
-    first: Any,
-    parts: Any,
-    slot0: Any,
+    plan: Plan, inputs: Inputs, outputs: Outputs, stage: Staged, row: Any, head: Any, where: Any
 ) -> None:
-    """Merge the parts of a row and head, in the order of the tokens, and store the result."""
+    """Merge the parts of a row and head, in the order of the tokens, and store the result.
 
-    @_some_heads(plan)
-    def _(heads: list[Any]) -> None:
-        count = min(_LOADS // len(heads), 16)
+    `where` is what `work.parts_of` says of them.
+    """
+    first, parts, slot0 = where
+    count = max(min(_LOADS // plan.lines, 16), 1)
 
-        def chunk(c: Any, carry: Any) -> Any:
-            numbers = [c * count + i for i in range(count)]
-            slots = [jnp.where(n == 0, slot0, 2 * (first + n)) for n in numbers]
-            slots = [jnp.where(n < parts, s, slot0) for n, s in zip(numbers, slots, strict=True)]
-            loaded = [
-                [(_line(plan, outputs.part_acc.at[s], g), outputs.part_lse[s, g]) for s in slots]
-                for g in heads
-            ]
-            return [
-                _merge_some(sums, some, [n < parts for n in numbers])
-                for sums, some in zip(carry, loaded, strict=True)
-            ]
-
-        nothing = (
-            plgpu.layout_cast(jnp.zeros((plan.dim,), jnp.float32), _line_layout(plan)),
-            jnp.float32(-jnp.inf),
-            jnp.float32(0),
+    def chunk(c: Any, sums: Any) -> Any:
+        some = []
+        for i in range(count):
+            number = c * count + i
+            here = number < parts
+            slot = jnp.where((number > 0) & here, 2 * (first + number), slot0)
+            hide = jnp.where(here, jnp.float32(0), jnp.float32(-jnp.inf))
+            some.append((_load(plan, outputs.part_acc, slot), outputs.part_lse, slot, hide))
+        return _merge_some(
+            plan, sums, [(acc, _load(plan, lse, slot) + hide) for acc, lse, slot, hide in some]
         )
-        chunks = lax.div(parts + (count - 1), jnp.int32(count))
-        merged = lax.fori_loop(0, chunks, chunk, [nothing for _ in heads])
-        for g, sums in zip(heads, merged, strict=True):
-            _store(plan, inputs, outputs, row, kv_head * plan.group + g, *sums)
+
+    nothing = (
+        plgpu.layout_cast(jnp.zeros((plan.lines, plan.dim), jnp.float32), _layout(plan)),
+        plgpu.layout_cast(jnp.full((plan.lines,), -jnp.inf, jnp.float32), _layout(plan).reduce(1)),
+        plgpu.layout_cast(jnp.zeros((plan.lines,), jnp.float32), _layout(plan).reduce(1)),
+    )
+    chunks = lax.div(parts + (count - 1), jnp.int32(count))
+    sums = lax.fori_loop(0, chunks, chunk, nothing)
+    _store(plan, inputs, outputs, stage, row, head, sums)
 
 
-def _some_heads(plan: Plan) -> Any:
-    """Run a function of some heads of the group until it had all, the last perhaps twice."""
-
-    def run(body: Any) -> None:
-        if plan.group <= _HEADS:
-            body(list(range(plan.group)))
-            return
-
-        def step(i: Any, _: None) -> None:
-            body([jnp.minimum(i * _HEADS + g, plan.group - 1) for g in range(_HEADS)])
-
-        lax.fori_loop(0, -(-plan.group // _HEADS), step, None)
-
-    return run
-
-
-def _merge_some(sums: Any, some: Any, here: Any) -> Any:
+def _merge_some(plan: Plan, sums: Any, some: Any) -> Any:
     acc, top, total = sums
-    tops = [jnp.where(h, lse, -jnp.inf) for h, (_, lse) in zip(here, some, strict=True)]
     new_top = top
-    for one in tops:
-        new_top = jnp.maximum(new_top, one)
+    for _, lse in some:
+        new_top = jnp.maximum(new_top, lse)
     base = jnp.where(new_top == -jnp.inf, 0.0, new_top)
     share = jnp.exp2(top - base)
-    acc, total = acc * share, total * share
-    for one, (part, _) in zip(tops, some, strict=True):
-        weight = jnp.exp2(one - base)
-        acc, total = acc + part * weight, total + weight
+    acc, total = acc * _wide(plan, share), total * share
+    for part, lse in some:
+        weight = jnp.exp2(lse - base)
+        acc, total = acc + part * _wide(plan, weight), total + weight
     return acc, new_top, total
 
 
-def merge_body(plan: Plan, inputs: Inputs, outputs: Outputs) -> None:
+def merge_body(plan: Plan, inputs: Inputs, outputs: Outputs, stage: Staged) -> None:
     """One row and head in a launch of its own, where blocks cannot count who came last."""
     row, head = lax.axis_index("row"), lax.axis_index("head")
-    first, parts, slot0 = work.lane(plan, inputs.seq_lens, inputs.starts, row, head)
+    where = work.lane(plan, inputs.seq_lens, inputs.starts, row, head)
 
-    @pl.when(parts > 1)
+    @pl.when(where[1] > 1)
     def _():
-        merge_parts(plan, inputs, outputs, row, head, first, parts, slot0)
+        merge_parts(plan, inputs, outputs, stage, row, head, where)
 
 
-def _line_layout(plan: Plan) -> Any:
-    if plan.dim % 128:  # fewer numbers than threads: every warp has them all, two in a lane
-        return plgpu.Layout.TILED(
-            plgpu.Tiling(((plan.dim,), (2,))), (plgpu.Replicated(4),), (-2,), vector_dim=-1
-        )
-    return plgpu.Layout.WG_STRIDED((plan.dim,), vec_size=plan.dim // 128)
+def _layout(plan: Plan) -> Any:
+    """Of `[lines, D]`: a warp has whole lines, so what is said of a line is said once in a warp."""
+    rows = 4 if plan.lines % 4 == 0 else 2
+    warps = (-3,) if rows == 4 else (-3, plgpu.Replicated(2))
+    tiling = plgpu.Tiling(((rows, plan.dim), (plan.dim // 32,)))
+    return plgpu.Layout.TILED(tiling, warps, (-2,), vector_dim=-1)
 
 
-def _line(plan: Plan, array: Any, g: Any) -> Any:
-    """One head of `[heads, D]`, spread over the threads."""
-    return plgpu.load(array.at[g], layout=_line_layout(plan), optimized=False)
+def _load(plan: Plan, array: Any, slot: Any = None) -> Any:
+    """The lines of a group, of `[.., D]` or of one number each."""
+    of_one = array.at[pl.ds(0, plan.lines)] if slot is None else array.at[slot]
+    layout = _layout(plan) if len(of_one.shape) == 2 else _layout(plan).reduce(1)
+    return plgpu.load(of_one, layout=layout, optimized=False)
 
 
-def _store(plan: Plan, inputs: Inputs, outputs: Outputs, row: Any, head: Any, *sums: Any) -> None:
-    """The result of one query head, from its `acc, top, total` and its sink."""
+def _put(to: Any, value: Any) -> None:
+    """Store a few numbers, which are less than jax 0.12 lets a store have by default."""
+    if (store := getattr(plgpu, "store", None)) is None:
+        to[...] = value
+    else:
+        store(to, value, optimized=False)
+
+
+def _wide(plan: Plan, lines: Any) -> Any:
+    return lax.broadcast_in_dim(lines, (plan.lines, plan.dim), [0])
+
+
+def _store(
+    plan: Plan, inputs: Inputs, outputs: Outputs, stage: Staged, row: Any, kv_head: Any, sums: Any
+) -> None:
+    """The result of a row and head, from its sums and its sinks."""
     acc, top, total = sums
-    extra = jnp.minimum(inputs.sink[head] * LOG2E, HUGE) if plan.sinks else jnp.float32(-jnp.inf)
+    heads = pl.ds(kv_head * plan.group, plan.lines)
+    extra = jnp.full_like(top, -jnp.inf)
+    if plan.sinks:
+        sink = plgpu.load(inputs.sink.at[heads], layout=_layout(plan).reduce(1), optimized=False)
+        extra = jnp.minimum(sink * LOG2E, HUGE)
     base = jnp.maximum(top, extra)
     base = jnp.where(base == -jnp.inf, 0.0, base)
     share = jnp.exp2(top - base)
     mass = total * share + jnp.exp2(extra - base)
-    result = acc * (share / jnp.where(mass == 0.0, 1.0, mass))
-    outputs.out[row, head, :] = result.astype(outputs.out.dtype)
-    outputs.lse[row, head] = (top + jnp.log2(total)) * LN2
+    result = acc * _wide(plan, share / jnp.where(mass == 0.0, 1.0, mass))
+    lse = (top + jnp.log2(total)) * LN2
+    if plan.lines == plan.group:
+        outputs.out[row, heads] = result.astype(outputs.out.dtype)
+        _put(outputs.lse.at[row, heads], lse)
+        return
+    # The last line is another head's: all pass through shared memory, and it stays there.
+    plgpu.commit_smem()
+    stage.acc[pl.ds(0, plan.lines), :] = result
+    stage.top[pl.ds(0, plan.lines)] = lse
+    plgpu.commit_smem()
+    layout = plgpu.Layout.TILED(
+        plgpu.Tiling(((plan.dim,), (plan.dim // 32,))), (plgpu.Replicated(4),), (-2,), vector_dim=-1
+    )
+    for g in range(plan.group):
+        line = plgpu.load(stage.acc.at[g], layout=layout, optimized=False)
+        outputs.out[row, kv_head * plan.group + g] = line.astype(outputs.out.dtype)
+        outputs.lse[row, kv_head * plan.group + g] = stage.top[g]
 
 
 def _stash(plan: Plan, acc: Any, to: Any) -> None:

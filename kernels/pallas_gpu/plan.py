@@ -57,6 +57,11 @@ class Plan:
         return self.tile // self.piece
 
     @property
+    def lines(self) -> int:
+        """Query heads of a group, to an even number: those of a result on its way."""
+        return self.group + self.group % 2
+
+    @property
     def slots(self) -> int:
         """Partial results: a block ends at most one it did not begin and begins one it does not
         end."""

@@ -86,7 +86,9 @@ def test_it_compiles_without_spills_or_a_copy_of_the_pool(name, monkeypatch, tmp
     executable = compiled(**SHAPES[name])
     group, dim = (SHAPES[name].get(key, size) for key, size in (("group", 4), ("dim", 128)))
     parts_bytes = 2 * 132 * group * (dim + 1) * 4
-    assert executable.memory_analysis().temp_size_in_bytes < parts_bytes + 2**16
+    counters_and_more_bytes = 2**18
+    temp_bytes = executable.memory_analysis().temp_size_in_bytes
+    assert temp_bytes < parts_bytes + counters_and_more_bytes
     (ptx,) = (path.read_text() for path in tmp_path.glob("*.ptx"))
     assert "wgmma.mma_async" in ptx and "cp.async.bulk.tensor" in ptx
     # What each register of a 256-thread block may be, and none of it in local memory.
