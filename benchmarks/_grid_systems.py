@@ -7,6 +7,7 @@ of the device arrays that returns a call. Only the last touches the card.
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -99,11 +100,11 @@ def _jax(function: Callable[..., Any], specs: tuple, arrays: Callable[[Arrays], 
     return bind
 
 
-def ours(point: GridCase) -> Iterator[tuple[str, Bind]]:
-    """The Triton backend as it is shipped, through JAX."""
+def ours(point: GridCase, implementation: str = "triton") -> Iterator[tuple[str, Bind]]:
+    """One of our backends as it is shipped, through JAX."""
 
     def attend(q: Any, k: Any, v: Any, table: Any, lens: Any) -> Any:
-        return paged_attention(q, k, v, table, lens, implementation="triton")
+        return paged_attention(q, k, v, table, lens, implementation=implementation)
 
     specs = point.specs(point.pages, point.kv_heads, point.page_size, point.dim)
     yield "default", _jax(attend, specs, lambda a: (a.q, a.k, a.v, a.table, a.lens))
@@ -273,6 +274,7 @@ def warm_flashinfer(case: dict[str, Any]) -> str:
 
 SYSTEMS = {
     "paged-decode/triton": ours,
+    "paged-decode/pallas": partial(ours, implementation="pallas_gpu"),
     "flashinfer": flashinfer,
     "flash-attention-3": flash_attention_3,
     "ejkernel": ejkernel,

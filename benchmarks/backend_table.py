@@ -78,7 +78,7 @@ def answer(backend: Backend, module: ModuleType, ask: Ask) -> str | None:
         scale=1.0,
         window=100 if "window" in given else None,
         soft_cap=20.0 if "cap" in given else None,
-        platform=next(iter(backend.platforms), "cpu"),
+        platform="gpu" if backend.name == "pallas_gpu" else next(iter(backend.platforms), "cpu"),
     )
     return module.refusal(call)
 
@@ -86,9 +86,13 @@ def answer(backend: Backend, module: ModuleType, ask: Ask) -> str | None:
 @contextlib.contextmanager
 def _packages() -> Iterator[None]:
     """As if the packages of the GPU were those that work: the table is about the kernels."""
+    from paged_decode.kernels.pallas_gpu import call as hopper
     from paged_decode.kernels.triton import compat
 
-    with mock.patch.object(compat, "problem", lambda: None):
+    with (
+        mock.patch.object(compat, "problem", lambda: None),
+        mock.patch.object(hopper, "_missing", lambda: None),
+    ):
         yield
 
 

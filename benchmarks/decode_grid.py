@@ -39,6 +39,7 @@ CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 131072)
 LIMIT = 2**20
 TOLERANCE = 1e-2  # relative error in bfloat16
 OURS = "paged-decode/triton"
+PALLAS = "paged-decode/pallas"
 
 
 def make_case(
@@ -251,14 +252,19 @@ def by_point(records: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[s
 
 def peers_of(systems: dict[str, dict]) -> dict[str, float]:
     """Median seconds of the paged peers; dense attention is a ceiling, not a peer."""
-    return {s: r["median_s"] for s, r in systems.items() if s not in (OURS, "torch/dense")}
+    return {
+        system: record["median_s"]
+        for system, record in systems.items()
+        if system != "torch/dense" and not system.startswith("paged-decode/")
+    }
 
 
 def means(records: list[dict[str, Any]]) -> dict[tuple[str, str], tuple[float, float, int]]:
     """By kind and peer: geometric mean and worst of its time over ours, and the points."""
     ratios: dict[tuple[str, str], list[float]] = {}
     for case, systems in by_point(records):
-        peers = peers_of(systems)
+        if not (peers := peers_of(systems)):
+            continue
         kind = "uniform" if case["lengths"].isdigit() else "ragged"
         for name, value in {**peers, "best": min(peers.values())}.items():
             ratio = value / systems[OURS]["median_s"]
@@ -274,13 +280,23 @@ def summary(records: list[dict[str, Any]]) -> str:
     lines = []
     for case, systems in by_point(records):
         peers, mine = peers_of(systems), systems[OURS]
-        best = min(peers, key=lambda system: peers[system])
-        lines.append(
+        line = (
             f"{case['rows']:4d} x {case['lengths']:30s} {case['heads']}/{case['kv_heads']}/"
             f"{case['dim']} page {case['page_size']:3d}  {mine['median_s'] * 1e6:8.1f} us "
-            f"{mine['bytes'] / mine['median_s'] / 1e12:5.2f} TB/s  best peer "
-            f"{peers[best] * 1e6:8.1f} us ({best}) ratio {peers[best] / mine['median_s']:.3f}"
+            f"{mine['bytes'] / mine['median_s'] / 1e12:5.2f} TB/s"
         )
+        if peers:
+            best = min(peers, key=lambda system: peers[system])
+            line += (
+                f"  best peer {peers[best] * 1e6:8.1f} us ({best}) ratio "
+                f"{peers[best] / mine['median_s']:.3f}"
+            )
+        if (pallas := systems.get(PALLAS)) is not None:
+            line += (
+                f"  Pallas {pallas['median_s'] * 1e6:8.1f} us, Triton takes "
+                f"{mine['median_s'] / pallas['median_s']:.3f} of that"
+            )
+        lines.append(line)
     for (kind, name), (mean, worst, count) in means(records).items():
         lines.append(f"{kind} / {name}: geometric mean {mean:.3f}, worst {worst:.3f}, {count}")
     for record in records:

@@ -55,6 +55,7 @@ def _module(name: str) -> Callable[[], ModuleType]:
 BACKENDS: tuple[Backend, ...] = (
     Backend("triton", _module("triton"), ("gpu",)),
     Backend("pallas_tpu", _module("pallas_tpu"), ("tpu",)),
+    Backend("pallas_gpu", _module("pallas_gpu"), ()),
     Backend("xla", _module("xla"), ("cpu", "gpu", "tpu")),
     Backend("reference", _module("reference"), ()),
 )

@@ -1,0 +1,110 @@
+"""From a call's static sizes to one launch of the kernel: the tile, the ring, the buffers."""
+
+from dataclasses import dataclass
+
+__all__ = ["Plan", "plan"]
+
+# What a block of Hopper may have, less the barriers and what Mosaic keeps for reductions.
+SHARED_BYTES = 232_448 - 6 * 1024
+QUERY_ROWS = 64  # rows of a product of the matrix unit; the query heads of a group fill some
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All that is static in a launch.
+
+    Attributes:
+      rows, columns, pages, page_size, kv_heads, group, dim: the sizes of the call.
+      scale, soft_cap, window: of the call; 0 for no cap and for no window.
+      starts, sinks: whether the call has them.
+      tile: tokens of a tile; pages smaller than it are gathered, larger ones are cut.
+      stages: tiles of K and of V in flight.
+      workers: blocks of the grid, one for each multiprocessor.
+      interpreted: for the interpreter, which has neither atomics nor products of registers: parts
+        are merged by a launch of its own, and operands pass through shared memory.
+    """
+
+    rows: int
+    columns: int
+    pages: int
+    page_size: int
+    kv_heads: int
+    group: int
+    dim: int
+    scale: float
+    soft_cap: float
+    window: int
+    starts: bool
+    sinks: bool
+    tile: int
+    stages: int
+    workers: int
+    interpreted: bool
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row can hold."""
+        return self.columns * self.page_size
+
+    @property
+    def piece(self) -> int:
+        """Tokens of one copy: a page, or the part of it that is in a tile."""
+        return min(self.page_size, self.tile)
+
+    @property
+    def pieces(self) -> int:
+        """Copies that fill a tile."""
+        return self.tile // self.piece
+
+    @property
+    def lines(self) -> int:
+        """Query heads of a group, to an even number: those of a result on its way."""
+        return self.group + self.group % 2
+
+    @property
+    def slots(self) -> int:
+        """Partial results: a block ends at most one it did not begin and begins one it does not
+        end."""
+        return 2 * self.workers
+
+
+def plan(
+    *,
+    rows: int,
+    columns: int,
+    pages: int,
+    page_size: int,
+    kv_heads: int,
+    group: int,
+    dim: int,
+    itemsize: int,
+    scale: float,
+    soft_cap: float | None,
+    window: int | None,
+    starts: bool,
+    sinks: bool,
+    processors: int = 132,
+    interpreted: bool = False,
+) -> Plan:
+    """The launch for a call of these sizes on a card with so many multiprocessors."""
+    tile = 64 if dim <= 128 else 32
+    fixed = QUERY_ROWS * dim * (2 * itemsize + 4)
+    stages = (SHARED_BYTES - fixed) // (2 * tile * dim * itemsize)
+    return Plan(
+        rows=rows,
+        columns=columns,
+        pages=pages,
+        page_size=page_size,
+        kv_heads=kv_heads,
+        group=group,
+        dim=dim,
+        scale=scale,
+        soft_cap=0.0 if soft_cap is None else soft_cap,
+        window=0 if window is None else window,
+        starts=starts,
+        sinks=sinks,
+        tile=tile,
+        stages=2 if interpreted else min(stages, 8),
+        workers=processors,
+        interpreted=interpreted,
+    )
