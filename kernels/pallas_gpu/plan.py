@@ -6,6 +6,7 @@ __all__ = ["Plan", "plan"]
 
 # What a block of Hopper may have, less the barriers and what Mosaic keeps for reductions.
 SHARED_BYTES = 232_448 - 6 * 1024
+TILE = 64  # tokens
 QUERY_ROWS = 64  # rows of a product of the matrix unit; the query heads of a group fill some
 
 
@@ -87,9 +88,8 @@ def plan(
     interpreted: bool = False,
 ) -> Plan:
     """The launch for a call of these sizes on a card with so many multiprocessors."""
-    tile = 64 if dim <= 128 else 32
-    fixed = QUERY_ROWS * dim * (2 * itemsize + 4)
-    stages = (SHARED_BYTES - fixed) // (2 * tile * dim * itemsize)
+    fixed = QUERY_ROWS * dim * (2 * itemsize + 4)  # two queries and the sums of one
+    stages = (SHARED_BYTES - fixed) // (2 * TILE * dim * itemsize)
     return Plan(
         rows=rows,
         columns=columns,
@@ -103,7 +103,7 @@ def plan(
         window=0 if window is None else window,
         starts=starts,
         sinks=sinks,
-        tile=tile,
+        tile=TILE,
         stages=2 if interpreted else min(stages, 8),
         workers=processors,
         interpreted=interpreted,
