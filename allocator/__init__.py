@@ -10,7 +10,7 @@ from .errors import (
     SequenceTooLong,
     StaleHandle,
 )
-from .policy import LRU, EvictionPolicy
+from .policy import LRU, CacheWatcher, EvictionPolicy
 from .sequences import Handle, SequenceInfo
 from .stats import AllocatorStats, PageState
 
@@ -18,6 +18,7 @@ __all__ = [
     "LRU",
     "AllocatorStats",
     "BlockAllocator",
+    "CacheWatcher",
     "CorruptState",
     "DecodeBatch",
     "EvictionPolicy",

@@ -121,7 +121,7 @@ class PagePool:
         for page in idle[cached].tolist():
             self.cache.retire(page)
 
-    def publish(self, page: int, digest: bytes, parent: int | bytes) -> CacheEntry:
+    def publish(self, page: int, digest: bytes, parent: int | bytes, depth: int = 0) -> CacheEntry:
         """Make a full page findable, or return the entry that already stands for its content.
 
         An entry of the same digest that is not equal is out of date (its parent was evicted and
@@ -133,7 +133,8 @@ class PagePool:
             if equal and found.parent == parent:
                 return found
             self.unpublish(found.page)
-        return self.cache.add(page, digest, parent)
+        replaces = None if found is None else found.page
+        return self.cache.add(page, digest, parent, depth, replaces)
 
     def unpublish(self, page: int) -> None:
         """Make a published page unfindable; without an owner it becomes free."""

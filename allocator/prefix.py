@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .errors import CorruptState
-from .policy import LRU, EvictionPolicy
+from .policy import LRU, CacheWatcher, EvictionPolicy
 
 __all__ = ["CacheEntry", "Digest", "Namespace", "PrefixCache", "blake2b_digest"]
 
@@ -69,6 +69,7 @@ class PrefixCache:
         if policy is not None and not usable:
             raise TypeError(f"eviction must be an object with add, remove, pop; got {policy!r}")
         self.policy: EvictionPolicy = LRU() if policy is None else policy
+        self._watcher = self.policy if isinstance(self.policy, CacheWatcher) else None
         self.published = np.zeros(num_pages, bool)
         self.by_page: dict[int, CacheEntry] = {}
         self.index: dict[bytes, CacheEntry] = {}
@@ -145,12 +146,24 @@ class PrefixCache:
         """Whether the entry can still be found."""
         return self.by_page.get(entry.page) is entry
 
-    def add(self, page: int, digest: bytes, parent: int | bytes) -> CacheEntry:
-        """Publish a page that has an owner; neither the page nor the digest is published yet."""
+    def add(
+        self,
+        page: int,
+        digest: bytes,
+        parent: int | bytes,
+        depth: int = 0,
+        replaces: int | None = None,
+    ) -> CacheEntry:
+        """Publish a page that has an owner; neither the page nor the digest is published yet.
+
+        `depth` and `replaces` are for a `CacheWatcher`.
+        """
         entry = CacheEntry(page, digest, parent, self._next_serial)
         self._next_serial += 1
         self.index[digest] = self.by_page[page] = entry
         self.published[page] = True
+        if self._watcher is not None:
+            self._watcher.publish(page, depth, replaces)
         return entry
 
     def forget(self, page: int) -> None:
@@ -158,6 +171,8 @@ class PrefixCache:
         del self.index[self.by_page.pop(page).digest]
         self.published[page] = False
         self.num_forgotten += 1
+        if self._watcher is not None:
+            self._watcher.forget(page)
 
     def retire(self, page: int) -> None:
         """A published page lost its last owner: it may be evicted from now on."""

@@ -43,5 +43,6 @@ def publish(pool: PagePool, table: SequenceTable, plan: Publication) -> None:
     del chain[plan.keep :]
     for digest in plan.digests:
         parent = chain[-1].serial if chain else table.namespaces[plan.row].key
-        chain.append(pool.publish(int(pages[len(chain)]), digest, parent))
+        depth = len(chain)
+        chain.append(pool.publish(int(pages[depth]), digest, parent, depth))
     table.chain_seen[plan.row] = plan.forgotten

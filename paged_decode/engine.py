@@ -31,6 +31,7 @@ from ._requests import Completion, Sample, TokenEvent, as_prompt, common_pages, 
 from .allocator import BlockAllocator
 from .cache import DecodeBatch, KVCache, PageCopies
 from .errors import OutOfPages, PagedDecodeError, SequenceTooLong
+from .policies import LastAdmitted, VictimPolicy
 from .sampling import SamplingParams, SamplingRows
 
 __all__ = ["Completion", "Engine", "EngineConfig", "EngineStats", "TokenEvent"]
@@ -47,6 +48,7 @@ class Engine:
       cache: the pool; the engine donates it to its programs, `engine.cache` is the living one.
       allocator: its bookkeeping, with the same number and size of pages.
       config: shapes and limits.
+      victim: who loses its pages when they run out; None is `LastAdmitted()`.
 
     One thread at a time may use an engine.
 
@@ -61,6 +63,8 @@ class Engine:
         cache: KVCache,
         allocator: BlockAllocator,
         config: EngineConfig | None = None,
+        *,
+        victim: VictimPolicy | None = None,
     ):
         config = config or EngineConfig()
         for name in ("num_pages", "page_size"):
@@ -75,7 +79,7 @@ class Engine:
                 f"{allocator.usable_pages} usable pages of {allocator.page_size}, got {limit}"
             )
         self.config, self.params, self.cache, self.allocator = config, params, cache, allocator
-        self.stats = EngineStats()
+        self.stats, self._victim = EngineStats(), victim or LastAdmitted()
         self.max_sequence_tokens = limit
         self._columns = -(-limit // allocator.page_size)
         self._prefill = partial(prefill, model=model)
@@ -88,7 +92,7 @@ class Engine:
         )
         self._shapes: set[tuple[int, int]] = set()  # rows, chunk; chunk 0 decodes
         self._waiting: deque[Sample] = deque()
-        self._running: list[Sample] = []  # in order of admission: the last is preempted first
+        self._running: list[Sample] = []  # in order of admission
         self._outbox = Outbox()
         self._next_id = 0
 
@@ -357,7 +361,7 @@ class Engine:
         self._book(rows, newest, out)
 
     def _reserve_steps(self) -> tuple[list[Sample], list[int]]:
-        """Find pages for as many steps as possible, preempting the newest if there is not one."""
+        """Find pages for as many steps as possible, preempting if there is not one."""
         while rows := [s for s in self._running if s.decoding]:
             handles = [s.handle for s in rows]
             most = [min(s.left, self.max_sequence_tokens - len(s.tokens)) for s in rows]
@@ -372,12 +376,11 @@ class Engine:
                 self._run_copies(copies)
                 self._note_usage()
                 return rows, budget
-            victim = self._running[-1]
             if len(self._running) > 1:
-                self._preempt(victim)
+                self._preempt(self._victim.choose(tuple(self._running)))
             else:
-                self._outbox.add(victim, None, "capacity")
-                self._drop(victim)
+                self._outbox.add(rows[0], None, "capacity")
+                self._drop(rows[0])
         return [], []
 
     def _book(self, rows: list[Sample], newest: np.ndarray, out: DecodeOut) -> None:

@@ -1,0 +1,23 @@
+"""Memory-pressure experiments: what becomes of throughput, latency and hits as pages run out."""
+
+from .costs import CostModel, Measured, Program, Roofline
+from .replay import hit_rate
+from .report import Record, Report
+from .simulate import simulate
+from .workload import Request, chats, poisson, read_azure, read_mooncake
+
+__all__ = [
+    "CostModel",
+    "Measured",
+    "Program",
+    "Record",
+    "Report",
+    "Request",
+    "Roofline",
+    "chats",
+    "hit_rate",
+    "poisson",
+    "read_azure",
+    "read_mooncake",
+    "simulate",
+]

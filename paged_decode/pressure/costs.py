@@ -1,0 +1,110 @@
+"""How long a device program takes: from first principles, or from measured programs."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+__all__ = ["CostModel", "Measured", "Program", "Roofline"]
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """One run of one device program.
+
+    Attributes:
+      kind: "prefill", "decode" or "copy".
+      rows: compiled rows, for a copy pages.
+      width: compiled tokens per row; for decode, steps that were needed.
+      tokens: tokens computed, padding left out.
+      context_tokens: cached tokens read, summed over rows and steps.
+    """
+
+    kind: str
+    rows: int
+    width: int
+    tokens: int
+    context_tokens: int
+
+
+@runtime_checkable
+class CostModel(Protocol):
+    """Seconds for a program."""
+
+    def seconds(self, program: Program) -> float: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Roofline:
+    """The slower of memory and arithmetic, and a launch for every step.
+
+    Attributes:
+      weight_bytes: read once per step.
+      kv_bytes_per_token: keys and values of all layers.
+      flops_per_token: twice the number of weights, as a rule.
+      bandwidth_bytes: per second.
+      flops: per second.
+      launch_seconds: per step.
+      page_size: for copies of pages.
+    """
+
+    weight_bytes: float
+    kv_bytes_per_token: float
+    flops_per_token: float
+    bandwidth_bytes: float
+    flops: float
+    launch_seconds: float
+    page_size: int = 16
+
+    def seconds(self, program: Program) -> float:
+        if program.kind == "copy":
+            num_bytes = 2 * program.rows * self.page_size * self.kv_bytes_per_token
+            return self.launch_seconds + num_bytes / self.bandwidth_bytes
+        steps = program.width if program.kind == "decode" else 1
+        read = program.tokens + program.context_tokens
+        num_bytes = steps * self.weight_bytes + read * self.kv_bytes_per_token
+        work = program.tokens * self.flops_per_token
+        busy = max(num_bytes / self.bandwidth_bytes, work / self.flops)
+        return steps * self.launch_seconds + busy
+
+    def recompute_seconds(self, tokens: int) -> float:
+        """Prefilling that many tokens in one program."""
+        return self.seconds(Program("prefill", 1, tokens, tokens, 0))
+
+    def swap_seconds(self, tokens: int, link_bytes: float) -> float:
+        """Copying their keys and values to the host and back over `link_bytes` per second."""
+        return 2 * (self.launch_seconds + tokens * self.kv_bytes_per_token / link_bytes)
+
+    def crossover_link_bytes(self, tokens: int) -> float:
+        """Link bandwidth in bytes per second above which swap beats recompute; inf if none."""
+        budget = self.recompute_seconds(tokens) / 2 - self.launch_seconds
+        return tokens * self.kv_bytes_per_token / budget if budget > 0 else float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Median seconds per compiled shape; an engine has few of them.
+
+    Example:
+      >>> program = Program("decode", 4, 8, 32, 100)
+      >>> Measured.fit([(program, 0.2), (program, 0.1), (program, 0.3)]).seconds(program)
+      0.2
+    """
+
+    medians: Mapping[tuple[str, int, int], float]
+
+    @classmethod
+    def fit(cls, timings: Iterable[tuple[Program, float]]) -> Measured:
+        """Calibrate from programs and how long each took."""
+        by_shape: dict[tuple[str, int, int], list[float]] = {}
+        for program, seconds in timings:
+            by_shape.setdefault((program.kind, program.rows, program.width), []).append(seconds)
+        return cls({shape: statistics.median(times) for shape, times in by_shape.items()})
+
+    def seconds(self, program: Program) -> float:
+        shape = program.kind, program.rows, program.width
+        if shape not in self.medians:
+            raise ValueError(f"no program of shape {shape} was measured, only {list(self.medians)}")
+        return self.medians[shape]

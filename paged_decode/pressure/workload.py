@@ -1,0 +1,145 @@
+"""Requests to simulate: read from traces, or generated from a seed."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+
+__all__ = ["Request", "chats", "poisson", "read_azure", "read_mooncake"]
+
+_LAST_TOKEN = 2**30  # ids from here on stand for generated tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request; a prompt is runs of equal tokens, so that a trace stays small in memory.
+
+    Attributes:
+      arrival_seconds: since the start of the workload.
+      blocks: content ids of consecutive runs of the prompt: equal ids are equal tokens.
+      block_tokens: length of each run but the last, in tokens.
+      prompt_tokens: length of the prompt.
+      output_tokens: how many tokens it generates, at least 1.
+    """
+
+    arrival_seconds: float
+    blocks: tuple[int, ...]
+    block_tokens: int
+    prompt_tokens: int
+    output_tokens: int
+
+    def prompt(self) -> np.ndarray:
+        """The prompt's tokens, int32 `[prompt_tokens]`."""
+        runs = np.repeat(np.array(self.blocks, np.int32), self.block_tokens)
+        return runs[: self.prompt_tokens]
+
+
+def read_mooncake(path: str | Path) -> Iterator[Request]:
+    """Requests of a Mooncake trace: JSON lines with `hash_ids` of 512-token blocks.
+
+    Raises:
+      ValueError: a line that is no such request, with its number.
+
+    Source: Qin et al., "Mooncake", FAST 2025.
+    """
+    with open(path) as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                length, ids = int(row["input_length"]), tuple(map(int, row["hash_ids"]))
+                known = ids and 0 <= min(ids) and max(ids) < _LAST_TOKEN
+                if not known or len(ids) != -(-length // 512):
+                    raise ValueError(f"{length} tokens need as many blocks of 512, got {len(ids)}")
+                output = max(1, int(row["output_length"]))
+                yield Request(float(row["timestamp"]) / 1000, ids, 512, length, output)
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{path}, line {number}: no Mooncake request: {error!r}") from None
+
+
+def read_azure(path: str | Path) -> Iterator[Request]:
+    """Requests of an Azure LLM inference trace: CSV of arrival, prompt and output lengths.
+
+    The trace says nothing of contents, so no two prompts are alike.
+
+    Raises:
+      ValueError: a row that is no such request, with its number.
+    """
+    start: datetime | None = None
+    with open(path, newline="") as lines:
+        for number, row in enumerate(csv.DictReader(lines), 1):
+            try:
+                when = datetime.fromisoformat(row["TIMESTAMP"][:26])
+                start = start or when
+                length, output = int(row["ContextTokens"]), max(1, int(row["GeneratedTokens"]))
+                if length < 1:
+                    raise ValueError(f"ContextTokens must be at least 1, got {length}")
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{path}, row {number}: no Azure request: {error!r}") from None
+            yield Request((when - start).total_seconds(), (number,), length, length, output)
+
+
+def poisson(
+    count: int,
+    rate: float,
+    *,
+    seed: int = 0,
+    prompt_median: float = 512.0,
+    output_median: float = 128.0,
+    sigma: float = 0.7,
+    burst: float = 1.0,
+) -> list[Request]:
+    """Unrelated prompts of log-normal lengths; `burst` > 1 is the squared variation of the gaps.
+
+    Args:
+      rate: requests per second.
+      burst: 1 is a Poisson process; more draws gaps from a gamma distribution of that variance.
+    """
+    rng = np.random.default_rng(seed)
+    arrivals = rng.gamma(1 / burst, burst / rate, count).cumsum()
+    prompts = np.ceil(rng.lognormal(np.log(prompt_median), sigma, count)).astype(int)
+    outputs = np.ceil(rng.lognormal(np.log(output_median), sigma, count)).astype(int)
+    return [
+        Request(float(arrivals[i]), (i,), int(prompts[i]), int(prompts[i]), int(outputs[i]))
+        for i in range(count)
+    ]
+
+
+def chats(
+    sessions: int,
+    rate: float,
+    *,
+    seed: int = 0,
+    turns: int = 4,
+    system_prompts: int = 4,
+    block_tokens: int = 64,
+    turn_blocks: int = 4,
+    output_tokens: int = 64,
+    think_seconds: float = 10.0,
+) -> list[Request]:
+    """Multi-turn chats over shared system prompts; each turn repeats all earlier ones.
+
+    Args:
+      rate: sessions per second, a Poisson process.
+      turn_blocks: blocks of new content per turn, and blocks of a system prompt.
+    """
+    rng = np.random.default_rng(seed)
+    starts = rng.exponential(1 / rate, sessions).cumsum()
+    fresh = system_prompts * turn_blocks
+    requests = []
+    for start in starts:
+        system = int(rng.integers(system_prompts))
+        blocks = tuple(range(system * turn_blocks, (system + 1) * turn_blocks))
+        when = float(start)
+        for _ in range(turns):
+            blocks += tuple(range(fresh, fresh + turn_blocks))
+            fresh += turn_blocks
+            length = len(blocks) * block_tokens
+            requests.append(Request(when, blocks, block_tokens, length, output_tokens))
+            when += float(rng.exponential(think_seconds))
+    return sorted(requests, key=lambda request: request.arrival_seconds)

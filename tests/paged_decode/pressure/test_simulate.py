@@ -1,0 +1,141 @@
+"""The simulator: against hand-computed schedules, and against the real engine."""
+
+import numpy as np
+import pytest
+
+from paged_decode import BlockAllocator, EngineConfig, OutOfPages, SamplingParams
+from paged_decode.policies import LeastComputed
+from paged_decode.pressure import Program, Request, poisson, simulate
+
+from ..tiny import VOCAB, make_engine
+
+
+class PerKind:
+    """1 s per prefill chunk, 10 s per decode program."""
+
+    def seconds(self, program: Program) -> float:
+        return {"prefill": 1.0, "decode": 10.0, "copy": 0.0}[program.kind]
+
+
+class Recording(BlockAllocator):
+    """Notes every successful call that changes something, with the pages that it left."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.events = []
+
+    def _note(self, name, handles):
+        self.check_invariants()
+        handles = np.atleast_1d(np.asarray(handles, np.int64)).tolist()
+        infos = [self.sequence(h) for h in handles]
+        self.events.append((name, handles, [(i.length, i.computed, i.pages) for i in infos]))
+
+    def allocate(self, *args, **kwargs):
+        handle = super().allocate(*args, **kwargs)
+        self._note("allocate", handle)
+        return handle
+
+    def reserve(self, handles, num_tokens):
+        copies = super().reserve(handles, num_tokens)
+        self._note("reserve", handles)
+        return copies
+
+    def append(self, handles, tokens, counts=None):
+        copies = super().append(handles, tokens, counts)
+        self._note("append", handles)
+        return copies
+
+    def commit(self, handles, computed):
+        super().commit(handles, computed)
+        self._note("commit", handles)
+
+    def free(self, handles):
+        super().free(handles)
+        self.events.append(("free", np.atleast_1d(handles).tolist()))
+
+
+def request(arrival, blocks, output, block=4):
+    return Request(arrival, tuple(blocks), block, len(blocks) * block, output)
+
+
+CONFIG = EngineConfig(max_rows=2, decode_steps=4, prefill_chunk=8)
+
+
+def test_a_lone_request_takes_the_steps_computed_by_hand():
+    # 12 tokens: 11 are prefilled in chunks of 8 and 3, one per visit, and the second visit goes
+    # on to decode 4 of 6 tokens (2.5 s each), the third decodes 2 more (5 s each).
+    report = simulate([request(2.0, [1, 2, 3], 6)], BlockAllocator(9, 4), PerKind(), config=CONFIG)
+    (record,) = report.records
+    assert record.first_seconds == 2 + 2 + 2.5
+    assert record.end_seconds == 2 + 2 + 10 + 10
+    assert (record.output_tokens, record.finished, record.preemptions) == (6, True, 0)
+    assert report.figures["recompute_tax"] == 0
+
+
+def test_the_second_of_two_equal_prompts_finds_the_first():
+    two = [request(0.0, [1, 2, 3], 2), request(50.0, [1, 2, 3], 2)]
+    report = simulate(two, BlockAllocator(9, 4), PerKind(), config=CONFIG)
+    assert [r.hit_tokens for r in report.records] == [0, 8]
+
+
+def test_when_two_outgrow_the_pool_the_last_admitted_gives_way_once():
+    # 5 pages: prompts of 4 tokens take one page each and grow to 12 tokens, three pages each.
+    two = [request(0.0, [1], 8), request(0.0, [2], 8)]
+    report = simulate(two, BlockAllocator(6, 4), PerKind(), config=CONFIG)
+    assert [r.preemptions for r in report.records] == [0, 1]
+    assert all(r.finished for r in report.records)
+
+
+def test_what_can_never_fit_is_refused_and_what_outgrows_the_pool_ends():
+    both = [request(0.0, range(9), 1), request(0.0, [1], 90)]
+    report = simulate(both, BlockAllocator(9, 4), PerKind(), config=CONFIG)
+    assert [r.finished for r in report.records] == [False, False]
+    assert [r.output_tokens for r in report.records] == [0, 28]
+    assert all(r.end_seconds is not None for r in report.records)
+
+
+def test_the_same_seed_gives_the_same_report():
+    def once():
+        work = poisson(60, 2.0, seed=5, prompt_median=30.0, output_median=10.0)
+        return simulate(
+            work,
+            BlockAllocator(65, 4, hash_key=b"k"),
+            PerKind(),
+            config=CONFIG,
+            victim=LeastComputed(),
+        )
+
+    assert once() == once()
+
+
+@pytest.mark.parametrize("num_pages, preempts", [(64, False), (16, True)])
+def test_simulated_and_real_engine_make_the_same_allocator_events(num_pages, preempts):
+    rng = np.random.default_rng(4)
+    # No two prompts are equal: greedy outputs would be, too, and a simulation cannot know that.
+    work = [
+        request(
+            0.0,
+            [*rng.integers(0, 3, rng.integers(0, 3)).tolist(), 10 + i],
+            int(rng.integers(1, 20)),
+        )
+        for i in range(10)
+    ]
+    real = make_engine(num_pages)
+    real.allocator = Recording(num_pages, 4, hash_key=b"test")
+    for each in work:
+        assert each.prompt().max() < VOCAB
+        real.submit(each.prompt().tolist(), SamplingParams(max_new_tokens=each.output_tokens))
+    list(real.stream())
+
+    modelled = Recording(num_pages, 4, hash_key=b"test")
+    simulate(work, modelled, PerKind(), config=real.config)
+    assert modelled.events == real.allocator.events
+    assert (real.stats.preemptions > 0) == preempts
+
+
+def test_a_simulation_keeps_the_promise_of_the_pool():
+    allocator = BlockAllocator(9, 4)
+    simulate([request(0.0, [1], 4)], allocator, PerKind(), config=CONFIG)
+    assert allocator.num_used == 0
+    with pytest.raises(OutOfPages):
+        allocator.allocate_pages(9)
