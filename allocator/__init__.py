@@ -12,10 +12,13 @@ from .errors import (
 )
 from .policy import LRU, CacheWatcher, EvictionPolicy
 from .sequences import Handle, SequenceInfo
+from .sharded import ShardedAllocator
+from .state import AllocatorState, StatePages, check_state
 from .stats import AllocatorStats, PageState
 
 __all__ = [
     "LRU",
+    "AllocatorState",
     "AllocatorStats",
     "BlockAllocator",
     "CacheWatcher",
@@ -30,5 +33,8 @@ __all__ = [
     "PagedDecodeError",
     "SequenceInfo",
     "SequenceTooLong",
+    "ShardedAllocator",
     "StaleHandle",
+    "StatePages",
+    "check_state",
 ]

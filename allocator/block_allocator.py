@@ -6,7 +6,7 @@ import numpy as np
 
 from .arguments import Ints, as_count, as_ints, as_rows, as_step_tokens, as_tokens
 from .batch import DecodeBatch, PageCopies
-from .errors import SequenceTooLong
+from .errors import PageTableError, SequenceTooLong
 from .framing import check_span, empty_page_table, frame_rows, frame_span, slots_of
 from .growth import apply_growth, plan_growth
 from .locking import atomic
@@ -15,6 +15,7 @@ from .pool import PagePool, check_pool_size
 from .prefix import CacheEntry, Digest, Namespace, PrefixCache
 from .publication import plan_publication, publish
 from .sequences import Handle, as_handles
+from .state import AllocatorState, adopt_state, check_state
 from .view import AllocatorView
 
 __all__ = ["BlockAllocator"]
@@ -367,6 +368,7 @@ class BlockAllocator(AllocatorView):
         tail = int(table.page_table[row, length // self.page_size])  # the null page if none
         if self._pool.refs[tail] == 1 and self._cache.published[tail]:
             self._pool.unpublish(tail)
+        self._pool.stamp(np.array([tail]))  # its last slots may be written again
 
     @atomic
     def free(self, handles: Ints) -> None:
@@ -409,6 +411,31 @@ class BlockAllocator(AllocatorView):
         if ids.ndim != 1:
             raise ValueError(f"pages must have shape [k], got shape {list(ids.shape)}")
         self._pool.unpin(ids)
+
+    @atomic
+    def import_state(self, state: AllocatorState, pages: Ints) -> list[Handle]:
+        """Make the sequences and cached pages of `export_state` live here; returns handles.
+
+        Args:
+          state: from this or another allocator, or from a file: all of it is checked.
+          pages: int `[M]`, from `allocate_pages`, filled with the keys and values of the state's
+            pages. They belong to the sequences and the prefix cache afterwards.
+
+        Raises:
+          PageTableError: the state or the pages break a rule; the message says which.
+        """
+        ids = as_ints("pages", pages)
+        if ids.shape != (state.num_pages,) or len(np.unique(ids)) != len(ids):
+            raise ValueError(f"pages must be {state.num_pages} different page ids, got {ids}")
+        if ids.size and (ids.min() < 1 or ids.max() > self._pool.usable):
+            raise ValueError(f"pages must be from 1 to {self._pool.usable}, got {ids}")
+        if not self._pool.pinned[ids].all():
+            raise PageTableError("pages must be from allocate_pages, and not freed since")
+        if state.page_size != self.page_size:
+            raise PageTableError(f"page size {state.page_size} is not this pool's {self.page_size}")
+        check_state(state)
+        rows = adopt_state(self._pool, self._table, state, ids, caching=self.prefix_cache)
+        return [self._table.handle(row) for row in rows]
 
     # ---- steps that several calls share ----
 

@@ -42,6 +42,7 @@ class PagePool:
       refs: int32 `[N]`, owners of each page: entries of page tables, plus pins.
       pinned: bool `[N]`, pages handed out by number, outside any sequence.
       tokens: int32 `[N, S]`, the token in every slot, as far as some owner's length reaches.
+      stamps: int64 `[N]`, a new number whenever a page is taken, and when a full one is cut.
     """
 
     def __init__(self, num_pages: int, page_size: int, cache: PrefixCache):
@@ -50,6 +51,8 @@ class PagePool:
         self.refs = np.zeros(num_pages, np.int32)
         self.pinned = np.zeros(num_pages, bool)
         self.tokens = np.zeros((num_pages, page_size), np.int32)
+        self.stamps = np.zeros(num_pages, np.int64)
+        self._last_stamp = 0
         self.refs[0], self.pinned[0] = 1, True
         # A stack: the first pages taken are 1, 2, 3, and a page freed last is taken first.
         self._free = np.arange(num_pages - 1, -1, -1, dtype=np.int32)
@@ -91,9 +94,15 @@ class PagePool:
         pages = self._free[self.num_free - count : self.num_free][::-1].copy()
         self.num_free -= count
         self.refs[pages] = 1
+        self.stamp(pages)
         self.taken += count
         self.peak_used = max(self.peak_used, self.num_used)
         return pages
+
+    def stamp(self, pages: np.ndarray) -> None:
+        """Mark pages whose content is about to be another one."""
+        self.stamps[pages] = np.arange(self._last_stamp + 1, self._last_stamp + 1 + len(pages))
+        self._last_stamp += len(pages)
 
     def store(self, pages: np.ndarray, tokens: np.ndarray) -> None:
         """Put the tokens into the slots of these pages, from the first slot on."""

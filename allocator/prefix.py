@@ -10,7 +10,15 @@ import numpy as np
 from .errors import CorruptState
 from .policy import LRU, CacheWatcher, EvictionPolicy
 
-__all__ = ["CacheEntry", "Digest", "Namespace", "PrefixCache", "blake2b_digest"]
+__all__ = [
+    "CacheEntry",
+    "Digest",
+    "Namespace",
+    "PrefixCache",
+    "blake2b_digest",
+    "salt_key",
+    "salt_of",
+]
 
 Digest = Callable[[bytes, bytes], bytes]
 
@@ -18,6 +26,27 @@ Digest = Callable[[bytes, bytes], bytes]
 def blake2b_digest(key: bytes, payload: bytes) -> bytes:
     """The default digest: keyed BLAKE2b of 32 bytes, so nobody without the key finds collisions."""
     return hashlib.blake2b(payload, digest_size=32, key=key).digest()
+
+
+def salt_key(salt: str | bytes | None) -> bytes:
+    """The salt as bytes, tagged by its type."""
+    if salt is None:
+        return b"\0"
+    if isinstance(salt, bytes):
+        return b"b" + salt
+    if not isinstance(salt, str):
+        raise TypeError(f"cache_salt must be str, bytes or None, got {type(salt).__name__}")
+    try:
+        return b"s" + salt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"cache_salt must be valid Unicode text: {error}") from None
+
+
+def salt_of(key: bytes) -> str | bytes | None:
+    """The salt of which `salt_key` made these bytes."""
+    if key[:1] == b"s":
+        return key[1:].decode()
+    return key[1:] if key[:1] == b"b" else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +104,7 @@ class PrefixCache:
         self.index: dict[bytes, CacheEntry] = {}
         self.evictable: set[int] = set()
         self._hash_key = secrets.token_bytes(32) if hash_key is None else hash_key
-        self._fingerprint = fingerprint
+        self.fingerprint = fingerprint
         self._digest = blake2b_digest if digest is None else digest
         self._next_serial = 1
         self.num_forgotten = 0
@@ -87,23 +116,13 @@ class PrefixCache:
         What is digested begins with "n" here and with "p" for pages, so that no salt can be
         chosen to look like a page.
         """
-        if salt is None:
-            key = b"\0"
-        elif isinstance(salt, bytes):
-            key = b"b" + salt
-        elif isinstance(salt, str):
-            try:
-                key = b"s" + salt.encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(f"cache_salt must be valid Unicode text: {error}") from None
-        else:
-            raise TypeError(f"cache_salt must be str, bytes or None, got {type(salt).__name__}")
+        key = salt_key(salt)
         return Namespace(key, self.root_digest(key))
 
     def root_digest(self, key: bytes) -> bytes:
         """The digest of the empty prefix in the namespace with that key."""
-        width = len(self._fingerprint).to_bytes(8, "little")
-        return self._digest(self._hash_key, b"n" + width + self._fingerprint + key)
+        width = len(self.fingerprint).to_bytes(8, "little")
+        return self._digest(self._hash_key, b"n" + width + self.fingerprint + key)
 
     def digests(self, parent: bytes, page_tokens: np.ndarray) -> Iterator[bytes]:
         """Chained digests of the rows of `page_tokens` `[n, S]`; one width for every dtype."""

@@ -5,11 +5,12 @@ from typing import SupportsIndex
 
 import numpy as np
 
-from .arguments import as_count
+from .arguments import Ints, as_count, as_ints
 from .invariants import require_consistent
 from .locking import atomic
 from .pool import PagePool
-from .sequences import SequenceInfo, SequenceTable
+from .sequences import Handle, SequenceInfo, SequenceTable
+from .state import AllocatorState, StatePages, collect_state
 from .stats import AllocatorStats, collect_stats, page_states
 
 __all__ = ["AllocatorView"]
@@ -41,8 +42,18 @@ class AllocatorView:
         return self._caching
 
     @property
+    def fingerprint(self) -> bytes:
+        """What else the keys and values depend on, as it was given."""
+        return self._cache.fingerprint
+
+    @property
     def usable_pages(self) -> int:
         """N - 1; always `num_free + num_evictable + num_used`."""
+        return self._pool.usable
+
+    @property
+    def sequence_pages(self) -> int:
+        """The most pages that one sequence can have."""
         return self._pool.usable
 
     @property
@@ -83,6 +94,35 @@ class AllocatorView:
         """The tokens of one sequence, int32 `[length]`, a copy."""
         row = self._table.resolve_one(handle)
         return self._pool.tokens[self._table.pages(row)].reshape(-1)[: self._table.length[row]]
+
+    @property
+    def handles(self) -> tuple[Handle, ...]:
+        """The live sequences, in the order in which `export_state` lists them."""
+        return tuple(self._table.handle(row) for row in self._table.rows.tolist())
+
+    @atomic
+    def export_state(
+        self, handles: Ints | None = None, *, cached: bool = True, committed_only: bool = False
+    ) -> tuple[AllocatorState, StatePages]:
+        """Sequences, page table, tokens and prefix cache as plain arrays, and where they lie.
+
+        Reserved pages and pages of `allocate_pages` are not part of it. Entries whose parent was
+        evicted cannot be found and are left out.
+
+        Args:
+          handles: the sequences to export, in this order; None is `self.handles`.
+          cached: take the cached pages along that none of them owns.
+          committed_only: slots behind what was committed hold nothing yet; without it, slots up to
+            the length count as filled.
+        """
+        row = self._table.rows if handles is None else self._table.resolve(handles)
+        return collect_state(
+            self._pool, self._table, row, cached=cached, committed_only=committed_only
+        )
+
+    def page_stamps(self, pages: Ints) -> np.ndarray:
+        """int64 `[k]`: see `StatePages.stamps`."""
+        return self._pool.stamps[as_ints("pages", pages)]
 
     def ref_count(self, page: SupportsIndex) -> int:
         """How many owners a page has: sequences, or 1 if it is pinned. The null page has 0."""

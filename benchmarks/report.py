@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from _result import RESULTS
+from decode_grid import by_point, means, peers_of
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- results: made by benchmarks/report.py -->\n", "<!-- end of results -->\n"
@@ -86,6 +87,77 @@ def attention_xla() -> Iterator[str]:
     yield "\n"
 
 
+SHOWN = [  # (lengths, rows, page size)
+    ("1024", 1, 16),
+    ("4096", 1, 16),
+    ("32768", 1, 16),
+    ("1024", 16, 16),
+    ("4096", 16, 16),
+    ("512", 64, 16),
+    ("4096", 64, 16),
+    ("4096", 64, 64),
+    ("1024", 256, 16),
+    ("16384", 16, 16),
+    ("log-normal, mean 2147", 64, 16),
+    ("uniform 1 to 4096", 64, 16),
+    ("63 of 256, one of 65536", 64, 16),
+    ("4500, 45000, 1800, 1800", 4, 16),
+]
+
+
+def decode_grid() -> Iterator[str]:
+    result = load("decode_grid")
+    yield from heading(
+        "Paged decode attention on a GPU, 32/8 heads of 128, bfloat16, cold L2, microseconds",
+        result,
+        ("jax", "triton", "flashinfer-python", "flash-attn3-jax", "ejkernel"),
+    )
+    points = {
+        (case["lengths"], case["rows"], case["page_size"]): systems
+        for case, systems in by_point(result["records"])
+        if case["order"] == "permuted"
+    }
+    names = ["flashinfer", "flash-attention-3", "ejkernel", "jax/pallas"]
+    yield f"| rows x tokens, page | ours | TB/s | {' | '.join(names)} | best peer / ours |\n"
+    yield f"|---|---|---|{'---|' * len(names)}---|\n"
+    for key in SHOWN:
+        systems = points[key]
+        ours, peers = systems["paged-decode/triton"], peers_of(systems)
+        cells = [f"{peers[name] * 1e6:.1f}" if name in peers else "" for name in names]
+        rate = ours["bytes"] / ours["median_s"] / 1e12
+        yield f"| {key[1]} x {key[0]}, {key[2]} | {ours['median_s'] * 1e6:.1f} | {rate:.2f} | "
+        yield f"{' | '.join(cells)} | {min(peers.values()) / ours['median_s']:.2f}x |\n"
+    yield "\nGeometric mean (worst point) of a peer's time over ours, every point of the file:\n\n"
+    yield "| batches | points | best peer | flashinfer | flash-attention-3 | ejkernel |\n"
+    yield "|---|---|---|---|---|---|\n"
+    found = means(result["records"])
+    for kind in ("uniform", "ragged"):
+        cells = [
+            "{:.2f}x ({:.2f}x)".format(*found[kind, name][:2])
+            for name in ("best", "flashinfer", "flash-attention-3", "ejkernel")
+        ]
+        yield f"| {kind} | {found[kind, 'best'][2]} | {' | '.join(cells)} |\n"
+    yield "\n![TB/s over context](benchmarks/results/decode_grid.png)\n\n"
+
+
+def decode_step() -> Iterator[str]:
+    result = load("decode_step")
+    yield from heading(
+        "A decode step of 32 layers, 16 rows of 1024 tokens, on a GPU, microseconds (over floor)",
+        result,
+        ("jax", "triton"),
+    )
+    yield "| pages | append | stepped by the host | looped on the device |\n|---|---|---|---|\n"
+    cells: dict[tuple[str, str], dict[bool, str]] = {}
+    for record in result["records"]:
+        case, over = record["case"], record["median_s"] / record["floor_s"]
+        cell = f"{record['median_s'] * 1e6:.0f} ({over:.2f}x)"
+        cells.setdefault((case["layout"], case["append"]), {})[case["device_loop"]] = cell
+    for (layout, append), found in cells.items():
+        yield f"| {layout} | {append} | {found[False]} | {found[True]} |\n"
+    yield "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -95,7 +167,8 @@ def main() -> None:
     text = README.read_text()
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    tables = "".join([*cpu_decode(), *allocator_step(), *attention_xla()])
+    parts = (decode_grid, decode_step, cpu_decode, allocator_step, attention_xla)
+    tables = "".join("".join(part()) for part in parts)
     new = before + BEGIN + "\n" + tables + END + after
     if args.check and new != text:
         sys.exit("README.md differs from the results: run python benchmarks/report.py")

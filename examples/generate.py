@@ -14,9 +14,10 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
-from smol import llama, tokenizer, weights
+from smol import llama, parallel, tokenizer, weights
 
 from paged_decode import BlockAllocator, Engine, EngineConfig, KVCache, SamplingParams
 from paged_decode.errors import PagedDecodeError
@@ -33,6 +34,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--gguf", type=Path, help="your own model file of the Llama family")
     parser.add_argument("--max-new", type=int, default=64, help="tokens to generate")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--devices", type=int, default=1, help="split the model over so many")
     parser.add_argument("--page-size", type=int, default=16, help="tokens per page, a power of two")
     parser.add_argument("--num-pages", type=int, help="pages in the pool; default: all fit at once")
     parser.add_argument("--max-rows", type=int, default=8, help="sequences that run at once")
@@ -76,6 +78,13 @@ def read_ids(path: Path) -> list[dict]:
 
 def make_engine(args: argparse.Namespace, prompts: list[list[int]], path: Path) -> Engine:
     config, params = llama.load(path, dtype=args.dtype)
+    model = llama.make_model(config)
+    where: dict[str, Any] = {}
+    if args.devices != 1:
+        mesh = parallel.make_mesh(args.devices)
+        model = parallel.make_parallel_model(config, params, mesh)
+        params = parallel.split_params(config, params, mesh)
+        where = dict(mesh=mesh, head_axis=parallel.AXIS)
     longest = max(map(len, prompts)) + args.max_new
     needed = sum(-(-(len(p) + args.max_new) // args.page_size) for p in prompts)
     num_pages = args.num_pages or needed + 1
@@ -86,6 +95,7 @@ def make_engine(args: argparse.Namespace, prompts: list[list[int]], path: Path) 
         page_size=args.page_size,
         head_dim=config.head_dim,
         dtype=args.dtype,
+        **where,
     )
     allocator = BlockAllocator(num_pages, args.page_size, prefix_cache=args.prefix_cache)
     rows = 1 if args.one_by_one else min(args.max_rows, len(prompts))
@@ -99,11 +109,13 @@ def make_engine(args: argparse.Namespace, prompts: list[list[int]], path: Path) 
         top_logits=args.top_logits,
         vocab_size=config.vocab_size,
     )
-    return Engine(llama.make_model(config), params, cache, allocator, shapes)
+    return Engine(model, params, cache, allocator, shapes)
 
 
 def main() -> None:
     args = arguments()
+    if args.devices > 1:  # only a CPU obeys: one process then shows as many devices
+        jax.config.update("jax_num_cpu_devices", args.devices)
     path = args.gguf or weights.fetch()
     words = None
     if args.ids_file:

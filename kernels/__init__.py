@@ -4,11 +4,14 @@ from .cache_ops import append_kv, copy_pages
 from .dense import decode_attention
 from .dispatch import BACKENDS, Backend, backend_status
 from .merge import merge_attention
-from .op import paged_attention
+from .op import append_and_attend, paged_attention
+from .placement import Placement
 
 __all__ = [
     "BACKENDS",
     "Backend",
+    "append_and_attend",
+    "Placement",
     "append_kv",
     "backend_status",
     "copy_pages",

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from .checks import AnyArray, check_axes, check_float, check_index, check_twins, concrete
 from .op import check_layer
+from .placement import Placement
 
 __all__ = ["append_kv", "copy_pages"]
 Pages = Num[AnyArray, "N Hk S D"] | Num[AnyArray, "L N Hk S D"]
@@ -23,6 +24,7 @@ def append_kv(
     slots: Int[AnyArray, "B"] | Int[AnyArray, "B T"],
     *,
     layer: int | Int[AnyArray, ""] | None = None,
+    placement: Placement | None = None,
 ) -> tuple[Array, Array]:
     """Write new K and V into their slots; donates `k_pages` and `v_pages`.
 
@@ -39,6 +41,7 @@ def append_kv(
         outside the pool write nothing under `jit`. Two equal slots outside the null page are
         the caller's fault: which one stays is undefined.
       layer: which layer of a stacked pool, a Python int or an int32 scalar (it may be traced).
+      placement: how the pool lies on a mesh; with a data axis, slots are local to a row's shard.
 
     Returns:
       The updated `(k_pages, v_pages)`.
@@ -68,13 +71,34 @@ def append_kv(
     for name, new in (("k", k), ("v", v)):
         check_float(name, new)
         check_axes(name, new, axes, **sizes)
+    if placement is not None:
+        placement.check(slots.shape[0])
+        pages //= placement.data_shards
     _check_range("slots", slots, pages * page_size)
-    return _append(k_pages, v_pages, k, v, slots, layer)
+    return _append(k_pages, v_pages, k, v, slots, layer, placement)
 
 
-@partial(jax.jit, donate_argnums=(0, 1))
+@partial(jax.jit, donate_argnums=(0, 1), static_argnums=6)
 def _append(
-    k_pages: Array, v_pages: Array, k: Array, v: Array, slots: Array, layer: Array | None
+    k_pages: Array,
+    v_pages: Array,
+    k: Array,
+    v: Array,
+    slots: Array,
+    layer: Array | None,
+    placement: Placement | None,
+) -> tuple[Array, Array]:
+    args = (k_pages, v_pages, k, v, slots) + (() if layer is None else (jnp.asarray(layer),))
+    if placement is None:
+        return _write(*args)
+    pages = "N, Hk, S, D" if layer is None else "L, N, Hk, S, D"
+    new, place = ("B, T, Hk, D", "B, T") if slots.ndim == 2 else ("B, Hk, D", "B")
+    inputs = (pages, pages, new, new, place, "")[: len(args)]
+    return placement.run(_write, inputs, (pages, pages), *args)
+
+
+def _write(
+    k_pages: Array, v_pages: Array, k: Array, v: Array, slots: Array, layer: Array | None = None
 ) -> tuple[Array, Array]:
     page_size = k_pages.shape[-2]
     page, offset = slots // page_size, slots % page_size
@@ -88,7 +112,12 @@ def _append(
 
 
 def copy_pages(
-    k_pages: Pages, v_pages: Pages, src: Int[AnyArray, " C"], dst: Int[AnyArray, " C"]
+    k_pages: Pages,
+    v_pages: Pages,
+    src: Int[AnyArray, " C"],
+    dst: Int[AnyArray, " C"],
+    *,
+    placement: Placement | None = None,
 ) -> tuple[Array, Array]:
     """Copy whole pages, `dst[i] = src[i]`, in every layer; donates `k_pages` and `v_pages`.
 
@@ -99,6 +128,8 @@ def copy_pages(
       v_pages: like `k_pages`.
       src: int32 `[C]`, page ids to read.
       dst: int32 `[C]`, page ids to fill; distinct, but for padding, which copies 0 to 0.
+      placement: how the pool lies on a mesh; with a data axis of R shards, C is a multiple of R,
+        each shard's part of `src` and `dst` is its own, and the ids are local to it.
 
     Returns:
       The updated `(k_pages, v_pages)`.
@@ -120,13 +151,27 @@ def copy_pages(
     check_axes("src", src, "C")
     check_index("dst", dst)
     check_axes("dst", dst, "C", C=src.shape[0])
-    _check_range("src", src, k_pages.shape[-4])
-    _check_range("dst", dst, k_pages.shape[-4])
-    return _copy(k_pages, v_pages, src, dst)
+    pages = k_pages.shape[-4]
+    if placement is not None:
+        placement.check(src.shape[0])
+        pages //= placement.data_shards
+    _check_range("src", src, pages)
+    _check_range("dst", dst, pages)
+    return _copy(k_pages, v_pages, src, dst, placement)
 
 
-@partial(jax.jit, donate_argnums=(0, 1))
-def _copy(k_pages: Array, v_pages: Array, src: Array, dst: Array) -> tuple[Array, Array]:
+@partial(jax.jit, donate_argnums=(0, 1), static_argnums=4)
+def _copy(
+    k_pages: Array, v_pages: Array, src: Array, dst: Array, placement: Placement | None
+) -> tuple[Array, Array]:
+    if placement is None:
+        return _copy_local(k_pages, v_pages, src, dst)
+    axes = "N, Hk, S, D" if k_pages.ndim == 4 else "L, N, Hk, S, D"
+    inputs = (axes, axes, "B", "B")  # copies belong to shards as rows do
+    return placement.run(_copy_local, inputs, (axes, axes), k_pages, v_pages, src, dst)
+
+
+def _copy_local(k_pages: Array, v_pages: Array, src: Array, dst: Array) -> tuple[Array, Array]:
     def copy(pages: Array) -> Array:
         read = pages.at[..., src, :, :, :].get(mode="fill", wrap_negative_indices=False)
         return pages.at[..., dst, :, :, :].set(read, mode="drop", wrap_negative_indices=False)

@@ -5,19 +5,31 @@ A backend is a module with two functions, imported only when it is asked for:
 - `refusal(call) -> str | None`: why it cannot serve this call, in words, or None if it can;
 - `attend(call) -> (out [B, T, Hq, D] like q, lse float32 [B, T, Hq])`: NotImplementedError there
   means the same as a refusal.
+
+A third is optional: `append_and_attend(call, k, v) -> (out, lse, k_pages, v_pages)` writes the
+newest tokens, k and v `[B, T, Hk, D]` of the pages' dtype, in the same launch. Without it they are
+scattered before the call.
 """
 
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import jax
 from jaxtyping import Array, Float
 
 from .record import AttentionCall
 
-__all__ = ["BACKENDS", "Backend", "attend", "backend_status", "default_platform"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "append_and_attend",
+    "attend",
+    "backend_status",
+    "default_platform",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +59,12 @@ BACKENDS: tuple[Backend, ...] = (
 )
 
 
-def default_platform() -> str:
-    """The platform a call will run on: "cpu", "gpu" or "tpu"."""
+def default_platform(platform: str | None = None) -> str:
+    """The platform a call will run on, "cpu", "gpu" or "tpu"; `platform` where it is known."""
     device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
-    if device is None:
+    if platform is not None:
+        pass
+    elif device is None:
         platform = jax.default_backend()
     else:
         platform = device if isinstance(device, str) else device.platform
@@ -72,13 +86,44 @@ def attend(
       ValueError: a name that no backend has.
       ExceptionGroup: every backend refused; holds one NotImplementedError for each, with why.
     """
+    return _first(call, implementation, backends, lambda module: module.attend(call))
+
+
+def append_and_attend(
+    call: AttentionCall,
+    k: Float[Array, "B T Hk D"],
+    v: Float[Array, "B T Hk D"],
+    implementation: Sequence[str] | None = None,
+    *,
+    backends: tuple[Backend, ...] = BACKENDS,
+) -> tuple[Array, Array, Array, Array]:
+    """Write k and v at the newest positions of every row, then as `attend`.
+
+    Returns `(out, lse, k_pages, v_pages)`.
+    """
+
+    def run(module: ModuleType) -> tuple[Array, Array, Array, Array]:
+        if fused := getattr(module, "append_and_attend", None):
+            return fused(call, k, v)
+        written = call.with_newest(k, v)
+        return *module.attend(written), written.k_pages, written.v_pages
+
+    return _first(call, implementation, backends, run)
+
+
+def _first(
+    call: AttentionCall,
+    implementation: Sequence[str] | None,
+    backends: tuple[Backend, ...],
+    run: Callable[[ModuleType], Any],
+) -> Any:
     refusals: list[Exception] = []
     for backend in _candidates(implementation, call.platform, backends):
         try:
             module = _load(backend)
             if (reason := module.refusal(call)) is not None:
                 raise NotImplementedError(f"{backend.name}: {reason}")
-            return module.attend(call)
+            return run(module)
         except NotImplementedError as refusal:
             refusals.append(refusal)
     raise ExceptionGroup("no backend serves this attention call", refusals)

@@ -1,6 +1,6 @@
 """The attention op: what a call may say, checked once for every backend."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,9 +20,10 @@ from .checks import (
     concrete,
 )
 from .merge import sink_mass
+from .placement import Placement
 from .record import AttentionCall
 
-__all__ = ["paged_attention"]
+__all__ = ["append_and_attend", "paged_attention"]
 
 
 def paged_attention(
@@ -40,6 +41,7 @@ def paged_attention(
     sinks: Float[AnyArray, "*heads K"] | None = None,
     return_lse: bool = False,
     implementation: str | Sequence[str] | None = None,
+    placement: Placement | None = None,
 ) -> Array | tuple[Array, Array]:
     """Causal attention of the newest T tokens of every row over its pages.
 
@@ -69,6 +71,8 @@ def paged_attention(
       return_lse: also return the natural log of the softmax denominator **without sinks**, so
         that parts over disjoint tokens merge exactly (`merge_attention`).
       implementation: a backend name, or several to try in order; None: the platform's own list.
+      placement: how the pool lies on a mesh (`KVCache` passes its own); every device then attends
+        with its own heads, and with a data axis over its own rows and pages. No device talks.
 
     Returns:
       out like `q`, or `(out, lse)` with lse float32 `[B, Hq]` or `[B, T, Hq]`.
@@ -87,37 +91,138 @@ def paged_attention(
       >>> paged_attention(jnp.ones((1, 2, 8)), pages, pages, table, lens).shape
       (1, 2, 8)
     """
-    _check_arrays(q, k_pages, v_pages, layer)
+    arrays, options = _checked(
+        q, k_pages, v_pages, page_table, seq_lens, layer, starts, scale, sliding_window, soft_cap,
+        sinks, implementation, placement,
+    )  # fmt: skip
+    out, lse = _attend(*arrays, **options)
+    return (out, lse) if return_lse else out
+
+
+def append_and_attend(
+    q: Float[AnyArray, "B Hq D"] | Float[AnyArray, "B T Hq D"],
+    k: Float[AnyArray, "B Hk D"] | Float[AnyArray, "B T Hk D"],
+    v: Float[AnyArray, "B Hk D"] | Float[AnyArray, "B T Hk D"],
+    k_pages: Num[AnyArray, "N Hk S D"] | Num[AnyArray, "L N Hk S D"],
+    v_pages: Num[AnyArray, "N Hk S D"] | Num[AnyArray, "L N Hk S D"],
+    page_table: Int[AnyArray, "B P"],
+    seq_lens: Int[AnyArray, " B"],
+    *,
+    layer: int | Int[AnyArray, ""] | None = None,
+    starts: Int[AnyArray, " B"] | None = None,
+    scale: float | None = None,
+    sliding_window: int | tuple[int, int] | None = None,
+    soft_cap: float | None = None,
+    sinks: Float[AnyArray, "*heads K"] | None = None,
+    return_lse: bool = False,
+    implementation: str | Sequence[str] | None = None,
+    placement: Placement | None = None,
+) -> tuple[Array, ...]:
+    """`append_kv` and `paged_attention` of the same tokens as one operation; donates the pages.
+
+    K and V of the newest T tokens of row b go to the positions `seq_lens[b] - T + t`, found through
+    the page table; then q attends as in `paged_attention`. With T = 1 on a GPU both are one launch.
+    Padding (a row of length 0, a position in front of its sequence) is written nowhere, but all T
+    tokens of any other row are new: where rows bring fewer, use `append_kv` with their slots.
+    Inside `jit` it updates in place when the caller donates the pool; outside, the given pages
+    are consumed.
+
+    Args:
+      q: `[B, Hq, D]`, or `[B, T, Hq, D]`.
+      k: `[B, Hk, D]`, with the T axis of `q` where it has one; converted to the pages' dtype.
+      v: like `k`.
+      k_pages: `[N, Hk, S, D]`, or `[L, N, Hk, S, D]` with `layer`.
+      v_pages: like `k_pages`.
+      page_table: int32 `[B, P]`. The pages that are written belong to one row only.
+      seq_lens: int32 `[B]`, tokens of each row, the new ones included.
+      layer, starts, scale, sliding_window, soft_cap, sinks, return_lse, implementation, placement:
+        as in `paged_attention`.
+
+    Returns:
+      `(out, k_pages, v_pages)`, or `(out, lse, k_pages, v_pages)`.
+
+    Raises:
+      TypeError, ValueError, NotImplementedError, ExceptionGroup: as `paged_attention`; nothing is
+        written then.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> pages = jnp.zeros((3, 1, 4, 8))
+      >>> new, table, lens = jnp.ones((1, 1, 8)), jnp.array([[2, 1]]), jnp.array([5])
+      >>> out, k, v = append_and_attend(new, new, new, pages, pages + 0, table, lens)
+      >>> float(k[1, 0, 0, 0]), round(float(out[0, 0, 0]), 3)
+      (1.0, 0.809)
+    """
+    arrays, options = _checked(
+        q, k_pages, v_pages, page_table, seq_lens, layer, starts, scale, sliding_window, soft_cap,
+        sinks, implementation, placement,
+    )  # fmt: skip
+    axes = "B, Hk, D" if len(q.shape) == 3 else "B, T, Hk, D"
+    sizes = dict(B=q.shape[0], T=q.shape[1], Hk=k_pages.shape[-3], D=q.shape[-1])
+    for name, new in (("k", k), ("v", v)):
+        check_float(name, new)
+        check_axes(name, new, axes, **{axis: sizes[axis] for axis in axes.split(", ")})
+    out, lse, k_pages, v_pages = _append_and_attend(
+        k_pages, v_pages, k, v, q, *arrays[3:], **options
+    )
+    return (out, lse, k_pages, v_pages) if return_lse else (out, k_pages, v_pages)
+
+
+def _checked(
+    q: Any,
+    k_pages: Any,
+    v_pages: Any,
+    page_table: Any,
+    seq_lens: Any,
+    layer: Any,
+    starts: Any,
+    scale: Any,
+    sliding_window: Any,
+    soft_cap: Any,
+    sinks: Any,
+    implementation: Any,
+    placement: Placement | None,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arrays and the static options of a call that keeps the contract."""
+    _check_arrays(q, k_pages, v_pages, layer, placement)
     rows, heads, dim = q.shape[0], q.shape[-2], q.shape[-1]
     pages, kv_heads, page_size = k_pages.shape[-4:-1]
     _check_tables(page_table, seq_lens, starts, rows)
+    if placement is not None:
+        pages //= placement.data_shards  # ids are local to a shard
     _check_values(page_table, seq_lens, starts, pages, page_size)
     if sinks is not None:
         _check_sinks(sinks, kv_heads, heads)
     window = _window(sliding_window)
-    return _attend(
-        q,
-        k_pages,
-        v_pages,
-        page_table,
-        seq_lens,
-        0 if layer is None else layer,
-        starts,
-        sinks,
+    layer = 0 if layer is None else layer
+    return (q, k_pages, v_pages, page_table, seq_lens, layer, starts, sinks), dict(
         scale=dim**-0.5 if scale is None else check_number("scale", scale),
         # A window as wide as the table hides nothing; without it no sum can overflow int32.
         window=None if window is None or window >= page_table.shape[1] * page_size else window,
         soft_cap=None if soft_cap is None else check_number("soft_cap", soft_cap, positive=True),
-        return_lse=bool(return_lse),
         implementation=backend_names(implementation),
-        platform=dispatch.default_platform(),
+        platform=dispatch.default_platform(placement.platform if placement else None),
+        placement=placement,
     )
+
+
+# The arrays of an `AttentionCall` and their axes, which say how each is split on a mesh.
+_AXES = dict(
+    q="B, T, Hq, D",
+    k_pages="L, N, Hk, S, D",
+    v_pages="L, N, Hk, S, D",
+    layer="",
+    page_table="B, P",
+    seq_lens="B",
+    starts="B",
+    sink="Hq",
+)
 
 
 # One compiled function for eager calls, one cached trace for a model's many equal layers.
 @partial(
     jax.jit,
-    static_argnames=("scale", "window", "soft_cap", "return_lse", "implementation", "platform"),
+    static_argnames=("scale", "window", "soft_cap", "implementation", "platform", "placement"),
 )
 def _attend(
     q: Array,
@@ -129,37 +234,113 @@ def _attend(
     starts: Array | None,
     sinks: Array | None,
     *,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
-    return_lse: bool,
     implementation: tuple[str, ...] | None,
-    platform: str,
-) -> Array | tuple[Array, Array]:
-    rows, heads = q.shape[0], q.shape[-2]
+    placement: Placement | None,
+    **options: Any,
+) -> tuple[Array, Array]:
+    arrays = _canonical(q, k_pages, v_pages, page_table, seq_lens, layer, starts, sinks)
+
+    @jax.custom_jvp
+    def run(arrays: dict[str, Array]) -> tuple[Array, Array]:
+        def local(*own: Array) -> tuple[Array, Array]:
+            return dispatch.attend(_record(arrays, own, options), implementation)
+
+        return _placed(placement, local, arrays, ())
+
+    run.defjvp(_no_derivative)
+    out, lse = run(arrays)
+    return out.reshape(q.shape), lse.reshape(q.shape[:-1])
+
+
+@partial(
+    jax.jit,
+    static_argnames=("scale", "window", "soft_cap", "implementation", "platform", "placement"),
+    donate_argnames=("k_pages", "v_pages"),
+)
+def _append_and_attend(
+    k_pages: Array,
+    v_pages: Array,
+    k: Array,
+    v: Array,
+    q: Array,
+    page_table: Array,
+    seq_lens: Array,
+    layer: Array,
+    starts: Array | None,
+    sinks: Array | None,
+    *,
+    implementation: tuple[str, ...] | None,
+    placement: Placement | None,
+    **options: Any,
+) -> tuple[Array, Array, Array, Array]:
+    arrays = _canonical(q, k_pages, v_pages, page_table, seq_lens, layer, starts, sinks)
+    shape = (*arrays["q"].shape[:2], *k.shape[-2:])
+
+    @jax.custom_jvp
+    def run(arrays: dict[str, Array], k: Array, v: Array) -> tuple[Array, Array, Array, Array]:
+        def local(*own: Array) -> tuple[Array, Array, Array, Array]:
+            call = _record(arrays, own[:-2], options)
+            return dispatch.append_and_attend(call, *own[-2:], implementation)
+
+        return _placed(placement, local, arrays, (k, v))
+
+    run.defjvp(_no_derivative)
+    new = (x.reshape(shape).astype(k_pages.dtype) for x in (k, v))
+    out, lse, new_k_pages, new_v_pages = run(arrays, *new)
+    return (
+        out.reshape(q.shape),
+        lse.reshape(q.shape[:-1]),
+        new_k_pages.reshape(k_pages.shape),
+        new_v_pages.reshape(v_pages.shape),
+    )
+
+
+def _record(names: dict[str, Array], own: tuple[Array, ...], options: Any) -> AttentionCall:
+    """The call of one device, from its parts of the arrays; what was not given is None."""
+    given = dict(zip(names, own, strict=True))
+    return AttentionCall(**dict.fromkeys(_AXES) | given, **options)
+
+
+def _placed(
+    placement: Placement | None,
+    local: Callable[..., Any],
+    arrays: dict[str, Array],
+    new: tuple[Array, ...],
+) -> Any:
+    """`local` of the arrays and the new tokens, on every device of the mesh if there is one."""
+    args = (*arrays.values(), *new)
+    if placement is None:
+        return local(*args)
+    inputs = [*(_AXES[name] for name in arrays), *("B, T, Hk, D" for _ in new)]
+    outputs = ["B, T, Hq, D", "B, T, Hq", *(_AXES["k_pages"] for _ in new)]
+    return placement.run(local, inputs, tuple(outputs), *args)
+
+
+def _canonical(
+    q: Array,
+    k_pages: Array,
+    v_pages: Array,
+    page_table: Array,
+    seq_lens: Array,
+    layer: Array,
+    starts: Array | None,
+    sinks: Array | None,
+) -> dict[str, Array]:
+    """The arrays of the record; what is not given is left out, so that no backend computes it."""
     stacked = (-1, *k_pages.shape[-4:])
-    call = dict(
+    arrays = dict(
         q=q if q.ndim == 4 else q[:, None],
         k_pages=k_pages.reshape(stacked),
         v_pages=v_pages.reshape(stacked),
         layer=jnp.asarray(layer).astype(jnp.int32),
         page_table=page_table.astype(jnp.int32),
         seq_lens=seq_lens.astype(jnp.int32),
-        starts=jnp.zeros(rows, jnp.int32) if starts is None else starts.astype(jnp.int32),
-        sink=jnp.full(heads, -jnp.inf, jnp.float32) if sinks is None else sink_mass(sinks, heads),
     )
-
-    @jax.custom_jvp
-    def run(arrays: dict[str, Any]) -> tuple[Array, Array]:
-        record = AttentionCall(
-            **arrays, scale=scale, window=window, soft_cap=soft_cap, platform=platform
-        )
-        return dispatch.attend(record, implementation)
-
-    run.defjvp(_no_derivative)
-    out, lse = run(call)
-    out, lse = out.reshape(q.shape), lse.reshape(q.shape[:-1])
-    return (out, lse) if return_lse else out
+    if starts is not None:
+        arrays["starts"] = starts.astype(jnp.int32)
+    if sinks is not None:
+        arrays["sink"] = sink_mass(sinks, q.shape[-2])
+    return arrays
 
 
 def _no_derivative(primals: Any, tangents: Any) -> Any:
@@ -169,7 +350,9 @@ def _no_derivative(primals: Any, tangents: Any) -> Any:
     )
 
 
-def _check_arrays(q: Any, k_pages: Any, v_pages: Any, layer: Any) -> None:
+def _check_arrays(
+    q: Any, k_pages: Any, v_pages: Any, layer: Any, placement: Placement | None
+) -> None:
     check_float("q", q)
     for name, array in (("k_pages", k_pages), ("v_pages", v_pages)):
         if getattr(array, "dtype", None) is None:
@@ -190,6 +373,8 @@ def _check_arrays(q: Any, k_pages: Any, v_pages: Any, layer: Any) -> None:
             f"q and k_pages must have the same D; got {q.shape[-1]} in q {q.shape} and "
             f"{k_pages.shape[-1]} in k_pages {k_pages.shape}"
         )
+    if placement is not None:
+        placement.check(q.shape[0], heads)
     if heads == 0 or heads % kv_heads:
         raise ValueError(
             f"Hq must be a multiple of Hk; got Hq = {heads} in q {q.shape} and Hk = {kv_heads} "

@@ -1,6 +1,6 @@
 """What every backend is given: one checked, canonical attention call."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, Num
@@ -23,8 +23,8 @@ class AttentionCall:
       layer: int32 scalar.
       page_table: int32 `[B, P]`; entries past a row's last page may hold anything.
       seq_lens: int32 `[B]`.
-      starts: int32 `[B]`, first token that is visible.
-      sink: float32 `[Hq]`, log of the mass that joins the denominator; -inf where there is none.
+      starts: int32 `[B]`, first token that is visible; None: 0.
+      sink: float32 `[Hq]`, log of the mass that joins the denominator; None: no mass.
       scale: multiplies q.k.
       window: newest tokens that a query sees, itself included; None: all.
       soft_cap: logits become `soft_cap * tanh(logits / soft_cap)`; None: unchanged.
@@ -37,8 +37,8 @@ class AttentionCall:
     layer: Int32[Array, ""]
     page_table: Int32[Array, "B P"]
     seq_lens: Int32[Array, "B"]
-    starts: Int32[Array, "B"]
-    sink: Float[Array, "Hq"]
+    starts: Int32[Array, "B"] | None
+    sink: Float[Array, "Hq"] | None
     scale: float
     window: int | None
     soft_cap: float | None
@@ -66,7 +66,8 @@ class AttentionCall:
         """
         tokens = self.q.shape[1]
         position = self.seq_lens[:, None] - tokens + jnp.arange(tokens, dtype=jnp.int32)
-        first = jnp.broadcast_to(jnp.maximum(self.starts, 0)[:, None], position.shape)
+        starts = jnp.int32(0) if self.starts is None else jnp.maximum(self.starts, 0)[:, None]
+        first = jnp.broadcast_to(starts, position.shape)
         if self.window is not None:
             first = jnp.maximum(first, position - (self.window - 1))
         return first, position + 1
@@ -81,6 +82,27 @@ class AttentionCall:
         used = jnp.arange(width, dtype=jnp.int32) * self.page_size < self.seq_lens[:, None]
         outside = (self.page_table < 0) | (self.page_table >= pages)
         return jnp.any(used & outside, axis=1) | (self.seq_lens > width * self.page_size)
+
+    def with_newest(
+        self, k: Float[Array, "B T Hk D"], v: Float[Array, "B T Hk D"]
+    ) -> "AttentionCall":
+        """This call over pages in which row b's tokens `seq_lens[b] - T + t` are k and v.
+
+        A token in front of its sequence or beyond its table is written nowhere.
+        """
+        tokens, page_size = self.q.shape[1], self.page_size
+        pages, width = self.k_pages.shape[1], self.page_table.shape[1]
+        position = self.seq_lens[:, None] - tokens + jnp.arange(tokens, dtype=jnp.int32)
+        column = position // page_size
+        page = jnp.take_along_axis(self.page_table, jnp.clip(column, 0, width - 1), axis=1)
+        nowhere = (position < 0) | (self.seq_lens[:, None] > width * page_size) | (page < 0)
+        page = jnp.where(nowhere, pages, page)
+        where = (self.layer, page, slice(None), position % page_size)
+
+        def write(old: Array, new: Array) -> Array:
+            return old.at[where].set(new, mode="drop", wrap_negative_indices=False)
+
+        return replace(self, k_pages=write(self.k_pages, k), v_pages=write(self.v_pages, v))
 
     def pool_refusal(self) -> str | None:
         """Why these arrays cannot be read as plain floating-point K and V; None if they can."""

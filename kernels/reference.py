@@ -33,7 +33,7 @@ def attend(call: AttentionCall) -> tuple[Float[Array, "B T Hq D"], Float[Array, 
     logits = jnp.where(seen, logits, -jnp.inf)
 
     lse = logsumexp(logits, axis=-1)
-    mass = jnp.logaddexp(lse, call.sink)  # of the denominator: all tokens and the sinks
+    mass = lse if call.sink is None else jnp.logaddexp(lse, call.sink)  # of the denominator
     mass = jnp.where(mass == -jnp.inf, 0.0, mass)  # sees nothing: -inf - -inf would be NaN
     weights = jnp.exp(logits - mass[..., None])
     out = jnp.einsum("bthn,bnhd->bthd", weights, v, precision="highest")

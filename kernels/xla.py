@@ -139,7 +139,7 @@ def attend(call: AttentionCall) -> tuple[Float[Array, "B T Hq D"], Float[Array, 
     per_query = (batch, acc.shape[1], tokens, call.group)
     acc = acc.reshape(*per_query, dim)
     top, total = top.reshape(per_query), total.reshape(per_query)
-    sink = call.sink.reshape(-1, 1, call.group)
+    sink = jnp.float32(-jnp.inf) if call.sink is None else call.sink.reshape(-1, 1, call.group)
     base = _finite(jnp.maximum(top, sink))
     weight = jnp.exp(top - base)
     mass = total * weight + jnp.exp(sink - base)

@@ -1,19 +1,36 @@
-"""The console command `paged-decode`."""
+"""The console command `paged-decode`: a table of subcommands, each in its own module."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
+from . import _snapshot_cli
+from .errors import PagedDecodeError
 from .pressure import command as pressure
 
 __all__ = ["main"]
 
+# A subcommand is a module with `add(subparsers)`; it sets `run`, which returns an exit status.
+COMMANDS = (_snapshot_cli, pressure)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line and run one subcommand."""
-    parser = argparse.ArgumentParser(prog="paged-decode")
-    subparsers = parser.add_subparsers(dest="command", required=True)
-    pressure.add_parser(subparsers)
+    """Run the command line; returns the exit status, 1 for an error that a message explains."""
+    parser = argparse.ArgumentParser(
+        prog="paged-decode", description="Tools for paged KV caches: inspect, verify, fold."
+    )
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add(subparsers)
     args = parser.parse_args(argv)
-    return args.main(args)
+    try:
+        return args.run(args)
+    except (PagedDecodeError, OSError) as error:
+        print(f"paged-decode: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -24,6 +24,17 @@ class Outbox:
         """Queue the event that `sample` has got `token`, or has ended."""
         self._pending.append((sample, sample.event(token, reason, top_logits=tops)))
 
+    def contents(self) -> tuple[list[tuple[Sample, TokenEvent]], list[TokenEvent]]:
+        """What is yet to be shown, and what was shown but not returned."""
+        return list(self._pending), list(self._shown)
+
+    def put_back(self, sample: Sample, event: TokenEvent, shown: bool) -> None:
+        """Take an event of `contents`, here or in another engine."""
+        if shown:
+            self._shown.append(event)
+        else:
+            self._pending.append((sample, event))
+
     def deliver(self, abandon: Callable[[int], None]) -> list[TokenEvent]:
         """Show every event to its callback and return them all.
 

@@ -100,7 +100,7 @@ def decode(
 
     state = (jnp.int32(0), cache, tokens, budget > 0, out)
     _, cache, _, _, out = lax.while_loop(living, step, state)
-    return cache, out
+    return cache, out if cache.placement is None else cache.placement.whole(out)
 
 
 def null_batch(rows: int, chunk: int, *, columns: int) -> DecodeBatch:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 
 from .allocator import DecodeBatch, PageCopies
-from .kernels import append_kv, copy_pages, paged_attention
+from .kernels import Placement, append_kv, copy_pages, paged_attention
 from .kernels.checks import AnyArray
+from .kernels.placement import Axis
+from .sharding import Spread, split_batch, split_copies
 
 __all__ = ["DecodeBatch", "KVCache", "PageCopies"]
 
@@ -36,6 +40,7 @@ class KVCache:
     Attributes:
       k_pages: L arrays `[N, Hk, S, D]`.
       v_pages: L arrays `[N, Hk, S, D]`.
+      placement: how they lie on a mesh, or None: on one device.
 
     Example:
       >>> cache = KVCache.create(
@@ -46,6 +51,7 @@ class KVCache:
 
     k_pages: tuple[Any, ...]
     v_pages: tuple[Any, ...]
+    placement: Placement | None = field(default=None, metadata=dict(static=True))
 
     @classmethod
     def create(
@@ -57,12 +63,21 @@ class KVCache:
         page_size: int,
         head_dim: int,
         dtype: Any = jnp.float32,
+        mesh: Mesh | AbstractMesh | None = None,
+        head_axis: Axis = None,
+        data_axis: Axis = None,
     ) -> KVCache:
         """Make an empty cache; `num_pages` counts the null page.
 
+        With a mesh, KV heads are split over its axis `head_axis`. If there are r times as many
+        devices as heads, r devices hold each head: the arrays then have r * Hk heads, and `append`
+        copies every new head r times. Over `data_axis` of R devices, rows and pages are split:
+        each shard has `num_pages / R` pages, the first of which is its null page, and the ids that
+        the device sees are local to it (`split`). Other axes of the mesh hold copies.
+
         Raises:
-          ValueError: a size is not a positive integer, there are fewer than 2 pages, or
-            page_size is no power of two.
+          ValueError: a size is not a positive integer, there are fewer than 2 pages,
+            page_size is no power of two, or heads or pages cannot be split so.
         """
         sizes = dict(
             num_layers=num_layers,
@@ -80,11 +95,25 @@ class KVCache:
             )
         if page_size & (page_size - 1):
             raise ValueError(f"page_size must be a power of two, got {page_size}")
+        if (mesh is None) != (head_axis is None and data_axis is None):
+            raise ValueError(
+                f"mesh and head_axis or data_axis go together; got {mesh}, {head_axis!r} and "
+                f"{data_axis!r}"
+            )
+        placement, where = None, None
+        if mesh is not None:
+            placement = Placement.create(
+                mesh,
+                num_kv_heads=num_kv_heads,
+                num_pages=num_pages,
+                head_axis=head_axis,
+                data_axis=data_axis,
+            )
+            num_kv_heads *= placement.kv_copies
+            where = placement.sharding("N, Hk, S, D")
         shape = (num_pages, num_kv_heads, page_size, head_dim)
-        return cls(
-            k_pages=tuple(jnp.zeros(shape, dtype) for _ in range(num_layers)),
-            v_pages=tuple(jnp.zeros(shape, dtype) for _ in range(num_layers)),
-        )
+        pages = tuple(jnp.zeros(shape, dtype, device=where) for _ in range(2 * num_layers))
+        return cls(pages[:num_layers], pages[num_layers:], placement)
 
     @property
     def num_layers(self) -> int:
@@ -119,7 +148,11 @@ class KVCache:
         slots: Int[AnyArray, "B T"] | Int[AnyArray, " B"],
     ) -> KVCache:
         """Write new keys and values of one layer to their slots; in place under donation."""
-        k_pages, v_pages = append_kv(self.k_pages[layer], self.v_pages[layer], k, v, slots)
+        pools = self.k_pages[layer], self.v_pages[layer]
+        copies = self.placement.kv_copies if self.placement else 1
+        if copies > 1 and copies * k.shape[-2] == pools[0].shape[1]:  # else the heads are local
+            k, v = (jnp.repeat(jnp.asarray(new), copies, axis=-2) for new in (k, v))
+        k_pages, v_pages = append_kv(*pools, k, v, slots, placement=self.placement)
         return replace(
             self,
             k_pages=(*self.k_pages[:layer], k_pages, *self.k_pages[layer + 1 :]),
@@ -134,7 +167,29 @@ class KVCache:
             self.v_pages[layer],
             batch.page_table,
             batch.seq_lens,
+            placement=self.placement,
             **options,
+        )
+
+    @property
+    def data_shards(self) -> int:
+        """R, into how many parts rows and pages are split."""
+        return self.placement.data_shards if self.placement else 1
+
+    def split(self, batch: DecodeBatch, sizes: Sequence[int]) -> tuple[DecodeBatch, Spread]:
+        """The batch as the device takes it, and where its rows lie; see `split_batch`.
+
+        Without a data axis it is the batch itself.
+        """
+        if self.data_shards == 1:
+            rows = len(batch.seq_lens)
+            return batch, Spread(None, rows, rows)
+        return split_batch(
+            batch,
+            shards=self.data_shards,
+            pages_per_shard=self.num_pages // self.data_shards,
+            page_size=self.page_size,
+            sizes=tuple(sizes),
         )
 
     def copy_pages(self, copies: PageCopies) -> KVCache:
@@ -145,6 +200,9 @@ class KVCache:
         """
         if len(copies.src) == 0:
             return self
+        if (shards := self.data_shards) > 1:
+            pages = self.num_pages // shards
+            return _copy_pages(self, *split_copies(copies, shards=shards, pages_per_shard=pages))
         width = 1 << (len(copies.src) - 1).bit_length()
         src, dst = (np.zeros(width, np.int32) for _ in range(2))
         src[: len(copies.src)], dst[: len(copies.dst)] = copies.src, copies.dst
@@ -164,5 +222,8 @@ class KVCache:
 
 @partial(jax.jit, donate_argnums=0)
 def _copy_pages(cache: KVCache, src: Int[Array, " C"], dst: Int[Array, " C"]) -> KVCache:
-    pairs = [copy_pages(k, v, src, dst) for k, v in zip(cache.k_pages, cache.v_pages, strict=True)]
-    return KVCache(tuple(k for k, _ in pairs), tuple(v for _, v in pairs))
+    pairs = [
+        copy_pages(k, v, src, dst, placement=cache.placement)
+        for k, v in zip(cache.k_pages, cache.v_pages, strict=True)
+    ]
+    return replace(cache, k_pages=tuple(k for k, _ in pairs), v_pages=tuple(v for _, v in pairs))

@@ -25,10 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._engine_config import EngineConfig, EngineStats
+from ._engine_snapshot import EngineSnapshots
 from ._outbox import Outbox
 from ._programs import DecodeOut, Model, decode, null_batch, prefill
 from ._requests import Completion, Sample, TokenEvent, as_prompt, common_pages, gather
-from .allocator import BlockAllocator
+from .allocator import BlockAllocator, ShardedAllocator
 from .cache import DecodeBatch, KVCache, PageCopies
 from .errors import OutOfPages, PagedDecodeError, SequenceTooLong
 from .policies import LastAdmitted, VictimPolicy
@@ -37,7 +38,7 @@ from .sampling import SamplingParams, SamplingRows
 __all__ = ["Completion", "Engine", "EngineConfig", "EngineStats", "TokenEvent"]
 
 
-class Engine:
+class Engine(EngineSnapshots):
     """Generate for many requests at once from one pool of pages.
 
     Args:
@@ -61,7 +62,7 @@ class Engine:
         model: Model,
         params: Any,
         cache: KVCache,
-        allocator: BlockAllocator,
+        allocator: BlockAllocator | ShardedAllocator,
         config: EngineConfig | None = None,
         *,
         victim: VictimPolicy | None = None,
@@ -71,12 +72,12 @@ class Engine:
             ours, theirs = getattr(cache, name), getattr(allocator, name)
             if ours != theirs:
                 raise ValueError(f"cache and allocator differ in {name}: {ours} and {theirs}")
-        capacity = allocator.usable_pages * allocator.page_size
+        capacity = allocator.sequence_pages * allocator.page_size
         limit = config.max_sequence_tokens or capacity
         if not 2 <= limit <= capacity:
             raise ValueError(
                 f"max_sequence_tokens must be in [2, {capacity}] for a pool of "
-                f"{allocator.usable_pages} usable pages of {allocator.page_size}, got {limit}"
+                f"{allocator.sequence_pages} usable pages of {allocator.page_size}, got {limit}"
             )
         self.config, self.params, self.cache, self.allocator = config, params, cache, allocator
         self.stats, self._victim = EngineStats(), victim or LastAdmitted()
@@ -405,12 +406,7 @@ class Engine:
                 self._drop(sample)
 
     def _batch(
-        self,
-        rows: list[Sample],
-        begin: Sequence[int],
-        end: Sequence[int],
-        width: int,
-        size: int,
+        self, rows: list[Sample], begin: Sequence[int], end: Sequence[int], width: int, size: int
     ) -> DecodeBatch:
         return self.allocator.batch(
             [s.handle for s in rows],
@@ -426,16 +422,19 @@ class Engine:
         return next(s for s in sizes if s >= size)
 
     def _run_prefill(self, tokens: np.ndarray, batch: DecodeBatch) -> None:
-        self.cache = self._prefill(self.cache, self.params, tokens, batch)
+        batch, spread = self.cache.split(batch, (self.config.prefill_rows,))
+        self.cache = self._prefill(self.cache, self.params, spread.put(tokens), batch)
         jax.block_until_ready(self.cache.k_pages[-1])
-        self._note_program(*tokens.shape)
+        self._note_program(*batch.slots.shape)
 
     def _run_decode(
         self, newest: np.ndarray, batch: DecodeBatch, budget: np.ndarray, samplers: SamplingRows
     ) -> DecodeOut:
+        batch, spread = self.cache.split(batch, self.config.row_buckets)
+        newest, budget, samplers = spread.put((newest, budget, samplers))
         self.cache, out = self._decode(self.cache, self.params, newest, batch, budget, samplers)
         self._note_program(len(newest), 0)
-        return DecodeOut(*(np.asarray(a) for a in out))
+        return DecodeOut(*(spread.take(a, axis=min(a.ndim - 1, 1)) for a in out))
 
     def _run_copies(self, copies: PageCopies) -> None:
         try:

@@ -117,7 +117,7 @@ def sample(logits: Float[Array, "B V"], rows: SamplingRows) -> Int[Array, " B"]:
     def drawn() -> Array:
         heat = jnp.where(rows.temperature > 0, rows.temperature, jnp.float32(1))
         scaled = logits / heat[:, None]
-        narrow = jnp.any((rows.top_k > 0) | (rows.top_p < 1))
+        narrow = jnp.any((rows.temperature > 0) & ((rows.top_k > 0) | (rows.top_p < 1)))
         scaled = lax.cond(narrow, lambda: _restrict(scaled, rows), lambda: scaled)
         noisy = scaled + jax.vmap(_gumbel, (0, 0, None))(rows.seed, rows.index, logits.shape[-1])
         choice = jnp.argmax(noisy, axis=-1).astype(jnp.int32)

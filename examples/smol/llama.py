@@ -24,13 +24,18 @@ __all__ = ["LlamaConfig", "load", "make_model"]
 Model = Callable[[Params, KVCache, Array, DecodeBatch], tuple[Array, KVCache]]
 
 
-def make_model(config: LlamaConfig) -> Model:
+def make_model(
+    config: LlamaConfig, *, axis: str | None = None, split_vocabulary: bool = False
+) -> Model:
     """Return `model(params, cache, tokens, batch) -> (logits, cache)` for these sizes.
 
     tokens is int32 `[B, T]`, right-aligned as `batch` says; logits are float32 `[B, V]` of each
     row's last token. Compute follows the dtype of the weights, with norms, rotary angles and
     logits in float32. The cache should be donated by whoever compiles the step. On GPU and TPU,
     float32 weights compute in float32 only under `jax_default_matmul_precision="highest"`.
+
+    With `axis`, `config` and the weights are one device's part inside a `shard_map` over that mesh
+    axis (`parallel.py` makes them), and so are the logits if the vocabulary is split.
 
     Example:
       >>> step = jax.jit(make_model(config), donate_argnums=1)  # doctest: +SKIP
@@ -42,19 +47,36 @@ def make_model(config: LlamaConfig) -> Model:
     ) -> tuple[Float[Array, "B V"], KVCache]:
         rows, columns = tokens.shape
         embed = params["embed"]
-        x = jnp.take(embed, tokens.reshape(-1), axis=1).T
+        x = _embed(embed, tokens.reshape(-1), axis if split_vocabulary else None)
         rope = _rope_angles(params["rope_frequencies"], batch.positions)
         for index, layer in enumerate(params["layers"]):
             normed = _rms_norm(x, layer["attention_norm"], config.norm_eps)
             mixed, cache = _attention(config, layer, index, normed, rope, cache, batch)
-            x = x + mixed
-            x = x + _feed_forward(layer, _rms_norm(x, layer["inner_norm"], config.norm_eps))
+            x = x + _total(mixed, axis)
+            normed = _rms_norm(x, layer["inner_norm"], config.norm_eps)
+            x = x + _total(_feed_forward(layer, normed), axis)
         last = x.reshape(rows, columns, -1)[:, -1]
         last = _rms_norm(last, params["norm"], config.norm_eps)
         head = params.get("head", embed)
         return jnp.matmul(last, head, preferred_element_type=jnp.float32), cache
 
     return model
+
+
+def _total(part: Float[Array, "M E"], axis: str | None) -> Float[Array, "M E"]:
+    """The sum over the devices, the only talk of a block."""
+    return part if axis is None else jax.lax.psum(part, axis)
+
+
+def _embed(
+    embed: Float[Array, "E V"], tokens: Int[Array, " M"], axis: str | None
+) -> Float[Array, "M E"]:
+    if axis is None:
+        return jnp.take(embed, tokens, axis=1).T
+    own = tokens - jax.lax.axis_index(axis) * embed.shape[1]
+    here = (own >= 0) & (own < embed.shape[1])  # every token is on one device; the others add 0
+    x = jnp.take(embed, jnp.where(here, own, 0), axis=1).T
+    return jax.lax.psum(jnp.where(here[:, None], x, jnp.zeros_like(x)), axis)
 
 
 def _attention(

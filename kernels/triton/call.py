@@ -9,9 +9,9 @@ from ..record import AttentionCall
 from . import compat
 from .config import Shape, choose_config
 from .kernel import decode_kernel
-from .plan import Launch, plan
+from .plan import plan
 
-__all__ = ["attend", "refusal"]
+__all__ = ["append_and_attend", "attend", "refusal"]
 
 MAX_DIM = 256
 MAX_GROUP = 64
@@ -21,6 +21,8 @@ def refusal(call: AttentionCall) -> str | None:
     """Why this backend cannot serve `call`, or None."""
     if call.platform != "gpu":
         return f"it runs on NVIDIA GPUs, not on {call.platform}"
+    if not (generation := _compute_capability()).replace(".", "").isdigit():
+        return f"it runs on NVIDIA GPUs, not on {generation}"
     if call.q.shape[1] != 1:
         return f"it serves one query token a row, T = 1; got T = {call.q.shape[1]}"
     if (reason := call.pool_refusal()) is not None:
@@ -40,6 +42,22 @@ def attend(call: AttentionCall) -> tuple[Float[Array, "B 1 Hq D"], Float[Array, 
     """Serve `call` in one launch."""
     if call.q.shape[0] == 0:
         return call.q, jnp.zeros(call.q.shape[:-1], jnp.float32)
+    out, lse, *_ = run(call, None)
+    return out.reshape(call.q.shape), lse.reshape(call.q.shape[:-1])
+
+
+def append_and_attend(
+    call: AttentionCall, k: Float[Array, "B 1 Hk D"], v: Float[Array, "B 1 Hk D"]
+) -> tuple[Array, Array, Array, Array]:
+    """Write k and v at the newest position of every row and serve `call`, in one launch."""
+    if call.q.shape[0] == 0:
+        return *attend(call), call.k_pages, call.v_pages
+    out, lse, _, _, k_pages, v_pages = run(call, (k, v))
+    return out.reshape(call.q.shape), lse.reshape(call.q.shape[:-1]), k_pages, v_pages
+
+
+def run(call: AttentionCall, newest: tuple[Array, Array] | None) -> list[Array]:
+    """The launch as a custom call: out, lse, two scratches and the pages, if they are written."""
     shape = shape_of(call)
     launch = plan(
         shape,
@@ -50,13 +68,10 @@ def attend(call: AttentionCall) -> tuple[Float[Array, "B 1 Hq D"], Float[Array, 
         scale=call.scale,
         window=call.window,
         soft_cap=call.soft_cap,
+        starts=call.starts is not None,
+        sinks=call.sink is not None,
+        append=newest is not None,
     )
-    out, lse, *_ = run(call, launch)
-    return out.reshape(call.q.shape), lse.reshape(call.q.shape[:-1])
-
-
-def run(call: AttentionCall, launch: Launch) -> list[Array]:
-    """The launch as a custom call: out, lse and two scratches."""
     inputs = (
         call.q,
         call.k_pages,
@@ -64,14 +79,17 @@ def run(call: AttentionCall, launch: Launch) -> list[Array]:
         call.layer,
         call.page_table,
         call.seq_lens,
-        call.starts,
-        call.sink,
+        call.seq_lens if call.starts is None else call.starts,  # what is not there is not read
+        call.q if call.sink is None else call.sink,
         _counters(launch.counters),
+        *((call.q, call.q) if newest is None else newest),
     )
     return compat.launch(
         decode_kernel,
         inputs,
         [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in launch.outputs],
+        rewritten=("k_written", "v_written"),
+        aliases=() if newest is None else (1, 2),
         grid=launch.grid,
         warps=launch.warps,
         stages=launch.stages,
@@ -83,7 +101,6 @@ def run(call: AttentionCall, launch: Launch) -> list[Array]:
 def shape_of(call: AttentionCall) -> Shape:
     """The static sizes of `call` and of the card it runs on."""
     device = jax.devices()[0]
-    generation = str(getattr(device, "compute_capability", "9.0"))
     return Shape(
         rows=call.q.shape[0],
         kv_heads=call.k_pages.shape[2],
@@ -93,8 +110,13 @@ def shape_of(call: AttentionCall) -> Shape:
         capacity=call.page_table.shape[1] * call.page_size,
         itemsize=call.k_pages.dtype.itemsize,
         processors=getattr(device, "core_count", 132),
-        generation=int(generation.replace(".", "")),
+        generation=int(_compute_capability().replace(".", "")),
     )
+
+
+def _compute_capability() -> str:
+    """Such as "9.0"; where a call is only lowered, there may be no card to ask."""
+    return str(getattr(jax.devices()[0], "compute_capability", "9.0"))
 
 
 def _counters(lanes: int) -> Array:

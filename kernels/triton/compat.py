@@ -8,7 +8,8 @@
 | jax-triton 0.4.1, jax 0.12 | its dead-code rule has another signature: fails under `jit` |
 
 0.3.1 cannot be imported where jax has no GPU plugin, so nothing here imports it before a launch.
-No array is aliased: the two disagree on whether an aliased output has a pointer of its own.
+They also disagree on whether an output that shares the buffer of an input has a pointer of its own:
+in 0.3.1 it has, in 0.4 not. A kernel writes through the input's pointer and names the other last.
 """
 
 import importlib
@@ -50,6 +51,8 @@ def launch(
     inputs: Sequence[jax.Array | np.float32],
     outputs: Sequence[jax.ShapeDtypeStruct],
     *,
+    rewritten: Sequence[str] = (),
+    aliases: Sequence[int] = (),
     grid: int,
     warps: int,
     stages: int,
@@ -58,6 +61,10 @@ def launch(
     compute_capability: int | None = None,
 ) -> list[jax.Array]:
     """One launch of a Triton kernel; pointers of `outputs` follow those of `inputs`.
+
+    The inputs numbered in `aliases` are written in place and come back after the outputs. Pointers
+    to them once more are the last of the kernel, named in `rewritten`; if there are no aliases,
+    they point to a byte of their own.
 
     Scalars are passed as `np.float32`: a Python float would become a double in 0.3.1.
 
@@ -71,7 +78,19 @@ def launch(
     except ImportError as error:
         raise NotImplementedError(f"jax-triton cannot be imported: {error}; {CURE}") from error
     modern = _numbers(metadata.version("jax-triton")) >= (0, 4)
-    options: dict[str, Any] = {"out_type" if modern else "out_shape": list(outputs)}
+    outputs = list(outputs) + [
+        jax.ShapeDtypeStruct(inputs[i].shape, inputs[i].dtype) for i in aliases
+    ]
+    options: dict[str, Any] = {}
+    if aliases:
+        first = len(outputs) - len(aliases)
+        options["input_output_aliases"] = {i: first + n for n, i in enumerate(aliases)}
+    if not aliases:
+        outputs += [jax.ShapeDtypeStruct((1,), np.int8) for _ in rewritten]
+    elif modern:
+        # Scalars, because here these pointers do not exist.
+        options |= dict.fromkeys(rewritten, 0)
+    options["out_type" if modern else "out_shape"] = outputs
     if modern:
         # Newer Triton writes PTX that the assembler of CUDA 13.0 rejects.
         options["backend_options"] = {"ptx_version": 87}

@@ -46,21 +46,25 @@ class Config:
     merge: int = 32
 
 
-# Tilings by (head dim padded to a power of two, kind of call): block_n, warps, stages, pack.
+# Tilings by (head dim padded to a power of two, kind of call): block_n, warps, stages, pack, and
+# how many programs fit on a multiprocessor of the H100 by shared memory and registers.
 # Read off one H100 80GB HBM3 (triton 3.6.0) by sweeping them over batches of 1 to 256 rows, 512
 # to 128k tokens, even and ragged.
 # `few`: at most one row and KV head for each multiprocessor; `many`: more; `long`: rows may be so
 # long that lengths may differ a lot, so that short tails count more than anything else.
 _TABLE = {
-    (64, "few"): (128, 4, 3, 1),
-    (64, "many"): (128, 4, 2, 1),
-    (64, "long"): (128, 4, 2, 1),
-    (128, "few"): (128, 4, 3, 1),
-    (128, "many"): (64, 4, 4, 2),
-    (128, "long"): (128, 4, 2, 1),
-    (256, "few"): (64, 8, 3, 1),
-    (256, "many"): (64, 8, 3, 1),
-    (256, "long"): (64, 8, 3, 1),
+    (64, "few"): (128, 4, 3, 1, 1),
+    (64, "few long"): (128, 4, 2, 1, 2),
+    (64, "many"): (128, 4, 2, 1, 4),
+    (64, "many long"): (128, 4, 2, 1, 4),
+    (128, "few"): (128, 4, 3, 1, 1),
+    (128, "few long"): (128, 4, 2, 1, 2),  # two are faster than the three that fit
+    (128, "many"): (64, 4, 4, 2, 2),
+    (128, "many long"): (128, 4, 2, 1, 3),
+    (256, "few"): (64, 8, 3, 1, 1),
+    (256, "few long"): (64, 8, 3, 1, 1),
+    (256, "many"): (64, 8, 3, 1, 1),
+    (256, "many long"): (64, 8, 3, 1, 1),
 }
 _LONG_ROW = 8192  # tokens of capacity from which a batch of many rows counts as `long`
 _LONG_BATCH = 2**20  # tokens times KV heads from which a batch of few rows does
@@ -83,17 +87,33 @@ def choose_config(shape: Shape) -> Config:
     else:
         long = shape.capacity > _LONG_ROW
     dim = 64 if shape.dim <= 64 else 128 if shape.dim <= 128 else 256
-    block_n, warps, stages, pack = _TABLE[dim, "long" if long else "few" if few else "many"]
+    kind = ("few" if few else "many") + (" long" if long else "")
+    block_n, warps, stages, pack, fit = _TABLE[dim, kind]
     if shape.kv_heads % pack or shape.group * pack > 16:
         pack = 1
-    if few:
-        return Config(
-            block_n,
-            warps,
-            stages,
-            even=lanes * (2 * shape.processors // lanes if long else waves),
-            ragged=2 * shape.processors,
-        )
+    lanes //= pack
+    if not few and lanes <= shape.processors:
+        # Packed, they are one program on each multiprocessor: it needs the deep tile of few.
+        block_n, warps, stages, _, fit = _TABLE[dim, "few"]
     return Config(
-        block_n, warps, stages, even=lanes // pack, ragged=8 * shape.processors, pack=pack
+        block_n,
+        warps,
+        stages,
+        even=lanes * _cuts(lanes, fit * shape.processors),
+        ragged=(8 if long and not few else 2) * shape.processors,
+        pack=pack,
     )
+
+
+def _cuts(lanes: int, slots: int) -> int:
+    """Into how many programs to cut each of `lanes` equal rows, for waves of `slots` programs.
+
+    The fewest that leave no more than a tenth of the slots empty in the last wave, or the best.
+    """
+    least = max(slots // lanes, 1)
+
+    def full(cuts: int) -> float:
+        return lanes * cuts / (-(-lanes * cuts // slots) * slots)
+
+    tries = range(least, least + 8)
+    return next((cuts for cuts in tries if full(cuts) >= 0.9), max(tries, key=full))

@@ -21,271 +21,25 @@ of the row in the order of the tokens, so the result does not depend on who was 
 import triton
 import triton.language as tl
 
-__all__ = ["decode_kernel"]
+from .merge import arrive, merge_parts, store_result
+from .tiles import append_newest, attend_tiles, page_ids, q_rows
 
-LN2 = tl.constexpr(0.6931471805599453)
-LOG2E = tl.constexpr(1.4426950408889634)
-# The largest sink in base 2 that still gives a finite difference to any logit.
-HUGE = tl.constexpr(3.0e38)
+__all__ = ["decode_kernel"]
 
 
 @triton.jit
-def _range(row, seq_lens, starts, CAPACITY: tl.constexpr, WINDOW: tl.constexpr):
+def _range(
+    row, seq_lens, starts, CAPACITY: tl.constexpr, WINDOW: tl.constexpr, STARTS: tl.constexpr
+):
     """`first, end` of the visible tokens of a row, and whether its length breaks the contract."""
     length = tl.load(seq_lens + row)
-    first = tl.maximum(tl.load(starts + row), 0)
+    first = length * 0
+    if STARTS:
+        first = tl.maximum(tl.load(starts + row), 0)
     end = tl.minimum(length, CAPACITY)
     if WINDOW > 0:
         first = tl.maximum(first, length - WINDOW)
     return tl.minimum(first, CAPACITY), end, length > CAPACITY
-
-
-@triton.jit
-def _page_ids(table, token, mask, PAGE: tl.constexpr):
-    return tl.load(table + token // PAGE, mask=mask, other=0)
-
-
-@triton.jit
-def _q_rows(
-    lane,
-    GROUP: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    PACK: tl.constexpr,
-    M: tl.constexpr,
-):
-    """The query head in each row of the tile of a lane, and whether there is one."""
-    m = tl.arange(0, M)
-    packed = m // BLOCK_G
-    g = m % BLOCK_G
-    return (lane * PACK + packed) * GROUP + g, (g < GROUP) & (packed < PACK)
-
-
-@triton.jit
-def _attend_tiles(
-    q,
-    k_head,
-    v_head,
-    table,
-    ids,
-    begin,
-    first,
-    end,
-    broken,
-    step,
-    PAGES: tl.constexpr,
-    PAGE: tl.constexpr,
-    D: tl.constexpr,
-    PAGE_STRIDE: tl.constexpr,
-    SCALE: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
-    M: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    PACK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
-    DOT_F32: tl.constexpr,
-):
-    """Online softmax over the tiles at `begin, begin + step, ...`; `ids` are those of the first.
-
-    A tile holds BLOCK_N // PACK tokens of each of PACK KV heads, which lie side by side in a page:
-
-    ```
-                  tokens of head 0 | tokens of head 1
-    q of head 0   [    logits     ][     -inf       ]     the matrix unit works on 16 rows anyway,
-    q of head 1   [     -inf      ][    logits      ]     so the other half costs nothing
-    ```
-    The page ids of the next tile are loaded while this one is computed and carried in the loop.
-    A load of ids inside the same iteration would make K and V indirect loads, which Triton gives
-    a fraction of the buffers.
-    """
-    TOKENS: tl.constexpr = BLOCK_N // PACK
-    column = tl.arange(0, BLOCK_N)
-    packed = column // TOKENS
-    dim = tl.arange(0, BLOCK_D)
-    own = (tl.arange(0, M) // BLOCK_G)[:, None] == packed[None, :]
-    acc = tl.zeros([M, BLOCK_D], tl.float32)
-    top = tl.full([M], -float("inf"), tl.float32)
-    total = tl.zeros([M], tl.float32)
-    for tile in tl.range(begin, end, step, num_stages=STAGES):
-        token = tile + column % TOKENS
-        live = (token >= first) & (token < end)
-        # A page id outside the pool must not be read, and its row comes out as NaN.
-        known = (ids >= 0) & (ids < PAGES)
-        page = tl.where(known, ids, 0).to(tl.int64)
-        at = page * PAGE_STRIDE + (packed * PAGE + token % PAGE) * D
-        at = at[:, None] + dim[None, :]
-        # What is not visible is never loaded: NaN there cannot reach a sum.
-        mask = live[:, None]
-        if D < BLOCK_D:
-            mask = mask & (dim < D)[None, :]
-        k = tl.load(k_head + at, mask=mask, other=0.0)
-        v = tl.load(v_head + at, mask=mask, other=0.0)
-        after = token + step
-        ids = _page_ids(table, after, after < end, PAGE)
-        if DOT_F32:
-            k = k.to(tl.float32)
-            v = v.to(tl.float32)
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee")
-        if SOFT_CAP > 0:
-            # tanh(x) = 1 - 2 / (1 + e^2x), which is right at both ends
-            grown = tl.exp2(logits * (2 * SCALE / SOFT_CAP * LOG2E))
-            logits = (1.0 - 2.0 / (1.0 + grown)) * (SOFT_CAP * LOG2E)
-        else:
-            logits = logits * (SCALE * LOG2E)
-        bias = tl.where(known & (broken == 0), 0.0, float("nan"))
-        logits += tl.where(live, bias, -float("inf"))[None, :]
-        if PACK > 1:
-            logits = tl.where(own, logits, -float("inf"))
-        new_top = tl.maximum(top, tl.max(logits, 1))
-        base = tl.where(new_top == -float("inf"), 0.0, new_top)
-        weight = tl.exp2(logits - base[:, None])
-        decay = tl.exp2(top - base)
-        total = total * decay + tl.sum(weight, 1)
-        acc = acc * decay[:, None]
-        acc = tl.dot(weight.to(v.dtype), v, acc, input_precision="ieee")
-        top = new_top
-    return acc, top, total
-
-
-@triton.jit
-def _store_result(
-    out,
-    lse,
-    row,
-    head,
-    real,
-    sinks,
-    acc,
-    top,
-    total,
-    HEADS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """The result of a row, from its sums and its sinks."""
-    dim = tl.arange(0, BLOCK_D)
-    extra = tl.minimum(sinks * LOG2E, HUGE)
-    base = tl.maximum(top, extra)
-    base = tl.where(base == -float("inf"), 0.0, base)
-    share = tl.exp2(top - base)
-    mass = total * share + tl.exp2(extra - base)
-    result = acc * (share / tl.where(mass == 0.0, 1.0, mass))[:, None]
-    at = row.to(tl.int64) * HEADS + head
-    mask = real[:, None] & (dim < D)[None, :]
-    tl.store(out + at[:, None] * D + dim[None, :], result.to(out.dtype.element_ty), mask=mask)
-    tl.store(lse + at, (top + tl.log2(total)) * LN2, mask=real)
-
-
-@triton.jit
-def _arrive(
-    part_acc,
-    part_lse,
-    slot,
-    acc,
-    top,
-    total,
-    counter,
-    parts,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    M: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    PACK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Store a partial result and count it; true for the program that completes the count."""
-    dim = tl.arange(0, BLOCK_D)
-    index, real = _q_rows(0, GROUP, BLOCK_G, PACK, M)
-    at = slot.to(tl.int64) * (PACK * GROUP) + index
-    mask = real[:, None] & (dim < D)[None, :]
-    value = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    tl.store(part_acc + at[:, None] * D + dim[None, :], value, mask=mask)
-    tl.store(part_lse + at, top + tl.log2(total), mask=real)
-    # All threads have stored; the atomic releases that, and acquires what the others stored.
-    tl.debug_barrier()
-    arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
-    tl.debug_barrier()
-    last = arrived == parts - 1
-    if last:
-        tl.store(counter, 0)
-    return last
-
-
-@triton.jit
-def _merge_parts(
-    part_acc,
-    part_lse,
-    slot0,
-    slot_step: tl.constexpr,
-    parts,
-    out,
-    lse,
-    sink,
-    row,
-    lane,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    PACK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """Merge the partials in slot0, slot0 + slot_step, ... and store the result.
-
-    A chunk of partials is loaded before the first is used: one round trip to L2 for all of them.
-    They come from L2 (.cg), because this program's L1 knows nothing of what others stored.
-    """
-    ROWS_M: tl.constexpr = BLOCK_G * PACK
-    WIDTH: tl.constexpr = GROUP * PACK
-    dim = tl.arange(0, BLOCK_D)
-    index, real = _q_rows(0, GROUP, BLOCK_G, PACK, ROWS_M)
-    head, real = _q_rows(lane, GROUP, BLOCK_G, PACK, ROWS_M)
-    sinks = tl.load(sink + head, mask=real, other=0.0)
-    mask = real[:, None] & (dim < D)[None, :]
-    from_acc = part_acc + slot0.to(tl.int64) * (WIDTH * D) + index[:, None] * D + dim[None, :]
-    from_lse = part_lse + slot0.to(tl.int64) * WIDTH + index
-    top = tl.full([ROWS_M], -float("inf"), tl.float32)
-    total = tl.zeros([ROWS_M], tl.float32)
-    acc = tl.zeros([ROWS_M, BLOCK_D], tl.float32)
-    for at in tl.range(0, parts, CHUNK, num_stages=1):
-        some = ()
-        sums = ()
-        new_top = top
-        for c in tl.static_range(CHUNK):
-            held = real & (at + c < parts)
-            sums = sums + (
-                tl.load(
-                    from_lse + c * (slot_step * WIDTH),
-                    mask=held,
-                    other=-float("inf"),
-                    cache_modifier=".cg",
-                ),
-            )
-        for c in tl.static_range(CHUNK):
-            some = some + (
-                tl.load(
-                    from_acc + c * (slot_step * WIDTH * D),
-                    mask=mask & (at + c < parts),
-                    other=0.0,
-                    cache_modifier=".cg",
-                ),
-            )
-        for c in tl.static_range(CHUNK):
-            new_top = tl.maximum(new_top, sums[c])
-        base = tl.where(new_top == -float("inf"), 0.0, new_top)
-        decay = tl.exp2(top - base)
-        total = total * decay
-        acc = acc * decay[:, None]
-        for c in tl.static_range(CHUNK):
-            weight = tl.exp2(sums[c] - base)
-            total += weight
-            acc += weight[:, None] * some[c]
-        top = new_top
-        from_acc += CHUNK * slot_step * WIDTH * D
-        from_lse += CHUNK * slot_step * WIDTH
-    _store_result(out, lse, row, head, real, sinks, acc, top, total, HEADS, D, BLOCK_D)
 
 
 @triton.jit
@@ -302,6 +56,7 @@ def _find_place(
     EVEN_ITEMS: tl.constexpr,
     RAGGED_ITEMS: tl.constexpr,
     MIN_TILES: tl.constexpr,
+    STARTS: tl.constexpr,
 ):
     """`row, place of the row's first program, programs of the row` for one program of a lane.
 
@@ -310,7 +65,9 @@ def _find_place(
     """
     rows = tl.arange(0, BLOCK_ROWS)
     length = tl.load(seq_lens + rows, mask=rows < ROWS, other=0)
-    first = tl.maximum(tl.load(starts + rows, mask=rows < ROWS, other=0), 0)
+    first = tl.zeros([BLOCK_ROWS], tl.int32)
+    if STARTS:
+        first = tl.maximum(tl.load(starts + rows, mask=rows < ROWS, other=0), 0)
     if WINDOW > 0:
         first = tl.maximum(first, length - WINDOW)
     tiles = tl.cdiv(tl.minimum(length, CAPACITY), TOKENS) - first // TOKENS
@@ -352,10 +109,14 @@ def decode_kernel(
     starts,
     sink,
     counters,
+    new_k,
+    new_v,
     out,
     lse,
     part_acc,
     part_lse,
+    k_written,
+    v_written,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PAGES: tl.constexpr,
@@ -379,7 +140,9 @@ def decode_kernel(
     RAGGED_ITEMS: tl.constexpr,
     MIN_TILES: tl.constexpr,
     SPLIT: tl.constexpr,
-    DOT_F32: tl.constexpr,
+    STARTS: tl.constexpr,
+    SINKS: tl.constexpr,
+    APPEND: tl.constexpr,
 ):
     """One call of one layer.
 
@@ -387,6 +150,10 @@ def decode_kernel(
     page_table `[ROWS, COLUMNS]`; seq_lens, starts `[ROWS]`; sink `[Hq]`; counters, one for each
     row and lane, zeros before and after; lse `[ROWS, Hq]`; part_acc `[slots, PACK * GROUP, D]`
     and part_lse `[slots, PACK * GROUP]`, anything before and after. A lane is PACK KV heads.
+
+    With APPEND the newest token of a row is not in its page yet: new_k and new_v
+    `[ROWS, KV_HEADS, D]` are written there, and k_written and v_written are the pages once more,
+    as outputs. Without it all four are never touched.
     """
     HEADS: tl.constexpr = KV_HEADS * GROUP
     LANES: tl.constexpr = KV_HEADS // PACK
@@ -401,24 +168,26 @@ def decode_kernel(
 
     guess = tl.minimum(item // GUESS, ROWS - 1)
     begin = (item % GUESS) * TOKENS
-    ids = _page_ids(
+    ids = page_ids(
         page_table + guess.to(tl.int64) * COLUMNS, begin + column, begin + column < CAPACITY, PAGE
     )
     offset = tl.load(layer).to(tl.int64) * (PAGES * PAGE_STRIDE) + lane * (PACK * HEAD_STRIDE)
-    head, real = _q_rows(lane, GROUP, BLOCK_G, PACK, M)
+    head, real = q_rows(lane, GROUP, BLOCK_G, PACK, M)
     q_mask = real[:, None] & (dim < D)[None, :]
     q_at = head[:, None] * D + dim[None, :]
     q_tile = tl.load(q + guess.to(tl.int64) * (HEADS * D) + q_at, mask=q_mask, other=0.0)
-    sinks = tl.load(sink + head, mask=real, other=0.0)
+    sinks = tl.full([M], -float("inf"), tl.float32)
+    if SINKS:
+        sinks = tl.load(sink + head, mask=real, other=0.0)
     row = guess
     base = item
     parts = 1
     if SPLIT and ROWS > 1:
         row, base, parts = _find_place(
             item, seq_lens, starts, ROWS, LANES, CAPACITY, WINDOW, TOKENS, BLOCK_ROWS, EVEN_ITEMS,
-            RAGGED_ITEMS, MIN_TILES,
+            RAGGED_ITEMS, MIN_TILES, STARTS,
         )  # fmt: skip
-    first, end, broken = _range(row, seq_lens, starts, CAPACITY, WINDOW)
+    first, end, broken = _range(row, seq_lens, starts, CAPACITY, WINDOW, STARTS)
     tile0 = first // TOKENS
     if SPLIT and ROWS == 1:
         base = 0
@@ -434,25 +203,33 @@ def decode_kernel(
             order = (order + parts - tile0 % parts) % parts
         if (row != guess) | ((tile0 + order) * TOKENS != begin):
             token = (tile0 + order) * TOKENS + column
-            ids = _page_ids(table, token, token < end, PAGE)
+            ids = page_ids(table, token, token < end, PAGE)
             q_tile = tl.load(q + row.to(tl.int64) * (HEADS * D) + q_at, mask=q_mask, other=0.0)
         begin = (tile0 + order) * TOKENS
-        if DOT_F32:
-            q_tile = q_tile.to(tl.float32)
-        acc, top, total = _attend_tiles(
+        if APPEND:
+            end -= 1
+            page = tl.load(table + tl.maximum(end, 0) // PAGE)
+        acc, top, total = attend_tiles(
             q_tile, k_pages + offset, v_pages + offset, table, ids, begin, first, end, broken,
             parts * TOKENS, PAGES, PAGE, D, PAGE_STRIDE, SCALE, SOFT_CAP, M, BLOCK_G, PACK,
-            BLOCK_D, BLOCK_N, STAGES, DOT_F32,
+            BLOCK_D, BLOCK_N, STAGES,
         )  # fmt: skip
+        if APPEND:
+            if (order == 0) & (end >= 0):
+                acc, top, total = append_newest(
+                    q_tile, k_pages + offset, v_pages + offset, new_k, new_v, page, row, lane,
+                    end, first, broken, acc, top, total, PAGES, PAGE, KV_HEADS, GROUP, D,
+                    PAGE_STRIDE, SCALE, SOFT_CAP, M, BLOCK_G, PACK, BLOCK_D,
+                )  # fmt: skip
         if parts == 1:
-            _store_result(out, lse, row, head, real, sinks, acc, top, total, HEADS, D, BLOCK_D)
+            store_result(out, lse, row, head, real, sinks, acc, top, total, HEADS, D, BLOCK_D)
         else:
             slot0 = base * LANES + lane
-            if _arrive(
+            if arrive(
                 part_acc, part_lse, slot0 + order * LANES, acc, top, total,
                 counters + row * LANES + lane, parts, GROUP, D, M, BLOCK_G, PACK, BLOCK_D,
             ):  # fmt: skip
-                _merge_parts(
+                merge_parts(
                     part_acc, part_lse, slot0, LANES, parts, out, lse, sink, row, lane, HEADS,
-                    GROUP, D, BLOCK_G, PACK, BLOCK_D, CHUNK,
+                    GROUP, D, BLOCK_G, PACK, BLOCK_D, CHUNK, SINKS,
                 )  # fmt: skip

@@ -20,7 +20,7 @@ class Launch:
     stages: int
     constants: dict[str, Any]
     counters: int
-    outputs: tuple[tuple[tuple[int, ...], str], ...]  # (shape, dtype) of out, lse and two scratches
+    outputs: tuple[tuple[tuple[int, ...], str], ...]  # (shape, dtype) of out, lse, two scratches
 
 
 def plan(
@@ -33,9 +33,14 @@ def plan(
     scale: float,
     window: int | None,
     soft_cap: float | None,
-    dot_f32: bool = False,
+    starts: bool = True,
+    sinks: bool = True,
+    append: bool = False,
 ) -> Launch:
-    """The launch of `config` for a call of this shape."""
+    """The launch of `config` for a call of this shape; `append` also writes the newest token.
+
+    Without `starts` or `sinks` their pointers are never followed.
+    """
     lanes = shape.kv_heads // config.pack
     block_g, block_d = _power(shape.group), max(_power(shape.dim), 16)
     tokens = config.block_n // config.pack
@@ -72,7 +77,9 @@ def plan(
         RAGGED_ITEMS=config.ragged,
         MIN_TILES=config.min_tiles,
         SPLIT=split,
-        DOT_F32=dot_f32,
+        STARTS=starts,
+        SINKS=sinks,
+        APPEND=append,
     )
     heads = shape.kv_heads * shape.group
     slots = items * lanes if most > 1 else 1

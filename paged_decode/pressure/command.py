@@ -20,7 +20,7 @@ from .costs import Roofline
 from .simulate import simulate
 from .workload import Request, chats, poisson, read_azure, read_mooncake
 
-__all__ = ["add_parser", "main"]
+__all__ = ["add"]
 
 _EVICTIONS = {"fifo": FIFO, "lfu": LFU, "slru": SLRU, "cost": CostAware}
 _VICTIMS = {"last": LastAdmitted, "least": LeastComputed, "most": MostPages}
@@ -53,10 +53,10 @@ class _Case:
         return f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-def add_parser(subparsers: Any) -> None:
-    """Register `pressure` with the console command."""
+def add(subparsers: Any) -> None:
+    """Register the subcommand."""
     parser = subparsers.add_parser("pressure", help="simulate a workload as pages run out")
-    kinds = parser.add_subparsers(dest="action", required=True)
+    kinds = parser.add_subparsers(required=True, metavar="ACTION")
     sweep = kinds.add_parser("sweep", help="one workload, several pool sizes and policies")
     sweep.add_argument("workload", help=" or ".join(_WORKLOADS))
     sweep.add_argument("--pages", type=int, nargs="+", required=True, help="usable pages")
@@ -71,10 +71,10 @@ def add_parser(subparsers: Any) -> None:
     sweep.add_argument("--per-token", type=float, default=0.1, help="goal in seconds")
     sweep.add_argument("--jobs", type=int, default=1, help="processes")
     sweep.add_argument("--out", type=Path, default=Path("pressure"), help="folder")
-    parser.set_defaults(main=main)
+    sweep.set_defaults(run=_sweep)
 
 
-def main(args: argparse.Namespace) -> int:
+def _sweep(args: argparse.Namespace) -> int:
     """Run what is not there yet, then write `sweep.json`, `sweep.csv`, PNGs and `report.html`."""
     from .page import write_page
 

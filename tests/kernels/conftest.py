@@ -1,10 +1,25 @@
-"""How a test of one backend may end besides passing: with that backend's refusal and reason."""
+"""The backends that only tests have, and how a test of one backend may end besides passing."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from functools import partial
+from unittest import mock
 
 import pytest
 
+from paged_decode.kernels import dispatch
+
 from .oracle import SERVE_EVERYTHING
+from .triton import interpret
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreted_backends() -> Iterator[None]:
+    """Let `implementation=` name the interpreted kernel beside the library's own backends."""
+    backends = (*dispatch.BACKENDS, *interpret.BACKENDS)
+    served = [name for name in dispatch.__all__ if name.endswith("attend")]
+    wider = {name: partial(getattr(dispatch, name), backends=backends) for name in served}
+    with mock.patch.multiple(dispatch, **wider):
+        yield
 
 
 @pytest.hookimpl(wrapper=True)

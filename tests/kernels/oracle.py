@@ -9,10 +9,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from paged_decode.kernels import BACKENDS, paged_attention
 
-NAMES = [backend.name for backend in BACKENDS]
+from .triton.interpret import INSTALLED
+from .triton.interpret import NAME as INTERPRETED
+
+# What compiles into the program it is called from. The interpreted kernel is a call back into
+# Python, which copies its arrays: memory and aliasing are not tested on it, everything else is.
+COMPILED = [backend.name for backend in BACKENDS]
+# The backends of the library, and its Triton kernel once more, interpreted: that needs no GPU.
+NAMES = [
+    *COMPILED,
+    pytest.param(
+        INTERPRETED,
+        marks=pytest.mark.skipif(not INSTALLED, reason="triton has no wheel for this platform"),
+    ),
+]
 # These serve every case of the suite. Another backend may refuse one: `conftest.py` shows that as
 # an xfail with the backend's own reason, never as a pass or a skip.
 SERVE_EVERYTHING = {"xla", "reference"}

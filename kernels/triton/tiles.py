@@ -1,0 +1,176 @@
+"""The work of one program: online softmax over its tiles, and the newest token from registers."""
+
+import triton
+import triton.language as tl
+
+__all__ = ["append_newest", "attend_tiles", "page_ids", "q_rows"]
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def page_ids(table, token, mask, PAGE: tl.constexpr):
+    return tl.load(table + token // PAGE, mask=mask, other=0)
+
+
+@triton.jit
+def q_rows(
+    lane,
+    GROUP: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    PACK: tl.constexpr,
+    M: tl.constexpr,
+):
+    """The query head in each row of the tile of a lane, and whether there is one."""
+    m = tl.arange(0, M)
+    packed = m // BLOCK_G
+    g = m % BLOCK_G
+    return (lane * PACK + packed) * GROUP + g, (g < GROUP) & (packed < PACK)
+
+
+@triton.jit
+def _scaled(products, SCALE: tl.constexpr, SOFT_CAP: tl.constexpr):
+    """Logits in base 2 from q.k."""
+    if SOFT_CAP > 0:
+        # tanh(x) = 1 - 2 / (1 + e^2x), which is right at both ends
+        grown = tl.exp2(products * (2 * SCALE / SOFT_CAP * LOG2E))
+        return (1.0 - 2.0 / (1.0 + grown)) * (SOFT_CAP * LOG2E)
+    else:
+        return products * (SCALE * LOG2E)
+
+
+@triton.jit
+def attend_tiles(
+    q,
+    k_head,
+    v_head,
+    table,
+    ids,
+    begin,
+    first,
+    end,
+    broken,
+    step,
+    PAGES: tl.constexpr,
+    PAGE: tl.constexpr,
+    D: tl.constexpr,
+    PAGE_STRIDE: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    PACK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Online softmax over the tiles at `begin, begin + step, ...`; `ids` are those of the first.
+
+    A tile holds BLOCK_N // PACK tokens of each of PACK KV heads, which lie side by side in a page:
+
+    ```
+                  tokens of head 0 | tokens of head 1
+    q of head 0   [    logits     ][     -inf       ]     the matrix unit works on 16 rows anyway,
+    q of head 1   [     -inf      ][    logits      ]     so the other half costs nothing
+    ```
+    The page ids of the next tile are loaded while this one is computed and carried in the loop.
+    A load of ids inside the same iteration would make K and V indirect loads, which Triton gives
+    a fraction of the buffers.
+    """
+    TOKENS: tl.constexpr = BLOCK_N // PACK
+    column = tl.arange(0, BLOCK_N)
+    packed = column // TOKENS
+    dim = tl.arange(0, BLOCK_D)
+    own = (tl.arange(0, M) // BLOCK_G)[:, None] == packed[None, :]
+    acc = tl.zeros([M, BLOCK_D], tl.float32)
+    top = tl.full([M], -float("inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    for tile in tl.range(begin, end, step, num_stages=STAGES):
+        token = tile + column % TOKENS
+        live = (token >= first) & (token < end)
+        # A page id outside the pool must not be read, and its row comes out as NaN.
+        known = (ids >= 0) & (ids < PAGES)
+        page = tl.where(known, ids, 0).to(tl.int64)
+        at = page * PAGE_STRIDE + (packed * PAGE + token % PAGE) * D
+        at = at[:, None] + dim[None, :]
+        # What is not visible is never loaded: NaN there cannot reach a sum.
+        mask = live[:, None]
+        if D < BLOCK_D:
+            mask = mask & (dim < D)[None, :]
+        k = tl.load(k_head + at, mask=mask, other=0.0)
+        v = tl.load(v_head + at, mask=mask, other=0.0)
+        after = token + step
+        ids = page_ids(table, after, after < end, PAGE)
+        logits = _scaled(tl.dot(q, tl.trans(k), input_precision="ieee"), SCALE, SOFT_CAP)
+        bias = tl.where(known & (broken == 0), 0.0, float("nan"))
+        logits += tl.where(live, bias, -float("inf"))[None, :]
+        if PACK > 1:
+            logits = tl.where(own, logits, -float("inf"))
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        base = tl.where(new_top == -float("inf"), 0.0, new_top)
+        weight = tl.exp2(logits - base[:, None])
+        decay = tl.exp2(top - base)
+        total = total * decay + tl.sum(weight, 1)
+        acc = acc * decay[:, None]
+        acc = tl.dot(weight.to(v.dtype), v, acc, input_precision="ieee")
+        top = new_top
+    return acc, top, total
+
+
+@triton.jit
+def append_newest(
+    q,
+    k_head,
+    v_head,
+    new_k,
+    new_v,
+    page,
+    row,
+    lane,
+    newest,
+    first,
+    broken,
+    acc,
+    top,
+    total,
+    PAGES: tl.constexpr,
+    PAGE: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    PAGE_STRIDE: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    PACK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Write the newest token into its page and add it to the sums, from registers.
+
+    Nobody reads the slot in this launch, so nobody has to wait for the write.
+    """
+    dim = tl.arange(0, BLOCK_D)
+    packed = tl.arange(0, M) // BLOCK_G
+    _, real = q_rows(lane, GROUP, BLOCK_G, PACK, M)
+    mask = real[:, None] & (dim < D)[None, :]
+    kv_head = row.to(tl.int64) * KV_HEADS + lane * PACK + packed
+    at = kv_head[:, None] * D + dim[None, :]
+    k = tl.load(new_k + at, mask=mask, other=0.0)
+    v = tl.load(new_v + at, mask=mask, other=0.0)
+    known = (page >= 0) & (page < PAGES) & (broken == 0)
+    slot = tl.where(known, page, 0).to(tl.int64) * PAGE_STRIDE + (packed * PAGE + newest % PAGE) * D
+    slot = slot[:, None] + dim[None, :]
+    # One of the rows that share a KV head writes it.
+    write = mask & ((tl.arange(0, M) % BLOCK_G) == 0)[:, None] & known
+    tl.store(k_head + slot, k, mask=write)
+    tl.store(v_head + slot, v, mask=write)
+    logits = _scaled(tl.sum(q.to(tl.float32) * k.to(tl.float32), 1), SCALE, SOFT_CAP)
+    logits = tl.where(newest >= first, tl.where(known, logits, float("nan")), -float("inf"))
+    new_top = tl.maximum(top, logits)
+    base = tl.where(new_top == -float("inf"), 0.0, new_top)
+    weight = tl.exp2(logits - base)
+    decay = tl.exp2(top - base)
+    total = total * decay + weight
+    acc = acc * decay[:, None] + weight[:, None] * v.to(tl.float32)
+    return acc, new_top, total

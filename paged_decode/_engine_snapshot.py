@@ -1,0 +1,198 @@
+"""Saving an engine with its requests in flight, and taking them up again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+from ._requests import Sample, TokenEvent
+from .allocator import BlockAllocator
+from .errors import SequenceTooLong, SnapshotMismatch
+from .snapshot import OSFiles, PendingSnapshot, Snapshot
+from .snapshot._engine import (
+    EngineState,
+    PendingEvent,
+    engine_arrays,
+)
+from .snapshot._load import Opened, place_snapshot
+from .snapshot._save import plan_save
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+__all__ = ["EngineSnapshots"]
+
+OnToken = Callable[[TokenEvent], None]
+
+
+class EngineSnapshots:
+    """The methods of `Engine` that write and read snapshots."""
+
+    def save(
+        self: Any,
+        path: str | os.PathLike[str],
+        *,
+        requests: Sequence[int] | None = None,
+        **options: Any,
+    ) -> Snapshot:
+        """Write the engine's requests, their pages and the prefix cache; call it between steps.
+
+        A request keeps its tokens, sampling state, stop conditions, place in the queue and what
+        was not delivered yet; callbacks are code and are not saved.
+
+        Args:
+          requests: ids of the requests to save, without cached pages of others; None is all.
+          options: metadata, parent, cached, progress, files: as in `save_snapshot`.
+
+        Raises:
+          KeyError: no such request is in the engine.
+          OSError: the file could not be written. The engine goes on in any case.
+        """
+        progress, files = options.pop("progress", None), options.pop("files", None)
+        job = _plan(self, path, requests, copy=False, **options)
+        return job.write(files or OSFiles(), progress)
+
+    def save_async(
+        self: Any,
+        path: str | os.PathLike[str],
+        *,
+        requests: Sequence[int] | None = None,
+        **options: Any,
+    ) -> PendingSnapshot:
+        """`save`, but return when the pages are copied out: step on while a thread writes."""
+        progress, files = options.pop("progress", None), options.pop("files", None)
+        job = _plan(self, path, requests, copy=True, **options)
+        return PendingSnapshot(job, files or OSFiles(), progress)
+
+    def restore(
+        self: Any,
+        path: str | os.PathLike[str],
+        *,
+        on_token: OnToken | Mapping[int, OnToken] | None = None,
+        accept_fingerprint: bytes | None = None,
+    ) -> dict[int, int]:
+        """Take up the requests of `save`; those that run here already go on.
+
+        With the same model, params and config, every request continues with the tokens that it
+        would have got. Requests for which there are no rows wait, and compute their pages again.
+
+        Args:
+          on_token: called with every event; or one per saved request id.
+          accept_fingerprint: as in `load_snapshot`.
+
+        Returns:
+          The new id of every saved request id; equal, if this engine had no request before.
+
+        Raises:
+          SnapshotMismatch: the file is not of an engine, or does not fit; else as
+            `load_snapshot`. Nothing has changed.
+          SequenceTooLong: a request does not fit this engine's `max_sequence_tokens`.
+        """
+        with Opened(path) as opened:
+            state = opened.engine
+            if state is None:
+                raise SnapshotMismatch(f"{path} holds no requests; use load_snapshot")
+            _require_fit(self, state)
+            try:
+                placed = place_snapshot(opened, self.cache, self.allocator, accept_fingerprint)
+            except BaseException:
+                if self.cache.is_deleted:
+                    self._lose_cache()
+                raise
+        self.cache = placed.cache
+        return _adopt(self, state, placed.handles, on_token)
+
+
+def _plan(
+    engine: Engine,
+    path: str | os.PathLike[str],
+    requests: Sequence[int] | None,
+    *,
+    copy: bool,
+    cached: bool | None = None,
+    **options: Any,
+) -> Any:
+    wanted = None if requests is None else set(requests)
+
+    def chosen(request_id: int) -> bool:
+        return wanted is None or request_id in wanted
+
+    running = [s for s in engine._running if chosen(s.request_id)]
+    waiting = [s for s in engine._waiting if chosen(s.request_id)]
+    if missing := (wanted or set()) - {s.request_id for s in (*running, *waiting)}:
+        raise KeyError(f"requests {sorted(missing)} are not in the engine")
+    pending, shown = engine._outbox.contents()
+    events = [PendingEvent(e, False) for _, e in pending if chosen(e.request_id)]
+    events += [PendingEvent(e, True) for e in shown if chosen(e.request_id)]
+    state = EngineState(running, waiting, events, engine._next_id)
+    return plan_save(
+        path,
+        engine.cache,
+        cast(BlockAllocator, engine.allocator),  # of a sharded one the cache is refused
+        handles=[s.handle for s in running],
+        cached=wanted is None if cached is None else cached,
+        committed_only=True,
+        extra=engine_arrays(state),
+        copy=copy,
+        **options,
+    )
+
+
+def _require_fit(engine: Engine, state: EngineState) -> None:
+    vocab = engine.config.vocab_size
+    for sample in state.samples:
+        if len(sample.tokens) + 1 > engine.max_sequence_tokens:
+            raise SequenceTooLong(
+                f"request {sample.request_id} has {len(sample.tokens)} tokens, but a sequence here "
+                f"can have {engine.max_sequence_tokens}; enlarge max_sequence_tokens or the pool"
+            )
+        if vocab is not None and max(sample.tokens) >= vocab:
+            raise SnapshotMismatch(
+                f"request {sample.request_id} has token {max(sample.tokens)}, but vocab_size here "
+                f"is {vocab}: a snapshot of another model"
+            )
+
+
+def _adopt(
+    engine: Engine,
+    state: EngineState,
+    handles: Sequence[Any],
+    on_token: OnToken | Mapping[int, OnToken] | None,
+) -> dict[int, int]:
+    """Everything is in the pool: from here on nothing can fail."""
+    fresh = engine._next_id == 0
+    shift = 0 if fresh else engine._next_id
+    known = [s.request_id for s in state.samples] + [e.event.request_id for e in state.events]
+    least = 0 if fresh else min(known, default=0)
+    ids = {old: old - least + shift for old in sorted(set(known))}
+
+    def callback(old: int) -> OnToken | None:
+        return on_token.get(old) if isinstance(on_token, Mapping) else on_token
+
+    for sample in state.samples:
+        sample.on_token = callback(sample.request_id)
+        sample.request_id = ids[sample.request_id]
+    for sample, handle in zip(state.running, handles, strict=True):
+        sample.handle = handle
+        sample.computed = engine.allocator.sequence(handle).computed
+    engine._running.extend(state.running)
+    engine._waiting.extend(state.waiting)
+    for pending in state.events:
+        old = pending.event
+        event = replace(old, request_id=ids[old.request_id])
+        engine._outbox.put_back(_stub(event, callback(old.request_id)), event, pending.shown)
+    engine._next_id = max([engine._next_id, *(i + 1 for i in ids.values())])
+    if fresh:
+        engine._next_id = max(engine._next_id, state.next_id)
+    while len(engine._running) > engine.config.max_rows:
+        engine._preempt(engine._running[-1])
+    return ids
+
+
+def _stub(event: TokenEvent, on_token: OnToken | None) -> Sample:
+    """Who to call about an event whose sample may have ended."""
+    from .sampling import SamplingParams
+
+    return Sample(event.request_id, event.sample, 1, [0], SamplingParams(), None, on_token)

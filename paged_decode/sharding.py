@@ -1,0 +1,138 @@
+"""From the host's page ids to those of each data shard: the one place where they meet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from .allocator import DecodeBatch, PageCopies
+from .errors import PageTableError
+
+__all__ = ["Spread", "split_batch", "split_copies"]
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Where the rows of a host batch lie among the rows of all shards.
+
+    ```
+    host rows     a(shard 1)  b(shard 0)  c(shard 1)  padding
+    device rows   [ b  .  |  a  c ]        2 rows a shard;  rows = [2, 0, 3], total 4
+    ```
+
+    Attributes:
+      rows: int64 `[n]`, the device row of each living host row, which come first; None where
+        pages are not split and host and device rows are the same.
+      total: device rows, R times the rows of a shard.
+      host_rows: rows of the host batch, its padding included.
+    """
+
+    rows: np.ndarray | None
+    total: int
+    host_rows: int
+
+    def put(self, tree: Any) -> Any:
+        """Host arrays `[B, ...]` as device arrays `[total, ...]`; other rows are 0."""
+
+        rows = self.rows
+        if rows is None:
+            return tree
+
+        def one(array: Any) -> np.ndarray:
+            out = np.zeros((self.total, *array.shape[1:]), array.dtype)
+            out[rows] = array[: len(rows)]
+            return out
+
+        return jax.tree.map(one, tree)
+
+    def take(self, array: Any, axis: int = 0) -> np.ndarray:
+        """What the device computed, in the rows of the host batch; padding is 0."""
+        if self.rows is None:
+            return np.asarray(array)
+        moved = np.moveaxis(np.asarray(array), axis, 0)
+        out = np.zeros((self.host_rows, *moved.shape[1:]), moved.dtype)
+        out[: len(self.rows)] = moved[self.rows]
+        return np.moveaxis(out, 0, axis)
+
+
+def split_batch(
+    batch: DecodeBatch, *, shards: int, pages_per_shard: int, page_size: int, sizes: tuple[int, ...]
+) -> tuple[DecodeBatch, Spread]:
+    """Sort the rows of a host batch by shard and make their ids local.
+
+    Args:
+      batch: NumPy arrays with ids of the whole pool, living rows first, as `ShardedAllocator`
+        makes them.
+      shards: R, data shards.
+      pages_per_shard: N / R.
+      page_size: S.
+      sizes: rows that a shard may have, ascending; the least that serves is taken. A batch of
+        padding only keeps its number of rows.
+
+    Raises:
+      PageTableError: a row's pages or slots lie on several shards, or on a shard's null page.
+      ValueError: one shard has more rows than the last of `sizes`.
+    """
+    count = int(np.count_nonzero(batch.seq_lens))
+    table, slots = batch.page_table[:count], batch.slots[:count]
+    shard = table[:, 0] // pages_per_shard
+    _refuse_foreign("page", table, shard, pages_per_shard, shards)
+    _refuse_foreign("page of slot", slots // page_size, shard, pages_per_shard, shards)
+    most = int(np.bincount(shard, minlength=1).max()) if count else len(batch.seq_lens)
+    if most > sizes[-1] and count:
+        raise ValueError(f"one shard has {most} rows, but a program has {sizes[-1]} at most")
+    size = next((s for s in sizes if s >= most), most)
+    order = np.argsort(shard, kind="stable")
+    rank = np.empty(count, np.int64)
+    rank[order] = np.arange(count) - np.searchsorted(shard[order], shard[order])
+    spread = Spread(shard * size + rank, shards * size, len(batch.seq_lens))
+    first = (shard * pages_per_shard)[:, None].astype(np.int32)
+    local = DecodeBatch(
+        page_table=np.where(table, table - first, 0),
+        seq_lens=batch.seq_lens[:count],
+        positions=batch.positions[:count],
+        slots=np.where(slots >= page_size, slots - first * page_size, 0),
+    )
+    return spread.put(local), spread
+
+
+def split_copies(copies: PageCopies, *, shards: int, pages_per_shard: int) -> PageCopies:
+    """Every shard's copies together, padded to one power of two each, with local ids.
+
+    Raises:
+      PageTableError: a page would be copied from one shard to another.
+    """
+    src, dst = (np.asarray(ids, np.int32) for ids in copies)
+    shard = src // pages_per_shard
+    if (dst // pages_per_shard != shard).any():
+        at = int((dst // pages_per_shard != shard).argmax())
+        raise PageTableError(
+            f"page {src[at]} cannot be copied to page {dst[at]}: they lie on different shards of "
+            f"{pages_per_shard} pages; a sequence lives on one shard"
+        )
+    counts = np.bincount(shard, minlength=shards)
+    width = 1 << max(int(counts.max()) - 1, 0).bit_length()
+    out = PageCopies(*(np.zeros((shards, width), np.int32) for _ in range(2)))
+    for i in range(shards):
+        for ids, into in ((src, out.src), (dst, out.dst)):
+            into[i, : counts[i]] = ids[shard == i] - i * pages_per_shard
+    return PageCopies(out.src.reshape(-1), out.dst.reshape(-1))
+
+
+def _refuse_foreign(
+    what: str, pages: np.ndarray, shard: np.ndarray, pages_per_shard: int, shards: int
+) -> None:
+    """Entries of 0 are padding; every other must be a page of the row's shard, not its null."""
+    home = shard[:, None]
+    foreign = (pages != 0) & ((pages // pages_per_shard != home) | (pages % pages_per_shard == 0))
+    foreign |= (home >= shards) | (home < 0)
+    if foreign.any():
+        row, column = (int(i[0]) for i in np.nonzero(foreign))
+        raise PageTableError(
+            f"{what} {pages[row, column]} in row {row} is not local to the row's shard "
+            f"{shard[row]} of {shards}, whose pages are {shard[row] * pages_per_shard + 1} to "
+            f"{(shard[row] + 1) * pages_per_shard - 1}; use a ShardedAllocator with as many shards"
+        )

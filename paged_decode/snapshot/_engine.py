@@ -1,0 +1,287 @@
+"""Requests in flight as arrays of the container, and back, with every value checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .._requests import Sample, TokenEvent
+from ..allocator import AllocatorState
+from ..allocator.prefix import salt_key, salt_of
+from ..errors import SnapshotCorrupt
+from ..sampling import MAX_STOP_TOKENS, SamplingParams
+from ._state import pack_bytes, require_split, unpack_bytes
+
+__all__ = ["ENGINE", "EngineState", "PendingEvent", "engine_arrays", "engine_from"]
+
+REASONS = (None, "stop", "length", "capacity", "cancelled")
+
+ENGINE = {
+    "engine/next_id": ("int64", 1),
+    "engine/running": ("int64", 1),
+    "engine/request": ("int64", 1),
+    "engine/sample": ("int64", 1),
+    "engine/sibling_of": ("int64", 1),
+    "engine/prompt_length": ("int64", 1),
+    "engine/length": ("int64", 1),
+    "engine/tokens": ("int32", 1),
+    "engine/preemptions": ("int64", 1),
+    "engine/max_new_tokens": ("int64", 1),
+    "engine/temperature": ("float64", 1),
+    "engine/top_k": ("int64", 1),
+    "engine/top_p": ("float64", 1),
+    "engine/seed": ("int64", 1),
+    "engine/stop_tokens": ("int32", 2),
+    "engine/salt_length": ("int64", 1),
+    "engine/salt_bytes": ("uint8", 1),
+    "engine/event_request": ("int64", 1),
+    "engine/event_sample": ("int64", 1),
+    "engine/event_index": ("int64", 1),
+    "engine/event_token": ("int64", 1),
+    "engine/event_reason": ("int64", 1),
+    "engine/event_shown": ("uint8", 1),
+    "engine/event_top_length": ("int64", 1),
+    "engine/event_top_ids": ("int32", 1),
+    "engine/event_top_logits": ("float32", 1),
+}
+"""Name, dtype and number of axes of the arrays that a snapshot of an engine has besides `STATE`."""
+
+
+@dataclass(frozen=True, slots=True)
+class PendingEvent:
+    """An event that `step` has not returned yet; `shown` to its callback already or not."""
+
+    event: TokenEvent
+    shown: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EngineState:
+    """Samples in order: those with pages by admission, the others as they queue."""
+
+    running: list[Sample]
+    waiting: list[Sample]
+    events: list[PendingEvent]
+    next_id: int
+
+    @property
+    def samples(self) -> list[Sample]:
+        """All of them, siblings behind the one that they wait for."""
+        return [s for first in (*self.running, *self.waiting) for s in (first, *first.siblings)]
+
+
+def engine_arrays(state: EngineState) -> dict[str, np.ndarray]:
+    """The state under the names and dtypes of `ENGINE`."""
+    samples, params = state.samples, [s.params for s in state.samples]
+    place = {id(s): at for at, s in enumerate(samples)}
+    sibling_of = np.full(len(samples), -1)
+    for first in samples:
+        for sibling in first.siblings:
+            sibling_of[place[id(sibling)]] = place[id(first)]
+    stops = np.full((len(samples), MAX_STOP_TOKENS), -1)
+    for row, p in enumerate(params):
+        stops[row, : len(p.stop_tokens)] = p.stop_tokens
+    salts = pack_bytes(tuple(salt_key(s.cache_salt) for s in samples))
+    values = (
+        [state.next_id],
+        [len(state.running)],
+        [s.request_id for s in samples],
+        [s.index for s in samples],
+        sibling_of,
+        [s.prompt_len for s in samples],
+        [len(s.tokens) for s in samples],
+        [t for s in samples for t in s.tokens],
+        [s.preemptions for s in samples],
+        [p.max_new_tokens for p in params],
+        [p.temperature for p in params],
+        [p.top_k for p in params],
+        [p.top_p for p in params],
+        [p.seed for p in params],
+        stops,
+        *salts,
+        *_event_columns(state.events),
+    )
+    return {
+        name: np.asarray(value, dtype).reshape((-1,) if axes == 1 else (-1, MAX_STOP_TOKENS))
+        for (name, (dtype, axes)), value in zip(ENGINE.items(), values, strict=True)
+    }
+
+
+def _event_columns(pending: Sequence[PendingEvent]) -> tuple[Any, ...]:
+    events = [p.event for p in pending]
+    tops = [top for e in events for top in e.top_logits]
+    return (
+        [e.request_id for e in events],
+        [e.sample for e in events],
+        [e.index for e in events],
+        [-1 if e.token is None else e.token for e in events],
+        [REASONS.index(e.finish_reason) for e in events],
+        [p.shown for p in pending],
+        [len(e.top_logits) for e in events],
+        [i for i, _ in tops],
+        [x for _, x in tops],
+    )
+
+
+def engine_from(arrays: Mapping[str, np.ndarray], pages: AllocatorState) -> EngineState:
+    """The checked state: it agrees with itself, and with the sequences of the allocator.
+
+    Raises:
+      SnapshotCorrupt: which rule is broken.
+    """
+    columns = {name.removeprefix("engine/"): array for name, array in arrays.items()}
+    count = len(columns["request"])
+    for name in (
+        "sample",
+        "sibling_of",
+        "prompt_length",
+        "length",
+        "preemptions",
+        "max_new_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "seed",
+        "stop_tokens",
+        "salt_length",
+    ):
+        _require(len(columns[name]) == count, f"engine/{name} has not one row per request")
+    _require(columns["stop_tokens"].shape[1] == MAX_STOP_TOKENS, "stop_tokens has not 8 columns")
+    for name in ("next_id", "running"):
+        _require(len(columns[name]) == 1, f"engine/{name} has not one value")
+    running, next_id = int(columns["running"][0]), int(columns["next_id"][0])
+    samples = list(_samples(columns))
+    events = list(_events(columns))
+    ids = [s.request_id for s in samples] + [p.event.request_id for p in events]
+    _require(
+        0 <= next_id < 2**63 and all(0 <= i < next_id for i in ids),
+        "a request id is not below next_id",
+    )
+    firsts = _link_siblings(samples, columns["sibling_of"].tolist())
+    _require(0 <= running <= len(firsts), f"{running} of {len(firsts)} requests cannot run")
+    state = EngineState(firsts[:running], firsts[running:], events, next_id)
+    _require_agreement(state, pages)
+    return state
+
+
+def _require(holds: bool | np.bool_, message: str) -> None:
+    if not holds:
+        raise SnapshotCorrupt(message)
+
+
+def _samples(columns: Mapping[str, np.ndarray]) -> Iterator[Sample]:
+    lengths, prompts = columns["length"], columns["prompt_length"]
+    require_split("engine/tokens", lengths, len(columns["tokens"]))
+    _require(
+        ((prompts >= 1) & (prompts <= lengths)).all(),
+        "a prompt is empty or longer than its request",
+    )
+    _require((columns["tokens"] >= 0).all(), "engine/tokens holds a negative token")
+    _require(
+        (columns["sample"] >= 0).all() and (columns["preemptions"] >= 0).all(),
+        "a sample's number or its preemptions are negative",
+    )
+    salts = unpack_bytes("engine/salt", columns["salt_length"], columns["salt_bytes"])
+    begins = lengths.cumsum() - lengths
+    for row, salt in enumerate(salts):
+        tokens = columns["tokens"][begins[row] : begins[row] + lengths[row]].tolist()
+        params = _params(columns, row)
+        sample = Sample(
+            int(columns["request"][row]),
+            int(columns["sample"][row]),
+            int(prompts[row]),
+            tokens,
+            params,
+            _salt_of(salt),
+            None,
+            preemptions=int(columns["preemptions"][row]),
+        )
+        ended = sample.left < 1 or any(t in params.stop_tokens for t in tokens[sample.prompt_len :])
+        _require(not ended, f"request {sample.request_id} has ended already")
+        yield sample
+
+
+def _params(columns: Mapping[str, np.ndarray], row: int) -> SamplingParams:
+    stops = columns["stop_tokens"][row]
+    used = int((stops >= 0).sum())
+    _require((stops[:used] >= 0).all() and (stops[used:] == -1).all(), "stop tokens have a hole")
+    try:
+        return SamplingParams(
+            max_new_tokens=int(columns["max_new_tokens"][row]),
+            temperature=float(columns["temperature"][row]),
+            top_k=int(columns["top_k"][row]),
+            top_p=float(columns["top_p"][row]),
+            seed=int(columns["seed"][row]),
+            stop_tokens=tuple(stops[:used].tolist()),
+        )
+    except (TypeError, ValueError) as error:
+        raise SnapshotCorrupt(f"sampling of request {row}: {error}") from None
+
+
+def _events(columns: Mapping[str, np.ndarray]) -> Iterator[PendingEvent]:
+    names = ("request", "sample", "index", "token", "reason", "shown", "top_length")
+    fields = [columns[f"event_{name}"] for name in names]
+    _require(len({len(f) for f in fields}) == 1, "the columns of the events differ in length")
+    ids, values = columns["event_top_ids"], columns["event_top_logits"]
+    require_split("engine/event_top", fields[-1], len(ids))
+    _require(len(ids) == len(values), "the columns of the largest logits differ in length")
+    end = 0
+    for request, sample, index, token, reason, shown, tops in zip(
+        *(f.tolist() for f in fields), strict=True
+    ):
+        _require(
+            0 <= reason < len(REASONS)
+            and -1 <= token < 2**31
+            and sample >= 0
+            and index >= 0
+            and shown in (0, 1),
+            "an event has an impossible value",
+        )
+        begin, end = end, end + tops
+        pairs = zip(ids[begin:end].tolist(), values[begin:end].tolist(), strict=True)
+        known = None if token < 0 else token
+        event = TokenEvent(request, sample, index, known, REASONS[reason], tuple(pairs))
+        yield PendingEvent(event, bool(shown))
+
+
+def _link_siblings(samples: list[Sample], sibling_of: list[int]) -> list[Sample]:
+    firsts: list[Sample] = []
+    places: set[int] = set()
+    for at, parent in enumerate(sibling_of):
+        if parent == -1:
+            firsts.append(samples[at])
+            places.add(at)
+            continue
+        _require(
+            parent in places and samples[parent] is firsts[-1],
+            "a sibling does not follow the request that it waits for",
+        )
+        firsts[-1].siblings.append(samples[at])
+    return firsts
+
+
+def _require_agreement(state: EngineState, pages: AllocatorState) -> None:
+    _require(
+        len(pages.lengths) == len(state.running),
+        f"{len(state.running)} requests run, but there are {len(pages.lengths)} sequences",
+    )
+    for q, sample in enumerate(state.running):
+        salt = pages.salt_keys[pages.salts[q]]
+        _require(
+            pages.sequence_tokens(q).tolist() == sample.tokens[:-1]
+            and salt_key(sample.cache_salt) == salt,
+            f"request {sample.request_id} has other tokens or another salt than its sequence",
+        )
+
+
+def _salt_of(key: bytes) -> str | bytes | None:
+    try:
+        salt = salt_of(key)
+        valid = salt_key(salt) == key
+    except ValueError:
+        valid, salt = False, None
+    _require(valid, f"salt {key[:40]!r} is not b'\\0', b's' and UTF-8, or b'b' and bytes")
+    return salt

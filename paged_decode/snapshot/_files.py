@@ -1,0 +1,177 @@
+"""The file operations of a save, behind one small object, so that tests can fail any of them."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+try:
+    import fcntl
+except ImportError:  # Windows: an abandoned file stays until it is deleted by hand
+    fcntl = None
+
+__all__ = ["Files", "OSFiles", "open_for_reading", "replacing"]
+
+_ABANDONED_SECONDS = 60
+
+
+@runtime_checkable
+class Files(Protocol):
+    """What a save asks of the operating system. Any of it may raise OSError."""
+
+    def create(self, path: Path) -> int:
+        """Make a new file, readable and writable by its owner only; returns its descriptor."""
+        ...
+
+    def write(self, file: int, data: memoryview, offset: int) -> int:
+        """Write at an offset; returns how many bytes were taken, perhaps not all."""
+        ...
+
+    def fsync(self, file: int) -> None:
+        """Return when the file's bytes are on the disk."""
+        ...
+
+    def close(self, file: int) -> None: ...
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Put the source in the place of the target, in one step."""
+        ...
+
+    def fsync_folder(self, folder: Path) -> None:
+        """Return when the folder's names are on the disk."""
+        ...
+
+    def remove(self, path: Path) -> None: ...
+
+
+class OSFiles:
+    """The real ones."""
+
+    def create(self, path: Path) -> int:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _BINARY, 0o600)
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)  # held as long as the writer lives
+        return file
+
+    def write(self, file: int, data: memoryview, offset: int) -> int:
+        return os.pwrite(file, data, offset)
+
+    def fsync(self, file: int) -> None:
+        os.fsync(file)
+
+    def close(self, file: int) -> None:
+        os.close(file)
+
+    def rename(self, source: Path, target: Path) -> None:
+        os.replace(source, target)
+
+    def fsync_folder(self, folder: Path) -> None:
+        if os.name == "nt":  # a folder cannot be opened there
+            return
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def remove(self, path: Path) -> None:
+        os.unlink(path)
+
+
+_BINARY = getattr(os, "O_BINARY", 0)
+
+
+def write_all(files: Files, file: int, data: memoryview, offset: int) -> None:
+    """Write every byte, however few are taken at a time."""
+    while len(data):
+        taken = files.write(file, data, offset)
+        if taken <= 0:
+            raise OSError("the file takes no more bytes")
+        data, offset = data[taken:], offset + taken
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str], files: Files) -> Iterator[int]:
+    """A descriptor of a new file that takes the place of `path` when the block ends well.
+
+    ```
+    create a sibling, mode 0600 -> write -> fsync -> rename over path -> fsync the folder
+    ```
+
+    Up to the rename whoever opens `path` sees the old file, from then on the new one. If anything
+    raises, the sibling is removed. What a killed writer left behind is swept by a later one.
+    """
+    target = _checked_target(path)
+    _sweep(target)
+    sibling = target.with_name(f".{target.name[:100]}.{os.getpid()}-{secrets.token_hex(8)}.tmp")
+    renamed = False
+    try:
+        file = files.create(sibling)
+        try:
+            yield file
+            files.fsync(file)
+        finally:
+            files.close(file)
+        files.rename(sibling, target)
+        renamed = True
+        files.fsync_folder(target.parent)
+    except BaseException as error:
+        if not renamed:
+            with suppress(OSError):
+                files.remove(sibling)
+        if isinstance(error, OSError):
+            state = "; the new file is in place, but may not survive a power loss" * renamed
+            message = f"{error.strerror or error}{state}"
+            raise OSError(error.errno or 0, message, str(path)) from error
+        raise
+
+
+def _checked_target(path: str | os.PathLike[str]) -> Path:
+    """The file to replace: behind a symbolic link, what it points at."""
+    target = Path(os.path.realpath(path))
+    with suppress(FileNotFoundError):
+        mode = target.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(21, "a snapshot is a file, this is a folder", str(path))
+        if not stat.S_ISREG(mode):
+            raise OSError(22, "a snapshot replaces a regular file, this is none", str(path))
+    return target
+
+
+def _sweep(target: Path) -> None:
+    """Remove siblings that a killed writer left: old, and locked by nobody."""
+    if fcntl is None:
+        return
+    with suppress(OSError):
+        for path in target.parent.glob(f".{_escaped(target.name[:100])}.*-*.tmp"):
+            with suppress(OSError):
+                _remove_if_abandoned(path)
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def _remove_if_abandoned(path: Path) -> None:
+    file = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+    try:
+        if time.time() - os.fstat(file).st_mtime > _ABANDONED_SECONDS and fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(path)
+    finally:
+        os.close(file)
+
+
+def open_for_reading(path: str | os.PathLike[str]) -> int:
+    """A descriptor of a regular file; a pipe or device is refused instead of waited for."""
+    file = os.open(path, os.O_RDONLY | _BINARY | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise OSError(22, "a snapshot is a regular file, this is none", str(path))
+    return file

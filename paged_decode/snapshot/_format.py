@@ -1,0 +1,324 @@
+"""The container: prefix, header, arrays. docs/snapshot_format.md is its specification.
+
+Nothing here touches a file or a device. `decode_header` is given bytes that may be hostile: every
+size is bounded before something of that size is made, and every field has exactly one type.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import msgpack
+import numpy as np
+
+from ..errors import SnapshotCorrupt, SnapshotVersion
+
+__all__ = ["ArraySpec", "Header", "Parent", "decode_header", "encode_header", "split_prefix"]
+
+MAGIC = b"\x89PGD\r\n\x1a\n"
+VERSION = 1
+PREFIX = struct.Struct("<8sIQQI")  # magic, version, header bytes, file bytes, CRC
+ALIGNMENT = 64
+CHUNK_BYTES = 1 << 22
+MAX_HEADER_BYTES = 1 << 20
+MAX_DIMENSION = 1 << 31
+MAX_AXES = 8
+MAX_NAME_BYTES = 255
+
+DTYPES = {
+    str(np.dtype(t)): np.dtype(t).newbyteorder("<")
+    for t in ("u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8")
+} | {
+    name: np.dtype(getattr(ml_dtypes, name))
+    for name in (
+        "bfloat16",
+        "float8_e3m4",
+        "float8_e4m3",
+        "float8_e4m3b11fnuz",
+        "float8_e4m3fn",
+        "float8_e4m3fnuz",
+        "float8_e5m2",
+        "float8_e5m2fnuz",
+        "float8_e8m0fnu",
+    )
+}
+
+Scalar = str | int | float | bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class ArraySpec:
+    """One array of the file: `dtype` is a key of `DTYPES`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.shape[1:]) * DTYPES[self.dtype].itemsize
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows (of axis 0) that share one checksum: what fits 4 MiB, at least one."""
+        return max(1, CHUNK_BYTES // max(1, self.row_bytes))
+
+    @property
+    def num_chunks(self) -> int:
+        return -(-self.shape[0] // self.chunk_rows) if self.nbytes else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """The snapshot that a delta builds on: its id, its file name and how many pages it has."""
+
+    id: bytes
+    name: str
+    pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What the header says, all of it checked.
+
+    Attributes:
+      page_size: S.
+      pages: M, pages that the snapshot consists of, those of its parents included.
+      fingerprint: of the allocator that was saved.
+      metadata: the user's.
+      parent: of a delta; None for a whole snapshot.
+      arrays: in the order of the file.
+      crcs: per array the CRC-32 of every chunk.
+    """
+
+    page_size: int
+    pages: int
+    fingerprint: bytes
+    metadata: Mapping[str, Scalar]
+    parent: Parent | None
+    arrays: tuple[ArraySpec, ...]
+    crcs: tuple[tuple[int, ...], ...] = ()
+
+
+def aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def layout(header_bytes: int, arrays: tuple[ArraySpec, ...]) -> tuple[list[int], int]:
+    """Where each array begins, and where the file ends."""
+    offsets, end = [], aligned(PREFIX.size + header_bytes)
+    for spec in arrays:
+        offsets.append(end)
+        end = aligned(end + spec.nbytes)
+    return offsets, end
+
+
+def encode_header(header: Header) -> bytes:
+    """Prefix and header; as long for any checksums, so that the length is known before the data.
+
+    Raises:
+      ValueError: metadata of a type or size that the format does not have.
+    """
+    check_metadata(header.metadata, ValueError)
+    parent = header.parent
+    crcs = header.crcs or tuple((0,) * spec.num_chunks for spec in header.arrays)
+    body: Any = msgpack.packb(
+        {
+            "arrays": [
+                [s.name, s.dtype, list(s.shape), struct.pack(f"<{len(c)}I", *c)]
+                for s, c in zip(header.arrays, crcs, strict=True)
+            ],
+            "fingerprint": header.fingerprint,
+            "metadata": dict(header.metadata),
+            "page_size": header.page_size,
+            "pages": header.pages,
+            "parent": parent and [parent.id, parent.name, parent.pages],
+        }
+    )
+    if len(body) > MAX_HEADER_BYTES:
+        raise ValueError(
+            f"the header would take {len(body)} bytes and may take {MAX_HEADER_BYTES}: "
+            "shorten the metadata, or split the sequences over several snapshots"
+        )
+    front = PREFIX.pack(MAGIC, VERSION, len(body), layout(len(body), header.arrays)[1], 0)[:-4]
+    return front + struct.pack("<I", zlib.crc32(body, zlib.crc32(front))) + body
+
+
+def snapshot_id(front: bytes) -> bytes:
+    """16 bytes that name a snapshot: BLAKE2b of prefix and header, which holds all checksums."""
+    return hashlib.blake2b(front, digest_size=16).digest()
+
+
+def check_metadata(metadata: Any, error: type[Exception]) -> None:
+    """Refuse what is not a map of text to text, integers of 64 bits, floats, booleans or None."""
+    if not isinstance(metadata, Mapping):
+        raise error(f"metadata must be a map, got {type(metadata).__name__}")
+    for key, value in metadata.items():
+        known = type(value) in (str, int, float, bool, type(None))
+        if not _is(key, str) or not known:
+            raise error(f"metadata must map str to str, int, float, bool or None, got {key!r}")
+        if _is(value, int) and not -(2**63) <= value < 2**63:
+            raise error(f"metadata {key!r} does not fit 64 bits with a sign")
+
+
+# ---- reading
+
+
+def _is(value: Any, kind: type) -> bool:
+    """Exactly that type: True is no int here."""
+    return type(value) is kind
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise SnapshotCorrupt(message)
+
+
+def split_prefix(front: bytes, file_bytes: int) -> int:
+    """How long the header is, by the first 32 bytes of a file with that size."""
+    _require(front[:8] == MAGIC, f"not a snapshot: it begins with {bytes(front[:8])!r}")
+    _require(len(front) == PREFIX.size, f"cut within the first {PREFIX.size} bytes")
+    _, version, header_bytes, declared, _ = PREFIX.unpack(front)
+    if version != VERSION:
+        raise SnapshotVersion(
+            f"the file has format version {version}, this release reads version {VERSION}; "
+            "use the release that wrote it, or a newer one"
+        )
+    _require(
+        0 < header_bytes <= MAX_HEADER_BYTES,
+        f"the header claims {header_bytes} bytes; 1 to {MAX_HEADER_BYTES} are allowed",
+    )
+    _require(declared == file_bytes, f"the file has {file_bytes} bytes, its prefix says {declared}")
+    _require(
+        PREFIX.size + header_bytes <= file_bytes,
+        f"the header claims {header_bytes} bytes, the file has {file_bytes}",
+    )
+    return header_bytes
+
+
+def decode_header(front: bytes) -> Header:
+    """Parse prefix and header, which `split_prefix` has bounded.
+
+    Raises:
+      SnapshotCorrupt: a rule of the format is broken; the message says which.
+    """
+    *_, file_bytes, crc = PREFIX.unpack_from(front)
+    body = front[PREFIX.size :]
+    found = zlib.crc32(body, zlib.crc32(front[: PREFIX.size - 4]))
+    _require(found == crc, f"the header's checksum is {found:08x}, it should be {crc:08x}")
+    fields = _unpack(body)
+    keys = ["arrays", "fingerprint", "metadata", "page_size", "pages", "parent"]
+    _require(_is(fields, dict), f"the header is no map but {type(fields).__name__}")
+    _require(list(fields) == keys, f"the header's keys are {list(fields)}, not {keys}")
+    page_size = _integer("page_size", fields["page_size"], 1, MAX_DIMENSION)
+    _require(page_size & (page_size - 1) == 0, f"page_size {page_size} is no power of two")
+    _require(_is(fields["fingerprint"], bytes), "fingerprint is not bytes")
+    check_metadata(fields["metadata"], SnapshotCorrupt)
+    arrays, crcs = _directory(fields["arrays"])
+    header = Header(
+        page_size=page_size,
+        pages=_integer("pages", fields["pages"], 0, MAX_DIMENSION),
+        fingerprint=fields["fingerprint"],
+        metadata=fields["metadata"],
+        parent=_parent(fields["parent"]),
+        arrays=arrays,
+        crcs=crcs,
+    )
+    end = layout(len(body), arrays)[1]
+    _require(end == file_bytes, f"the arrays end at byte {end}, the file at {file_bytes}")
+    return header
+
+
+def _unpack(body: bytes) -> Any:
+    """Every error of msgpack is one of ours, and only the one shortest form is accepted."""
+
+    def refuse_extension(code: int, data: bytes) -> Any:
+        raise ValueError(f"extension type {code}")
+
+    limit = len(body)
+    try:
+        fields = msgpack.unpackb(
+            body,
+            raw=False,
+            strict_map_key=True,
+            ext_hook=refuse_extension,
+            max_str_len=limit,
+            max_bin_len=limit,
+            max_array_len=min(limit, 1 << 16),
+            max_map_len=min(limit, 1 << 12),
+            max_ext_len=0,
+        )
+        again = msgpack.packb(fields)
+    except Exception as error:  # msgpack raises a dozen unrelated classes
+        kind = type(error).__name__
+        raise SnapshotCorrupt(f"the header is not valid msgpack: {kind}: {error}") from None
+    _require(again == body, "the header is not in msgpack's shortest form, or names a key twice")
+    return fields
+
+
+def _integer(name: str, value: Any, low: int, high: int) -> int:
+    _require(_is(value, int), f"{name} is not an integer but {value!r}")
+    _require(low <= value <= high, f"{name} is {value}, outside {low}..{high}")
+    return value
+
+
+def _parent(value: Any) -> Parent | None:
+    if value is None:
+        return None
+    _require(_is(value, list) and len(value) == 3, "parent is not [id, name, pages]")
+    ident, name, pages = value
+    _require(_is(ident, bytes) and len(ident) == 16, "the parent's id is not 16 bytes")
+    _require(
+        _is(name, str) and 0 < len(name.encode()) <= MAX_NAME_BYTES and is_plain_name(name),
+        f"the parent's name {name!r} is not the name of a file in the same folder",
+    )
+    return Parent(ident, name, _integer("the parent's pages", pages, 0, MAX_DIMENSION))
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether it names a file in the same folder, on every system."""
+    return name not in (".", "..") and not set(name) & {"/", "\\", ":", "\0"}
+
+
+def _directory(value: Any) -> tuple[tuple[ArraySpec, ...], tuple[tuple[int, ...], ...]]:
+    _require(_is(value, list), "arrays is not a list")
+    entries = [_array(entry) for entry in value]
+    names = [spec.name for spec, _ in entries]
+    _require(len(set(names)) == len(names), "two arrays have one name")
+    return tuple(spec for spec, _ in entries), tuple(crcs for _, crcs in entries)
+
+
+def _array(entry: Any) -> tuple[ArraySpec, tuple[int, ...]]:
+    _require(
+        _is(entry, list) and len(entry) == 4, "an array is not [name, dtype, shape, checksums]"
+    )
+    name, dtype, shape, crcs = entry
+    _require(
+        _is(name, str) and 0 < len(name.encode()) <= MAX_NAME_BYTES,
+        f"an array's name is not text of 1 to {MAX_NAME_BYTES} bytes",
+    )
+    _require(_is(dtype, str) and dtype in DTYPES, f"{name}: unknown dtype {dtype!r}")
+    _require(
+        _is(shape, list) and 1 <= len(shape) <= MAX_AXES,
+        f"{name}: the shape is not a list of 1 to {MAX_AXES} axes",
+    )
+    for size in shape:
+        _integer(f"{name}: an axis", size, 0, MAX_DIMENSION)
+    spec = ArraySpec(name, dtype, tuple(shape))
+    _require(_is(crcs, bytes), f"{name}: the checksums are not bytes")
+    _require(
+        len(crcs) == 4 * spec.num_chunks,
+        f"{name}: {len(crcs)} bytes of checksums for {spec.num_chunks} chunks",
+    )
+    return spec, struct.unpack(f"<{spec.num_chunks}I", crcs)

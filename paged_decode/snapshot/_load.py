@@ -1,0 +1,337 @@
+"""Loading: check all, stage all, and only then touch the cache and the allocator."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..allocator import AllocatorState, BlockAllocator, Handle
+from ..errors import OutOfPages, SnapshotCorrupt, SnapshotMismatch
+from ._engine import ENGINE, EngineState, engine_from
+from ._files import Files, OSFiles
+from ._format import DTYPES, ArraySpec, Header, Parent, Scalar
+from ._pages import Part, parts_of, prepare_insert
+from ._reader import Chain, Progress, aligned_empty, chunk_bytes
+from ._save import Snapshot
+from ._state import STATE, require_shapes, state_from
+from ._writer import array_chunks, write_file
+
+__all__ = [
+    "Restored",
+    "SnapshotInfo",
+    "compact_snapshot",
+    "inspect_snapshot",
+    "load_snapshot",
+    "verify_snapshot",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotInfo:
+    """What a snapshot file says about itself.
+
+    Attributes:
+      path, id: the file, and 16 bytes that name its content.
+      file_bytes: its size.
+      page_size: tokens per page.
+      pages: pages that it consists of; own_pages of them are in this file.
+      sequences, tokens, cached_pages: how many; tokens of shared pages count for each sequence.
+      requests: samples of an engine, running and waiting; None without an engine.
+      fingerprint: of the allocator that was saved.
+      metadata: the user's.
+      parent: the snapshot that it is a delta of, or None.
+      arrays: the arrays of the file.
+    """
+
+    path: Path
+    id: bytes
+    file_bytes: int
+    page_size: int
+    pages: int
+    own_pages: int
+    sequences: int
+    tokens: int
+    cached_pages: int
+    requests: int | None
+    fingerprint: bytes
+    metadata: Mapping[str, Scalar]
+    parent: Parent | None
+    arrays: tuple[ArraySpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What `load_snapshot` made.
+
+    Attributes:
+      cache: use it instead of the one that was passed in.
+      handles: of the sequences, in the order of the file.
+      pages_loaded: pages taken from the pool.
+      pages_dropped: cached pages that had no room.
+      metadata: the user's.
+      snapshot: name it as `parent` of a delta.
+    """
+
+    cache: Any
+    handles: tuple[Handle, ...]
+    pages_loaded: int
+    pages_dropped: int
+    metadata: Mapping[str, Scalar]
+    snapshot: Snapshot
+
+
+class Opened:
+    """A snapshot with its parents and its state, everything checked but the pages themselves."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.chain = Chain(path)
+        try:
+            self._check()
+        except BaseException as error:
+            self.chain.close()
+            if type(error) is SnapshotCorrupt and str(path) not in str(error):
+                raise SnapshotCorrupt(f"{path}: {error}") from None
+            raise
+
+    def _check(self) -> None:
+        file, header = self.chain.files[0], self.chain.header
+        self.kv = [s for s in header.arrays if s.name.startswith("kv/")]
+        extra = any(s.name.startswith("engine/") for s in header.arrays)
+        known = len(self.kv) + len(ENGINE) * extra + len(STATE) + (header.parent is not None)
+        require_shapes(file.specs, STATE)
+        if known != len(header.arrays):
+            raise SnapshotCorrupt("there are arrays that the format does not have")
+        if file.specs["page/tokens"].shape != (header.pages, header.page_size):
+            raise SnapshotCorrupt("page/tokens is not [pages, page_size]")
+        for older in self.chain.files:
+            self._check_pages(older.header, {s.name: s for s in older.header.arrays})
+        self.state = state_from({name: file.array(name) for name in STATE}, header.page_size)
+        self.engine: EngineState | None = None
+        if extra:
+            require_shapes(file.specs, ENGINE)
+            self.engine = engine_from({name: file.array(name) for name in ENGINE}, self.state)
+
+    def _check_pages(self, header: Header, specs: Mapping[str, ArraySpec]) -> None:
+        own = header.pages if header.parent is None else None
+        kv = [s for s in specs.values() if s.name.startswith("kv/")]
+        if [(s.name, s.dtype, s.shape[1:]) for s in kv] != [
+            (s.name, s.dtype, s.shape[1:]) for s in self.kv
+        ]:
+            raise SnapshotMismatch("a parent has other arrays of keys and values than its delta")
+        if header.page_size != self.chain.header.page_size:
+            raise SnapshotMismatch("a parent has another page size than its delta")
+        counts = {s.shape[0] for s in kv}
+        if own is not None and counts - {own}:
+            raise SnapshotCorrupt(f"an array of keys and values has not one row for {own} pages")
+        if len(counts) > 1:
+            raise SnapshotCorrupt("the arrays of keys and values differ in their number of pages")
+
+    def info(self) -> SnapshotInfo:
+        file, header, state = self.chain.files[0], self.chain.header, self.state
+        return SnapshotInfo(
+            path=file.path,
+            id=file.id,
+            file_bytes=file.file_bytes,
+            page_size=header.page_size,
+            pages=header.pages,
+            own_pages=int((self.chain.place[:, 0] == 0).sum()),
+            sequences=len(state.lengths),
+            tokens=int(state.lengths.sum()),
+            cached_pages=state.num_pages - state.num_owned,
+            requests=None if self.engine is None else len(self.engine.samples),
+            fingerprint=header.fingerprint,
+            metadata=header.metadata,
+            parent=header.parent,
+            arrays=header.arrays,
+        )
+
+    def __enter__(self) -> Opened:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.chain.close()
+
+
+def load_snapshot(
+    path: str | os.PathLike[str],
+    *,
+    into: tuple[Any, BlockAllocator],
+    accept_fingerprint: bytes | None = None,
+) -> Restored:
+    """Add the sequences and cached pages of a snapshot to a cache and its allocator.
+
+    What they hold already stays. Pages get new numbers, so the pool may be larger, smaller or
+    fragmented, on one device or many (heads split, as the cache is), its layers a tuple or a
+    stack. Cached pages that have no room are left out, the ones evicted first before others.
+
+    Nothing is changed before the whole file, parents included, is read and found sound and every
+    page lies ready beside the cache; then one program per device writes the pages.
+
+    Args:
+      path: the file; its parents lie in the same folder.
+      into: the cache, which is donated, and its allocator.
+      accept_fingerprint: take a snapshot with exactly this fingerprint, although the allocator has
+        another one.
+
+    Raises:
+      SnapshotCorrupt, SnapshotVersion: the file is not a sound snapshot.
+      SnapshotMismatch: it does not fit this cache, model or parent; all differences are listed.
+      OutOfPages: the sequences need more pages than are free and evictable.
+      OSError: the file cannot be read.
+    """
+    with Opened(path) as opened:
+        cache, allocator = into
+        return place_snapshot(opened, cache, allocator, accept_fingerprint)
+
+
+def place_snapshot(
+    opened: Opened, cache: Any, allocator: BlockAllocator, accept_fingerprint: bytes | None
+) -> Restored:
+    """The second half of `load_snapshot`."""
+    parts = parts_of(cache, allocator.num_pages)
+    _require_match(opened, parts, allocator, accept_fingerprint)
+    state, kept = _fit(opened.state, allocator)
+    insert = prepare_insert(cache, parts, stage_pages(opened.chain, parts, kept))
+    pages = allocator.allocate_pages(state.num_pages)
+    try:
+        cache = insert(pages) if pages else cache
+        handles = allocator.import_state(state, pages)
+    except BaseException:
+        allocator.free_pages(pages)
+        raise
+    stamps = np.full(opened.state.num_pages, -1)
+    stamps[kept] = np.where(state.settled, allocator.page_stamps(pages), -1)
+    file = opened.chain.files[0]
+    return Restored(
+        cache=cache,
+        handles=tuple(handles),
+        pages_loaded=len(pages),
+        pages_dropped=opened.state.num_pages - len(pages),
+        metadata=opened.chain.header.metadata,
+        snapshot=Snapshot(file.path, file.id, len(stamps), len(stamps), allocator, stamps),
+    )
+
+
+def stage_pages(chain: Chain, parts: list[Part], kept: np.ndarray) -> list[np.ndarray]:
+    """All pages in host memory, their checksums compared."""
+    staged = []
+    for part in parts:
+        out = aligned_empty((len(kept), *part.shape), DTYPES[part.dtype])
+        chain.pages_of(part.name, kept, out)
+        staged.append(out)
+    return staged
+
+
+def _fit(state: AllocatorState, allocator: BlockAllocator) -> tuple[AllocatorState, np.ndarray]:
+    free, evictable = allocator.num_free, allocator.num_evictable
+    if state.num_owned > free + evictable:
+        raise OutOfPages(state.num_owned, free, evictable)
+    return state.fit(free if allocator.prefix_cache else 0)
+
+
+def _require_match(
+    opened: Opened, parts: list[Part], allocator: BlockAllocator, accept: bytes | None
+) -> None:
+    header = opened.chain.header
+    problems = []
+    if header.page_size != allocator.page_size:
+        problems.append(f"page_size is {header.page_size} in the file, {allocator.page_size} here")
+    problems += _differences(opened.kv, parts)
+    if header.fingerprint not in (allocator.fingerprint, accept):
+        problems.append(
+            f"the fingerprint is {header.fingerprint!r} in the file, {allocator.fingerprint!r} "
+            "here: keys and values of another model (pass accept_fingerprint to take them all "
+            "the same)"
+        )
+    if problems:
+        raise SnapshotMismatch(f"{opened.chain.files[0].path}: " + "; ".join(problems))
+
+
+def _differences(theirs: list[ArraySpec], ours: list[Part]) -> list[str]:
+    saved = {s.name: (list(s.shape[1:]), s.dtype) for s in theirs}
+    here = {p.name: (list(p.shape), p.dtype) for p in ours}
+    missing, unknown = list(here.keys() - saved.keys()), list(saved.keys() - here.keys())
+    problems = []
+    for what, names in (("only here", missing), ("only in the file", unknown)):
+        if names:
+            problems.append(f"{len(names)} arrays are {what}, such as {min(names)}")
+    groups: dict[str, list[str]] = {}
+    for name in saved.keys() & here.keys():
+        if saved[name] != here[name]:
+            (shape, dtype), (wanted, kind) = saved[name], here[name]
+            difference = f"{shape} of {dtype} in the file, {wanted} of {kind} here"
+            groups.setdefault(difference, []).append(name)
+    for difference, names in groups.items():
+        problems.append(f"a page of {min(names)} ({len(names)} alike) is {difference}")
+    return problems
+
+
+def inspect_snapshot(path: str | os.PathLike[str]) -> SnapshotInfo:
+    """Read what a snapshot says about itself: header and bookkeeping, checked; no pages.
+
+    Raises:
+      SnapshotCorrupt, SnapshotVersion, SnapshotMismatch, OSError: as `load_snapshot`.
+    """
+    with Opened(path) as opened:
+        return opened.info()
+
+
+def verify_snapshot(
+    path: str | os.PathLike[str], *, progress: Progress | None = None
+) -> SnapshotInfo:
+    """`inspect_snapshot`, and compare every checksum of the file and of its parents."""
+    with Opened(path) as opened:
+        for file in opened.chain.files:
+            file.verify(progress)
+        return opened.info()
+
+
+def compact_snapshot(
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    progress: Progress | None = None,
+    files: Files | None = None,
+) -> SnapshotInfo:
+    """Fold a delta and its parents to one whole snapshot, in place of `path` or at `out`.
+
+    Deltas of `path` name its old content: after folding in place they are refused.
+    """
+    target = path if out is None else out
+    with Opened(path) as opened:
+        header, chain = opened.chain.header, opened.chain
+        specs, sources = [], []
+        for spec in header.arrays:
+            if spec.name == "pages/source":
+                continue
+            if spec.name.startswith("kv/"):
+                whole = ArraySpec(spec.name, spec.dtype, (header.pages, *spec.shape[1:]))
+                sources.append(_kv_chunks(chain, whole))
+            else:
+                whole = spec
+                sources.append(array_chunks(chain.files[0].array(spec.name), spec))
+            specs.append(whole)
+        folded = Header(
+            page_size=header.page_size,
+            pages=header.pages,
+            fingerprint=header.fingerprint,
+            metadata=header.metadata,
+            parent=None,
+            arrays=tuple(specs),
+        )
+        write_file(target, folded, sources, files=files or OSFiles(), progress=progress)
+    return inspect_snapshot(target)
+
+
+def _kv_chunks(chain: Chain, spec: ArraySpec) -> Any:
+    for chunk in range(spec.num_chunks):
+        first = chunk * spec.chunk_rows
+        count = chunk_bytes(spec, chunk) // spec.row_bytes
+        out = np.empty((count, *spec.shape[1:]), DTYPES[spec.dtype])
+        chain.pages_of(spec.name, np.arange(first, first + count), out)
+        yield out

@@ -1,0 +1,277 @@
+"""Reading: one file, or a delta with its chain of parents. Files are read, never mapped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from ..errors import SnapshotCorrupt, SnapshotMismatch
+from ._crc import crc32
+from ._files import open_for_reading
+from ._format import (
+    ALIGNMENT,
+    DTYPES,
+    PREFIX,
+    ArraySpec,
+    Header,
+    aligned,
+    decode_header,
+    layout,
+    snapshot_id,
+    split_prefix,
+)
+
+__all__ = ["Chain", "Progress", "SnapshotFile", "aligned_empty", "as_bytes", "chunk_bytes"]
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes done and the bytes there are."""
+
+_THREADS = 2  # one reads while the other computes a checksum
+_MAX_PARENTS = 256
+
+
+class SnapshotFile:
+    """One open file whose prefix, header and padding are in order; arrays are checked when read.
+
+    Raises:
+      SnapshotCorrupt, SnapshotVersion: what is wrong with it.
+      OSError: it cannot be opened or read.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self._file = open_for_reading(path)
+        try:
+            self._open()
+        except BaseException as error:
+            self.close()
+            if isinstance(error, SnapshotCorrupt):
+                raise SnapshotCorrupt(f"{self.path}: {error}") from None
+            raise
+
+    def _open(self) -> None:
+        self.file_bytes = os.fstat(self._file).st_size
+        prefix = os.pread(self._file, PREFIX.size, 0)
+        header_bytes = split_prefix(prefix, self.file_bytes)
+        front = self._read(PREFIX.size + header_bytes, 0)
+        self.header: Header = decode_header(front)
+        self.id = snapshot_id(front)
+        self.specs = {spec.name: spec for spec in self.header.arrays}
+        offsets, _ = layout(header_bytes, self.header.arrays)
+        self._offsets = dict(zip(self.specs, offsets, strict=True))
+        self._crcs = dict(zip(self.specs, self.header.crcs, strict=True))
+        ends = [o + s.nbytes for o, s in zip(offsets, self.header.arrays, strict=True)]
+        for end in (len(front), *ends):
+            if any(self._read(aligned(end) - end, end)):
+                raise SnapshotCorrupt(f"the padding after byte {end} is not zero")
+
+    def _read(self, size: int, offset: int) -> bytes:
+        data = bytearray(size)
+        self._read_into(memoryview(data), offset)
+        return bytes(data)
+
+    def _read_into(self, data: memoryview, offset: int) -> None:
+        while len(data):
+            got = os.preadv(self._file, [data], offset)
+            if got == 0:
+                raise SnapshotCorrupt(f"{self.path}: the file ended early, at byte {offset}")
+            data, offset = data[got:], offset + got
+
+    def array(self, name: str) -> np.ndarray:
+        """The whole array, its checksums compared."""
+        spec = self.specs[name]
+        out = aligned_empty(spec.shape, DTYPES[spec.dtype])
+        self.fill(name, lambda chunk: _bytes_of(out, spec, chunk))
+        return out
+
+    def read_chunk(self, name: str, chunk: int, data: memoryview) -> None:
+        """Read one chunk, as long as `data`, and compare its checksum."""
+        spec = self.specs[name]
+        self._read_into(data, self._offsets[name] + chunk * spec.chunk_rows * spec.row_bytes)
+        if crc32(data) != self._crcs[name][chunk]:
+            raise SnapshotCorrupt(f"{self.path}: {name}: chunk {chunk} is not what was written")
+
+    def fill(self, name: str, target: Callable[[int], memoryview]) -> None:
+        """Read chunk i of the array into `target(i)` for each i, by a few threads."""
+        spec = self.specs[name]
+
+        def read(chunk: int) -> None:
+            self.read_chunk(name, chunk, target(chunk))
+
+        if spec.num_chunks <= 1:
+            for chunk in range(spec.num_chunks):
+                read(chunk)
+            return
+        with ThreadPoolExecutor(_THREADS) as threads:
+            for future in [threads.submit(read, chunk) for chunk in range(spec.num_chunks)]:
+                future.result()
+
+    def verify(self, progress: Progress | None = None) -> None:
+        """Compare every checksum."""
+        done = 0
+        for name, spec in self.specs.items():
+            for chunk in range(spec.num_chunks):
+                data = bytearray(chunk_bytes(spec, chunk))
+                self.read_chunk(name, chunk, memoryview(data))
+                done += len(data)
+                if progress:
+                    progress(done, self.file_bytes)
+
+    def close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def __enter__(self) -> SnapshotFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Chain:
+    """A snapshot and its parents, opened together: `files[0]` is the newest.
+
+    A parent is looked for under its name in the folder of its child, and must have the id that
+    the child names.
+
+    Attributes:
+      place: int64 `[M, 2]`: for each page which of the files holds it, and as which of its rows.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.files: list[SnapshotFile] = []
+        try:
+            self.files.append(SnapshotFile(path))
+            while (parent := self.newest_parent()) is not None:
+                self.files.append(parent)
+            self.place = self._place_pages()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def header(self) -> Header:
+        return self.files[0].header
+
+    @property
+    def id(self) -> bytes:
+        return self.files[0].id
+
+    def newest_parent(self) -> SnapshotFile | None:
+        child = self.files[-1]
+        wanted = child.header.parent
+        if wanted is None:
+            return None
+        if len(self.files) > _MAX_PARENTS:
+            raise SnapshotCorrupt(f"{child.path}: more than {_MAX_PARENTS} parents; compact it")
+        path = child.path.parent / wanted.name
+        try:
+            parent = SnapshotFile(path)
+        except FileNotFoundError:
+            raise SnapshotMismatch(
+                f"{child.path} is a delta of {wanted.name}, which is not in {path.parent}; "
+                "put it there, or compact the chain where it is whole"
+            ) from None
+        if parent.id != wanted.id or parent.header.pages != wanted.pages:
+            parent.close()
+            raise SnapshotMismatch(
+                f"{child.path} is a delta of {wanted.name} with id {wanted.id.hex()}, but the "
+                f"file of that name has id {parent.id.hex()}: it was replaced since"
+            )
+        return parent
+
+    def _place_pages(self) -> np.ndarray:
+        place = np.zeros((0, 2), np.int64)
+        for at in reversed(range(len(self.files))):
+            file, own = self.files[at], self.files[at].specs.get("pages/source")
+            if (own is None) != (file.header.parent is None):
+                raise SnapshotCorrupt(f"{file.path}: a delta, and only a delta, has pages/source")
+            if own is None:
+                rows = np.arange(file.header.pages)
+                place = np.stack([np.full_like(rows, at), rows], axis=1)
+                continue
+            if (own.dtype, own.shape) != ("int32", (file.header.pages,)):
+                raise SnapshotCorrupt(f"{file.path}: pages/source is not int32 [pages]")
+            source = file.array("pages/source").astype(np.int64)
+            new = source >= 0
+            if (source < -len(place)).any() or (source[new] != np.arange(new.sum())).any():
+                raise SnapshotCorrupt(f"{file.path}: pages/source names a page that is not there")
+            here = np.stack([np.full_like(source, at), source], axis=1)
+            if len(place):
+                here[~new] = place[-1 - source[~new]]
+            place = here
+        return place
+
+    def pages_of(self, name: str, kept: np.ndarray, out: np.ndarray) -> None:
+        """Read pages `kept` `[m]` of one array of keys or values, in this order, into `out`."""
+        place = self.place[kept]
+        for at, file in enumerate(self.files):
+            mine = np.flatnonzero(place[:, 0] == at)
+            rows = place[mine, 1]
+            if len(mine) == 0:
+                continue
+            spec = file.specs[name]
+            whole = len(rows) == spec.shape[0] == len(out) and (rows == np.arange(len(rows))).all()
+            if whole and len(self.files) == 1:
+                file.fill(name, lambda chunk, spec=spec: _bytes_of(out, spec, chunk))
+                continue
+            self._pick(file, spec, rows, mine, out)
+
+    @staticmethod
+    def _pick(
+        file: SnapshotFile, spec: ArraySpec, rows: np.ndarray, where: np.ndarray, out: np.ndarray
+    ) -> None:
+        """Read the chunks that hold the rows, and put the rows where they belong."""
+        chunk_of = rows // spec.chunk_rows
+        shape = (spec.chunk_rows, *spec.shape[1:])
+        buffer = aligned_empty(shape, DTYPES[spec.dtype])
+        for chunk in np.unique(chunk_of).tolist():
+            data = as_bytes(buffer)[: chunk_bytes(spec, chunk)]
+            file.read_chunk(spec.name, chunk, data)
+            here = chunk_of == chunk
+            out[where[here]] = buffer[rows[here] - chunk * spec.chunk_rows]
+
+    def close(self) -> None:
+        for file in self.files:
+            file.close()
+
+    def __enter__(self) -> Chain:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def chunk_bytes(spec: ArraySpec, chunk: int) -> int:
+    rows = min(spec.chunk_rows, spec.shape[0] - chunk * spec.chunk_rows)
+    return rows * spec.row_bytes
+
+
+def as_bytes(array: Any) -> memoryview:
+    """The memory of a contiguous array."""
+    return memoryview(array.reshape(-1).view(np.uint8))
+
+
+def _bytes_of(array: np.ndarray, spec: ArraySpec, chunk: int) -> memoryview:
+    begin = chunk * spec.chunk_rows * spec.row_bytes
+    return as_bytes(array)[begin : begin + chunk_bytes(spec, chunk)]
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Uninitialised memory that begins at a multiple of 64 bytes: JAX on a CPU need not copy it."""
+    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.empty(nbytes + ALIGNMENT, np.uint8)
+    skip = -raw.ctypes.data % ALIGNMENT
+    return raw[skip : skip + nbytes].view(dtype).reshape(shape)

@@ -1,0 +1,253 @@
+"""Saving: a cache and its allocator, whole or as a delta, at once or behind the decode loop."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..allocator import BlockAllocator, Handle
+from ._files import Files, OSFiles
+from ._format import MAX_NAME_BYTES, Header, Parent, Scalar, is_plain_name
+from ._pages import page_chunks, parts_of
+from ._reader import Progress
+from ._state import array_specs, state_arrays
+from ._writer import array_chunks, write_file
+
+__all__ = ["PendingSnapshot", "Snapshot", "save_snapshot", "save_snapshot_async"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Snapshot:
+    """A saved or loaded snapshot: what a later delta names as its parent.
+
+    Attributes:
+      path: of the file.
+      id: 16 bytes, other for any other content.
+      pages: pages that it consists of; written_pages of them are in this file.
+    """
+
+    path: Path
+    id: bytes
+    pages: int
+    written_pages: int
+    _allocator: BlockAllocator
+    _stamps: np.ndarray
+
+    def __repr__(self) -> str:
+        return (
+            f"Snapshot({str(self.path)!r}, {self.id.hex()}, {self.pages} pages, "
+            f"{self.written_pages} in the file)"
+        )
+
+
+def save_snapshot(
+    path: str | os.PathLike[str],
+    cache: Any,
+    allocator: BlockAllocator,
+    *,
+    handles: Sequence[Handle] | None = None,
+    cached: bool = True,
+    metadata: Mapping[str, Scalar] | None = None,
+    parent: Snapshot | None = None,
+    progress: Progress | None = None,
+    files: Files | None = None,
+) -> Snapshot:
+    """Write sequences, their pages and the prefix cache to one file, atomically and durably.
+
+    Only pages in use are written, shared ones once; slots behind a sequence's tokens are written
+    as zeros, reserved pages and those of `allocate_pages` not at all. `path` shows the old file or
+    the new one, whole, whatever happens; the file is readable by its owner only.
+
+    Args:
+      path: to be replaced; a symbolic link is followed.
+      cache: a `KVCache`, or any pytree of arrays `[N, ...]` or stacked `[L, N, ...]`.
+      allocator: its bookkeeping.
+      handles: the sequences to save, in this order; None is all, as in `allocator.handles`.
+      cached: save cached pages without an owner, too.
+      metadata: text to text, int, float, bool or None; yours.
+      parent: write a delta: pages that have not changed since this snapshot (of the same
+        allocator, in the same folder) are left out.
+      progress: called with bytes done and bytes in all.
+      files: the file operations; for tests.
+
+    Raises:
+      OSError: the file could not be written; the old one is as it was.
+      ValueError, TypeError, NotImplementedError: an argument is not what it should be.
+
+    Example:
+      >>> import tempfile
+      >>> from paged_decode import BlockAllocator, KVCache, load_snapshot, save_snapshot
+      >>> sizes = dict(num_layers=1, num_kv_heads=1, page_size=4, head_dim=8)
+      >>> cache, allocator = KVCache.create(num_pages=9, **sizes), BlockAllocator(9, 4)
+      >>> handle = allocator.allocate([5, 6, 7])
+      >>> path = tempfile.mkdtemp() + "/chat.pgd"
+      >>> save_snapshot(path, cache, allocator).pages
+      1
+      >>> cache, allocator = KVCache.create(num_pages=5, **sizes), BlockAllocator(5, 4)
+      >>> restored = load_snapshot(path, into=(cache, allocator))  # donates the cache
+      >>> allocator.tokens(restored.handles[0]).tolist()
+      [5, 6, 7]
+    """
+    job = plan_save(
+        path,
+        cache,
+        allocator,
+        handles=handles,
+        cached=cached,
+        metadata=metadata,
+        parent=parent,
+        copy=False,
+    )
+    return job.write(files or OSFiles(), progress)
+
+
+def save_snapshot_async(
+    path: str | os.PathLike[str],
+    cache: Any,
+    allocator: BlockAllocator,
+    *,
+    files: Files | None = None,
+    **options: Any,
+) -> PendingSnapshot:
+    """`save_snapshot`, but return as soon as the pages are copied out; a thread writes them.
+
+    Call it between two steps: what it saves is the state of that moment, and the next step may
+    donate the cache. The copies take as much host memory as the live pages.
+
+    Args:
+      options: as in `save_snapshot`.
+
+    Raises:
+      ValueError, TypeError, NotImplementedError: as in `save_snapshot`; what writing raises comes
+        from `PendingSnapshot.result`.
+    """
+    progress = options.pop("progress", None)
+    job = plan_save(path, cache, allocator, copy=True, **options)
+    return PendingSnapshot(job, files or OSFiles(), progress)
+
+
+class PendingSnapshot:
+    """A snapshot that is being written by a thread."""
+
+    def __init__(self, job: SaveJob, files: Files, progress: Progress | None):
+        self._result: Snapshot | None = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(job, files, progress))
+        self._thread.start()
+
+    def _run(self, job: SaveJob, files: Files, progress: Progress | None) -> None:
+        try:
+            self._result = job.write(files, progress)
+        except BaseException as error:  # handed to whoever asks for the result
+            self._error = error
+
+    @property
+    def done(self) -> bool:
+        """Whether the file is written, or has failed."""
+        return not self._thread.is_alive()
+
+    def result(self, timeout_seconds: int | float | None = None) -> Snapshot:
+        """Wait for the file; raises what writing it raised, or TimeoutError."""
+        self._thread.join(timeout_seconds)
+        if self._thread.is_alive():
+            raise TimeoutError(f"the snapshot is still being written after {timeout_seconds} s")
+        if self._error is not None:
+            raise self._error
+        if self._result is None:
+            raise RuntimeError("the writing thread ended without a result")
+        return self._result
+
+
+@dataclass(frozen=True, slots=True)
+class SaveJob:
+    """Everything that a file will hold, settled; only writing is left."""
+
+    path: Path
+    header: Header
+    sources: list[Iterable[np.ndarray]]
+    allocator: BlockAllocator
+    stamps: np.ndarray
+    written_pages: int
+
+    def write(self, files: Files, progress: Progress | None) -> Snapshot:
+        ident = write_file(self.path, self.header, self.sources, files=files, progress=progress)
+        return Snapshot(
+            self.path, ident, self.header.pages, self.written_pages, self.allocator, self.stamps
+        )
+
+
+def plan_save(
+    path: str | os.PathLike[str],
+    cache: Any,
+    allocator: BlockAllocator,
+    *,
+    handles: Sequence[Handle] | None = None,
+    cached: bool = True,
+    metadata: Mapping[str, Scalar] | None = None,
+    parent: Snapshot | None = None,
+    copy: bool,
+    committed_only: bool = False,
+    extra: Mapping[str, np.ndarray] | None = None,
+) -> SaveJob:
+    """Take the state of this moment; with `copy`, the pages too."""
+    parts = parts_of(cache, allocator.num_pages)
+    state, where = allocator.export_state(
+        None if handles is None else list(handles), cached=cached, committed_only=committed_only
+    )
+    arrays = state_arrays(state) | dict(extra or {})
+    new = np.ones(state.num_pages, bool)
+    if parent is not None:
+        known = _positions(_checked_parent(parent, path, allocator), where.stamps)
+        new = known < 0
+        arrays["pages/source"] = np.where(new, new.cumsum() - 1, -1 - known).astype(np.int32)
+    count = int(new.sum())
+    specs = array_specs(arrays)
+    sources: list[Iterable[np.ndarray]] = [
+        array_chunks(a, s) for a, s in zip(arrays.values(), specs, strict=True)
+    ]
+    for part in parts:
+        chunks = page_chunks(
+            cache, part, where.pages[new], where.filled[new], state.page_size, copy=copy
+        )
+        sources.append(list(chunks) if copy else chunks)
+        specs.append(part.spec(count))
+    header = Header(
+        page_size=state.page_size,
+        pages=state.num_pages,
+        fingerprint=allocator.fingerprint,
+        metadata={} if metadata is None else metadata,
+        parent=None if parent is None else Parent(parent.id, parent.path.name, parent.pages),
+        arrays=tuple(specs),
+    )
+    return SaveJob(Path(path), header, sources, allocator, where.stamps, count)
+
+
+def _checked_parent(
+    parent: Snapshot, path: str | os.PathLike[str], allocator: BlockAllocator
+) -> np.ndarray:
+    """The stamps of a parent that a file at `path` may have."""
+    if parent._allocator is not allocator:
+        raise ValueError("parent is a snapshot of another allocator; save a whole snapshot")
+    name, here = parent.path.name, Path(path)
+    if os.path.realpath(parent.path) == os.path.realpath(here):
+        raise ValueError(f"a delta cannot replace its parent {parent.path}; give it its own name")
+    if parent.path.parent.resolve() != here.parent.resolve():
+        raise ValueError(f"a delta must lie in the folder of its parent, {parent.path.parent}")
+    if not is_plain_name(name) or len(name.encode()) > MAX_NAME_BYTES:
+        raise ValueError(f"the parent's name {name!r} cannot be stored; rename the file")
+    return parent._stamps
+
+
+def _positions(stamps: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """int64: where each wanted stamp is in `stamps`; -1 if it is not, or is -1 itself."""
+    if len(stamps) == 0:
+        return np.full(len(wanted), -1)
+    order = stamps.argsort(kind="stable")
+    at = order[np.searchsorted(stamps, wanted, sorter=order).clip(max=len(stamps) - 1)]
+    return np.where((stamps[at] == wanted) & (wanted >= 0), at, -1)

@@ -1,0 +1,104 @@
+"""The allocator's state as arrays of the container, and back, with every type checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from ..allocator import AllocatorState, check_state
+from ..errors import PageTableError, SnapshotCorrupt
+from ._format import ArraySpec
+
+__all__ = ["STATE", "array_specs", "require_shapes", "state_arrays", "state_from"]
+
+STATE = {
+    "sequence/length": ("int64", 1),
+    "sequence/computed": ("int64", 1),
+    "sequence/cached": ("int64", 1),
+    "sequence/salt": ("int32", 1),
+    "sequence/pages": ("int32", 1),
+    "entry/page": ("int32", 1),
+    "entry/parent": ("int32", 1),
+    "entry/evictable": ("int32", 1),
+    "salt/length": ("int64", 1),
+    "salt/bytes": ("uint8", 1),
+    "page/tokens": ("int32", 2),
+}
+"""Name, dtype and number of axes of the arrays that every snapshot has."""
+
+
+def state_arrays(state: AllocatorState) -> dict[str, np.ndarray]:
+    """The state under the names and dtypes of `STATE`."""
+    values = (
+        state.lengths,
+        state.computed,
+        state.cached,
+        state.salts,
+        state.table,
+        state.entry_pages,
+        state.entry_parents,
+        state.evictable,
+        *pack_bytes(state.salt_keys),
+        state.tokens,
+    )
+    return {
+        name: np.asarray(value, dtype)
+        for (name, (dtype, _)), value in zip(STATE.items(), values, strict=True)
+    }
+
+
+def state_from(arrays: Mapping[str, np.ndarray], page_size: int) -> AllocatorState:
+    """The checked state; raises SnapshotCorrupt."""
+    state = AllocatorState(
+        page_size=page_size,
+        lengths=arrays["sequence/length"],
+        computed=arrays["sequence/computed"],
+        cached=arrays["sequence/cached"],
+        salts=arrays["sequence/salt"],
+        salt_keys=tuple(unpack_bytes("salt", arrays["salt/length"], arrays["salt/bytes"])),
+        table=arrays["sequence/pages"],
+        entry_pages=arrays["entry/page"],
+        entry_parents=arrays["entry/parent"],
+        evictable=arrays["entry/evictable"],
+        tokens=arrays["page/tokens"],
+    )
+    try:
+        check_state(state)
+    except PageTableError as error:
+        raise SnapshotCorrupt(str(error)) from None
+    return state
+
+
+def array_specs(arrays: Mapping[str, np.ndarray]) -> list[ArraySpec]:
+    return [ArraySpec(name, str(a.dtype), a.shape) for name, a in arrays.items()]
+
+
+def require_shapes(specs: Mapping[str, ArraySpec], wanted: Mapping[str, tuple[str, int]]) -> None:
+    """Raise SnapshotCorrupt unless every wanted array is there with its dtype and axes."""
+    for name, (dtype, axes) in wanted.items():
+        spec = specs.get(name)
+        if spec is None:
+            raise SnapshotCorrupt(f"array {name} is missing")
+        if spec.dtype != dtype or len(spec.shape) != axes:
+            raise SnapshotCorrupt(
+                f"array {name} is {spec.dtype} with {len(spec.shape)} axes, not {dtype} with {axes}"
+            )
+
+
+def pack_bytes(strings: tuple[bytes, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths int64 and the bytes one behind the other."""
+    lengths = np.array([len(s) for s in strings], np.int64)
+    return lengths, np.frombuffer(b"".join(strings), np.uint8)
+
+
+def unpack_bytes(name: str, lengths: np.ndarray, data: np.ndarray) -> list[bytes]:
+    require_split(name, lengths, len(data))
+    ends = lengths.cumsum().tolist()
+    return [data[end - n : end].tobytes() for end, n in zip(ends, lengths.tolist(), strict=True)]
+
+
+def require_split(name: str, lengths: np.ndarray, total: int) -> None:
+    """Raise SnapshotCorrupt unless the lengths are none negative and add up to `total`."""
+    if (lengths < 0).any() or (lengths > total).any() or sum(lengths.tolist()) != total:
+        raise SnapshotCorrupt(f"the lengths of {name} do not add up to its {total} entries")

@@ -1,0 +1,40 @@
+"""How the snapshots of format version 1 in this folder were made. They are never made again: a
+release that cannot read them is broken, whatever it writes itself.
+
+    python -m tests.golden.make_snapshots FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from paged_decode import SamplingParams, save_snapshot
+
+from ..paged_decode.tiny import make_engine, prompts
+from ..snapshot.small import busy
+
+
+def make(folder: Path) -> None:
+    for dtype in ("float32", "bfloat16", "float8_e4m3fn", "int8"):
+        cache, allocator, handles = busy(
+            dtype=np.dtype(getattr(ml_dtypes, dtype, dtype)), fingerprint=b"golden"
+        )
+        path = folder / f"snapshot_v1_{dtype}.pgd"
+        parent = save_snapshot(path, cache, allocator, metadata={"dtype": dtype, "made": 1})
+        if dtype == "bfloat16":
+            allocator.free(handles[0])
+            save_snapshot(folder / "snapshot_v1_delta.pgd", cache, allocator, parent=parent)
+    engine = make_engine()
+    for prompt in prompts(3, seed=6):
+        engine.submit(prompt, SamplingParams(max_new_tokens=12, temperature=0.7, seed=3), n=2)
+    for _ in range(3):
+        engine.step()
+    engine.save(folder / "snapshot_v1_engine.pgd")
+
+
+if __name__ == "__main__":
+    make(Path(sys.argv[1]))

@@ -1,0 +1,151 @@
+"""Writing the newest tokens and attending in one operation equals doing one after the other."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from paged_decode.kernels import append_and_attend
+
+from .oracle import (
+    COMPILED,
+    LSE_TOLERANCE,
+    NAMES,
+    TOLERANCE,
+    Case,
+    Inputs,
+    build,
+    expected,
+    same_bits,
+)
+
+pytestmark = pytest.mark.parametrize("backend", NAMES)
+
+CASES = {
+    "one token": Case((0, 1, 15, 16, 17, 48), 2, 3, 64, 16, 3),
+    "one token, bfloat16": Case((33, 0, 1, 64), 2, 4, 128, 16, 4, dtype="bfloat16"),
+    "pages of one token": Case((5, 0, 1), 3, 1, 64, 1, 6),
+    "options": Case(
+        (0, 1, 15, 16, 17, 48),
+        2,
+        3,
+        64,
+        16,
+        3,
+        starts=(0, 1, 2, 0, 5, 9),
+        sinks=(2,),
+        options=dict(sliding_window=7, soft_cap=1.5, scale=0.3),
+    ),
+    "starts past the end": Case((3, 1, 16), 1, 2, 64, 16, 2, starts=(3, 1, 0)),
+    "three tokens": Case((0, 2, 3, 17, 48), 2, 3, 64, 16, 3, tokens=3),
+}
+
+
+def take_newest(inputs: Inputs) -> tuple[np.ndarray, np.ndarray, Inputs]:
+    """k and v of the newest tokens, and the inputs with NaN in their slots."""
+    q, lens = inputs.q, inputs.seq_lens
+    tokens = q.shape[1] if q.ndim == 4 else 1
+    heads, size, dim = inputs.k_pages.shape[1:]
+    new = [np.zeros((len(q), tokens, heads, dim), inputs.k_pages.dtype) for _ in range(2)]
+    pages = [inputs.k_pages.copy(), inputs.v_pages.copy()]
+    for row, t in np.ndindex(len(q), tokens):
+        if (position := int(lens[row]) - tokens + t) >= 0:
+            at = (inputs.page_table[row, position // size], slice(None), position % size)
+            for n, p in zip(new, pages, strict=True):
+                n[row, t] = p[at]
+                p[at] = np.nan
+    k, v = (n if q.ndim == 4 else n[:, 0] for n in new)
+    return k, v, Inputs(q, *pages, inputs.page_table, lens, inputs.options)
+
+
+def run(backend, k, v, inputs: Inputs, **more):
+    pages = (jnp.array(inputs.k_pages), jnp.array(inputs.v_pages))
+    return append_and_attend(
+        inputs.q,
+        k,
+        v,
+        *pages,
+        inputs.page_table,
+        inputs.seq_lens,
+        return_lse=True,
+        implementation=backend,
+        **inputs.options,
+        **more,
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_attends_to_what_it_writes_and_changes_no_other_slot(backend, name):
+    whole = build(CASES[name])
+    k, v, hollow = take_newest(whole)
+    out, lse, k_pages, v_pages = run(backend, k, v, hollow)
+    want, want_lse = expected(whole)
+    rtol, atol = TOLERANCE[CASES[name].dtype]
+    np.testing.assert_allclose(np.asarray(out, np.float64), want, rtol=rtol, atol=atol)
+    np.testing.assert_allclose(lse, want_lse, *LSE_TOLERANCE)
+    same_bits((k_pages, v_pages), (whole.k_pages, whole.v_pages))
+
+
+def test_one_layer_of_a_stacked_pool_is_written(backend):
+    whole = build(CASES["one token"])
+    k, v, hollow = take_newest(whole)
+    stacked = Inputs(
+        hollow.q,
+        *(np.stack([p * 0, p, p * 0]) for p in (hollow.k_pages, hollow.v_pages)),
+        *(hollow.page_table, hollow.seq_lens, hollow.options),
+    )
+    one = run(backend, k, v, hollow)
+    many = run(backend, k, v, stacked, layer=1)
+    same_bits(many[:2], one[:2])
+    same_bits([p[1] for p in many[2:]], one[2:])
+    same_bits([p[::2] for p in many[2:]], [p[::2] for p in (stacked.k_pages, stacked.v_pages)])
+
+
+def test_a_row_that_breaks_the_contract_is_nan_and_writes_nothing(backend):
+    whole = build(CASES["one token"])
+    k, v, hollow = take_newest(whole)
+    table, lens = hollow.page_table.copy(), hollow.seq_lens.copy()
+    table[2, 0], table[4, 1], lens[5] = -1, len(hollow.k_pages), 49
+    broken = Inputs(hollow.q, hollow.k_pages, hollow.v_pages, table, lens, hollow.options)
+    # Traced values cannot be checked before.
+    call = jax.jit(lambda t, n: run(backend, k, v, replace(broken, page_table=t, seq_lens=n)))
+    out, _, k_pages, v_pages = call(table, lens)
+    good = np.array([1, 3])
+    assert np.isnan(np.asarray(out)[[2, 4, 5]]).all() and np.isfinite(np.asarray(out)[good]).all()
+    left = np.isnan(np.asarray(k_pages)) != np.isnan(hollow.k_pages)
+    written = {(int(p), int(s)) for p, _, s, _ in np.argwhere(left)}
+    ends = [(int(table[row, (lens[row] - 1) // 16]), int(lens[row] - 1) % 16) for row in good]
+    assert written == set(ends)
+    assert np.isnan(np.asarray(v_pages)).sum() == np.isnan(np.asarray(k_pages)).sum()
+
+
+def test_donated_pages_are_updated_in_place(backend):
+    if backend not in COMPILED or backend == "reference":
+        pytest.skip(f"{backend} copies pages to read them")
+    whole = build(CASES["one token, bfloat16"])
+    whole = replace(
+        whole, **{n: getattr(whole, n).astype(np.float32) for n in ("q", "k_pages", "v_pages")}
+    )
+    k, v, hollow = take_newest(whole)
+    pages = [np.tile(p, (200, 1, 1, 1)) for p in (hollow.k_pages, hollow.v_pages)]
+
+    def step(kp, vp):
+        out, kp, vp = append_and_attend(
+            hollow.q, k, v, kp, vp, hollow.page_table, hollow.seq_lens, implementation=backend
+        )
+        return kp, vp, out
+
+    memory = jax.jit(step, donate_argnums=(0, 1)).lower(*pages).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= 2 * pages[0].nbytes
+    assert memory.temp_size_in_bytes < pages[0].nbytes / 4
+
+
+def test_new_tokens_of_the_wrong_shape_are_refused(unchecked, backend):
+    whole = build(CASES["one token"])
+    k, v, hollow = take_newest(whole)
+    with pytest.raises(ValueError, match="k must be \\[B, Hk, D\\]"):
+        run(backend, k[:, :1], v, hollow)
+    with pytest.raises(ValueError, match="v must be \\[B, Hk, D\\]"):
+        run(backend, k, v[:-1], hollow)

@@ -1,0 +1,134 @@
+"""The Triton backend under Triton's interpreter, as backends that the common suite can name.
+
+Everything is the library's own, from the refusal to the plan of the launch; only the last step,
+the custom call, becomes a call back into Python, which asks another process to interpret it.
+"""
+
+import importlib.util
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cache
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import jax
+import numpy as np
+
+from paged_decode.kernels.dispatch import Backend
+
+from . import worker
+
+__all__ = ["BACKENDS", "INSTALLED", "NAME"]
+
+INSTALLED = importlib.util.find_spec("triton") is not None
+NAME = "triton-interpret"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run the kernel.
+
+    Attributes:
+      tile: block_n and pack of every config, with work for many programs; None: as shipped.
+      generation: the card that the config is chosen for, 10 * major + minor.
+      order: seed of the order in which the programs run.
+    """
+
+    tile: tuple[int, int] | None = None
+    generation: int = 90
+    order: int = 0
+
+
+# The small tiles cut even the short rows of the common suite into several programs; the aims that
+# come with them are as uneven as they can be, so that both the even and the ragged plan are used.
+VARIANTS = {
+    NAME: Variant(),
+    f"{NAME}-other-order": Variant(order=1),
+    f"{NAME}-other-card": Variant(generation=89),
+    f"{NAME}-split": Variant(tile=(16, 1)),
+    f"{NAME}-split-other-order": Variant(tile=(16, 1), order=1),
+    f"{NAME}-packed": Variant(tile=(16, 2)),
+    f"{NAME}-packed-other-order": Variant(tile=(16, 2), order=1),
+}
+
+
+def _config(shape: Any, variant: Variant, chosen: Callable[[Any], Any]) -> Any:
+    if variant.tile is None:
+        return chosen(replace(shape, generation=variant.generation))
+    block_n, pack = variant.tile
+    pack = pack if shape.kv_heads % pack == 0 else 1
+    lanes = shape.rows * shape.kv_heads // pack
+    config = chosen(shape)
+    return replace(config, block_n=block_n, pack=pack, even=3 * lanes, ragged=7 * lanes)
+
+
+def _module(name: str, variant: Variant) -> ModuleType:
+    from paged_decode.kernels.triton import call as library
+    from paged_decode.kernels.triton import compat
+
+    chosen = library.choose_config
+
+    def refusal(call: Any) -> str | None:
+        with mock.patch.object(compat, "problem", lambda: None):
+            return library.refusal(replace(call, platform="gpu"))
+
+    def launch(kernel: Any, inputs: Sequence[Any], outputs: Sequence[Any], **options: Any):
+        return _launch(kernel, inputs, outputs, variant.order, **options)
+
+    def interpreted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            with (
+                mock.patch.object(compat, "launch", launch),
+                mock.patch.object(library, "choose_config", lambda s: _config(s, variant, chosen)),
+            ):
+                return function(*args)
+
+        return call
+
+    module = ModuleType(name)
+    vars(module)["refusal"] = refusal
+    for served in {"attend", *library.__all__} - {"refusal"}:
+        vars(module)[served] = interpreted(getattr(library, served))
+    return module
+
+
+def _launch(
+    kernel: Any,
+    inputs: Sequence[Any],
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    order: int,
+    *,
+    grid: int,
+    constants: dict[str, Any],
+    warps: int,
+    stages: int,
+    name: str,
+    rewritten: Sequence[str] = (),
+    aliases: Sequence[int] = (),
+) -> list[jax.Array]:
+    """What `compat.launch` promises, interpreted; `warps` and `stages` mean nothing here."""
+    made = [(out.shape, out.dtype.name) for out in outputs]
+    again = [jax.ShapeDtypeStruct(inputs[i].shape, inputs[i].dtype) for i in aliases]
+
+    def interpret(*arrays: Any) -> list[np.ndarray]:
+        given = [np.asarray(array) for array in arrays]
+        what = (kernel.__module__, kernel.__name__, given, made, grid, constants, order)
+        return _worker().submit(worker.run, *what, rewritten, aliases).result()
+
+    results = [*outputs, *again]
+    return jax.pure_callback(interpret, results, *inputs, vmap_method="sequential")
+
+
+@cache
+def _worker() -> ProcessPoolExecutor:
+    # A fresh process, not a fork: this one may have imported triton as a compiler.
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), worker.start)
+
+
+BACKENDS = tuple(
+    Backend(name, lambda name=name, variant=variant: _module(name, variant), ())
+    for name, variant in VARIANTS.items()
+)

@@ -1,0 +1,176 @@
+"""Rows and pages over a data axis: local ids on the device, one front on the host."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from paged_decode import (
+    DecodeBatch,
+    Engine,
+    EngineConfig,
+    KVCache,
+    OutOfPages,
+    PageCopies,
+    PageTableError,
+    SamplingParams,
+    SequenceTooLong,
+    ShardedAllocator,
+    StaleHandle,
+    split_batch,
+)
+
+from . import tiny
+from .test_sharding import COLLECTIVES
+
+SIZES = dict(num_layers=1, num_pages=16, num_kv_heads=2, page_size=4, head_dim=8)
+
+
+def make_mesh(data: int, heads: int):
+    devices = jax.devices()[: data * heads]
+    kinds = (AxisType.Auto,) * 2
+    return jax.make_mesh((data, heads), ("data", "tensor"), axis_types=kinds, devices=devices)
+
+
+def make_cache(data: int, heads: int, **sizes) -> KVCache:
+    mesh = make_mesh(data, heads)
+    return KVCache.create(**SIZES | sizes, mesh=mesh, head_axis="tensor", data_axis="data")
+
+
+def step(cache, q, k, v, batch):
+    cache = cache.append(0, k, v, batch.slots)
+    return cache, cache.attend(0, q, batch)
+
+
+@pytest.mark.parametrize("data, heads", [(2, 1), (2, 2), (4, 2), (1, 2)])
+def test_a_step_over_data_shards_equals_one_device(data, heads):
+    rng = np.random.default_rng(0)
+    lens = [5, 9, 2, 7]
+    allocator = ShardedAllocator(32, 4, num_shards=data)
+    handles = [allocator.allocate(rng.integers(0, 9, n)) for n in lens]
+    batch = allocator.batch(handles, 0, lens, tokens_per_row=9, rows=6)
+    q, k, v = (rng.standard_normal((6, 9, h, 8)).astype(np.float32) for h in (6, 2, 2))
+    plain = KVCache.create(**SIZES | dict(num_pages=32))
+    _, want = step(plain, q, k, v, batch)  # the whole pool's ids serve one device as they are
+    cache = make_cache(data, heads, num_pages=32)
+    local, spread = cache.split(batch, (1, 2, 4))
+    program = jax.jit(step, donate_argnums=0).lower(cache, *spread.put((q, k, v)), local).compile()
+    assert not re.findall(COLLECTIVES, program.as_text())
+    _, got = program(cache, *spread.put((q, k, v)), local)
+    np.testing.assert_allclose(spread.take(got)[:4], want[:4], rtol=1e-6, atol=1e-6)
+    if data > 1:
+        assert local.page_table.max() < 32 // data
+
+
+@pytest.mark.parametrize("data, heads", [(2, 1), (4, 2)])
+def test_the_engine_over_data_shards_gives_the_tokens_of_one_device(data, heads):
+    """With forks, prefix hits and preemption, and no program is made after warm-up."""
+    cache = make_cache(data, heads, num_layers=tiny.LAYERS, num_pages=12 * data, head_dim=tiny.DIM)
+    allocator = ShardedAllocator(12 * data, 4, num_shards=data, hash_key=b"test")
+    shapes = EngineConfig(max_rows=8, row_buckets=(2, 8), prefill_chunk=8, decode_steps=4)
+    engine = Engine(tiny.model, jax.tree.map(jnp.asarray, tiny.PARAMS), cache, allocator, shapes)
+    engine.warmup()
+    programs = engine.stats.programs
+    prompts = tiny.prompts(5, low=8, high=20)
+    prompts.append(prompts[0])
+    done = engine.generate(prompts, SamplingParams(max_new_tokens=10), n=3)
+    for i, completion in enumerate(done):
+        assert completion.tokens == tiny.dense_greedy(prompts[i // 3], 10)
+    assert engine.stats.programs == programs
+    assert engine.stats.prefix_hit_tokens and allocator.stats().copies
+    assert all(shard.stats().peak_used for shard in allocator.shards)
+    assert engine.idle and allocator.num_used == 0
+    allocator.check_invariants()
+
+
+def test_ids_that_are_not_local_are_refused_on_the_host():
+    good = dict(page_table=[[1, 2]], seq_lens=[5], positions=[[4]], slots=[[8]])
+    where = dict(shards=2, pages_per_shard=8, page_size=4, sizes=(1,))
+
+    def split(**changes):
+        fields = {k: np.array(v, np.int32) for k, v in (good | changes).items()}
+        return split_batch(DecodeBatch(**fields), **where)
+
+    split()
+    for wrong, words in (
+        (dict(page_table=[[1, 9]]), "page 9 in row 0"),
+        (dict(page_table=[[1, 8]]), "page 8 in row 0"),  # the null page of shard 1
+        (dict(page_table=[[17, 18]]), "page 17"),
+        (dict(page_table=[[-1, 0]]), "page -1"),
+        (dict(slots=[[40]]), "slot 10"),
+    ):
+        with pytest.raises(PageTableError, match=words):
+            split(**wrong)
+    cache = make_cache(2, 1)
+    with pytest.raises(PageTableError, match="different shards"):
+        cache.copy_pages(PageCopies(np.array([1], np.int32), np.array([9], np.int32)))
+    assert not cache.is_deleted
+
+
+def test_eager_local_ids_beyond_a_shard_are_refused(unchecked):
+    cache = make_cache(2, 1)
+    table, lens = np.array([[1], [9]], np.int32), np.array([1, 1], np.int32)
+    with pytest.raises(ValueError, match="N-1 = 7"):
+        cache.attend(0, np.zeros((2, 2, 8), np.float32), DecodeBatch(table, lens, None, None))
+    with pytest.raises(ValueError, match="B = 3 rows .* 2 shards"):
+        cache.attend(0, np.zeros((3, 2, 8), np.float32), DecodeBatch(table, lens, None, None))
+
+
+def test_copies_go_to_their_shards():
+    cache = make_cache(2, 1)
+    rng = np.random.default_rng(0)
+    cache = jax.tree.map(
+        lambda a: jax.device_put(rng.standard_normal(a.shape).astype(np.float32), a.sharding), cache
+    )
+    before = np.array(cache.v_pages[0])
+    copies = PageCopies(np.array([1, 9, 2], np.int32), np.array([3, 10, 4], np.int32))
+    after = np.array(cache.copy_pages(copies).v_pages[0])
+    want = before.copy()
+    want[[3, 10, 4]] = before[[1, 9, 2]]
+    np.testing.assert_array_equal(after, want)
+
+
+def test_what_the_front_refuses_changes_no_shard():
+    allocator = ShardedAllocator(8, 4, num_shards=2)  # 3 pages a shard
+    a, b = allocator.allocate([1] * 8), allocator.allocate([2] * 12)
+    assert [allocator.shard_of(h) for h in (a, b)] == [0, 1]
+    state = lambda: [(s.num_free, s.num_used) for s in allocator.shards]  # noqa: E731
+    before = state()
+    for error, call in (
+        (SequenceTooLong, lambda: allocator.reserve([a, b], 1)),
+        (SequenceTooLong, lambda: allocator.append([a, b], [[3], [3]])),
+        (SequenceTooLong, lambda: allocator.advance([a, b], [3, 3])),
+        (ValueError, lambda: allocator.commit([a, b], [8, 13])),
+        (StaleHandle, lambda: allocator.free([a, b + 2])),
+        (ValueError, lambda: allocator.free([a, a])),
+        (SequenceTooLong, lambda: allocator.allocate([1] * 13)),
+        (OutOfPages, lambda: allocator.allocate([1] * 9)),
+        (ValueError, lambda: allocator.batch([a, b], 0, [8, 12], tokens_per_row=12, rows=1)),
+        (ValueError, lambda: allocator.advance([a], [1], columns=2)),
+    ):
+        with pytest.raises(error):
+            call()
+        assert state() == before and allocator.sequence(a).length == 8
+    allocator.commit([a, b], [8, 12])
+    batch, copies = allocator.advance([a], [3])
+    assert batch.seq_lens.tolist() == [9] and len(copies.src) == 0
+    stats = allocator.stats()
+    assert (stats.used, stats.sequences, stats.stored_tokens) == (6, 2, 21)
+    assert stats.tail_waste == 1 - 21 / 24 and len(allocator.page_states()) == 8
+    allocator.free([a, b])
+    assert allocator.num_used == 0 and allocator.match_prefix([2] * 12) == 8
+    with pytest.raises(StaleHandle):
+        allocator.tokens(a)
+    allocator.check_invariants()
+
+
+def test_pages_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="2 shards of 'data'"):
+        make_cache(2, 1, num_pages=15)
+    with pytest.raises(ValueError, match="2 shards"):
+        ShardedAllocator(15, 4, num_shards=2)

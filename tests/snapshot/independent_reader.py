@@ -1,0 +1,73 @@
+"""A second reader, made of docs/snapshot_format.md alone: it shares no code with the library."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+import zlib
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401  (teaches NumPy the names of the small floats)
+import msgpack
+import numpy as np
+
+
+def read(path: Path) -> tuple[dict, dict[str, np.ndarray], bytes]:
+    """Header, arrays and id."""
+    data = path.read_bytes()
+    magic, version, header_bytes, file_bytes, checksum = struct.unpack_from("<8sIQQI", data)
+    assert magic == bytes.fromhex("89504744 0d0a1a0a") and version == 1
+    assert file_bytes == len(data) and 1 <= header_bytes <= 1048576
+    header = data[32 : 32 + header_bytes]
+    assert zlib.crc32(data[:28] + header) == checksum
+    fields = msgpack.unpackb(header)
+    assert list(fields) == ["arrays", "fingerprint", "metadata", "page_size", "pages", "parent"]
+    arrays, offset = {}, up(32 + header_bytes)
+    assert not any(data[32 + header_bytes : offset])
+    for name, dtype, shape, checksums in fields["arrays"]:
+        kind = np.dtype(dtype)
+        size = math.prod(shape) * kind.itemsize
+        row = math.prod(shape[1:]) * kind.itemsize
+        chunk = max(1, 4194304 // max(1, row)) * row
+        raw = data[offset : offset + size]
+        found = [zlib.crc32(raw[i : i + chunk]) for i in range(0, size, max(1, chunk))]
+        assert struct.unpack(f"<{len(found)}I", checksums) == tuple(found)
+        arrays[name] = np.frombuffer(raw, kind).reshape(shape)
+        assert not any(data[offset + size : up(offset + size)])
+        offset = up(offset + size)
+    assert offset == len(data)
+    return fields, arrays, hashlib.blake2b(data[: 32 + header_bytes], digest_size=16).digest()
+
+
+def up(size: int) -> int:
+    return (size + 63) // 64 * 64
+
+
+def pages(path: Path, name: str) -> np.ndarray:
+    """One array of keys or values, all M pages of it, through the parents."""
+    fields, arrays, _ = read(path)
+    if fields["parent"] is None:
+        return arrays[name]
+    ident, parent, count = fields["parent"]
+    older = pages(path.parent / parent, name)
+    assert read(path.parent / parent)[2] == ident and len(older) == count
+    source = arrays["pages/source"]
+    return np.stack([arrays[name][r] if r >= 0 else older[-1 - r] for r in source])
+
+
+def sequences(path: Path) -> list[tuple[list[int], bytes, list[int]]]:
+    """Tokens, salt and pages of every sequence."""
+    fields, arrays, _ = read(path)
+    size, begin, out = fields["page_size"], 0, []
+    ends = np.cumsum(arrays["salt/length"])
+    salts = [
+        arrays["salt/bytes"][e - n : e].tobytes()
+        for e, n in zip(ends, arrays["salt/length"], strict=True)
+    ]
+    for length, salt in zip(arrays["sequence/length"], arrays["sequence/salt"], strict=True):
+        held = arrays["sequence/pages"][begin : begin + -(-length // size)]
+        begin += len(held)
+        tokens = arrays["page/tokens"][held].reshape(-1)[:length]
+        out.append((tokens.tolist(), salts[salt], held.tolist()))
+    return out

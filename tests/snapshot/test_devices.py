@@ -1,0 +1,76 @@
+"""One file, whatever the devices: heads over 1, 2 and 4 of them, and back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import jax
+jax.config.update("jax_num_cpu_devices", 4)
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from paged_decode import BlockAllocator, KVCache, load_snapshot, save_snapshot
+
+folder, rng = Path(sys.argv[1]), np.random.default_rng(0)
+
+def cache_on(devices, pages, fill=None):
+    arrays = [np.zeros((pages, 4, 4, 8), np.float32) if fill is None else fill() for _ in range(4)]
+    if devices > 1:
+        mesh = jax.make_mesh((devices,), ("heads",), devices=jax.devices()[:devices])
+        arrays = [jax.device_put(a, NamedSharding(mesh, P(None, "heads"))) for a in arrays]
+    else:
+        arrays = [jax.device_put(a) for a in arrays]
+    return KVCache(tuple(arrays[:2]), tuple(arrays[2:]))
+
+def fresh():
+    return rng.standard_normal((20, 4, 4, 8)).astype(np.float32)
+
+allocator = BlockAllocator(20, 4)
+for n in (9, 5, 16):
+    h = allocator.allocate(rng.integers(0, 50, n))
+    allocator.commit(h, n)
+allocator.free(h)
+save_snapshot(folder / "1", cache_on(1, 20, fresh), allocator)
+want = (folder / "1").read_bytes()
+last = "1"
+for devices, pages in ((2, 30), (4, 12), (1, 25), (4, 20)):
+    other = BlockAllocator(pages, 4)
+    restored = load_snapshot(folder / last, into=(cache_on(devices, pages), other))
+    other.check_invariants()
+    assert len(restored.cache.k_pages[0].sharding.device_set) == devices
+    last = f"to-{devices}-{pages}"
+    save_snapshot(folder / last, restored.cache, other)
+    assert (folder / last).read_bytes() == want, last
+
+mesh = jax.make_mesh((4,), ("pages",))
+pages = jax.device_put(np.zeros((20, 4, 4, 8), np.float32), NamedSharding(mesh, P("pages")))
+try:
+    save_snapshot(folder / "x", KVCache((pages,), (pages,)), allocator)
+except NotImplementedError as error:
+    assert "only heads may be" in str(error)
+else:
+    raise SystemExit("pages over devices were saved")
+
+sizes = dict(num_layers=1, num_pages=20, num_kv_heads=2, page_size=4, head_dim=8)
+for axes in (dict(head_axis="heads"), dict(data_axis="heads")):
+    cache = KVCache.create(**sizes, mesh=jax.make_mesh((4,), ("heads",)), **axes)
+    try:
+        save_snapshot(folder / "y", cache, allocator)
+    except NotImplementedError as error:
+        assert "every KV head once" in str(error)
+    else:
+        raise SystemExit(f"{axes} were saved")
+    assert not (folder / "y").exists()
+"""
+
+
+def test_heads_over_devices_and_back_give_the_same_bytes(tmp_path):
+    command = [sys.executable, "-W", "error", "-c", SCRIPT, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
