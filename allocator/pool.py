@@ -88,9 +88,13 @@ class PagePool:
 
         The caller has called `require`, so there are enough.
         """
-        while self.num_free < count:
-            self._push(np.array([self.cache.evict()], np.int32))
-            self.evicted += 1
+        evicted: list[int] = []
+        try:
+            while self.num_free + len(evicted) < count:
+                evicted.append(self.cache.evict())
+        finally:  # if the policy fails, what it gave up before is free
+            self._push(np.array(evicted, np.int32))
+            self.evicted += len(evicted)
         pages = self._free[self.num_free - count : self.num_free][::-1].copy()
         self.num_free -= count
         self.refs[pages] = 1

@@ -107,7 +107,7 @@ class PrefixCache:
         self.fingerprint = fingerprint
         self._digest = blake2b_digest if digest is None else digest
         self._next_serial = 1
-        self.num_forgotten = 0
+        self.num_evicted = self.num_withdrawn = 0  # entries forgotten so far, by why
         self.queried_tokens = self.hit_tokens = 0
 
     def namespace(self, salt: str | bytes | None) -> Namespace:
@@ -186,10 +186,13 @@ class PrefixCache:
         return entry
 
     def forget(self, page: int) -> None:
-        """The page can no longer be found."""
+        """The page can no longer be found, whoever holds it."""
+        self.num_withdrawn += 1
+        self._forget(page)
+
+    def _forget(self, page: int) -> None:
         del self.index[self.by_page.pop(page).digest]
         self.published[page] = False
-        self.num_forgotten += 1
         if self._watcher is not None:
             self._watcher.forget(page)
 
@@ -209,5 +212,6 @@ class PrefixCache:
         if page not in self.evictable:
             raise CorruptState([f"the eviction policy chose page {page!r}, which is not evictable"])
         self.evictable.remove(page)
-        self.forget(page)
+        self.num_evicted += 1
+        self._forget(page)
         return page
