@@ -66,6 +66,7 @@ class Sample:
     handle: Any = None  # a Handle while it has pages
     computed: int = 0
     preemptions: int = 0
+    priority: int = 0
 
     @property
     def generated(self) -> int:

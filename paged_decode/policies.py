@@ -1,4 +1,8 @@
-"""Who gives way under memory pressure: ranks of cached pages, and the choice of a victim.
+"""Who gives way under memory pressure, how, and who is let in.
+
+Four questions, each asked of one object: which cached page is evicted (`EvictionRank`), which
+sample loses its pages (`VictimPolicy`), whether they are copied to the host tier or computed again
+(`PreemptionPolicy`), and how many pages stay free when a sample is admitted (`AdmissionPolicy`).
 
 Each policy is an object with one method, so one of your own takes a few lines:
 
@@ -14,7 +18,7 @@ allocator = BlockAllocator(1024, 16, eviction=Ranked(ShallowLast()))
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -22,14 +26,23 @@ __all__ = [
     "FIFO",
     "LFU",
     "SLRU",
+    "AdmissionPolicy",
     "CachedPage",
+    "Cheaper",
     "CostAware",
     "EvictionRank",
     "LastAdmitted",
     "LeastComputed",
+    "LowestPriority",
     "MostPages",
+    "MustFit",
+    "PreemptionPolicy",
+    "Priority",
     "Ranked",
+    "Recompute",
+    "Swap",
     "VictimPolicy",
+    "Watermark",
 ]
 
 
@@ -44,6 +57,7 @@ class CachedPage:
       last_used: when it last lost its last owner.
       uses: how often that happened.
       inflation: the largest first rank that was evicted so far, for ageing costs.
+      priority: what `Ranked.prioritize` was told, else 0.
     """
 
     page: int
@@ -52,6 +66,7 @@ class CachedPage:
     last_used: int = 0
     uses: int = 0
     inflation: float = 0.0
+    priority: int = 0
 
 
 @runtime_checkable
@@ -93,7 +108,7 @@ class Ranked:
         past = self._last_forgotten
         known = CachedPage(page, depth)
         if past is not None and past.page == replaces:
-            known.born, known.uses = past.born, past.uses
+            known.born, known.uses, known.priority = past.born, past.uses, past.priority
         self._known[page] = known
 
     def forget(self, page: int) -> None:
@@ -106,9 +121,26 @@ class Ranked:
         known.last_used, known.inflation = self._clock, self._inflation
         known.born = known.born or self._clock
         known.uses += 1
-        entry = (self._rank.rank(known), self._clock, page)
-        self._queued[page] = entry
+        self._queue(known)
+
+    def _queue(self, known: CachedPage) -> None:
+        entry = (self._rank.rank(known), self._clock, known.page)
+        self._queued[known.page] = entry
         heapq.heappush(self._heap, entry)
+
+    def prioritize(self, pages: Iterable[int], priority: int) -> None:
+        """Give cached pages a priority, for `Priority`; others are passed over.
+
+        It lasts until the page leaves the cache.
+        """
+        for page in pages:
+            known = self._known.get(page)
+            if known is None:
+                continue
+            known.priority = priority
+            if page in self._queued:
+                self.remove(page)
+                self._queue(known)
 
     def remove(self, page: int) -> None:
         del self._queued[page]
@@ -167,14 +199,22 @@ class CostAware:
         return page.inflation + page.uses * self.cost(page.depth), page.last_used
 
 
+class Priority:
+    """The page of the lowest priority goes first, among equals the least recently used."""
+
+    def rank(self, page: CachedPage) -> tuple[float | int, ...]:
+        return page.priority, page.last_used
+
+
 @runtime_checkable
 class VictimPolicy(Protocol):
     """Chooses who loses its pages when the running samples do not fit any more."""
 
     def choose(self, running: Sequence[Any]) -> Any:
-        """One of the running samples, given in order of admission; there are at least two.
+        """One of these samples, given in order of admission; there are at least two.
 
-        A sample has `tokens`, `computed` and `preemptions`, and must not be changed.
+        Samples that were preempted as often as the engine allows are not among them. A sample has
+        `tokens`, `computed`, `preemptions` and `priority`, and must not be changed.
         """
         ...
 
@@ -204,3 +244,86 @@ class MostPages:
 
     def choose(self, running: Sequence[Any]) -> Any:
         return max(reversed(running[1:]), key=lambda sample: sample.computed)
+
+
+class LowestPriority:
+    """The sample of the lowest priority, among equals the one that was admitted last."""
+
+    def choose(self, running: Sequence[Any]) -> Any:
+        return min(reversed(running), key=lambda sample: sample.priority)
+
+
+@runtime_checkable
+class PreemptionPolicy(Protocol):
+    """Decides how a sample that gives way gets its keys and values back."""
+
+    def swaps(self, sample: Any) -> bool:
+        """Whether its pages go to the host tier; else its tokens are computed again.
+
+        Asked of an engine with a tier, when a sample with computed tokens gives way.
+        """
+        ...
+
+
+class Recompute:
+    """Compute the tokens again."""
+
+    def swaps(self, sample: Any) -> bool:
+        return False
+
+
+class Swap:
+    """Copy the pages to the host tier and back."""
+
+    def swaps(self, sample: Any) -> bool:
+        return True
+
+
+class Cheaper:
+    """Whichever a cost model says takes less time.
+
+    Args:
+      costs: with `recompute_seconds(tokens)` and `swap_seconds(tokens)`, as
+        `paged_decode.pressure.Roofline` has them.
+    """
+
+    def __init__(self, costs: Any):
+        self.costs = costs
+
+    def swaps(self, sample: Any) -> bool:
+        tokens = sample.computed
+        return self.costs.swap_seconds(tokens) < self.costs.recompute_seconds(tokens)
+
+
+@runtime_checkable
+class AdmissionPolicy(Protocol):
+    """Decides how much room the running samples keep when another one is let in."""
+
+    def keep_free(self, sample: Any, running: Sequence[Any], page_size: int) -> int:
+        """Pages to be left when `sample` has those for its tokens; not asked if nothing runs."""
+        ...
+
+
+class Watermark:
+    """So many pages per running sample, so that the admitted do not push each other out at once."""
+
+    def __init__(self, pages_per_sample: int = 1):
+        if pages_per_sample < 0:
+            raise ValueError(f"pages_per_sample must be 0 or more, got {pages_per_sample}")
+        self.pages_per_sample = pages_per_sample
+
+    def keep_free(self, sample: Any, running: Sequence[Any], page_size: int) -> int:
+        return self.pages_per_sample * len(running)
+
+
+class MustFit:
+    """All pages that it and the running samples can still grow to: no preemption, less overlap."""
+
+    def keep_free(self, sample: Any, running: Sequence[Any], page_size: int) -> int:
+        pages = 0
+        for each in (*running, sample):
+            held = len(each.tokens) - 1  # the newest token is written by the next step
+            pages += -(-(held + each.left) // page_size) - -(-held // page_size)
+            for sibling in each.siblings:  # shares the full pages, but not those to come
+                pages += -(-(held + sibling.left) // page_size) - held // page_size
+        return pages

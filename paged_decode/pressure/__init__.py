@@ -4,7 +4,7 @@ from .costs import CostModel, Measured, Program, Roofline
 from .replay import hit_rate
 from .report import Record, Report
 from .simulate import simulate
-from .workload import Request, chats, poisson, read_azure, read_mooncake
+from .workload import Request, chats, poisson, prefix_tree, read_azure, read_mooncake
 
 __all__ = [
     "CostModel",
@@ -17,6 +17,7 @@ __all__ = [
     "chats",
     "hit_rate",
     "poisson",
+    "prefix_tree",
     "read_azure",
     "read_mooncake",
     "simulate",

@@ -15,8 +15,8 @@ class Program:
     """One run of one device program.
 
     Attributes:
-      kind: "prefill", "decode" or "copy".
-      rows: compiled rows, for a copy pages.
+      kind: "prefill", "decode", "copy" (within the pool), "store" or "load" (to and from the host).
+      rows: compiled rows, for copies of any kind pages.
       width: compiled tokens per row; for decode, steps that were needed.
       tokens: tokens computed, padding left out.
       context_tokens: cached tokens read, summed over rows and steps.
@@ -48,6 +48,7 @@ class Roofline:
       flops: per second.
       launch_seconds: per step.
       page_size: for copies of pages.
+      link_bytes: per second between device and host, one way; PCIe 5 with 16 lanes has about 5e10.
     """
 
     weight_bytes: float
@@ -57,11 +58,14 @@ class Roofline:
     flops: float
     launch_seconds: float
     page_size: int = 16
+    link_bytes: float = 5e10
 
     def seconds(self, program: Program) -> float:
-        if program.kind == "copy":
-            num_bytes = 2 * program.rows * self.page_size * self.kv_bytes_per_token
-            return self.launch_seconds + num_bytes / self.bandwidth_bytes
+        if program.kind in ("copy", "store", "load"):
+            num_bytes = program.rows * self.page_size * self.kv_bytes_per_token
+            within = program.kind == "copy"
+            busy = 2 * num_bytes / self.bandwidth_bytes if within else num_bytes / self.link_bytes
+            return self.launch_seconds + busy
         steps = program.width if program.kind == "decode" else 1
         read = program.tokens + program.context_tokens
         num_bytes = steps * self.weight_bytes + read * self.kv_bytes_per_token
@@ -73,9 +77,9 @@ class Roofline:
         """Prefilling that many tokens in one program."""
         return self.seconds(Program("prefill", 1, tokens, tokens, 0))
 
-    def swap_seconds(self, tokens: int, link_bytes: float) -> float:
-        """Copying their keys and values to the host and back over `link_bytes` per second."""
-        return 2 * (self.launch_seconds + tokens * self.kv_bytes_per_token / link_bytes)
+    def swap_seconds(self, tokens: int) -> float:
+        """Copying their keys and values to the host and back."""
+        return 2 * (self.launch_seconds + tokens * self.kv_bytes_per_token / self.link_bytes)
 
     def crossover_link_bytes(self, tokens: int) -> float:
         """Link bandwidth in bytes per second above which swap beats recompute; inf if none."""

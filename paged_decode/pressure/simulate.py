@@ -1,9 +1,10 @@
-"""The real engine and allocator on a virtual clock: only the device is a model."""
+"""The real engine, allocator and host tier on a virtual clock: only the device is a model."""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,19 +12,41 @@ import jax
 import numpy as np
 
 from .._engine_config import EngineConfig
+from .._engine_scheduling import protected
 from .._requests import Sample
 from ..allocator import BlockAllocator
-from ..cache import DecodeBatch, KVCache, PageCopies
+from ..cache import KVCache, PageCopies
 from ..engine import Engine
-from ..policies import VictimPolicy
+from ..policies import AdmissionPolicy, PreemptionPolicy, VictimPolicy, Watermark
 from ..sampling import SamplingParams
+from ..tiers import HostTier
 from .costs import CostModel, Program
-from .report import Record, Report, summarize
+from .report import Record, Report, UsageLog, summarize
 from .workload import Request
 
 __all__ = ["simulate"]
 
 _GENERATED = 2**30  # ids of generated tokens, which no prompt has
+
+
+@dataclass(slots=True)
+class _ModelledCopies:
+    """A `PageMover` that takes time only; what leaves the device does so beside other programs."""
+
+    engine: Any
+    free_seconds: float = 0.0  # when the link out is idle again
+
+    def take(self, cache: Any, pages: np.ndarray) -> float:
+        seconds = self.engine.costs.seconds(Program("store", len(pages), 1, 0, 0))
+        self.free_seconds = max(self.free_seconds, self.engine.now) + seconds
+        return self.free_seconds
+
+    def finish(self, copy: float) -> None:
+        self.engine.now = max(self.engine.now, copy)
+
+    def put(self, cache: Any, rested: Any, pages: np.ndarray) -> Any:
+        self.engine._spend(Program("load", len(pages), 1, 0, 0))
+        return cache
 
 
 class _SimulatedEngine(Engine):
@@ -39,7 +62,7 @@ class _SimulatedEngine(Engine):
         allocator: BlockAllocator,
         config: EngineConfig,
         costs: CostModel,
-        victim: VictimPolicy | None,
+        **policies: Any,
     ):
         shapes = jax.eval_shape(
             lambda: KVCache.create(
@@ -50,27 +73,44 @@ class _SimulatedEngine(Engine):
                 head_dim=1,
             )
         )  # a pool without memory
-        super().__init__(_no_model, None, shapes, allocator, config, victim=victim)
+        super().__init__(_no_model, None, shapes, allocator, config, **policies)
         self.now, self.costs = 0.0, costs
+        if self.tier is not None:
+            self.tier.mover = _ModelledCopies(self)
         self.records: dict[int, Record] = {}
         self._step_seconds = 0.0
         self._blocked: tuple[Sample, int, int] | None = None
 
     def accept(self, request: Request) -> None:
         """Queue a request; like `submit`, with the prompt in four bytes per token."""
-        record = Record(self._next_id, request.arrival_seconds, request.prompt_tokens)
+        record = Record(
+            self._next_id,
+            request.arrival_seconds,
+            request.prompt_tokens,
+            samples=request.samples,
+            finished=True,  # until a sample ends early
+        )
         self.records[self._next_id] = record
         self._next_id += 1
         if request.prompt_tokens + 1 > self.max_sequence_tokens:
             record.end_seconds = max(self.now, request.arrival_seconds)
+            record.finished = False
             return
         tokens: Any = array("i", request.prompt().tobytes())
         params = SamplingParams(max_new_tokens=request.output_tokens)
-        sample = Sample(record.request_id, 0, len(tokens), tokens, params, None, None)
+        sample = Sample(
+            record.request_id, 0, len(tokens), tokens, params, None, None, priority=request.priority
+        )
+        for index in range(1, request.samples):
+            sibling = replace(sample, index=index, tokens=tokens[:], siblings=[])
+            sample.siblings.append(sibling)
         self._waiting.append(sample)
 
     def _admit(self) -> None:
-        """As in the engine, but a sample that cannot fit is not tried again in vain."""
+        """As in the engine, but a sample that cannot fit is not tried again in vain.
+
+        With other policies than a watermark, what could not be let in may be later all the same.
+        """
         free = self.allocator.num_free + self.allocator.num_evictable
         head = self._waiting[0] if self._waiting else None
         if self._blocked and self._blocked[0] is head:
@@ -81,61 +121,68 @@ class _SimulatedEngine(Engine):
         for sample in self._running[before:]:
             self._note_admission(sample)
         self._blocked = None
-        if self._waiting and not any(not s.decoding for s in self._running):
+        steady = isinstance(self._admission, Watermark) and all(s.decoding for s in self._running)
+        if self._waiting and steady and not protected(self, self._waiting[0]):
             free = self.allocator.num_free + self.allocator.num_evictable
             self._blocked = (self._waiting[0], free, len(self._running))
 
     def _note_admission(self, sample: Sample) -> None:
         record = self.records[sample.request_id]
-        if sample.preemptions == 0:
+        if sample.preemptions == 0 and sample.index == 0:
             record.hit_tokens = sample.computed
-        record.preemptions = sample.preemptions
+        record.preemptions = max(record.preemptions, sample.preemptions)
 
-    def _run_prefill(self, tokens: np.ndarray, batch: DecodeBatch) -> None:
-        real = int((batch.slots != 0).sum())
-        context = int(batch.seq_lens.sum()) - real
-        rows, width = tokens.shape
-        self._spend(Program("prefill", rows, width, real, context))
-        self._note_program(rows, width)
+    def _launch_prefill(
+        self, rows: list[Sample], begin: list[int], end: list[int], chunk: int
+    ) -> None:
+        tokens, context = sum(end) - sum(begin), sum(begin)
+        self._spend(Program("prefill", self.config.prefill_rows, chunk, tokens, context))
+        self._note_program(self.config.prefill_rows, chunk)
 
     def _run_copies(self, copies: PageCopies) -> None:
         if len(copies.src):
             self._spend(Program("copy", len(copies.src), 1, 0, 0))
 
-    def _run_decode(self, newest: Any, batch: Any, budget: np.ndarray, samplers: Any) -> Any:
-        steps = int(budget.max())
-        total = int(budget.sum())
-        context = int((batch.seq_lens * budget).sum())
-        self._step_seconds = self._spend(Program("decode", len(newest), steps, total, context))
-        self._step_seconds /= steps
-        self._note_program(len(newest), 0)
+    def _launch_decode(self, rows: list[Sample], budget: list[int]) -> Any:
+        size = self._bucket(self.config.row_buckets, len(rows))
+        # A row of n tokens reads n, n + 1, ... of them in its steps.
+        context = sum(
+            b * len(s.tokens) + b * (b - 1) // 2 for s, b in zip(rows, budget, strict=True)
+        )
+        steps = max(budget)
+        program = Program("decode", size, steps, sum(budget), context)
+        self._step_seconds = self._spend(program) / steps
+        self._note_program(size, 0)
         return SimpleNamespace(counts=budget)
 
-    def _book(self, rows: list[Sample], newest: np.ndarray, out: Any) -> None:
-        counts = out.counts[: len(rows)].tolist()
+    def _book(self, rows: list[Sample], out: Any) -> None:
+        counts = out.counts
         handles = [s.handle for s in rows]
         written = np.empty((len(rows), max(counts)), np.int32)
         for row, sample in enumerate(rows):
-            written[row] = _GENERATED + sample.request_id % _GENERATED
+            written[row] = _generated(sample)
             written[row, 0] = sample.tokens[-1]
         self.allocator.append(handles, written, counts)
         start = self.now - self._step_seconds * max(counts)
         for sample, count in zip(rows, counts, strict=True):
             record = self.records[sample.request_id]
-            if not sample.generated and count:
+            if record.first_seconds is None and count:
                 record.first_seconds = start + self._step_seconds
-            token = _GENERATED + sample.request_id % _GENERATED
-            sample.tokens.extend([token] * count)
+            sample.tokens.extend([_generated(sample)] * count)
             sample.computed = len(sample.tokens) - 1
-            record.output_tokens = sample.generated
+            record.output_tokens += count
         self.allocator.commit(handles, [s.computed for s in rows])
         self.stats.decode_tokens += sum(counts)
         for sample, count in zip(rows, counts, strict=True):
             if sample.ending(self.max_sequence_tokens) is not None:
-                record = self.records[sample.request_id]
-                record.end_seconds = start + self._step_seconds * count
-                record.finished = sample.left == 0
                 self._drop(sample)
+                self.note_end(sample.request_id, start + count * self._step_seconds, sample.left)
+
+    def note_end(self, request_id: int, seconds: float, missing: int) -> None:
+        """A sample has ended, so many tokens before its length."""
+        record = self.records[request_id]
+        record.end_seconds = max(seconds, record.end_seconds or 0.0)
+        record.finished = record.finished and not missing
 
     def _spend(self, program: Program) -> float:
         seconds = self.costs.seconds(program)
@@ -150,6 +197,9 @@ def simulate(
     *,
     config: EngineConfig | None = None,
     victim: VictimPolicy | None = None,
+    tier: HostTier | None = None,
+    preemption: PreemptionPolicy | None = None,
+    admission: AdmissionPolicy | None = None,
     queue_rows: int = 4,
 ) -> Report:
     """Run a workload through the engine's own scheduling on a virtual clock.
@@ -165,13 +215,23 @@ def simulate(
       costs: what device programs take.
       config: shapes and limits of the engine.
       victim: who loses its pages when they run out.
+      tier: host memory, as the engine takes it; its copies become modelled ones.
+      preemption, admission: as the engine takes them.
       queue_rows: requests that wait in the engine, per row of it; the engine may take those out
         of order whose prefix is not being computed just then.
     """
-    engine = _SimulatedEngine(allocator, config or EngineConfig(), costs, victim)
+    engine = _SimulatedEngine(
+        allocator,
+        config or EngineConfig(),
+        costs,
+        victim=victim,
+        tier=tier,
+        preemption=preemption,
+        admission=admission,
+    )
     coming = iter(requests)
     upcoming = next(coming, None)
-    usage: list[tuple[float, int]] = []
+    usage = UsageLog(allocator)
     while upcoming is not None or not engine.idle:
         if engine.idle and upcoming is not None:
             engine.now = max(engine.now, upcoming.arrival_seconds)
@@ -182,11 +242,15 @@ def simulate(
         ):
             engine.accept(upcoming)
             upcoming = next(coming, None)
-        before = engine.now
         for event in engine.step():  # only samples that outgrew the pool have events here
-            engine.records[event.request_id].end_seconds = engine.now
-        usage.append((engine.now - before, allocator.num_used))
+            engine.note_end(event.request_id, engine.now, 1)
+        usage.note(engine.now)
     return summarize(list(engine.records.values()), engine.stats, allocator, usage, engine.now)
+
+
+def _generated(sample: Sample) -> int:
+    """A token for the text of this sample alone."""
+    return _GENERATED + (sample.request_id * 64 + sample.index) % _GENERATED
 
 
 def _no_model(*_: Any) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["Request", "chats", "poisson", "read_azure", "read_mooncake"]
+__all__ = ["Request", "chats", "poisson", "prefix_tree", "read_azure", "read_mooncake"]
 
 _LAST_TOKEN = 2**30  # ids from here on stand for generated tokens
 
@@ -25,7 +25,9 @@ class Request:
       blocks: content ids of consecutive runs of the prompt: equal ids are equal tokens.
       block_tokens: length of each run but the last, in tokens.
       prompt_tokens: length of the prompt.
-      output_tokens: how many tokens it generates, at least 1.
+      output_tokens: how many tokens each sample generates, at least 1.
+      samples: answers to the one prompt.
+      priority: for policies that look at it.
     """
 
     arrival_seconds: float
@@ -33,6 +35,8 @@ class Request:
     block_tokens: int
     prompt_tokens: int
     output_tokens: int
+    samples: int = 1
+    priority: int = 0
 
     def prompt(self) -> np.ndarray:
         """The prompt's tokens, int32 `[prompt_tokens]`."""
@@ -93,19 +97,25 @@ def poisson(
     output_median: float = 128.0,
     sigma: float = 0.7,
     burst: float = 1.0,
+    samples: int = 1,
 ) -> list[Request]:
-    """Unrelated prompts of log-normal lengths; `burst` > 1 is the squared variation of the gaps.
+    """Unrelated prompts of log-normal lengths, in a Poisson process or in bursts.
 
     Args:
       rate: requests per second.
-      burst: 1 is a Poisson process; more draws gaps from a gamma distribution of that variance.
+      prompt_median, output_median, sigma: tokens, and the deviation of their logarithm.
+      burst: 1 is a Poisson process; more draws gaps from a gamma distribution, whose squared
+        coefficient of variation it is.
+      samples: answers per prompt.
     """
     rng = np.random.default_rng(seed)
     arrivals = rng.gamma(1 / burst, burst / rate, count).cumsum()
     prompts = np.ceil(rng.lognormal(np.log(prompt_median), sigma, count)).astype(int)
     outputs = np.ceil(rng.lognormal(np.log(output_median), sigma, count)).astype(int)
     return [
-        Request(float(arrivals[i]), (i,), int(prompts[i]), int(prompts[i]), int(outputs[i]))
+        Request(
+            float(arrivals[i]), (i,), int(prompts[i]), int(prompts[i]), int(outputs[i]), samples
+        )
         for i in range(count)
     ]
 
@@ -143,3 +153,43 @@ def chats(
             requests.append(Request(when, blocks, block_tokens, length, output_tokens))
             when += float(rng.exponential(think_seconds))
     return sorted(requests, key=lambda request: request.arrival_seconds)
+
+
+def prefix_tree(
+    count: int,
+    rate: float,
+    *,
+    seed: int = 0,
+    depth: int = 3,
+    branching: int = 4,
+    skew: float = 1.0,
+    block_tokens: int = 64,
+    node_blocks: int = 4,
+    own_blocks: int = 4,
+    output_tokens: int = 64,
+) -> list[Request]:
+    """Prompts that begin with a path down a tree of shared text, and end with text of their own.
+
+    Args:
+      rate: requests per second, a Poisson process.
+      depth, branching: levels of the tree below its root, and children per node.
+      skew: child i is taken with a weight of (i + 1) ** -skew; 0 takes all alike.
+      node_blocks, own_blocks: blocks of `block_tokens` tokens per node, and of a request's own.
+    """
+    rng = np.random.default_rng(seed)
+    weights = np.arange(1, branching + 1, dtype=float) ** -skew
+    nodes = {(): 0}  # path from the root to the node's number
+    arrivals = rng.exponential(1 / rate, count).cumsum().tolist()
+    paths = rng.choice(branching, (count, depth), p=weights / weights.sum()).tolist()
+    for path in paths:
+        for level in range(1, depth + 1):
+            nodes.setdefault(tuple(path[:level]), len(nodes))
+    own = len(nodes) * node_blocks  # ids from here on belong to one request each
+    requests = []
+    for at, path in enumerate(paths):
+        places = [nodes[tuple(path[:level])] for level in range(depth + 1)]
+        blocks = [n * node_blocks + i for n in places for i in range(node_blocks)]
+        blocks += range(own + at * own_blocks, own + (at + 1) * own_blocks)
+        length = len(blocks) * block_tokens
+        requests.append(Request(arrivals[at], tuple(blocks), block_tokens, length, output_tokens))
+    return requests
