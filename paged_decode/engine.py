@@ -285,25 +285,24 @@ class Engine(EngineScheduling, EngineSnapshots):
     def _prefill_visit(self) -> None:
         """One chunk for every sample whose prompt is not in the cache yet."""
         rows = [s for s in self._running if not s.decoding]
+        if not rows:
+            return
         start = time.perf_counter()
-        for first in range(0, len(rows), self.config.prefill_rows):
-            self._prefill_rows(rows[first : first + self.config.prefill_rows])
-        if rows:
-            self.stats.prefill_seconds += time.perf_counter() - start
-            self._note_usage()
-
-    def _prefill_rows(self, rows: list[Sample]) -> None:
         begin = [s.computed for s in rows]
         end = [min(s.computed + self.config.prefill_chunk, len(s.tokens) - 1) for s in rows]
-        widest = max(e - b for b, e in zip(begin, end, strict=True))
-        chunk = self._bucket(self.config.chunk_buckets, widest)
-        self._launch_prefill(rows, begin, end, chunk)
+        for first in range(0, len(rows), self.config.prefill_rows):
+            part = slice(first, first + self.config.prefill_rows)
+            widest = max(e - b for b, e in zip(begin[part], end[part], strict=True))
+            chunk = self._bucket(self.config.chunk_buckets, widest)
+            self._launch_prefill(rows[part], begin[part], end[part], chunk)
         self.allocator.commit([s.handle for s in rows], end)
         self.stats.prefill_tokens += sum(end) - sum(begin)
         for sample, e in zip(rows, end, strict=True):
             sample.computed = e
             if sample.decoding:
                 self._fork_siblings(sample)
+        self.stats.prefill_seconds += time.perf_counter() - start
+        self._note_usage()
 
     def _launch_prefill(
         self, rows: list[Sample], begin: list[int], end: list[int], chunk: int

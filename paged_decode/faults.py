@@ -83,7 +83,7 @@ class Faults:
         """Put the faults into an engine, its allocator and its host tier; once per engine."""
         self.install_allocator(engine.allocator)
         if engine.tier is not None:
-            engine.tier.mover = _FaultyMover(engine.tier.mover, self)
+            engine.tier.mover = self.wrap_mover(engine.tier.mover)
         step = engine.step
 
         def faulty_step() -> Any:
@@ -103,6 +103,10 @@ class Faults:
                 raise OutOfPages(needed, 0, 0)
 
         pool.require = faulty_require
+
+    def wrap_mover(self, mover: PageMover) -> PageMover:
+        """A mover whose copies fail and are delayed as planned."""
+        return _FaultyMover(mover, self)
 
     def fails(self, kind: str) -> bool:
         """Count one call of that kind ("allocation" or "copy"), and say whether it fails."""

@@ -156,27 +156,27 @@ class _SimulatedEngine(Engine):
         return SimpleNamespace(counts=budget)
 
     def _book(self, rows: list[Sample], out: Any) -> None:
-        counts = out.counts
+        counts, most = out.counts, max(out.counts)
         handles = [s.handle for s in rows]
-        written = np.empty((len(rows), max(counts)), np.int32)
-        for row, sample in enumerate(rows):
-            written[row] = _generated(sample)
-            written[row, 0] = sample.tokens[-1]
+        texts = [_generated(s) for s in rows]
+        written = np.array(texts, np.int32)[:, None].repeat(most, axis=1)
+        written[:, 0] = [s.tokens[-1] for s in rows]
         self.allocator.append(handles, written, counts)
-        start = self.now - self._step_seconds * max(counts)
-        for sample, count in zip(rows, counts, strict=True):
+        start = self.now - self._step_seconds * most
+        for sample, count, text in zip(rows, counts, texts, strict=True):
             record = self.records[sample.request_id]
-            if record.first_seconds is None and count:
+            if record.first_seconds is None:
                 record.first_seconds = start + self._step_seconds
-            sample.tokens.extend([_generated(sample)] * count)
-            sample.computed = len(sample.tokens) - 1
+            sample.tokens.extend([text] * count)
+            sample.computed += count
             record.output_tokens += count
         self.allocator.commit(handles, [s.computed for s in rows])
         self.stats.decode_tokens += sum(counts)
         for sample, count in zip(rows, counts, strict=True):
-            if sample.ending(self.max_sequence_tokens) is not None:
+            left = sample.left
+            if left == 0 or len(sample.tokens) >= self.max_sequence_tokens:
                 self._drop(sample)
-                self.note_end(sample.request_id, start + count * self._step_seconds, sample.left)
+                self.note_end(sample.request_id, start + count * self._step_seconds, left)
 
     def note_end(self, request_id: int, seconds: float, missing: int) -> None:
         """A sample has ended, so many tokens before its length."""
