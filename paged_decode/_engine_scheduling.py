@@ -46,12 +46,16 @@ class EngineScheduling:
             self._running.append(sample)
             if self.tier is not None:
                 self._load(sample)
+            self._admitted(sample)
             if sample.preemptions == 0:
                 self.stats.prefix_hit_tokens += sample.computed
             else:
                 self.stats.recomputed_tokens += len(sample.tokens) - 1 - sample.computed
             if sample.decoding:
                 self._fork_siblings(sample)
+
+    def _admitted(self: Any, sample: Sample) -> None:
+        """The sample has pages from now on; for whoever watches."""
 
     def _load(self: Any, sample: Sample) -> None:
         """Bring back what the host tier has of the sample."""

@@ -1,6 +1,7 @@
 """Memory-pressure experiments: what becomes of throughput, latency and hits as pages run out."""
 
 from .costs import CostModel, Measured, Program, Roofline
+from .real import ProgramTimer, run
 from .replay import hit_rate
 from .report import Record, Report
 from .simulate import simulate
@@ -10,6 +11,7 @@ __all__ = [
     "CostModel",
     "Measured",
     "Program",
+    "ProgramTimer",
     "Record",
     "Report",
     "Request",
@@ -20,5 +22,6 @@ __all__ = [
     "prefix_tree",
     "read_azure",
     "read_mooncake",
+    "run",
     "simulate",
 ]

@@ -1,76 +1,91 @@
-"""`paged-decode pressure sweep`: one workload over pool sizes and policies."""
+"""`paged-decode pressure run|sweep|compare`."""
 
 from __future__ import annotations
 
 import argparse
 import csv
-import hashlib
+import importlib
+import importlib.util
 import json
 import shlex
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from .._engine_config import EngineConfig
-from ..allocator import LRU, BlockAllocator, EvictionPolicy
-from ..policies import FIFO, LFU, SLRU, CostAware, LastAdmitted, LeastComputed, MostPages, Ranked
-from .costs import Roofline
-from .simulate import simulate
-from .workload import Request, chats, poisson, read_azure, read_mooncake
+from ._case import (
+    ADMISSIONS,
+    EVICTIONS,
+    PREEMPTIONS,
+    VICTIMS,
+    WORKLOADS,
+    Case,
+    eviction_policy,
+    read_workload,
+)
 
 __all__ = ["add"]
 
-_EVICTIONS = {"fifo": FIFO, "lfu": LFU, "slru": SLRU, "cost": CostAware}
-_VICTIMS = {"last": LastAdmitted, "least": LeastComputed, "most": MostPages}
-_WORKLOADS = ("mooncake:PATH", "azure:PATH", "poisson", "chats")
-
-
-@dataclass(frozen=True, slots=True)
-class _Case:
-    """Everything that decides one run."""
-
-    workload: str
-    limit: int | None
-    rate: float
-    seed: int
-    pages: int
-    page_size: int
-    eviction: str
-    victim: str
-    max_rows: int
-    ttft: float
-    per_token: float
-
-    @property
-    def key(self) -> str:
-        """Names the run's file, so that a sweep that was cut off goes on."""
-        text = repr(self)
-        kind, _, path = self.workload.partition(":")
-        if path:
-            text += hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        return f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+# An 8B model in bfloat16 with 8 KV heads of 128 and 32 layers, on an H100.
+_DEVICE = {
+    "weight_bytes": (16e9, "of the model, two per weight"),
+    "kv_bytes_per_token": (131072.0, "keys and values of all layers"),
+    "bandwidth_bytes": (3e12, "of device memory, per second"),
+    "flops": (6e14, "per second"),
+}
 
 
 def add(subparsers: Any) -> None:
     """Register the subcommand."""
-    parser = subparsers.add_parser("pressure", help="simulate a workload as pages run out")
-    kinds = parser.add_subparsers(required=True, metavar="ACTION")
-    sweep = kinds.add_parser("sweep", help="one workload, several pool sizes and policies")
-    sweep.add_argument("workload", help=" or ".join(_WORKLOADS))
+    parser = subparsers.add_parser("pressure", help="run or simulate a workload as pages run out")
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    sweep = actions.add_parser("sweep", help="simulate one workload over pool sizes and policies")
+    _add_workload(sweep)
+    _add_sweep(sweep)
+    run = actions.add_parser("run", help="one workload through a real engine and its model")
+    _add_workload(run)
+    run.add_argument("--engine", required=True, help="MODULE:FUNCTION or FILE.py:FUNCTION")
+    run.add_argument("--num-pages", type=int, required=True, help="the null page included")
+    run.add_argument("--vocab-size", type=int, help="default: the engine's")
+    run.add_argument("--eviction", default="lru", choices=list(EVICTIONS))
+    run.add_argument("--time-scale", type=float, default=1.0, help="0: all requests at once")
+    run.set_defaults(run=_run)
+    compare = actions.add_parser("compare", help="figures of several runs side by side")
+    compare.add_argument("reports", type=Path, nargs="+", help="report.json or sweep.json files")
+    compare.add_argument("--out", type=Path, help="write compare.csv there, too")
+    compare.set_defaults(run=_compare)
+
+
+def _add_workload(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("workload", help=" or ".join(WORKLOADS))
+    parser.add_argument("--limit", type=int, help="only the first so many requests")
+    parser.add_argument("--rate", type=float, default=1.0, help="arrivals per second, generated")
+    parser.add_argument("--stretch", type=float, default=1.0, help="of the time between arrivals")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--page-size", type=int, default=16)
+    parser.add_argument("--ttft", type=float, default=2.0, help="goal in seconds")
+    parser.add_argument("--per-token", type=float, default=0.1, help="goal in seconds")
+    parser.add_argument("--out", type=Path, default=Path("pressure"), help="folder")
+
+
+def _add_sweep(sweep: argparse.ArgumentParser) -> None:
     sweep.add_argument("--pages", type=int, nargs="+", required=True, help="usable pages")
-    sweep.add_argument("--page-size", type=int, default=16)
-    sweep.add_argument("--eviction", nargs="+", default=["lru"], choices=["lru", *_EVICTIONS])
-    sweep.add_argument("--victim", default="last", choices=list(_VICTIMS))
-    sweep.add_argument("--limit", type=int, help="only the first so many requests")
-    sweep.add_argument("--rate", type=float, default=1.0, help="arrivals per second, generated")
-    sweep.add_argument("--seed", type=int, default=0)
+    for name, choices in (
+        ("eviction", EVICTIONS),
+        ("victim", VICTIMS),
+        ("preemption", PREEMPTIONS),
+        ("admission", ADMISSIONS),
+    ):
+        first = next(iter(choices))
+        sweep.add_argument(f"--{name}", nargs="+", default=[first], choices=list(choices))
+    sweep.add_argument("--host-pages", type=int, default=100_000, help="of the host tier")
+    sweep.add_argument("--link-bytes", type=float, nargs="+", default=[5e10], help="per second")
+    for name, (value, text) in _DEVICE.items():
+        sweep.add_argument(f"--{name.replace('_', '-')}", type=float, default=value, help=text)
     sweep.add_argument("--max-rows", type=int, default=64)
-    sweep.add_argument("--ttft", type=float, default=2.0, help="goal in seconds")
-    sweep.add_argument("--per-token", type=float, default=0.1, help="goal in seconds")
     sweep.add_argument("--jobs", type=int, default=1, help="processes")
-    sweep.add_argument("--out", type=Path, default=Path("pressure"), help="folder")
     sweep.set_defaults(run=_sweep)
 
 
@@ -79,32 +94,30 @@ def _sweep(args: argparse.Namespace) -> int:
     from .page import write_page
 
     args.out.mkdir(parents=True, exist_ok=True)
-    cases = [
-        _Case(
-            args.workload, args.limit, args.rate, args.seed, pages, args.page_size, eviction,
-            args.victim, args.max_rows, args.ttft, args.per_token,
-        )
-        for eviction in args.eviction
-        for pages in args.pages
-    ]  # fmt: skip
+    cases = list(_cases(args))
     _run_missing(cases, args.out, args.jobs)
     runs = [json.loads((args.out / f"{case.key}.json").read_text()) for case in cases]
     (args.out / "sweep.json").write_text(json.dumps(runs, indent=1) + "\n")
-    with open(args.out / "sweep.csv", "w", newline="") as out:
-        writer = csv.DictWriter(out, list(runs[0]))
-        writer.writeheader()
-        writer.writerows(runs)
-    print(write_page(args.out, runs, _typed(args)))
+    _write_csv(args.out / "sweep.csv", runs)
+    print(write_page(args.out, runs, _typed()))
     return 0
 
 
-def _run_missing(cases: list[_Case], folder: Path, jobs: int) -> None:
+def _cases(args: argparse.Namespace) -> Iterator[Case]:
+    plain = ("workload", "limit", "rate", "stretch", "seed", "page_size", "host_pages", "max_rows")
+    fixed = {name: getattr(args, name) for name in (*plain, "ttft", "per_token", *_DEVICE)}
+    swept = ("eviction", "victim", "preemption", "admission", "link_bytes", "pages")
+    for values in product(*(getattr(args, name) for name in swept)):
+        yield Case(**fixed, **dict(zip(swept, values, strict=True)))
+
+
+def _run_missing(cases: list[Case], folder: Path, jobs: int) -> None:
     from tqdm import tqdm
 
     missing = [case for case in cases if not (folder / f"{case.key}.json").exists()]
     bar = tqdm(total=len(cases), initial=len(cases) - len(missing), unit="run")
     with bar, ProcessPoolExecutor(jobs, mp_context=_spawn()) as executor:
-        futures = {executor.submit(_run, case): case for case in missing}
+        futures = {executor.submit(Case.figures, case): case for case in missing}
         for future in as_completed(futures):
             path = folder / f"{futures[future].key}.json"
             part = path.with_suffix(".part")
@@ -113,55 +126,96 @@ def _run_missing(cases: list[_Case], folder: Path, jobs: int) -> None:
             bar.update()
 
 
-def _run(case: _Case) -> dict[str, Any]:
-    eviction: EvictionPolicy = LRU()
-    if case.eviction != "lru":
-        eviction = Ranked(_EVICTIONS[case.eviction]())
-    pages = case.pages + 1
-    allocator = BlockAllocator(pages, case.page_size, hash_key=b"pressure", eviction=eviction)
-    limit = min(131072, case.pages * case.page_size)
-    config = EngineConfig(
-        max_rows=case.max_rows, decode_steps=8, prefill_chunk=2048, max_sequence_tokens=limit
-    )
-    # An 8B model in bfloat16 with 8 KV heads of 128 and 32 layers, on a card of 3 TB/s.
-    costs = Roofline(16e9, 131072, 16e9, 3e12, 6e14, 20e-6, case.page_size)
-    report = simulate(
-        _requests(case), allocator, costs, config=config, victim=_VICTIMS[case.victim]()
-    )
-    about = {"policy": case.eviction, "victim": case.victim, "pages": case.pages}
-    goodput = report.goodput(case.ttft, case.per_token)
-    return {**about, "goodput": goodput, **report.figures}
-
-
-def _requests(case: _Case) -> Iterable[Request]:
-    kind, _, path = case.workload.partition(":")
-    count = case.limit or 1000
-    if kind == "poisson":
-        return poisson(count, case.rate, seed=case.seed)
-    if kind == "chats":
-        return chats(count, case.rate, seed=case.seed)
-    readers = {"mooncake": read_mooncake, "azure": read_azure}
-    if kind not in readers or not path:
-        raise ValueError(f"workload must be one of {', '.join(_WORKLOADS)}, got {case.workload!r}")
-    from itertools import islice
-
-    return islice(readers[kind](path), case.limit)
-
-
 def _spawn() -> Any:
     import multiprocessing
 
     return multiprocessing.get_context("spawn")  # jax has threads, which fork would not copy
 
 
-def _typed(args: argparse.Namespace) -> str:
-    flags = [
-        ("--pages", args.pages), ("--page-size", [args.page_size]), ("--eviction", args.eviction),
-        ("--victim", [args.victim]), ("--limit", [args.limit] if args.limit else []),
-        ("--rate", [args.rate]), ("--seed", [args.seed]), ("--max-rows", [args.max_rows]),
-        ("--ttft", [args.ttft]), ("--per-token", [args.per_token]),
-    ]  # fmt: skip
-    words = ["paged-decode", "pressure", "sweep", args.workload]
-    for flag, values in flags:
-        words += [flag, *map(str, values)] if values else []
-    return shlex.join(words)
+def _run(args: argparse.Namespace) -> int:
+    """Run it, and write `report.json`, `requests.csv`, PNGs and `report.html`."""
+    from tqdm import tqdm
+
+    from .page import write_page
+    from .real import run
+
+    requests = list(read_workload(args.workload, args.limit, args.rate, args.stretch, args.seed))
+    make = _factory(args.engine)
+    engine = make(
+        num_pages=args.num_pages,
+        page_size=args.page_size,
+        eviction=eviction_policy(args.eviction),
+    )
+    engine.warmup()
+    with tqdm(total=len(requests), unit="request") as bar:
+        report = run(
+            engine,
+            requests,
+            vocab_size=args.vocab_size,
+            time_scale=args.time_scale,
+            progress=bar.update,
+        )
+    report.write(args.out)
+    about = {
+        "workload": args.workload,
+        "policy": args.eviction,
+        "pages": args.num_pages - 1,
+        "goodput": report.goodput(args.ttft, args.per_token),
+    }
+    figures = about | report.figures | {"lifetimes": report.lifetimes}
+    print(write_page(args.out, [figures], _typed()))
+    return 0
+
+
+def _factory(name: str) -> Any:
+    """The function of `MODULE:FUNCTION` or `FILE.py:FUNCTION`."""
+    where, _, function = name.rpartition(":")
+    if not where or not function:
+        raise SystemExit(f"--engine must be MODULE:FUNCTION or FILE.py:FUNCTION, got {name!r}")
+    if not where.endswith(".py"):
+        return getattr(importlib.import_module(where), function)
+    path = Path(where).resolve()
+    sys.path.insert(0, str(path.parent))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise SystemExit(f"--engine: {where} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, function)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    """Print each figure of every run, the first one as it is and the others with their ratio."""
+    runs: list[dict[str, Any]] = []
+    for path in args.reports:
+        content = json.loads(path.read_text())
+        for each in content if isinstance(content, list) else [content]:
+            runs.append({"report": str(path), **each})
+    names = [n for n in runs[0] if n != "lifetimes" and all(n in run for run in runs)]
+    width = max(map(len, names))
+    for name in names:
+        first = runs[0][name]
+        cells = [_cell(run[name], first if run is not runs[0] else None) for run in runs]
+        print(f"{name:<{width}}  " + "  ".join(f"{cell:>20}" for cell in cells))
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        _write_csv(args.out / "compare.csv", [{n: run[n] for n in names} for run in runs])
+    return 0
+
+
+def _cell(value: Any, first: Any) -> str:
+    if not isinstance(value, int | float):
+        return str(value)[-20:]
+    text = f"{value:.5g}"
+    return f"{text} (x{value / first:.2f})" if first else text
+
+
+def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with open(path, "w", newline="") as out:
+        writer = csv.DictWriter(out, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _typed() -> str:
+    return shlex.join(["paged-decode", *sys.argv[1:]])

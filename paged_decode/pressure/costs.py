@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import numpy as np
+
 __all__ = ["CostModel", "Measured", "Program", "Roofline"]
 
 
@@ -89,7 +91,10 @@ class Roofline:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Median seconds per compiled shape; an engine has few of them.
+    """Mean seconds per compiled shape; an engine has few of them.
+
+    The mean, because a run adds them up. A number of steps, or of pages to copy, that was not
+    measured lies on the line between those that were.
 
     Example:
       >>> program = Program("decode", 4, 8, 32, 100)
@@ -97,18 +102,26 @@ class Measured:
       0.2
     """
 
-    medians: Mapping[tuple[str, int, int], float]
+    means: Mapping[tuple[str, int, int], float]
 
     @classmethod
     def fit(cls, timings: Iterable[tuple[Program, float]]) -> Measured:
-        """Calibrate from programs and how long each took."""
+        """Calibrate from programs and how long each took, as `ProgramTimer` notes them."""
         by_shape: dict[tuple[str, int, int], list[float]] = {}
         for program, seconds in timings:
             by_shape.setdefault((program.kind, program.rows, program.width), []).append(seconds)
-        return cls({shape: statistics.median(times) for shape, times in by_shape.items()})
+        return cls({shape: statistics.fmean(times) for shape, times in by_shape.items()})
 
     def seconds(self, program: Program) -> float:
         shape = program.kind, program.rows, program.width
-        if shape not in self.medians:
-            raise ValueError(f"no program of shape {shape} was measured, only {list(self.medians)}")
-        return self.medians[shape]
+        if shape in self.means:
+            return self.means[shape]
+        for fixed, free in ((1, 2), (2, 1)):  # of kind, rows and width
+            line = sorted(
+                (known[free], seconds)
+                for known, seconds in self.means.items()
+                if known[0] == shape[0] and known[fixed] == shape[fixed]
+            )
+            if line:
+                return float(np.interp(shape[free], *zip(*line, strict=True)))
+        raise ValueError(f"no program like {shape} was measured, only {list(self.means)}")

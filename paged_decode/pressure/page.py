@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .report import LIFETIME_EDGES
+
 __all__ = ["write_page"]
 
 _PLOTS = (
@@ -35,6 +37,10 @@ def write_page(folder: str | Path, runs: Sequence[Mapping[str, Any]], command: s
         (folder / f"{key}.png").write_bytes(png)
         data = base64.b64encode(png).decode()
         pictures.append(f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">')
+    if png := _plot_lifetimes(runs):
+        (folder / "lifetimes.png").write_bytes(png)
+        data = base64.b64encode(png).decode()
+        pictures.append(f'<img alt="Lifetimes of pages" src="data:image/png;base64,{data}">')
     page = folder / "report.html"
     page.write_text(
         "<!doctype html><meta charset=utf-8><title>Memory pressure</title><style>"
@@ -48,17 +54,40 @@ def write_page(folder: str | Path, runs: Sequence[Mapping[str, Any]], command: s
     return page
 
 
+def _plot_lifetimes(runs: Sequence[Mapping[str, Any]]) -> bytes | None:
+    counted = [run for run in runs if sum(run.get("lifetimes") or ())]
+    if not counted:
+        return None
+    figure, axes = _figure()
+    for run in counted[:6]:  # more lines than that cannot be told apart
+        parts = [count / sum(run["lifetimes"]) for count in run["lifetimes"]]
+        label = f"{run['policy']}, {run['pages']} pages"
+        axes.stairs(parts[1:-1], LIFETIME_EDGES, label=label)
+    axes.set(
+        xlabel="seconds from taken to freed or evicted", title="Lifetimes of pages", xscale="log"
+    )
+    return _finished(figure, axes)
+
+
 def _plot(runs: Sequence[Mapping[str, Any]], key: str, title: str) -> bytes:
+    figure, axes = _figure()
+    for policy in dict.fromkeys(run["policy"] for run in runs):
+        line = sorted((run["pages"], run[key]) for run in runs if run["policy"] == policy)
+        axes.plot(*zip(*line, strict=True), marker="o", label=policy)
+    axes.set(xlabel="usable pages", title=title, xscale="log", ylim=(0, None))
+    return _finished(figure, axes)
+
+
+def _figure() -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for policy in dict.fromkeys(run["policy"] for run in runs):
-        line = sorted((run["pages"], run[key]) for run in runs if run["policy"] == policy)
-        axes.plot(*zip(*line, strict=True), marker="o", label=policy)
-    axes.set(xlabel="usable pages", title=title, xscale="log", ylim=(0, None))
+    return figure, figure.subplots()
+
+
+def _finished(figure: Any, axes: Any) -> bytes:
     axes.grid(alpha=0.3)
     axes.legend()
     out = io.BytesIO()
@@ -67,7 +96,7 @@ def _plot(runs: Sequence[Mapping[str, Any]], key: str, title: str) -> bytes:
 
 
 def _table(runs: Sequence[Mapping[str, Any]]) -> str:
-    names = list(runs[0])
+    names = [name for name in runs[0] if name != "lifetimes"]
     head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
     rows = "".join(
         "<tr>" + "".join(f"<td>{html.escape(_show(run[name]))}</td>" for name in names) + "</tr>"

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -39,6 +40,12 @@ class Record:
     first_seconds: float | None = None
     end_seconds: float | None = None
     finished: bool = False
+
+    def note_admission(self, sample: Any) -> None:
+        """One of its samples has got pages, for the first time or again."""
+        if sample.preemptions == 0 and sample.index == 0:
+            self.hit_tokens = sample.computed
+        self.preemptions = max(self.preemptions, sample.preemptions)
 
     @property
     def ttft_seconds(self) -> float | None:

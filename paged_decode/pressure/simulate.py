@@ -116,21 +116,15 @@ class _SimulatedEngine(Engine):
         if self._blocked and self._blocked[0] is head:
             if free <= self._blocked[1] and len(self._running) >= self._blocked[2]:
                 return
-        before = len(self._running)
         super()._admit()
-        for sample in self._running[before:]:
-            self._note_admission(sample)
         self._blocked = None
         steady = isinstance(self._admission, Watermark) and all(s.decoding for s in self._running)
         if self._waiting and steady and not protected(self, self._waiting[0]):
             free = self.allocator.num_free + self.allocator.num_evictable
             self._blocked = (self._waiting[0], free, len(self._running))
 
-    def _note_admission(self, sample: Sample) -> None:
-        record = self.records[sample.request_id]
-        if sample.preemptions == 0 and sample.index == 0:
-            record.hit_tokens = sample.computed
-        record.preemptions = max(record.preemptions, sample.preemptions)
+    def _admitted(self, sample: Sample) -> None:
+        self.records[sample.request_id].note_admission(sample)
 
     def _launch_prefill(
         self, rows: list[Sample], begin: list[int], end: list[int], chunk: int

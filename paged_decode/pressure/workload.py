@@ -43,6 +43,17 @@ class Request:
         runs = np.repeat(np.array(self.blocks, np.int32), self.block_tokens)
         return runs[: self.prompt_tokens]
 
+    def text(self, vocab_size: int) -> np.ndarray:
+        """Tokens below `vocab_size` for a real model, int32 `[prompt_tokens]`.
+
+        Equal blocks are equal text, and different ones as good as never.
+        """
+        parts = [
+            np.random.default_rng([7, block]).integers(0, vocab_size, self.block_tokens, np.int32)
+            for block in self.blocks
+        ]
+        return np.concatenate(parts)[: self.prompt_tokens]
+
 
 def read_mooncake(path: str | Path) -> Iterator[Request]:
     """Requests of a Mooncake trace: JSON lines with `hash_ids` of 512-token blocks.

@@ -6,15 +6,17 @@ import pytest
 from paged_decode import BlockAllocator, EngineConfig, OutOfPages, SamplingParams
 from paged_decode.policies import LeastComputed
 from paged_decode.pressure import Program, Request, poisson, simulate
+from paged_decode.tiers import HostTier
 
 from ..tiny import VOCAB, make_engine
 
 
 class PerKind:
-    """1 s per prefill chunk, 10 s per decode program."""
+    """1 s per prefill chunk, 10 s per decode program, 3 s per copy to the host and 2 s back."""
 
     def seconds(self, program: Program) -> float:
-        return {"prefill": 1.0, "decode": 10.0, "copy": 0.0}[program.kind]
+        times = {"prefill": 1.0, "decode": 10.0, "copy": 0.0, "store": 3.0, "load": 2.0}
+        return times[program.kind]
 
 
 class Recording(BlockAllocator):
@@ -84,6 +86,19 @@ def test_when_two_outgrow_the_pool_the_last_admitted_gives_way_once():
     report = simulate(two, BlockAllocator(6, 4), PerKind(), config=CONFIG)
     assert [r.preemptions for r in report.records] == [0, 1]
     assert all(r.finished for r in report.records)
+
+
+def test_a_swapped_sample_takes_the_copies_computed_by_hand():
+    # Two chunks (1 s each), a program of four steps, one of one step: at 22 s the second gives way
+    # with 8 computed tokens. The first ends 10 s later. Then a chunk and a program: 43 s. Or: two
+    # copies of a page to the host, which take 6 of those 10 s, and two back (2 s each): 46 s.
+    two = [request(0.0, [1], 8), request(0.0, [2], 8)]
+    for tier, end, tax in ((None, 43, 8 / 30), (HostTier(8, buckets=(4,)), 46, 0)):
+        allocator = BlockAllocator(6, 4, prefix_cache=False)
+        report = simulate(two, allocator, PerKind(), config=CONFIG, tier=tier)
+        assert [r.end_seconds for r in report.records] == [32, end]
+        assert report.figures["recompute_tax"] == pytest.approx(tax)
+        assert report.figures["swapped_in_pages"] == (0 if tier is None else 2)
 
 
 def test_what_can_never_fit_is_refused_and_what_outgrows_the_pool_ends():
