@@ -40,6 +40,7 @@ __all__ = [
     "VICTIMS",
     "WORKLOADS",
     "Case",
+    "check_workload",
     "eviction_policy",
     "read_workload",
 ]
@@ -175,10 +176,13 @@ def read_workload(
         "tree": lambda: prefix_tree(count, rate, seed=seed),
     }
     readers = {"mooncake": read_mooncake, "azure": read_azure}
-    if path and kind in readers:
-        requests = islice(readers[kind](path), limit)
-    elif not path and kind in generated:
-        requests = generated[kind]()
-    else:
-        raise ValueError(f"workload must be one of {', '.join(WORKLOADS)}, got {workload!r}")
+    check_workload(workload)
+    requests = islice(readers[kind](path), limit) if path else generated[kind]()
     return (replace(r, arrival_seconds=stretch * r.arrival_seconds) for r in requests)
+
+
+def check_workload(workload: str) -> None:
+    """Raise ValueError unless it is one of `WORKLOADS`, with a path where one belongs."""
+    kind, colon, path = workload.partition(":")
+    if f"{kind}:PATH" not in WORKLOADS if colon and path else workload not in WORKLOADS:
+        raise ValueError(f"workload must be one of {', '.join(WORKLOADS)}, got {workload!r}")

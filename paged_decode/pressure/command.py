@@ -22,6 +22,7 @@ from ._case import (
     VICTIMS,
     WORKLOADS,
     Case,
+    check_workload,
     eviction_policy,
     read_workload,
 )
@@ -59,7 +60,7 @@ def add(subparsers: Any) -> None:
 
 
 def _add_workload(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("workload", help=" or ".join(WORKLOADS))
+    parser.add_argument("workload", type=_workload, help=" or ".join(WORKLOADS))
     parser.add_argument("--limit", type=int, help="only the first so many requests")
     parser.add_argument("--rate", type=float, default=1.0, help="arrivals per second, generated")
     parser.add_argument("--stretch", type=float, default=1.0, help="of the time between arrivals")
@@ -68,6 +69,14 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ttft", type=float, default=2.0, help="goal in seconds")
     parser.add_argument("--per-token", type=float, default=0.1, help="goal in seconds")
     parser.add_argument("--out", type=Path, default=Path("pressure"), help="folder")
+
+
+def _workload(word: str) -> str:
+    try:
+        check_workload(word)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return word
 
 
 def _add_sweep(sweep: argparse.ArgumentParser) -> None:
@@ -115,15 +124,24 @@ def _run_missing(cases: list[Case], folder: Path, jobs: int) -> None:
     from tqdm import tqdm
 
     missing = [case for case in cases if not (folder / f"{case.key}.json").exists()]
-    bar = tqdm(total=len(cases), initial=len(cases) - len(missing), unit="run")
-    with bar, ProcessPoolExecutor(jobs, mp_context=_spawn()) as executor:
-        futures = {executor.submit(Case.figures, case): case for case in missing}
-        for future in as_completed(futures):
-            path = folder / f"{futures[future].key}.json"
+    with tqdm(total=len(cases), initial=len(cases) - len(missing), unit="run") as bar:
+        for case, figures in _figures(missing, jobs):
+            path = folder / f"{case.key}.json"
             part = path.with_suffix(".part")
-            part.write_text(json.dumps(future.result()))
+            part.write_text(json.dumps(figures))
             part.replace(path)  # whole or absent, so a sweep that was cut off can go on
             bar.update()
+
+
+def _figures(cases: list[Case], jobs: int) -> Iterator[tuple[Case, dict[str, Any]]]:
+    """Cases and their figures as they come."""
+    if jobs == 1:
+        yield from ((case, case.figures()) for case in cases)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=_spawn()) as executor:
+        futures = {executor.submit(Case.figures, case): case for case in cases}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
 
 
 def _spawn() -> Any:
