@@ -56,12 +56,12 @@ BASE = Case(
 def pool_cases(traces: Path) -> Iterable[Case]:
     """Ample to scarce memory, each trace at a load that one card bears."""
     for kind, name, limit, stretch in (
-        ("azure", "azure_conv_2023.csv", 4000, 1.0),
-        ("azure", "azure_code_2023.csv", 4000, 1.0),
-        ("mooncake", "mooncake_conversation.jsonl", 2000, 4.0),
+        ("azure", "azure_conv_2023.csv", 2000, 1.0),
+        ("azure", "azure_code_2023.csv", 2000, 1.0),
+        ("mooncake", "mooncake_conversation.jsonl", 1000, 4.0),
     ):
         ttft = 2.0 if kind == "azure" else 10.0  # prompts of the third are ten times as long
-        for tokens in (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512):
+        for tokens in (8, 16, 24, 32, 48, 64, 128, 192, 256, 512):
             if kind == "mooncake" and tokens < 128:  # its longest prompts have 126,195 tokens
                 continue
             yield replace(

@@ -6,6 +6,7 @@
 """
 
 import time
+from typing import Any
 
 from smol import llama, weights
 
@@ -40,11 +41,12 @@ def make_engine(num_pages, page_size=16, *, eviction=None, gguf=None, **policies
 def main():
     prompts = [[1000 * i + j for j in range(PROMPT)] for i in range(1, PROMPTS + 1)]
     sampling, answers = SamplingParams(max_new_tokens=ANSWER), []
-    for name, num_pages, policies in (
+    ways: list[tuple[str, int, dict[str, Any]]] = [
         ("ample memory", 64, dict()),
         ("recompute", 16, dict(preemption=Recompute())),
         ("swap", 16, dict(preemption=Swap(), tier=HostTier(64))),
-    ):
+    ]
+    for name, num_pages, policies in ways:
         engine = make_engine(num_pages, **policies)
         engine.warmup()
         start = time.perf_counter()

@@ -124,9 +124,9 @@ class EngineScheduling:
 
     def _choose_victim(self: Any) -> Sample:
         """Whom the policy names among those that were not preempted too often before."""
-        running = tuple(self._running)
-        open_to = tuple(s for s in running if not protected(self, s)) or running
-        return self._victim.choose(open_to) if len(open_to) > 1 else open_to[0]
+        running: list[Sample] = self._running
+        candidates = [s for s in running if not protected(self, s)] or list(running)
+        return self._victim.choose(candidates) if len(candidates) > 1 else candidates[0]
 
     # ---- giving way
 

@@ -116,12 +116,14 @@ class Measured:
         shape = program.kind, program.rows, program.width
         if shape in self.means:
             return self.means[shape]
-        for fixed, free in ((1, 2), (2, 1)):  # of kind, rows and width
+        # Of kind, rows and width: which one is the same, and which one there is a line over.
+        for fixed, free, at in ((1, 2, program.width), (2, 1, program.rows)):
             line = sorted(
                 (known[free], seconds)
                 for known, seconds in self.means.items()
                 if known[0] == shape[0] and known[fixed] == shape[fixed]
             )
             if line:
-                return float(np.interp(shape[free], *zip(*line, strict=True)))
+                places, times = np.array(line).T
+                return float(np.interp(at, places, times))
         raise ValueError(f"no program like {shape} was measured, only {list(self.means)}")

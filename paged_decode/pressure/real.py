@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from .._requests import Sample, TokenEvent
+from ..allocator import BlockAllocator
 from ..engine import Engine
 from ..sampling import SamplingParams
 from ..tiers import PageMover
@@ -110,7 +111,7 @@ def run(
     vocab_size: int | None = None,
     time_scale: int | float = 1.0,
     queue_rows: int = 4,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Report:
     """Run a workload through an engine and its model; greedy, every answer to its full length.
 
@@ -126,10 +127,13 @@ def run(
 
     Raises:
       ValueError: no vocab_size is known.
+      NotImplementedError: the pool is split over a data axis.
     """
     vocab = vocab_size or engine.config.vocab_size
     if vocab is None:
         raise ValueError("give vocab_size, here or in the engine's config")
+    if not isinstance(engine.allocator, BlockAllocator):
+        raise NotImplementedError("a run reports on one pool, not on one split over a data axis")
     watch = _Watch(engine)
     coming, usage = iter(requests), UsageLog(engine.allocator)
     upcoming = next(coming, None)
