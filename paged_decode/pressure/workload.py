@@ -114,7 +114,9 @@ def poisson(
 
     Args:
       rate: requests per second.
-      prompt_median, output_median, sigma: tokens, and the deviation of their logarithm.
+      prompt_median: tokens.
+      output_median: tokens.
+      sigma: deviation of the logarithm of both.
       burst: 1 is a Poisson process; more draws gaps from a gamma distribution, whose squared
         coefficient of variation it is.
       samples: answers per prompt.
@@ -183,9 +185,12 @@ def prefix_tree(
 
     Args:
       rate: requests per second, a Poisson process.
-      depth, branching: levels of the tree below its root, and children per node.
+      depth: levels of the tree below its root.
+      branching: children per node.
       skew: child i is taken with a weight of (i + 1) ** -skew; 0 takes all alike.
-      node_blocks, own_blocks: blocks of `block_tokens` tokens per node, and of a request's own.
+      block_tokens: tokens per block.
+      node_blocks: blocks per node.
+      own_blocks: blocks that only one request has.
     """
     rng = np.random.default_rng(seed)
     weights = np.arange(1, branching + 1, dtype=float) ** -skew

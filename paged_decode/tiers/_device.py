@@ -59,7 +59,10 @@ class DeviceMover:
         self.memory = memory
 
     def take(self, cache: Any, pages: np.ndarray) -> Any:
-        copies = _gather(jax.tree.leaves(cache), pages)
+        leaves = jax.tree.leaves(cache)
+        if not leaves[0].is_fully_addressable:
+            raise NotImplementedError("a host tier serves a cache of one process, not of several")
+        copies = _gather(leaves, pages)
         if self._pins(copies[0]):
             return [jax.device_put(c, c.sharding.with_memory_kind("pinned_host")) for c in copies]
         for each in copies:
