@@ -18,7 +18,7 @@ allocator = BlockAllocator(1024, 16, eviction=Ranked(ShallowLast()))
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -155,6 +155,16 @@ class Ranked:
                 del self._queued[entry[2]]
                 self._inflation = max(self._inflation, entry[0][0])
                 return entry[2]
+
+    def __iter__(self) -> Iterator[int]:
+        """The pages in the order of eviction; snapshots keep it, `check_invariants` compares it."""
+        return (page for _, _, page in sorted(self._queued.values()))
+
+    def __len__(self) -> int:
+        return len(self._queued)
+
+    def __contains__(self, page: object) -> bool:
+        return page in self._queued
 
 
 class FIFO:

@@ -26,7 +26,7 @@ class DiskTier:
     """Chunks that a `HostTier` gave up, one checked file each, the oldest removed first.
 
     The files are snapshot containers: every byte is covered by a checksum, and nothing is
-    unpickled. A file that is damaged, or cannot be written, is as if it had never been. The folder
+    unpickled. Writing and reading block the step that asks for them. A file that is damaged, or cannot be written, is as if it had never been. The folder
     is read when the tier is made, so pages survive a restart if the allocator has the same
     `hash_key` and `fingerprint`. They hold the keys and values of prompts: protect the folder.
 
@@ -44,7 +44,7 @@ class DiskTier:
         self.folder, self.capacity_bytes = Path(folder), capacity_bytes
         self.num_bytes = 0
         self._files = files or OSFiles()
-        self._sizes: OrderedDict[Path, int] = OrderedDict()  # oldest first
+        self._known: OrderedDict[Path, tuple[int, list[bytes]]] = OrderedDict()  # oldest first
         self._where: dict[bytes, Path] = {}
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in sorted(self.folder.glob(f"*{_SUFFIX}"), key=lambda p: p.stat().st_mtime_ns):
@@ -85,7 +85,7 @@ class DiskTier:
             return False
         self._enter(path)
         self._trim(0)
-        return path in self._sizes
+        return path in self._known
 
     def read(self, key: bytes) -> Content | None:
         """Keys, tokens and pages of the chunk with that page, or None."""
@@ -103,7 +103,7 @@ class DiskTier:
             self._forget(path)
             return None
         parts = tuple(row[:n] for row, n in zip(tokens, filled.tolist(), strict=True))
-        self._sizes.move_to_end(path)
+        self._known.move_to_end(path)
         return tuple(row.tobytes() for row in keys), parts, pages
 
     def _enter(self, path: Path) -> None:
@@ -111,18 +111,21 @@ class DiskTier:
         try:
             with SnapshotFile(path) as file:
                 keys = [row.tobytes() for row in file.array("tier/keys")]
-                self._sizes[path] = file.file_bytes
+                self._known[path] = file.file_bytes, keys
         except (OSError, SnapshotError, KeyError):
             self._forget(path)
             return
-        self.num_bytes += self._sizes[path]
+        self.num_bytes += self._known[path][0]
         self._where.update(dict.fromkeys(keys, path))
 
     def _forget(self, path: Path) -> None:
-        self.num_bytes -= self._sizes.pop(path, 0)
-        self._where = {key: where for key, where in self._where.items() if where != path}
+        num_bytes, keys = self._known.pop(path, (0, []))
+        self.num_bytes -= num_bytes
+        for key in keys:
+            if self._where.get(key) == path:  # a later file may have the page, too
+                del self._where[key]
         path.unlink(missing_ok=True)
 
     def _trim(self, needed: int) -> None:
-        while self._sizes and self.num_bytes + needed > self.capacity_bytes:
-            self._forget(next(iter(self._sizes)))
+        while self._known and self.num_bytes + needed > self.capacity_bytes:
+            self._forget(next(iter(self._known)))

@@ -147,19 +147,21 @@ class HostTier:
 
     def settle(self) -> None:
         """Wait for the copies that were begun, and make their pages findable."""
-        flying, self._flying = self._flying, []
-        for chunk in flying:
+        for chunk in tuple(
+            self._flying
+        ):  # an interrupt leaves those in flight that it kept waiting
             try:
-                chunk.pages = self.mover.finish(chunk.pages)
+                rested = self.mover.finish(chunk.pages)
             except CopyPending:
-                self._flying.append(chunk)
                 continue
             except COPY_ERRORS:
                 self.stats.failed_copies += 1
                 self.num_pages -= len(chunk.keys)
             else:
+                chunk.pages = rested
                 self.stats.stored += len(chunk.keys)
                 self._shelve(chunk)
+            self._flying.remove(chunk)
             self._coming.difference_update(chunk.keys)
 
     def load(self, cache: Any, allocator: BlockAllocator, handle: Handle) -> Any:

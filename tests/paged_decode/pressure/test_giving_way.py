@@ -88,6 +88,25 @@ def test_must_fit_never_preempts_and_a_watermark_of_nothing_does():
     assert careful.stats.preemptions == 0 < careless.stats.preemptions
 
 
+@pytest.mark.parametrize("keep", [0, 1, 2])
+def test_admission_leaves_the_watermark_but_never_an_empty_engine_waiting(keep):
+    engine = make_engine(PAGES, policies=dict(admission=Watermark(keep)))
+    sizes = (4 * (PAGES - 1) - 1, 12, 12, 12)  # the first one fills the pool all alone
+    for at, size in enumerate(sizes):
+        engine.submit([at] * size, SamplingParams(max_new_tokens=1))
+    admitted = []
+
+    def note(sample):
+        free = engine.allocator.num_free + engine.allocator.num_evictable
+        admitted.append((len(engine._running) - 1, free))
+
+    engine._admitted = note
+    list(engine.stream())
+    assert admitted[0] == (0, 0)
+    assert len(admitted) == len(sizes)
+    assert all(free >= keep * others for others, free in admitted)
+
+
 @pytest.mark.parametrize("most", [0, 1, 2])
 @pytest.mark.parametrize(
     "victim", [Oldest(), LastAdmitted(), LowestPriority()], ids=lambda v: type(v).__name__

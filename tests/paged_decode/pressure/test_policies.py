@@ -58,6 +58,7 @@ def test_each_rank_evicts_in_the_order_computed_by_hand(rank, order):
     policy = filled(rank)
     for page in (5, 3, 3):  # uses: page 3 three, page 5 two, page 7 one
         use(policy, page)
+    assert (list(policy), len(policy), 3 in policy) == (order, 3, True)
     assert drained(policy) == order
 
 
@@ -117,3 +118,25 @@ def test_every_victim_policy_leaves_the_greedy_tokens_as_they_are(victim):
     assert [c.tokens for c in done] == [dense_greedy(p, 20) for p in asked]
     engine.allocator.check_invariants()
     assert engine.allocator.num_used == 0
+
+
+def test_a_restored_cache_is_evicted_in_the_order_of_the_saved_one():
+    def filled_allocator():
+        allocator = BlockAllocator(20, 2, hash_key=b"k", eviction=Ranked(LFU()))
+        return allocator
+
+    old = filled_allocator()
+    for start, times in ((0, 3), (10, 1), (20, 2)):
+        for _ in range(times):
+            handle = old.allocate([start, start + 1, start + 2, start + 3, start + 4])
+            old.commit(handle, 4)
+            old.free(handle)
+    state, where = old.export_state()
+    new = filled_allocator()
+    pages = new.allocate_pages(state.num_pages)
+    new.import_state(state, pages)
+    new.check_invariants()
+    moved = dict(zip(where.pages.tolist(), pages, strict=True))
+    depth = {page: known.depth for page, known in new._cache.policy._known.items()}
+    assert sorted(depth.values()) == [0, 0, 0, 1, 1, 1]
+    assert [moved[p] for p in old._cache.policy] == list(new._cache.policy)

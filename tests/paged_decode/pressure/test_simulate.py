@@ -74,6 +74,24 @@ def test_a_lone_request_takes_the_steps_computed_by_hand():
     assert report.figures["recompute_tax"] == 0
 
 
+def test_the_events_of_a_lone_request_are_those_written_by_hand():
+    # 5 tokens, 6 to come, pages of 4: the newest token is always outside the pages.
+    allocator = Recording(9, 4)
+    simulate([request(0.0, [1], 6, block=5)], allocator, PerKind(), config=CONFIG)
+    (handle,) = allocator.events[0][1]
+    assert allocator.events == [
+        ("allocate", [handle], [(5, 0, (1, 2))]),
+        ("commit", [handle], [(4, 4, (1,))]),  # truncated to 4, one chunk, the page is full
+        ("reserve", [handle], [(4, 4, (1, 2))]),  # 4 steps
+        ("append", [handle], [(8, 4, (1, 2))]),
+        ("commit", [handle], [(8, 8, (1, 2))]),
+        ("reserve", [handle], [(8, 8, (1, 2, 3))]),  # the 2 steps that are left
+        ("append", [handle], [(10, 8, (1, 2, 3))]),
+        ("commit", [handle], [(10, 10, (1, 2, 3))]),
+        ("free", [handle]),
+    ]
+
+
 def test_the_second_of_two_equal_prompts_finds_the_first():
     two = [request(0.0, [1, 2, 3], 2), request(50.0, [1, 2, 3], 2)]
     report = simulate(two, BlockAllocator(9, 4), PerKind(), config=CONFIG)

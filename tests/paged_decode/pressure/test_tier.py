@@ -316,6 +316,27 @@ def test_a_mover_may_take_its_time():
         assert tier.stats.stored == stored
 
 
+def test_an_interrupt_while_waiting_leaves_the_copies_in_flight():
+    class Interrupted(Held):
+        count = 0
+
+        def finish(self, copy):
+            self.count += 1
+            if self.count == 2:
+                raise KeyboardInterrupt
+            return copy
+
+    allocator, tier = BlockAllocator(PAGES, SIZE), HostTier(PAGES, mover=Interrupted())
+    handle = started(allocator, list(range(12)))  # three copies of one page
+    tier.store(None, allocator, handle)
+    with pytest.raises(KeyboardInterrupt):
+        tier.settle()
+    tier.check_invariants()
+    tier.settle()
+    tier.check_invariants()
+    assert tier.stats.stored == 3
+
+
 def test_mistakes_of_a_mover_are_raised_and_failures_are_not():
     class Broken(Held):
         def __init__(self, error):
