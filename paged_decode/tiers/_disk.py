@@ -26,9 +26,10 @@ class DiskTier:
     """Chunks that a `HostTier` gave up, one checked file each, the oldest removed first.
 
     The files are snapshot containers: every byte is covered by a checksum, and nothing is
-    unpickled. Writing and reading block the step that asks for them. A file that is damaged, or cannot be written, is as if it had never been. The folder
-    is read when the tier is made, so pages survive a restart if the allocator has the same
-    `hash_key` and `fingerprint`. They hold the keys and values of prompts: protect the folder.
+    unpickled. A file that is damaged, or cannot be written, is as if it had never been. Writing and
+    reading block the step that asks for them. The folder is read when the tier is made, so pages
+    survive a restart if the allocator has the same `hash_key` and `fingerprint`. They hold the keys
+    and values of prompts: protect the folder.
 
     Args:
       folder: for this tier alone; made if it is not there.
