@@ -13,6 +13,7 @@ data/AzureLLMInferenceTrace_{conv,code}.csv). Each writes results/pressure_NAME.
 from __future__ import annotations
 
 import argparse
+import json
 import resource
 import time
 from collections.abc import Callable, Iterable
@@ -22,7 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from _result import write_result
+from _result import RESULTS, write_result
 from tqdm import tqdm
 
 from paged_decode.pressure import hit_rate, read_mooncake
@@ -164,10 +165,21 @@ def plot(
     ):
         for label, points in lines.items():
             axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=label)
+        places = sorted({place for points in lines.values() for place, _ in points})
         axes.set(title=title, xlabel=x, ylabel=y, xscale="log", ylim=(0, None))
+        axes.set_xticks(places, [_short(place) for place in places], fontsize="small", rotation=45)
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     figure.savefig(PLOTS / f"{name}.png", dpi=110)
+
+
+def _short(number: float) -> str:
+    """Such as 512, 8k, 64G."""
+    for unit, size in (("G", 1e9), ("k", 1000)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:g}"
 
 
 def lines_of(
@@ -231,7 +243,12 @@ def main() -> None:
     parser.add_argument("question", choices=("pool", "swap", "eviction", "speed"))
     parser.add_argument("--traces", type=Path, required=True, metavar="DIR")
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--plot", action="store_true", help="draw what the results file has")
     args = parser.parse_args()
+    plots = {"pool": plot_pool, "swap": plot_swap, "eviction": plot_eviction}
+    if args.plot:
+        found = json.loads((RESULTS / f"pressure_{args.question}.json").read_text())
+        return plots[args.question](found["records"])
     if args.question == "speed":
         records = speed(args.traces)
     else:
@@ -243,7 +260,6 @@ def main() -> None:
         records += many(curve, tasks, args.jobs)
     command = f"python benchmarks/pressure.py {args.question} --traces DIR"
     write_result(f"pressure_{args.question}", records, command=command)
-    plots = {"pool": plot_pool, "swap": plot_swap, "eviction": plot_eviction}
     if args.question in plots:
         plots[args.question](records)
 

@@ -98,8 +98,8 @@ class Measured:
 
     Example:
       >>> program = Program("decode", 4, 8, 32, 100)
-      >>> Measured.fit([(program, 0.2), (program, 0.1), (program, 0.3)]).seconds(program)
-      0.2
+      >>> Measured.fit([(program, 0.25), (program, 0.75)]).seconds(program)
+      0.5
     """
 
     means: Mapping[tuple[str, int, int], float]

@@ -67,7 +67,7 @@ class HostTier:
     neither found nor given up. A copy that fails leaves nothing behind.
 
     ```
-    store    pages [ 5 9 2 7 7 8 ] -> chunks of 4, 1 and 1 pages (buckets), in flight
+    store    pages [ 5 9 2 7 4 8 ] -> chunks of 4, 1 and 1 pages (buckets), in flight
     settle   the copies are done: chunks at rest, their pages can be found
     load     the longest run of known pages -> the pages of a new sequence, committed
     ```
