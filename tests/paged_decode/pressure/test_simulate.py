@@ -5,7 +5,8 @@ import pytest
 
 from paged_decode import BlockAllocator, EngineConfig, OutOfPages, SamplingParams
 from paged_decode.policies import LeastComputed
-from paged_decode.pressure import Program, Request, poisson, simulate
+from paged_decode.pressure import Measured, Program, Request, poisson, simulate
+from paged_decode.pressure.report import LIFETIME_EDGES, UsageLog
 from paged_decode.tiers import HostTier
 
 from ..tiny import VOCAB, make_engine
@@ -164,6 +165,31 @@ def test_simulated_and_real_engine_make_the_same_allocator_events(num_pages, pre
     simulate(work, modelled, PerKind(), config=real.config)
     assert modelled.events == real.allocator.events
     assert (real.stats.preemptions > 0) == preempts
+
+
+def test_a_page_lives_from_being_taken_to_being_freed_or_evicted():
+    allocator = BlockAllocator(4, 2, hash_key=b"k")
+    usage = UsageLog(allocator)
+    usage.note(0.0)
+    plain, cached = allocator.allocate([1]), allocator.allocate([5, 6, 7])
+    allocator.commit(cached, 2)
+    usage.note(1.0)
+    allocator.free([plain, cached])  # two pages are gone, the full one stays
+    usage.note(5.0)
+    allocator.allocate_pages(3)  # and is evicted, and taken by another at once
+    usage.note(13.0)
+    bins = dict(zip((*LIFETIME_EDGES, float("inf")), usage.lifetimes, strict=True))
+    assert {edge: n for edge, n in bins.items() if n} == {4.0: 2, 16.0: 1}  # 4, 4 and 12 s
+    assert usage.utilisation == pytest.approx((1 * 3 + 4 * 0 + 8 * 3) / 13 / 3)
+
+
+def test_measured_times_lie_on_a_line_between_those_that_were_measured():
+    timed = [(Program("decode", 4, 2, 8, 0), 1.0), (Program("decode", 4, 6, 24, 0), 3.0)]
+    costs = Measured.fit([*timed, (Program("load", 1, 1, 0, 0), 0.5)])
+    assert costs.seconds(Program("decode", 4, 3, 12, 0)) == pytest.approx(1.5)
+    assert costs.seconds(Program("load", 4, 1, 0, 0)) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="prefill"):
+        costs.seconds(Program("prefill", 1, 8, 8, 0))
 
 
 def test_a_simulation_keeps_the_promise_of_the_pool():

@@ -3,10 +3,18 @@
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from paged_decode.policies import FIFO, Ranked
-from paged_decode.pressure import chats, hit_rate, poisson, read_azure, read_mooncake
+from paged_decode.pressure import (
+    chats,
+    hit_rate,
+    poisson,
+    prefix_tree,
+    read_azure,
+    read_mooncake,
+)
 
 DATA = Path(__file__).parent / "data"
 TRACE = list(read_mooncake(DATA / "mooncake_250.jsonl"))
@@ -64,9 +72,40 @@ def test_a_bad_line_is_named(tmp_path, line):
 def test_a_generator_repeats_itself_under_its_seed_only():
     assert poisson(50, 2.0, seed=1) == poisson(50, 2.0, seed=1) != poisson(50, 2.0, seed=2)
     assert chats(9, 2.0, seed=1) == chats(9, 2.0, seed=1) != chats(9, 2.0, seed=2)
+    assert prefix_tree(9, 2.0, seed=1) == prefix_tree(9, 2.0, seed=1) != prefix_tree(9, 2.0, seed=2)
 
 
 def test_a_turn_of_a_chat_begins_with_the_turn_before():
     turns = sorted(chats(1, 1.0, turns=3), key=lambda r: r.prompt_tokens)
     for early, late in zip(turns, turns[1:], strict=False):
         assert late.blocks[: len(early.blocks)] == early.blocks
+
+
+def test_prompts_of_a_tree_share_a_path_from_the_root_and_end_alone():
+    requests = prefix_tree(200, 2.0, depth=2, branching=3, node_blocks=2, own_blocks=1)
+    assert len({r.blocks[:2] for r in requests}) == 1  # the root
+    assert len({r.blocks[:4] for r in requests}) == 3
+    assert len({r.blocks[:6] for r in requests}) == 9
+    assert len({r.blocks[6:] for r in requests}) == 200
+    children = {}
+    for r in requests:
+        children.setdefault(r.blocks[2:4], set()).add(r.blocks[4:6])
+    assert not set.intersection(*children.values())  # a node has one place in the tree
+
+
+def test_bursts_keep_the_rate_and_spread_the_gaps():
+    def gaps(burst):
+        arrivals = np.array([r.arrival_seconds for r in poisson(4000, 5.0, seed=1, burst=burst)])
+        return np.diff(arrivals, prepend=0.0)
+
+    for burst in (1.0, 8.0):
+        assert gaps(burst).mean() == pytest.approx(1 / 5, rel=0.15)
+        assert gaps(burst).var() / gaps(burst).mean() ** 2 == pytest.approx(burst, rel=0.25)
+
+
+def test_text_for_a_model_is_equal_exactly_where_blocks_are():
+    request = TRACE[0]
+    text = request.text(1000)
+    assert len(text) == request.prompt_tokens and 0 <= text.min() and text.max() < 1000
+    other = TRACE[1].text(1000)
+    assert (text[:512] == other[:512]).all() and (text[512:1024] != other[512:1024]).any()
