@@ -1,16 +1,20 @@
 """One allocator per data shard, behind one front that speaks of pages of the whole pool."""
 
+import secrets
+from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any, SupportsIndex
 
 import numpy as np
 
-from .arguments import Ints, as_count, as_rows, as_step_tokens
+from .arguments import Ints, as_count, as_ints, as_rows, as_step_tokens
 from .batch import DecodeBatch, PageCopies
 from .block_allocator import BlockAllocator
-from .errors import OutOfPages
+from .errors import OutOfPages, PageTableError
 from .framing import empty_page_table
 from .growth import plan_growth
+from .policy import EvictionPolicy
+from .prefix import Digest
 from .sequences import Handle, SequenceInfo, as_handles
 from .stats import AllocatorStats
 
@@ -34,7 +38,9 @@ class ShardedAllocator:
       num_pages: N, a multiple of R, with at least 2 pages a shard.
       page_size: S.
       num_shards: R.
-      options: of every shard's `BlockAllocator`, but `eviction`, which belongs to one pool only.
+      prefix_cache, fingerprint, digest: of every shard's `BlockAllocator`.
+      hash_key: as there, and the same for all shards.
+      eviction: makes a policy, one for each shard; None makes `LRU()`.
 
     Example:
       >>> allocator = ShardedAllocator(16, 4, num_shards=2)
@@ -52,21 +58,27 @@ class ShardedAllocator:
         prefix_cache: bool = True,
         hash_key: bytes | None = None,
         fingerprint: bytes = b"",
+        eviction: Callable[[], EvictionPolicy] | None = None,
+        digest: Digest | None = None,
     ):
         pages, shards = as_count("num_pages", num_pages), as_count("num_shards", num_shards, 1)
         if pages % shards:
             raise ValueError(f"num_pages must be a multiple of {shards} shards, got {pages}")
+        key = secrets.token_bytes(32) if hash_key is None else hash_key
         self.shards = tuple(
             BlockAllocator(
                 pages // shards,
                 page_size,
                 prefix_cache=prefix_cache,
-                hash_key=hash_key,
+                hash_key=key,
                 fingerprint=fingerprint,
+                eviction=None if eviction is None else eviction(),
+                digest=digest,
             )
             for _ in range(shards)
         )
         self.prefix_cache = prefix_cache
+        self.fingerprint = fingerprint
 
     # ---- counts
 
@@ -105,6 +117,25 @@ class ShardedAllocator:
         """Pages with at least one owner."""
         return sum(shard.num_used for shard in self.shards)
 
+    @property
+    def handles(self) -> tuple[Handle, ...]:
+        """The live sequences, shard by shard."""
+        return tuple(
+            self._whole(i, h) for i, shard in enumerate(self.shards) for h in shard.handles
+        )
+
+    def can_ever_fit(self, num_tokens: SupportsIndex) -> bool:
+        """Whether one sequence of that many tokens would fit a shard if it were empty."""
+        return self.shards[0].can_ever_fit(num_tokens)
+
+    def ref_count(self, page: SupportsIndex) -> int:
+        """How many owners a page has; see `BlockAllocator.ref_count`."""
+        page = as_count("page", page)
+        if page >= self.num_pages:
+            raise ValueError(f"page must be at most {self.num_pages - 1}, got {page}")
+        shard, own = divmod(page, self.shards[0].num_pages)
+        return self.shards[shard].ref_count(own)
+
     def shard_of(self, handle: SupportsIndex) -> int:
         """On which shard a sequence lives."""
         shard, own = self._own(as_handles(handle).reshape(-1))
@@ -116,6 +147,11 @@ class ShardedAllocator:
     def match_prefix(self, tokens: Ints, *, cache_salt: str | bytes | None = None) -> int:
         """The most leading tokens that a shard has cached."""
         return max(shard.match_prefix(tokens, cache_salt=cache_salt) for shard in self.shards)
+
+    def page_digests(self, tokens: Ints, **options: Any) -> list[bytes]:
+        """The keys by which full pages would be cached, on any shard; options as in
+        `BlockAllocator.page_digests`."""
+        return self.shards[0].page_digests(tokens, **options)
 
     def allocate(
         self,
@@ -271,6 +307,56 @@ class ShardedAllocator:
             whole.slots[at] = np.where(real, part.slots + first * self.page_size, 0)
             whole.seq_lens[at], whole.positions[at] = part.seq_lens, part.positions
         return whole
+
+    # ---- pages outside sequences
+
+    def allocate_pages(self, k: SupportsIndex) -> list[int]:
+        """Take k pages by number, pinned until `free_pages`, from the shards with most room.
+
+        Raises:
+          OutOfPages: all shards together have fewer; nothing is taken.
+        """
+        left = as_count("k", k)
+        if left > self.num_free + self.num_evictable:
+            raise OutOfPages(left, self.num_free, self.num_evictable)
+        room = [shard.num_free + shard.num_evictable for shard in self.shards]
+        pages: list[int] = []
+        try:
+            for i in sorted(range(len(room)), key=lambda i: (-room[i], i)):
+                own = self.shards[i].allocate_pages(min(left, room[i]))
+                pages += [i * self.shards[0].num_pages + page for page in own]
+                left -= len(own)
+        except BaseException:  # an eviction policy that fails must not leak pages
+            self.free_pages(pages)
+            raise
+        return pages
+
+    def free_pages(self, pages: Ints) -> None:
+        """Give back pages of `allocate_pages`; null pages among them are padding, and skipped.
+
+        Raises:
+          ValueError, PageTableError: as `BlockAllocator.free_pages`; nothing is freed.
+        """
+        ids = as_ints("pages", pages)
+        if ids.ndim != 1:
+            raise ValueError(f"pages must have shape [k], got shape {list(ids.shape)}")
+        if ids.size and (ids.min() < 0 or ids.max() >= self.num_pages):
+            raise ValueError(f"pages must be from 0 to {self.num_pages - 1}, got {ids.tolist()}")
+        shard, own = np.divmod(ids, self.shards[0].num_pages)
+        groups = [own[(shard == i) & (own != 0)] for i in range(len(self.shards))]
+        for i, group in enumerate(groups):
+            if len(np.unique(group)) != len(group):
+                raise ValueError(f"pages must name each page once, got {ids.tolist()}")
+            if not (held := self.shards[i]._pool.pinned[group]).all():
+                first = i * self.shards[0].num_pages
+                raise PageTableError(
+                    f"pages {(group[~held] + first).tolist()} were not handed out by "
+                    "allocate_pages, or were freed already; nothing was freed"
+                )
+        for one, group in zip(self.shards, groups, strict=True):
+            one.free_pages(group)
+
+    # ---- what it knows
 
     def page_states(self) -> np.ndarray:
         """What every page of the pool is doing: uint8 `[N]` of `PageState`."""

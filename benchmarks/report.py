@@ -1,6 +1,6 @@
-"""Write the README's tables from benchmarks/results/*.json.
+"""Write the tables of README and docs from benchmarks/results/*.json.
 
-python benchmarks/report.py            # rewrites the part of README.md between the marks
+python benchmarks/report.py            # rewrites what stands between the marks
 python benchmarks/report.py --check    # fails if that would change anything
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 from _result import RESULTS
 from decode_grid import by_point, means, peers_of
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- results: made by benchmarks/report.py -->\n", "<!-- end of results -->\n"
 OURS = "paged-decode"
 
@@ -158,21 +158,172 @@ def decode_step() -> Iterator[str]:
     yield "\n"
 
 
+def snapshot() -> Iterator[str]:
+    result = load("snapshot")
+    found = {(r["case"]["what"], r["system"]): r for r in result["records"]}
+    mib = result["records"][0]["case"]["mib"]
+    yield from heading(
+        f"Snapshots of {mib} MiB of pages, GB/s, best of interleaved rounds (median)",
+        result,
+        ("jax", "safetensors", "isal"),
+    )
+    yield "| | paged-decode | raw | safetensors | of raw | of safetensors |\n"
+    yield "|---|---|---|---|---|---|\n"
+    for case, label in (
+        ("write", "write and sync"),
+        ("read, dropped", "read from the disk"),
+        ("read, cached", "read, file cached"),
+    ):
+        rates = [found[case, name] for name in (OURS, "raw", "safetensors")]
+        cells = [f"{r['best_gb_per_s']:.2f} ({r['gb_per_s']:.2f})" for r in rates]
+        cells += [f"{rates[0]['best_gb_per_s'] / r['best_gb_per_s']:.2f}x" for r in rates[1:]]
+        yield f"| {label} | {' | '.join(cells)} |\n"
+    before, after = found["machine", "load average, before and after"]["load"]
+    yield f"\nLoad average of the machine: {before:.1f} before, {after:.1f} after. Other work on "
+    yield "its cores slows what uses several threads most; repeat the command on a quiet one.\n"
+    yield "\nProcessor time of all threads, least of the rounds: "
+    yield "; ".join(
+        f"{label} {', '.join(_cpu(found[case, name]) for name in (OURS, 'raw', 'safetensors'))} ms"
+        for case, label in (("write", "writing"), ("read, cached", "reading a cached file"))
+    )
+    yield " (in the order of the table).\n"
+    peaks = [
+        f"{name} {found[f'memory, {name}', OURS]['peak_bytes'] / 2**20:.0f} MiB"
+        for name in ("save", "save_async", "load")
+    ]
+    first = found["first load of a process", OURS]["median_s"]
+    ours, copy = (found["pause", name]["min_s"] for name in (OURS, "copy alone"))
+    yield f"\nPeak memory above the cache: {', '.join(peaks)}. `save_snapshot_async` holds the "
+    yield f"loop up for {ours * 1e3:.0f} ms; copying the same pages out takes {copy * 1e3:.0f} ms. "
+    yield f"The first load of a process compiles, and takes {first * 1e3:.0f} ms.\n\n"
+
+
+def _cpu(record: dict[str, Any]) -> str:
+    return f"{record['min_cpu_s'] * 1e3:.0f}"
+
+
+def sharding_cost() -> Iterator[str]:
+    result = load("sharding")
+    records = result["records"]
+    yield from heading(
+        "A decode step on a mesh against the same step without, time ratio", result, ("jax",)
+    )
+    yield "| devices of one CPU | rows | what | ratio |\n|---|---|---|---|\n"
+    for record in records:
+        case = record["case"]
+        if "ratio" not in record or record["system"].endswith("no mesh"):
+            continue
+        what = record["system"].removeprefix(f"{OURS}, ").replace(OURS, case["measure"])
+        yield f"| {case['devices']} | {case['B']} | {what} | {record['ratio']:.3f} |\n"
+    yield "\n"
+
+
+def sharding_talk() -> Iterator[str]:
+    result, slices = load("sharding"), load("sharding_tpu")
+    yield from heading("Sums over devices in one decode step", result, ("jax",))
+    yield "| model | devices | rows a shard | all-reduces | bytes of their results |\n"
+    yield "|---|---|---|---|---|\n"
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for record in (r for r in result["records"] if r["case"]["measure"] == "talk"):
+        case, (calls, total) = record["case"], _only_sums(record)
+        key = case["model"], case["dtype"], case["rows_per_shard"], calls, total
+        groups.setdefault(key, []).append(case["devices"])
+    for (model, dtype, rows, calls, total), devices in groups.items():
+        span = f"{min(devices)} to {max(devices)}"
+        yield f"| {model}, {dtype} | {span} | {rows} | {calls} | {total / 1e6:.1f} MB |\n"
+    yield "\n"
+    yield from heading("The same, compiled for slices of TPUs", slices, ("jax", "libtpu"))
+    yield "| slice | head shards x data shards | rows a shard | all-reduces | bytes |\n"
+    yield "|---|---|---|---|---|\n"
+    for record in slices["records"]:
+        case, (calls, total) = record["case"], _only_sums(record)
+        shards, rows = f"{case['head_shards']} x {case['data_shards']}", case["rows_per_shard"]
+        yield f"| {case['slice']}, {case['model']}, {case['dtype']} | {shards} | {rows} "
+        yield f"| {calls} | {total / 1e6:.1f} MB |\n"
+    yield "\n"
+
+
+def _only_sums(record: dict[str, Any]) -> tuple[int, int]:
+    """How many all-reduces, and their bytes; anything else would need another table."""
+    if set(record["calls"]) != {"all-reduce"}:
+        sys.exit(f"collectives that the table has no column for: {record}")
+    return record["calls"]["all-reduce"], record["bytes_per_step"]["all-reduce"]
+
+
+def sharding_memory() -> Iterator[str]:
+    result = load("sharding")
+    records = [r for r in result["records"] if r["case"]["measure"] == "arithmetic"]
+    rows = "{B} rows of {tokens}".format(**records[0]["read_case"])
+    yield "**Memory of GPUs with 80 GB**, of which 90 % are used, in bfloat16: arithmetic from the "
+    yield "models' sizes, nothing of it was run.\n\n"
+    yield "| model | GPUs | weights on each | KV of a token on each | tokens that fit | bytes that "
+    yield f"each reads in a step, {rows} |\n|---|---|---|---|---|---|\n"
+    for r in records:
+        cells = [r["case"]["model"], str(r["case"]["devices"])]
+        cells.append(f"{r['weight_bytes_per_device'] / 1e9:.1f} GB")
+        cells.append(f"{r['kv_bytes_per_token_per_device']:,} B")
+        fits = r["tokens_that_fit"]
+        cells.append(f"{fits:,}" if fits else "does not fit")
+        cells.append(f"{r['read_bytes_per_step'] / 1e9:.1f} GB" if fits else "")
+        yield f"| {' | '.join(cells)} |\n"
+    yield "\n"
+
+
+def tpu_static() -> Iterator[str]:
+    result = load("tpu_static")
+    yield from heading(
+        "Instructions of a TPU core for each page (bundles, all KV heads), read from compiled code",
+        result,
+        ("jax", "libtpu"),
+    )
+    rows: dict[tuple[str, str], dict[str, float]] = {}
+    for record in result["records"]:
+        case = record["case"]
+        found = rows.setdefault((case["shape"], case["generation"]), {})
+        if "bundles_per_page" in record:
+            name = record["system"].split(",")[0]  # the better of a peer's blocks
+            found[name] = min(record["bundles_per_page"], found.get(name, float("inf")))
+    names = ["paged-decode/pallas_tpu", "jax/paged_attention", "jax/ragged_paged_attention"]
+    yield f"| shape | TPU | ours | {' | '.join(names[1:])} | ours / best |\n"
+    yield "|---|---|---|---|---|---|\n"
+    for (shape, generation), found in sorted(rows.items()):
+        cells = [f"{found[name]:.0f}" if name in found else "does not compile" for name in names]
+        best = min(found[name] for name in names[1:] if name in found)
+        yield f"| {shape} | {generation} | {' | '.join(cells)} | {found[names[0]] / best:.2f}x |\n"
+    yield "\n"
+
+
+PAGES = {
+    "README.md": (
+        decode_grid,
+        decode_step,
+        tpu_static,
+        cpu_decode,
+        allocator_step,
+        attention_xla,
+        snapshot,
+    ),
+    "docs/snapshots.md": (snapshot,),
+    "docs/sharding.md": (sharding_cost, sharding_talk, sharding_memory),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    text = README.read_text()
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    parts = (decode_grid, decode_step, cpu_decode, allocator_step, attention_xla)
-    tables = "".join("".join(part()) for part in parts)
-    new = before + BEGIN + "\n" + tables + END + after
-    if args.check and new != text:
-        sys.exit("README.md differs from the results: run python benchmarks/report.py")
-    README.write_text(new)
+    for name, parts in PAGES.items():
+        path = ROOT / name
+        text = path.read_text()
+        before, rest = text.split(BEGIN)
+        after = rest.split(END)[1]
+        tables = "".join("".join(part()) for part in parts)
+        new = before + BEGIN + "\n" + tables + END + after
+        if args.check and new != text:
+            sys.exit(f"{name} differs from the results: run python benchmarks/report.py")
+        path.write_text(new)
 
 
 if __name__ == "__main__":

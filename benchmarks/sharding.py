@@ -31,6 +31,7 @@ from jax.sharding import NamedSharding
 
 from examples.smol import llama, parallel
 from paged_decode import DecodeBatch, KVCache
+from paged_decode.kernels import Placement
 
 ROUNDS, COLUMNS, PAGE = 60, 32, 16
 SMALL = llama.LlamaConfig(
@@ -180,34 +181,34 @@ def scaling():
             yield dict(case=case, system="paged-decode", ratio=ratio, **spread(split.seconds))
 
 
-def compiled(config, rows, devices, data):
-    """The HLO of one step on `data * devices` devices, `rows` rows a shard, from shapes alone."""
-    mesh = parallel.make_mesh(devices, data=data)
+def compiled(config, rows, mesh, dtype=jnp.float32):
+    """One step on the devices of a mesh, `rows` rows a data shard, compiled from shapes alone."""
+    data, devices = mesh.shape[parallel.DATA], mesh.shape[parallel.AXIS]
     copies = max(devices // config.num_kv_heads, 1)
     widened = replace(config, num_kv_heads=config.num_kv_heads * copies)  # as `split_params` does
-    params = shapes(widened, jnp.float32)
-    specs = parallel.param_specs(config, params, devices)
-    put = lambda s, spec: jax.ShapeDtypeStruct(  # noqa: E731
-        s.shape, s.dtype, sharding=NamedSharding(mesh, spec)
-    )
-    small = replace(config, head_dim=2)  # an empty cache of full size would need the memory
-    cache = KVCache.create(
-        num_layers=config.num_layers,
-        num_pages=2 * data,
-        num_kv_heads=small.num_kv_heads,
-        page_size=PAGE,
-        head_dim=small.head_dim,
-        mesh=mesh,
+    params = shapes(widened, dtype)
+    pages = data * (1 + rows * COLUMNS)
+    placement = Placement.create(
+        mesh,
+        num_kv_heads=config.num_kv_heads,
+        num_pages=pages,
         head_axis=parallel.AXIS,
         data_axis=parallel.DATA,
     )
-    pool = (data * (1 + rows * COLUMNS), widened.num_kv_heads, PAGE, config.head_dim)
-    cache = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(pool, jnp.float32, sharding=a.sharding), cache
-    )
+
+    def put(array, spec):
+        where = NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where)
+
+    pool = jax.ShapeDtypeStruct((pages, widened.num_kv_heads, PAGE, config.head_dim), dtype)
+    layers = (put(pool, placement.spec("N, Hk, S, D")),) * config.num_layers
+    split = jax.tree.map(put, params, parallel.param_specs(config, params, devices))
+    inputs = jax.tree.map(lambda a: put(a, placement.spec("B")), step_inputs(rows * data))
     model = parallel.make_parallel_model(config, params, mesh)
-    args = (jax.tree.map(put, params, specs), cache, *step_inputs(rows * data))
-    return jax.jit(model, donate_argnums=1).lower(*args).compile().as_text()
+    lowered = jax.jit(model, donate_argnums=1).lower(
+        split, KVCache(layers, layers, placement), *inputs
+    )
+    return lowered.compile()
 
 
 def count(hlo):
@@ -229,9 +230,11 @@ def talk(counts):
         for devices in counts:
             heads = min(devices, large.num_heads)  # beyond Hq only a data axis can grow
             data = devices // heads
+            mesh = parallel.make_mesh(heads, data=data)
             for rows in (1, 64):
                 one, three = (
-                    count(compiled(replace(large, num_layers=n), rows, heads, data)) for n in (1, 3)
+                    count(compiled(replace(large, num_layers=n), rows, mesh).as_text())
+                    for n in (1, 3)
                 )
                 kinds = sorted(set(one) | set(three))
                 calls, total = {}, {}

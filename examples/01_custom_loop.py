@@ -17,8 +17,7 @@ def toy_model(params, cache, tokens, batch):
     q = (x @ params["q"]).reshape(*tokens.shape, HEADS, DIM)
     k = (x @ params["k"]).reshape(*tokens.shape, KV_HEADS, DIM)
     v = (x @ params["v"]).reshape(*tokens.shape, KV_HEADS, DIM)
-    cache = cache.append(0, k, v, batch.slots)  # write first ...
-    seen = cache.attend(0, q, batch)  # ... then read what was written
+    seen, cache = cache.append_and_attend(0, q, k, v, batch)  # writes k and v, then reads
     return seen[:, -1].reshape(len(tokens), -1) @ params["out"], cache
 
 

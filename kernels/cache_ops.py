@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
+from . import dispatch
 from .checks import AnyArray, check_axes, check_float, check_index, check_twins, concrete
 from .op import check_layer
 from .placement import Placement
@@ -75,10 +76,11 @@ def append_kv(
         placement.check(slots.shape[0])
         pages //= placement.data_shards
     _check_range("slots", slots, pages * page_size)
-    return _append(k_pages, v_pages, k, v, slots, layer, placement)
+    platform = dispatch.default_platform(placement.platform if placement else None)
+    return _append(k_pages, v_pages, k, v, slots, layer, placement, platform)
 
 
-@partial(jax.jit, donate_argnums=(0, 1), static_argnums=6)
+@partial(jax.jit, donate_argnums=(0, 1), static_argnums=(6, 7))
 def _append(
     k_pages: Array,
     v_pages: Array,
@@ -87,14 +89,16 @@ def _append(
     slots: Array,
     layer: Array | None,
     placement: Placement | None,
+    platform: str,
 ) -> tuple[Array, Array]:
     args = (k_pages, v_pages, k, v, slots) + (() if layer is None else (jnp.asarray(layer),))
+    write = _write_on_tpu if platform == "tpu" and layer is not None else _write
     if placement is None:
-        return _write(*args)
+        return write(*args)
     pages = "N, Hk, S, D" if layer is None else "L, N, Hk, S, D"
     new, place = ("B, T, Hk, D", "B, T") if slots.ndim == 2 else ("B, Hk, D", "B")
     inputs = (pages, pages, new, new, place, "")[: len(args)]
-    return placement.run(_write, inputs, (pages, pages), *args)
+    return placement.run(write, inputs, (pages, pages), *args)
 
 
 def _write(
@@ -109,6 +113,19 @@ def _write(
         return at.set(new.astype(pages.dtype), mode="drop", wrap_negative_indices=False)
 
     return write(k_pages, k), write(v_pages, v)
+
+
+def _write_on_tpu(
+    k_pages: Array, v_pages: Array, k: Array, v: Array, slots: Array, layer: Array
+) -> tuple[Array, Array]:
+    """XLA for TPU copies a stacked pool before it scatters into it; this kernel does not."""
+    from .pallas_tpu import write
+
+    if not write.serves(k_pages):
+        return _write(k_pages, v_pages, k, v, slots, layer)
+    k, v = (new.reshape(-1, *new.shape[-2:]) for new in (k, v))
+    slots = jnp.clip(slots.reshape(-1), -1, jnp.iinfo(jnp.int32).max).astype(jnp.int32)
+    return write.write_tokens(k_pages, v_pages, k, v, slots, layer.astype(jnp.int32))
 
 
 def copy_pages(

@@ -6,9 +6,9 @@ A backend is a module with two functions, imported only when it is asked for:
 - `attend(call) -> (out [B, T, Hq, D] like q, lse float32 [B, T, Hq])`: NotImplementedError there
   means the same as a refusal.
 
-A third is optional: `append_and_attend(call, k, v) -> (out, lse, k_pages, v_pages)` writes the
-newest tokens, k and v `[B, T, Hk, D]` of the pages' dtype, in the same launch. Without it they are
-scattered before the call.
+A third is optional: `append_and_attend(call, k, v, slots) -> (out, lse, k_pages, v_pages)` writes
+the newest tokens, k and v `[B, T, Hk, D]` of the pages' dtype, in the same launch, but for those
+with a slot in the null page. Without it they are scattered before the call.
 """
 
 import importlib
@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from .record import AttentionCall
 
@@ -54,6 +54,7 @@ def _module(name: str) -> Callable[[], ModuleType]:
 # In order of preference on every platform: the fastest first.
 BACKENDS: tuple[Backend, ...] = (
     Backend("triton", _module("triton"), ("gpu",)),
+    Backend("pallas_tpu", _module("pallas_tpu"), ("tpu",)),
     Backend("xla", _module("xla"), ("cpu", "gpu", "tpu")),
     Backend("reference", _module("reference"), ()),
 )
@@ -93,22 +94,23 @@ def append_and_attend(
     call: AttentionCall,
     k: Float[Array, "B T Hk D"],
     v: Float[Array, "B T Hk D"],
-    implementation: Sequence[str] | None = None,
+    slots: Int32[Array, "B T"] | None = None,
     *,
+    names: Sequence[str] | None = None,
     backends: tuple[Backend, ...] = BACKENDS,
 ) -> tuple[Array, Array, Array, Array]:
     """Write k and v at the newest positions of every row, then as `attend`.
 
-    Returns `(out, lse, k_pages, v_pages)`.
+    `slots` in the null page are of tokens that are not new. Returns `(out, lse, k_pages, v_pages)`.
     """
 
     def run(module: ModuleType) -> tuple[Array, Array, Array, Array]:
         if fused := getattr(module, "append_and_attend", None):
-            return fused(call, k, v)
-        written = call.with_newest(k, v)
+            return fused(call, k, v, slots)
+        written = call.with_newest(k, v, slots)
         return *module.attend(written), written.k_pages, written.v_pages
 
-    return _first(call, implementation, backends, run)
+    return _first(call, names, backends, run)
 
 
 def _first(

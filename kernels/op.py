@@ -108,6 +108,7 @@ def append_and_attend(
     page_table: Int[AnyArray, "B P"],
     seq_lens: Int[AnyArray, " B"],
     *,
+    slots: Int[AnyArray, " B"] | Int[AnyArray, "B T"] | None = None,
     layer: int | Int[AnyArray, ""] | None = None,
     starts: Int[AnyArray, " B"] | None = None,
     scale: float | None = None,
@@ -121,9 +122,9 @@ def append_and_attend(
     """`append_kv` and `paged_attention` of the same tokens as one operation; donates the pages.
 
     K and V of the newest T tokens of row b go to the positions `seq_lens[b] - T + t`, found through
-    the page table; then q attends as in `paged_attention`. With T = 1 on a GPU both are one launch.
-    Padding (a row of length 0, a position in front of its sequence) is written nowhere, but all T
-    tokens of any other row are new: where rows bring fewer, use `append_kv` with their slots.
+    the page table; then q attends as in `paged_attention`. With T = 1 on GPU and TPU both are one
+    launch. Padding (a row of length 0, a position in front of its sequence) is written nowhere, nor
+    is a token whose slot lies in the null page: there q attends to what the cache already holds.
     Inside `jit` it updates in place when the caller donates the pool; outside, the given pages
     are consumed.
 
@@ -135,6 +136,8 @@ def append_and_attend(
       v_pages: like `k_pages`.
       page_table: int32 `[B, P]`. The pages that are written belong to one row only.
       seq_lens: int32 `[B]`, tokens of each row, the new ones included.
+      slots: int32 `[B]` or `[B, T]` as for `append_kv`: which of the tokens are new, `slots >= S`;
+        where those lie, the page table says. None: all are.
       layer, starts, scale, sliding_window, soft_cap, sinks, return_lse, implementation, placement:
         as in `paged_attention`.
 
@@ -162,8 +165,11 @@ def append_and_attend(
     for name, new in (("k", k), ("v", v)):
         check_float(name, new)
         check_axes(name, new, axes, **{axis: sizes[axis] for axis in axes.split(", ")})
+    if slots is not None:
+        check_index("slots", slots)
+        check_axes("slots", slots, axes.removesuffix(", Hk, D"), B=sizes["B"], T=sizes["T"])
     out, lse, k_pages, v_pages = _append_and_attend(
-        k_pages, v_pages, k, v, q, *arrays[3:], **options
+        k_pages, v_pages, k, v, slots, q, *arrays[3:], **options
     )
     return (out, lse, k_pages, v_pages) if return_lse else (out, k_pages, v_pages)
 
@@ -217,6 +223,8 @@ _AXES = dict(
     starts="B",
     sink="Hq",
 )
+# The axes of the new tokens: k, v and which of them are new, if that is given.
+_NEW_AXES = ("B, T, Hk, D", "B, T, Hk, D", "B, T")
 
 
 # One compiled function for eager calls, one cached trace for a model's many equal layers.
@@ -245,7 +253,7 @@ def _attend(
         def local(*own: Array) -> tuple[Array, Array]:
             return dispatch.attend(_record(arrays, own, options), implementation)
 
-        return _placed(placement, local, arrays, ())
+        return _placed(placement, local, arrays, [])
 
     run.defjvp(_no_derivative)
     out, lse = run(arrays)
@@ -262,6 +270,7 @@ def _append_and_attend(
     v_pages: Array,
     k: Array,
     v: Array,
+    slots: Array | None,
     q: Array,
     page_table: Array,
     seq_lens: Array,
@@ -275,18 +284,20 @@ def _append_and_attend(
 ) -> tuple[Array, Array, Array, Array]:
     arrays = _canonical(q, k_pages, v_pages, page_table, seq_lens, layer, starts, sinks)
     shape = (*arrays["q"].shape[:2], *k.shape[-2:])
+    new = [x.reshape(shape).astype(k_pages.dtype) for x in (k, v)]
+    if slots is not None:
+        new.append(slots.reshape(shape[:2]).astype(jnp.int32))
 
     @jax.custom_jvp
-    def run(arrays: dict[str, Array], k: Array, v: Array) -> tuple[Array, Array, Array, Array]:
+    def run(arrays: dict[str, Array], new: list[Array]) -> tuple[Array, Array, Array, Array]:
         def local(*own: Array) -> tuple[Array, Array, Array, Array]:
-            call = _record(arrays, own[:-2], options)
-            return dispatch.append_and_attend(call, *own[-2:], implementation)
+            call = _record(arrays, own[: len(arrays)], options)
+            return dispatch.append_and_attend(call, *own[len(arrays) :], names=implementation)
 
-        return _placed(placement, local, arrays, (k, v))
+        return _placed(placement, local, arrays, new)
 
     run.defjvp(_no_derivative)
-    new = (x.reshape(shape).astype(k_pages.dtype) for x in (k, v))
-    out, lse, new_k_pages, new_v_pages = run(arrays, *new)
+    out, lse, new_k_pages, new_v_pages = run(arrays, new)
     return (
         out.reshape(q.shape),
         lse.reshape(q.shape[:-1]),
@@ -305,15 +316,15 @@ def _placed(
     placement: Placement | None,
     local: Callable[..., Any],
     arrays: dict[str, Array],
-    new: tuple[Array, ...],
+    new: list[Array],
 ) -> Any:
     """`local` of the arrays and the new tokens, on every device of the mesh if there is one."""
     args = (*arrays.values(), *new)
     if placement is None:
         return local(*args)
-    inputs = [*(_AXES[name] for name in arrays), *("B, T, Hk, D" for _ in new)]
-    outputs = ["B, T, Hq, D", "B, T, Hq", *(_AXES["k_pages"] for _ in new)]
-    return placement.run(local, inputs, tuple(outputs), *args)
+    inputs = [*(_AXES[name] for name in arrays), *_NEW_AXES[: len(new)]]
+    written = (_AXES["k_pages"], _AXES["v_pages"]) if new else ()
+    return placement.run(local, inputs, ("B, T, Hq, D", "B, T, Hq", *written), *args)
 
 
 def _canonical(

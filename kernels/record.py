@@ -84,11 +84,15 @@ class AttentionCall:
         return jnp.any(used & outside, axis=1) | (self.seq_lens > width * self.page_size)
 
     def with_newest(
-        self, k: Float[Array, "B T Hk D"], v: Float[Array, "B T Hk D"]
+        self,
+        k: Float[Array, "B T Hk D"],
+        v: Float[Array, "B T Hk D"],
+        slots: Int32[Array, "B T"] | None,
     ) -> "AttentionCall":
         """This call over pages in which row b's tokens `seq_lens[b] - T + t` are k and v.
 
-        A token in front of its sequence or beyond its table is written nowhere.
+        A token in front of its sequence, beyond its table or with its slot in the null page is
+        written nowhere.
         """
         tokens, page_size = self.q.shape[1], self.page_size
         pages, width = self.k_pages.shape[1], self.page_table.shape[1]
@@ -96,6 +100,8 @@ class AttentionCall:
         column = position // page_size
         page = jnp.take_along_axis(self.page_table, jnp.clip(column, 0, width - 1), axis=1)
         nowhere = (position < 0) | (self.seq_lens[:, None] > width * page_size) | (page < 0)
+        if slots is not None:
+            nowhere |= slots < page_size
         page = jnp.where(nowhere, pages, page)
         where = (self.layer, page, slice(None), position % page_size)
 

@@ -6,20 +6,21 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import _snapshot_cli
+from . import _doctor_cli, _snapshot_cli
 from .errors import PagedDecodeError
 from .pressure import command as pressure
 
 __all__ = ["main"]
 
 # A subcommand is a module with `add(subparsers)`; it sets `run`, which returns an exit status.
-COMMANDS = (_snapshot_cli, pressure)
+COMMANDS = (_doctor_cli, _snapshot_cli, pressure)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status, 1 for an error that a message explains."""
     parser = argparse.ArgumentParser(
-        prog="paged-decode", description="Tools for paged KV caches: inspect, verify, fold."
+        prog="paged-decode",
+        description="Tools for paged KV caches: backends and snapshots.",
     )
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 
 from .allocator import DecodeBatch, PageCopies
-from .kernels import Placement, append_kv, copy_pages, paged_attention
+from .kernels import Placement, append_and_attend, append_kv, copy_pages, paged_attention
 from .kernels.checks import AnyArray
 from .kernels.placement import Axis
 from .sharding import Spread, split_batch, split_copies
@@ -149,15 +149,9 @@ class KVCache:
     ) -> KVCache:
         """Write new keys and values of one layer to their slots; in place under donation."""
         pools = self.k_pages[layer], self.v_pages[layer]
-        copies = self.placement.kv_copies if self.placement else 1
-        if copies > 1 and copies * k.shape[-2] == pools[0].shape[1]:  # else the heads are local
-            k, v = (jnp.repeat(jnp.asarray(new), copies, axis=-2) for new in (k, v))
-        k_pages, v_pages = append_kv(*pools, k, v, slots, placement=self.placement)
-        return replace(
-            self,
-            k_pages=(*self.k_pages[:layer], k_pages, *self.k_pages[layer + 1 :]),
-            v_pages=(*self.v_pages[:layer], v_pages, *self.v_pages[layer + 1 :]),
-        )
+        new = self._with_copies(k), self._with_copies(v)
+        pools = append_kv(*pools, *new, slots, placement=self.placement)
+        return self._with_layer(layer, *pools)
 
     def attend(self, layer: int, q: AnyArray, batch: DecodeBatch, **options: Any) -> Any:
         """`paged_attention` of `q` over one layer, through the batch's page table."""
@@ -169,6 +163,50 @@ class KVCache:
             batch.seq_lens,
             placement=self.placement,
             **options,
+        )
+
+    def append_and_attend(
+        self, layer: int, q: AnyArray, k: AnyArray, v: AnyArray, batch: DecodeBatch, **options: Any
+    ) -> tuple[Any, KVCache]:
+        """`append` of the batch's new tokens, then `attend`: one launch on a GPU where T = 1.
+
+        Args:
+          layer: which layer, `0 .. L-1`.
+          q: `[B, T, Hq, D]`.
+          k: `[B, T, Hk, D]`.
+          v: `[B, T, Hk, D]`.
+          batch: whose slots say which of the T tokens of a row are new.
+          options: those of `paged_attention`.
+
+        Returns:
+          `(out, cache)`, where out is `(out, lse)` with `return_lse`.
+        """
+        *out, k_pages, v_pages = append_and_attend(
+            q,
+            self._with_copies(k),
+            self._with_copies(v),
+            self.k_pages[layer],
+            self.v_pages[layer],
+            batch.page_table,
+            batch.seq_lens,
+            slots=batch.slots,
+            placement=self.placement,
+            **options,
+        )
+        return (out[0] if len(out) == 1 else tuple(out)), self._with_layer(layer, k_pages, v_pages)
+
+    def _with_copies(self, new: AnyArray) -> AnyArray:
+        """New keys or values with every head as often as the mesh holds it."""
+        copies = self.placement.kv_copies if self.placement else 1
+        if copies == 1 or copies * new.shape[-2] != self.k_pages[0].shape[1]:  # heads are local
+            return new
+        return jnp.repeat(jnp.asarray(new), copies, axis=-2)
+
+    def _with_layer(self, layer: int, k_pages: Array, v_pages: Array) -> KVCache:
+        return replace(
+            self,
+            k_pages=(*self.k_pages[:layer], k_pages, *self.k_pages[layer + 1 :]),
+            v_pages=(*self.v_pages[:layer], v_pages, *self.v_pages[layer + 1 :]),
         )
 
     @property

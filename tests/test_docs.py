@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import doctest
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,3 +19,9 @@ def test_examples_of_a_page_run(page):
     text = "".join("\n" if line.startswith("```") else line for line in lines)
     test = doctest.DocTestParser().get_doctest(text, {}, page, None, 0)
     assert doctest.DocTestRunner().run(test).failed == 0
+
+
+def test_the_table_of_backends_says_what_the_code_answers():
+    pytest.importorskip("triton", reason="the table has a column for the Triton kernel")
+    command = [sys.executable, "benchmarks/backend_table.py", "--check"]
+    subprocess.run(command, cwd=DOCS.parent, check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})

@@ -1,7 +1,7 @@
 """A Llama-family decoder in JAX that keeps its keys and values in a paged cache.
 
-Everything the cache needs from a model is in `_attention`: write this step's K and V to
-`batch.slots`, then attend through `batch`. The rest is an ordinary Llama.
+Everything the cache needs from a model is one call in `_attention`, which writes this step's K and
+V and attends through `batch`. The rest is an ordinary Llama.
 
 Axes: B rows, T tokens per row, M = B * T, E model width, V vocabulary, Hq and Hk query and KV
 heads, D head dim.
@@ -93,8 +93,9 @@ def _attention(
         *batch.positions.shape, rotated + config.num_kv_heads, config.head_dim
     )
     q, k = jnp.split(_rotate(heads[:, :, :rotated], *rope), [config.num_heads], axis=2)
-    cache = cache.append(index, k, heads[:, :, rotated:], batch.slots)
-    seen = cache.attend(index, q, batch, sliding_window=config.sliding_window)
+    seen, cache = cache.append_and_attend(
+        index, q, k, heads[:, :, rotated:], batch, sliding_window=config.sliding_window
+    )
     return seen.reshape(len(x), -1) @ layer["out"], cache
 
 

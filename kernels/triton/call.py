@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from ..record import AttentionCall
 from . import compat
@@ -42,23 +42,29 @@ def attend(call: AttentionCall) -> tuple[Float[Array, "B 1 Hq D"], Float[Array, 
     """Serve `call` in one launch."""
     if call.q.shape[0] == 0:
         return call.q, jnp.zeros(call.q.shape[:-1], jnp.float32)
-    out, lse, *_ = run(call, None)
+    out, lse, *_ = run(call)
     return out.reshape(call.q.shape), lse.reshape(call.q.shape[:-1])
 
 
 def append_and_attend(
-    call: AttentionCall, k: Float[Array, "B 1 Hk D"], v: Float[Array, "B 1 Hk D"]
+    call: AttentionCall,
+    k: Float[Array, "B 1 Hk D"],
+    v: Float[Array, "B 1 Hk D"],
+    slots: Int32[Array, "B 1"] | None,
 ) -> tuple[Array, Array, Array, Array]:
     """Write k and v at the newest position of every row and serve `call`, in one launch."""
     if call.q.shape[0] == 0:
         return *attend(call), call.k_pages, call.v_pages
-    out, lse, _, _, k_pages, v_pages = run(call, (k, v))
+    out, lse, _, _, k_pages, v_pages = run(call, (k, v, slots))
     return out.reshape(call.q.shape), lse.reshape(call.q.shape[:-1]), k_pages, v_pages
 
 
-def run(call: AttentionCall, newest: tuple[Array, Array] | None) -> list[Array]:
+def run(
+    call: AttentionCall, newest: tuple[Array, Array, Array | None] | None = None
+) -> list[Array]:
     """The launch as a custom call: out, lse, two scratches and the pages, if they are written."""
     shape = shape_of(call)
+    append, (k, v, slots) = newest is not None, newest or (None, None, None)
     launch = plan(
         shape,
         choose_config(shape),
@@ -70,8 +76,10 @@ def run(call: AttentionCall, newest: tuple[Array, Array] | None) -> list[Array]:
         soft_cap=call.soft_cap,
         starts=call.starts is not None,
         sinks=call.sink is not None,
-        append=newest is not None,
+        append=append,
+        slots=slots is not None,
     )
+    # What is not given is not read: any other array stands in for it.
     inputs = (
         call.q,
         call.k_pages,
@@ -79,17 +87,19 @@ def run(call: AttentionCall, newest: tuple[Array, Array] | None) -> list[Array]:
         call.layer,
         call.page_table,
         call.seq_lens,
-        call.seq_lens if call.starts is None else call.starts,  # what is not there is not read
+        call.seq_lens if call.starts is None else call.starts,
         call.q if call.sink is None else call.sink,
         _counters(launch.counters),
-        *((call.q, call.q) if newest is None else newest),
+        call.q if k is None else k,
+        call.q if v is None else v,
+        call.seq_lens if slots is None else slots,
     )
     return compat.launch(
         decode_kernel,
         inputs,
         [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in launch.outputs],
         rewritten=("k_written", "v_written"),
-        aliases=() if newest is None else (1, 2),
+        aliases=(1, 2) if append else (),
         grid=launch.grid,
         warps=launch.warps,
         stages=launch.stages,

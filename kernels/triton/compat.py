@@ -8,6 +8,8 @@
 | jax-triton 0.4.1, jax 0.12 | its dead-code rule has another signature: fails under `jit` |
 
 0.3.1 cannot be imported where jax has no GPU plugin, so nothing here imports it before a launch.
+What it calls cannot be part of a CUDA graph, which XLA makes of five or more kernels in a row; the
+same call by way of the other entry of jaxlib can, as in 0.4, and `_capturable` arranges for that.
 They also disagree on whether an output that shares the buffer of an input has a pointer of its own:
 in 0.3.1 it has, in 0.4 not. A kernel writes through the input's pointer and names the other last.
 """
@@ -15,11 +17,14 @@ in 0.3.1 it has, in 0.4 not. A kernel writes through the input's pointer and nam
 import importlib
 import re
 from collections.abc import Sequence
+from functools import cache
 from importlib import metadata
+from types import ModuleType
 from typing import Any
 
 import jax
 import numpy as np
+from jax.interpreters import mlir
 
 __all__ = ["launch", "problem"]
 
@@ -91,7 +96,9 @@ def launch(
         # Scalars, because here these pointers do not exist.
         options |= dict.fromkeys(rewritten, 0)
     options["out_type" if modern else "out_shape"] = outputs
-    if modern:
+    if not modern:
+        options |= _capturable(importlib.import_module("jax_triton.triton_lib"))
+    else:
         # Newer Triton writes PTX that the assembler of CUDA 13.0 rejects.
         options["backend_options"] = {"ptx_version": 87}
     return binding.triton_call(
@@ -105,6 +112,30 @@ def launch(
         **options,
         **constants,
     )
+
+
+@cache
+def _capturable(library: ModuleType) -> dict[str, Any]:
+    """Options by which 0.3.1 calls the entry that CUDA graphs can hold, where jaxlib has it."""
+    plugin = getattr(library.triton_kernel_call_lib, "_cuda_triton", None)
+    target = "triton_kernel_call_ffi"
+    if plugin is None or target not in plugin.registrations():
+        return {}
+    original = library.triton_kernel_call_lowering
+
+    def lower(ctx: Any, *args: Any, **params: Any) -> Any:
+        results = original(library.get_cuda_backend, ctx, *args, **params)
+        if params["custom_call_target_name"] == target:  # nobody else's calls change
+            call = results[0].owner
+            with call.context:
+                number = mlir.ir.IntegerType.get_signless(32)
+                call.attributes["api_version"] = mlir.ir.IntegerAttr.get(number, 4)
+                opaque = {"opaque": call.attributes["backend_config"]}
+                call.attributes["backend_config"] = mlir.ir.DictAttr.get(opaque)
+        return results
+
+    mlir.register_lowering(library.triton_kernel_call_p, lower, platform="cuda")
+    return {"custom_call_target_name": target}
 
 
 def _installed() -> dict[str, str | None]:

@@ -25,46 +25,48 @@ class Config:
     """One tiling of the kernel.
 
     Attributes:
-      block_n: rows of a tile: tokens times `pack`.
+      tokens: of a tile.
       warps: warps of a program.
       stages: depth of the software pipeline; K and V get `stages - 1` buffers each.
       even: programs to aim at for a batch of about equal lengths; 0: never split.
       ragged: programs to aim at for any other batch.
-      pack: KV heads that share a tile.
       min_tiles: no program gets fewer tiles, unless its row has no more.
+      eighths: a ragged row gets one program more for what is left over, if that is more than
+        `8 - eighths` eighths of a program: 4 rounds to the nearest number, 8 up.
+      least: programs that an even batch is cut into at least, where some rows are empty.
       merge: registers a thread gives to partials on their way; more merge faster, fewer leave
         room for more programs on a multiprocessor.
     """
 
-    block_n: int
+    tokens: int
     warps: int
     stages: int
     even: int = 0
     ragged: int = 0
-    pack: int = 1
     min_tiles: int = 1
+    eighths: int = 4
+    least: int = 1
     merge: int = 32
 
 
-# Tilings by (head dim padded to a power of two, kind of call): block_n, warps, stages, pack, and
-# how many programs fit on a multiprocessor of the H100 by shared memory and registers.
-# Read off one H100 80GB HBM3 (triton 3.6.0) by sweeping them over batches of 1 to 256 rows, 512
-# to 128k tokens, even and ragged.
+# Tilings by (head dim padded to a power of two, kind of call): tokens, warps, stages, and how many
+# programs of an even batch a multiprocessor gets at least. Read off one H100 80GB HBM3 (triton
+# 3.6.0) with benchmarks/tune_triton.py.
 # `few`: at most one row and KV head for each multiprocessor; `many`: more; `long`: rows may be so
-# long that lengths may differ a lot, so that short tails count more than anything else.
+# long that lengths may differ a lot.
 _TABLE = {
-    (64, "few"): (128, 4, 3, 1, 1),
-    (64, "few long"): (128, 4, 2, 1, 2),
-    (64, "many"): (128, 4, 2, 1, 4),
-    (64, "many long"): (128, 4, 2, 1, 4),
-    (128, "few"): (128, 4, 3, 1, 1),
-    (128, "few long"): (128, 4, 2, 1, 2),  # two are faster than the three that fit
-    (128, "many"): (64, 4, 4, 2, 2),
-    (128, "many long"): (128, 4, 2, 1, 3),
-    (256, "few"): (64, 8, 3, 1, 1),
-    (256, "few long"): (64, 8, 3, 1, 1),
-    (256, "many"): (64, 8, 3, 1, 1),
-    (256, "many long"): (64, 8, 3, 1, 1),
+    (64, "few"): (128, 4, 3, 1),
+    (64, "few long"): (128, 4, 2, 2),
+    (64, "many"): (128, 4, 2, 3),
+    (64, "many long"): (128, 4, 2, 2),
+    (128, "few"): (128, 4, 3, 1),
+    (128, "few long"): (128, 4, 2, 2),
+    (128, "many"): (64, 4, 2, 3),
+    (128, "many long"): (128, 4, 2, 2),
+    (256, "few"): (64, 8, 3, 1),
+    (256, "few long"): (64, 8, 3, 1),
+    (256, "many"): (64, 8, 3, 1),
+    (256, "many long"): (64, 8, 3, 1),
 }
 _LONG_ROW = 8192  # tokens of capacity from which a batch of many rows counts as `long`
 _LONG_BATCH = 2**20  # tokens times KV heads from which a batch of few rows does
@@ -74,46 +76,44 @@ _BIG_SHARED_MEMORY = (80, 90, 100, 103)  # generations with at least 160 KiB a m
 def choose_config(shape: Shape) -> Config:
     """The config of a call: from the table, or a small tiling that fits every card."""
     lanes = shape.rows * shape.kv_heads
-    waves = max(shape.processors // lanes, 1)
+    processors = shape.processors
+    twice = 2 * lanes * max(processors // lanes, 1)
     if shape.itemsize == 4:
         # Exact float32 products do not use the matrix unit: small tiles, many programs.
-        return Config(16, 4, 2, even=2 * lanes * waves, ragged=4 * shape.processors)
+        return Config(16, 4, 2, even=twice, ragged=4 * processors, least=2 * processors)
     if shape.generation not in _BIG_SHARED_MEMORY:
-        block_n = 64 if shape.dim <= 128 else 32
-        return Config(block_n, 4, 2, even=2 * lanes * waves, ragged=8 * shape.processors)
-    few = lanes <= shape.processors
+        tokens = 64 if shape.dim <= 128 else 32
+        return Config(tokens, 4, 2, even=twice, ragged=8 * processors, least=2 * processors)
+    few = lanes <= processors
     if few:
         long = shape.rows > 1 and lanes * shape.capacity >= _LONG_BATCH
     else:
         long = shape.capacity > _LONG_ROW
     dim = 64 if shape.dim <= 64 else 128 if shape.dim <= 128 else 256
     kind = ("few" if few else "many") + (" long" if long else "")
-    block_n, warps, stages, pack, fit = _TABLE[dim, kind]
-    if shape.kv_heads % pack or shape.group * pack > 16:
-        pack = 1
-    lanes //= pack
-    if not few and lanes <= shape.processors:
-        # Packed, they are one program on each multiprocessor: it needs the deep tile of few.
-        block_n, warps, stages, _, fit = _TABLE[dim, "few"]
+    tokens, warps, stages, programs = _TABLE[dim, kind]
+    least = programs * processors * 19 // 20  # a wave may be a little short of full
     return Config(
-        block_n,
+        tokens,
         warps,
         stages,
-        even=lanes * _cuts(lanes, fit * shape.processors),
-        ragged=(8 if long and not few else 2) * shape.processors,
-        pack=pack,
+        even=lanes * _cuts(lanes, processors, least),
+        ragged=(2 if few or long else 3) * processors,
+        eighths=4 if few else 8,
+        least=least,
     )
 
 
-def _cuts(lanes: int, slots: int) -> int:
-    """Into how many programs to cut each of `lanes` equal rows, for waves of `slots` programs.
+def _cuts(lanes: int, processors: int, least: int) -> int:
+    """Into how many programs to cut each of `lanes` equal rows, `least` programs or more in all.
 
-    The fewest that leave no more than a tenth of the slots empty in the last wave, or the best.
+    The fewest that leave no more than a tenth of the multiprocessors without their last program,
+    or the best.
     """
-    least = max(slots // lanes, 1)
+    first = max(-(-least // lanes), 1)
 
     def full(cuts: int) -> float:
-        return lanes * cuts / (-(-lanes * cuts // slots) * slots)
+        return lanes * cuts / (-(-lanes * cuts // processors) * processors)
 
-    tries = range(least, least + 8)
+    tries = range(first, first + 8)
     return next((cuts for cuts in tries if full(cuts) >= 0.9), max(tries, key=full))

@@ -43,12 +43,23 @@ def _range(
 
 
 @triton.jit
+def _even_items(lanes, PROCESSORS: tl.constexpr, LEAST: tl.constexpr):
+    """Programs for `lanes` equal rows and KV heads: `cuts` of config.py for part of a batch."""
+    cuts = tl.maximum(tl.cdiv(LEAST, lanes), 1)
+    for _ in tl.static_range(8):
+        items = lanes * cuts
+        full = items * 10 >= tl.cdiv(items, PROCESSORS) * PROCESSORS * 9
+        cuts = tl.where(full, cuts, cuts + 1)
+    return lanes * cuts
+
+
+@triton.jit
 def _find_place(
     item,
     seq_lens,
     starts,
     ROWS: tl.constexpr,
-    LANES: tl.constexpr,
+    KV_HEADS: tl.constexpr,
     CAPACITY: tl.constexpr,
     WINDOW: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -56,12 +67,16 @@ def _find_place(
     EVEN_ITEMS: tl.constexpr,
     RAGGED_ITEMS: tl.constexpr,
     MIN_TILES: tl.constexpr,
+    EIGHTHS: tl.constexpr,
+    LEAST: tl.constexpr,
+    PROCESSORS: tl.constexpr,
     STARTS: tl.constexpr,
 ):
-    """`row, place of the row's first program, programs of the row` for one program of a lane.
+    """`row, place of the row's first program, programs of the row` for one program of a KV head.
 
-    A batch is even if its longest row is at most a quarter longer than the mean. Long programs
-    come first, whatever the order of the rows: the short ones fill the gaps at the end.
+    A batch is even if its longest row is at most a quarter longer than the mean of those that are
+    not empty. Long programs come first, whatever the order of the rows: the short ones fill the
+    gaps at the end.
     """
     rows = tl.arange(0, BLOCK_ROWS)
     length = tl.load(seq_lens + rows, mask=rows < ROWS, other=0)
@@ -72,11 +87,16 @@ def _find_place(
         first = tl.maximum(first, length - WINDOW)
     tiles = tl.cdiv(tl.minimum(length, CAPACITY), TOKENS) - first // TOKENS
     tiles = tl.maximum(tiles, 0)
-    total = tl.sum(tiles, 0)
-    even = tl.max(tiles, 0) <= tl.cdiv(total, ROWS) * 5 // 4
-    goal = tl.where(even, EVEN_ITEMS, RAGGED_ITEMS)
-    size = tl.maximum(tl.cdiv(total * LANES, goal), MIN_TILES)
-    parts = tl.where(rows < ROWS, tl.maximum((tiles + size // 2) // size, 1), 0)
+    sums = tl.sum(tiles.to(tl.int64) + ((tiles > 0).to(tl.int64) << 40), 0)
+    total, live = (sums & 0xFFFFFFFF).to(tl.int32), tl.maximum((sums >> 40).to(tl.int32), 1)
+    even = tl.max(tiles, 0) <= tl.cdiv(total, live) * 5 // 4
+    goal = live * 0 + EVEN_ITEMS
+    if live < ROWS:  # rows that only pad the batch
+        goal = tl.minimum(_even_items(live * KV_HEADS, PROCESSORS, LEAST), EVEN_ITEMS)
+    goal = tl.where(even, goal, RAGGED_ITEMS)
+    size = tl.maximum(tl.cdiv(total * KV_HEADS, goal), MIN_TILES)
+    extra = tl.where(even, 4, EIGHTHS) * size - 1
+    parts = tl.where(rows < ROWS, tl.maximum((tiles * 8 + extra) // (size * 8), 1), 0)
     # The longest programs first: cut rows, then by halves. One scan counts all four kinds.
     kind = (tiles * 2 <= size).to(tl.int64) + (tiles * 4 <= size).to(tl.int64) + 1
     shift = tl.where(parts > 1, 0, kind) * 16
@@ -111,6 +131,7 @@ def decode_kernel(
     counters,
     new_k,
     new_v,
+    slots,
     out,
     lse,
     part_acc,
@@ -129,9 +150,8 @@ def decode_kernel(
     WINDOW: tl.constexpr,
     M: tl.constexpr,
     BLOCK_G: tl.constexpr,
-    PACK: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    TOKENS: tl.constexpr,
     STAGES: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -139,31 +159,34 @@ def decode_kernel(
     EVEN_ITEMS: tl.constexpr,
     RAGGED_ITEMS: tl.constexpr,
     MIN_TILES: tl.constexpr,
+    EIGHTHS: tl.constexpr,
+    LEAST: tl.constexpr,
+    PROCESSORS: tl.constexpr,
     SPLIT: tl.constexpr,
     STARTS: tl.constexpr,
     SINKS: tl.constexpr,
     APPEND: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):
     """One call of one layer.
 
     Pointers: q, out `[ROWS, Hq, D]`; pages `[L, PAGES, KV_HEADS, PAGE, D]`; layer `[]`;
     page_table `[ROWS, COLUMNS]`; seq_lens, starts `[ROWS]`; sink `[Hq]`; counters, one for each
-    row and lane, zeros before and after; lse `[ROWS, Hq]`; part_acc `[slots, PACK * GROUP, D]`
-    and part_lse `[slots, PACK * GROUP]`, anything before and after. A lane is PACK KV heads.
+    row and KV head, zeros before and after; lse `[ROWS, Hq]`; part_acc `[slots, GROUP, D]` and
+    part_lse `[slots, GROUP]`, anything before and after.
 
     With APPEND the newest token of a row is not in its page yet: new_k and new_v
     `[ROWS, KV_HEADS, D]` are written there, and k_written and v_written are the pages once more,
-    as outputs. Without it all four are never touched.
+    as outputs. With SLOTS, slots `[ROWS]` in the null page say that a row has no new token.
+    Without APPEND all five are never touched.
     """
     HEADS: tl.constexpr = KV_HEADS * GROUP
-    LANES: tl.constexpr = KV_HEADS // PACK
     CAPACITY: tl.constexpr = COLUMNS * PAGE
     HEAD_STRIDE: tl.constexpr = PAGE * D
     PAGE_STRIDE: tl.constexpr = KV_HEADS * HEAD_STRIDE
-    TOKENS: tl.constexpr = BLOCK_N // PACK
-    lane = tl.program_id(0) % LANES
-    item = tl.program_id(0) // LANES
-    column = tl.arange(0, BLOCK_N) % TOKENS
+    kv_head = tl.program_id(0) % KV_HEADS
+    item = tl.program_id(0) // KV_HEADS
+    column = tl.arange(0, TOKENS)
     dim = tl.arange(0, BLOCK_D)
 
     guess = tl.minimum(item // GUESS, ROWS - 1)
@@ -171,8 +194,8 @@ def decode_kernel(
     ids = page_ids(
         page_table + guess.to(tl.int64) * COLUMNS, begin + column, begin + column < CAPACITY, PAGE
     )
-    offset = tl.load(layer).to(tl.int64) * (PAGES * PAGE_STRIDE) + lane * (PACK * HEAD_STRIDE)
-    head, real = q_rows(lane, GROUP, BLOCK_G, PACK, M)
+    offset = tl.load(layer).to(tl.int64) * (PAGES * PAGE_STRIDE) + kv_head * HEAD_STRIDE
+    head, real = q_rows(kv_head, GROUP, M)
     q_mask = real[:, None] & (dim < D)[None, :]
     q_at = head[:, None] * D + dim[None, :]
     q_tile = tl.load(q + guess.to(tl.int64) * (HEADS * D) + q_at, mask=q_mask, other=0.0)
@@ -184,15 +207,15 @@ def decode_kernel(
     parts = 1
     if SPLIT and ROWS > 1:
         row, base, parts = _find_place(
-            item, seq_lens, starts, ROWS, LANES, CAPACITY, WINDOW, TOKENS, BLOCK_ROWS, EVEN_ITEMS,
-            RAGGED_ITEMS, MIN_TILES, STARTS,
+            item, seq_lens, starts, ROWS, KV_HEADS, CAPACITY, WINDOW, TOKENS, BLOCK_ROWS,
+            EVEN_ITEMS, RAGGED_ITEMS, MIN_TILES, EIGHTHS, LEAST, PROCESSORS, STARTS,
         )  # fmt: skip
     first, end, broken = _range(row, seq_lens, starts, CAPACITY, WINDOW, STARTS)
     tile0 = first // TOKENS
     if SPLIT and ROWS == 1:
         base = 0
         tiles = tl.maximum(tl.cdiv(end, TOKENS) - tile0, 0)
-        size = tl.maximum(tl.cdiv(tiles * LANES, EVEN_ITEMS), MIN_TILES)
+        size = tl.maximum(tl.cdiv(tiles * KV_HEADS, EVEN_ITEMS), MIN_TILES)
         parts = tl.maximum((tiles + size // 2) // size, 1)
         parts = tl.where(item < parts, parts, 0)
 
@@ -207,29 +230,33 @@ def decode_kernel(
             q_tile = tl.load(q + row.to(tl.int64) * (HEADS * D) + q_at, mask=q_mask, other=0.0)
         begin = (tile0 + order) * TOKENS
         if APPEND:
-            end -= 1
-            page = tl.load(table + tl.maximum(end, 0) // PAGE)
+            newest = tl.maximum(end - 1, 0)
+            new = end > 0
+            if SLOTS:
+                new = new & (tl.load(slots + row) >= PAGE)
+            end -= new.to(tl.int32)
+            page = tl.load(table + newest // PAGE)
         acc, top, total = attend_tiles(
             q_tile, k_pages + offset, v_pages + offset, table, ids, begin, first, end, broken,
-            parts * TOKENS, PAGES, PAGE, D, PAGE_STRIDE, SCALE, SOFT_CAP, M, BLOCK_G, PACK,
-            BLOCK_D, BLOCK_N, STAGES,
+            parts * TOKENS, PAGES, PAGE, D, PAGE_STRIDE, SCALE, SOFT_CAP, M, BLOCK_D, TOKENS,
+            STAGES,
         )  # fmt: skip
         if APPEND:
-            if (order == 0) & (end >= 0):
+            if (order == 0) & new:
                 acc, top, total = append_newest(
-                    q_tile, k_pages + offset, v_pages + offset, new_k, new_v, page, row, lane,
-                    end, first, broken, acc, top, total, PAGES, PAGE, KV_HEADS, GROUP, D,
-                    PAGE_STRIDE, SCALE, SOFT_CAP, M, BLOCK_G, PACK, BLOCK_D,
+                    q_tile, k_pages + offset, v_pages + offset, new_k, new_v, page, row, kv_head,
+                    newest, first, broken, acc, top, total, PAGES, PAGE, KV_HEADS, D, PAGE_STRIDE,
+                    SCALE, SOFT_CAP, M, BLOCK_D,
                 )  # fmt: skip
         if parts == 1:
             store_result(out, lse, row, head, real, sinks, acc, top, total, HEADS, D, BLOCK_D)
         else:
-            slot0 = base * LANES + lane
+            slot0 = base * KV_HEADS + kv_head
             if arrive(
-                part_acc, part_lse, slot0 + order * LANES, acc, top, total,
-                counters + row * LANES + lane, parts, GROUP, D, M, BLOCK_G, PACK, BLOCK_D,
+                part_acc, part_lse, slot0 + order * KV_HEADS, acc, top, total,
+                counters + row * KV_HEADS + kv_head, parts, GROUP, D, M, BLOCK_D,
             ):  # fmt: skip
                 merge_parts(
-                    part_acc, part_lse, slot0, LANES, parts, out, lse, sink, row, lane, HEADS,
-                    GROUP, D, BLOCK_G, PACK, BLOCK_D, CHUNK, SINKS,
+                    part_acc, part_lse, slot0, KV_HEADS, parts, out, lse, sink, row, kv_head, HEADS,
+                    GROUP, D, BLOCK_G, BLOCK_D, CHUNK, SINKS,
                 )  # fmt: skip

@@ -55,14 +55,12 @@ def arrive(
     GROUP: tl.constexpr,
     D: tl.constexpr,
     M: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    PACK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Store a partial result and count it; true for the program that completes the count."""
     dim = tl.arange(0, BLOCK_D)
-    index, real = q_rows(0, GROUP, BLOCK_G, PACK, M)
-    at = slot.to(tl.int64) * (PACK * GROUP) + index
+    index, real = q_rows(0, GROUP, M)
+    at = slot.to(tl.int64) * GROUP + index
     mask = real[:, None] & (dim < D)[None, :]
     value = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(part_acc + at[:, None] * D + dim[None, :], value, mask=mask)
@@ -88,12 +86,11 @@ def merge_parts(
     lse,
     sink,
     row,
-    lane,
+    kv_head,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_G: tl.constexpr,
-    PACK: tl.constexpr,
     BLOCK_D: tl.constexpr,
     CHUNK: tl.constexpr,
     SINKS: tl.constexpr,
@@ -103,20 +100,18 @@ def merge_parts(
     A chunk of partials is loaded before the first is used: one round trip to L2 for all of them.
     They come from L2 (.cg), because this program's L1 knows nothing of what others stored.
     """
-    ROWS_M: tl.constexpr = BLOCK_G * PACK
-    WIDTH: tl.constexpr = GROUP * PACK
     dim = tl.arange(0, BLOCK_D)
-    index, real = q_rows(0, GROUP, BLOCK_G, PACK, ROWS_M)
-    head, real = q_rows(lane, GROUP, BLOCK_G, PACK, ROWS_M)
-    sinks = tl.full([ROWS_M], -float("inf"), tl.float32)
+    index, real = q_rows(0, GROUP, BLOCK_G)
+    head = kv_head * GROUP + index
+    sinks = tl.full([BLOCK_G], -float("inf"), tl.float32)
     if SINKS:
         sinks = tl.load(sink + head, mask=real, other=0.0)
     mask = real[:, None] & (dim < D)[None, :]
-    from_acc = part_acc + slot0.to(tl.int64) * (WIDTH * D) + index[:, None] * D + dim[None, :]
-    from_lse = part_lse + slot0.to(tl.int64) * WIDTH + index
-    top = tl.full([ROWS_M], -float("inf"), tl.float32)
-    total = tl.zeros([ROWS_M], tl.float32)
-    acc = tl.zeros([ROWS_M, BLOCK_D], tl.float32)
+    from_acc = part_acc + slot0.to(tl.int64) * (GROUP * D) + index[:, None] * D + dim[None, :]
+    from_lse = part_lse + slot0.to(tl.int64) * GROUP + index
+    top = tl.full([BLOCK_G], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_G], tl.float32)
+    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     for at in tl.range(0, parts, CHUNK, num_stages=1):
         some = ()
         sums = ()
@@ -125,7 +120,7 @@ def merge_parts(
             held = real & (at + c < parts)
             sums = sums + (
                 tl.load(
-                    from_lse + c * (slot_step * WIDTH),
+                    from_lse + c * (slot_step * GROUP),
                     mask=held,
                     other=-float("inf"),
                     cache_modifier=".cg",
@@ -134,7 +129,7 @@ def merge_parts(
         for c in tl.static_range(CHUNK):
             some = some + (
                 tl.load(
-                    from_acc + c * (slot_step * WIDTH * D),
+                    from_acc + c * (slot_step * GROUP * D),
                     mask=mask & (at + c < parts),
                     other=0.0,
                     cache_modifier=".cg",
@@ -151,6 +146,6 @@ def merge_parts(
             total += weight
             acc += weight[:, None] * some[c]
         top = new_top
-        from_acc += CHUNK * slot_step * WIDTH * D
-        from_lse += CHUNK * slot_step * WIDTH
+        from_acc += CHUNK * slot_step * GROUP * D
+        from_lse += CHUNK * slot_step * GROUP
     store_result(out, lse, row, head, real, sinks, acc, top, total, HEADS, D, BLOCK_D)

@@ -36,23 +36,22 @@ def plan(
     starts: bool = True,
     sinks: bool = True,
     append: bool = False,
+    slots: bool = False,
 ) -> Launch:
     """The launch of `config` for a call of this shape; `append` also writes the newest token.
 
-    Without `starts` or `sinks` their pointers are never followed.
+    Without `starts`, `sinks` or `slots` their pointers are never followed.
     """
-    lanes = shape.kv_heads // config.pack
+    heads = shape.kv_heads
     block_g, block_d = _power(shape.group), max(_power(shape.dim), 16)
-    tokens = config.block_n // config.pack
-    full = -(-shape.capacity // tokens)  # tiles of a row that fills its table
+    full = -(-shape.capacity // config.tokens)  # tiles of a row that fills its table
     split = config.even > 0 and shape.rows <= MAX_SPLIT_ROWS
     aims = (config.even, config.ragged) if split and shape.rows > 1 else (config.even,)
     # Rounding up gives every row at most one program more than its share of the aim.
-    items = max(min(shape.rows + aim // lanes, shape.rows * full) for aim in aims) if split else 0
+    items = max(min(shape.rows + aim // heads, shape.rows * full) for aim in aims) if split else 0
     items = max(items, shape.rows)
-    size = max(-(-shape.rows * full * lanes // max(config.even, 1)), config.min_tiles)
+    size = max(-(-shape.rows * full * heads // max(config.even, 1)), config.min_tiles)
     most = items - shape.rows + 1
-    rows_m = block_g * config.pack
     constants = dict(
         ROWS=shape.rows,
         COLUMNS=columns,
@@ -64,36 +63,40 @@ def plan(
         SCALE=scale,
         SOFT_CAP=0.0 if soft_cap is None else soft_cap,
         WINDOW=0 if window is None else window,
-        M=max(rows_m, 16),
+        M=max(block_g, 16),
         BLOCK_G=block_g,
-        PACK=config.pack,
         BLOCK_D=block_d,
-        BLOCK_N=config.block_n,
+        TOKENS=config.tokens,
         STAGES=config.stages,
-        CHUNK=min(max(config.merge * 32 * config.warps // (rows_m * block_d), 2), 16, _power(most)),
+        CHUNK=min(
+            max(config.merge * 32 * config.warps // (block_g * block_d), 2), 16, _power(most)
+        ),
         BLOCK_ROWS=_power(shape.rows) if split else 1,
         GUESS=max((full + size // 2) // size, 1) if split else 1,
         EVEN_ITEMS=config.even,
         RAGGED_ITEMS=config.ragged,
         MIN_TILES=config.min_tiles,
+        EIGHTHS=config.eighths,
+        LEAST=config.least,
+        PROCESSORS=shape.processors,
         SPLIT=split,
         STARTS=starts,
         SINKS=sinks,
         APPEND=append,
+        SLOTS=slots,
     )
-    heads = shape.kv_heads * shape.group
-    slots = items * lanes if most > 1 else 1
+    slots = items * heads if most > 1 else 1
     return Launch(
-        grid=items * lanes,
+        grid=items * heads,
         warps=config.warps,
         stages=config.stages,
         constants=constants,
-        counters=shape.rows * lanes,
+        counters=shape.rows * heads,
         outputs=(
-            ((shape.rows, heads, shape.dim), dtype),
-            ((shape.rows, heads), "float32"),
-            ((slots, config.pack * shape.group, shape.dim), "float32"),
-            ((slots, config.pack * shape.group), "float32"),
+            ((shape.rows, heads * shape.group, shape.dim), dtype),
+            ((shape.rows, heads * shape.group), "float32"),
+            ((slots, shape.group, shape.dim), "float32"),
+            ((slots, shape.group), "float32"),
         ),
     )
 

@@ -14,18 +14,10 @@ def page_ids(table, token, mask, PAGE: tl.constexpr):
 
 
 @triton.jit
-def q_rows(
-    lane,
-    GROUP: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    PACK: tl.constexpr,
-    M: tl.constexpr,
-):
-    """The query head in each row of the tile of a lane, and whether there is one."""
+def q_rows(kv_head, GROUP: tl.constexpr, M: tl.constexpr):
+    """The query head in each row of the tile of a KV head, and whether there is one."""
     m = tl.arange(0, M)
-    packed = m // BLOCK_G
-    g = m % BLOCK_G
-    return (lane * PACK + packed) * GROUP + g, (g < GROUP) & (packed < PACK)
+    return kv_head * GROUP + m, m < GROUP
 
 
 @triton.jit
@@ -58,40 +50,28 @@ def attend_tiles(
     SCALE: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     M: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    PACK: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    TOKENS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Online softmax over the tiles at `begin, begin + step, ...`; `ids` are those of the first.
 
-    A tile holds BLOCK_N // PACK tokens of each of PACK KV heads, which lie side by side in a page:
-
-    ```
-                  tokens of head 0 | tokens of head 1
-    q of head 0   [    logits     ][     -inf       ]     the matrix unit works on 16 rows anyway,
-    q of head 1   [     -inf      ][    logits      ]     so the other half costs nothing
-    ```
     The page ids of the next tile are loaded while this one is computed and carried in the loop.
     A load of ids inside the same iteration would make K and V indirect loads, which Triton gives
     a fraction of the buffers.
     """
-    TOKENS: tl.constexpr = BLOCK_N // PACK
-    column = tl.arange(0, BLOCK_N)
-    packed = column // TOKENS
+    column = tl.arange(0, TOKENS)
     dim = tl.arange(0, BLOCK_D)
-    own = (tl.arange(0, M) // BLOCK_G)[:, None] == packed[None, :]
     acc = tl.zeros([M, BLOCK_D], tl.float32)
     top = tl.full([M], -float("inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     for tile in tl.range(begin, end, step, num_stages=STAGES):
-        token = tile + column % TOKENS
+        token = tile + column
         live = (token >= first) & (token < end)
         # A page id outside the pool must not be read, and its row comes out as NaN.
         known = (ids >= 0) & (ids < PAGES)
         page = tl.where(known, ids, 0).to(tl.int64)
-        at = page * PAGE_STRIDE + (packed * PAGE + token % PAGE) * D
+        at = page * PAGE_STRIDE + token % PAGE * D
         at = at[:, None] + dim[None, :]
         # What is not visible is never loaded: NaN there cannot reach a sum.
         mask = live[:, None]
@@ -104,8 +84,6 @@ def attend_tiles(
         logits = _scaled(tl.dot(q, tl.trans(k), input_precision="ieee"), SCALE, SOFT_CAP)
         bias = tl.where(known & (broken == 0), 0.0, float("nan"))
         logits += tl.where(live, bias, -float("inf"))[None, :]
-        if PACK > 1:
-            logits = tl.where(own, logits, -float("inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))
         base = tl.where(new_top == -float("inf"), 0.0, new_top)
         weight = tl.exp2(logits - base[:, None])
@@ -126,7 +104,7 @@ def append_newest(
     new_v,
     page,
     row,
-    lane,
+    kv_head,
     newest,
     first,
     broken,
@@ -136,14 +114,11 @@ def append_newest(
     PAGES: tl.constexpr,
     PAGE: tl.constexpr,
     KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
     D: tl.constexpr,
     PAGE_STRIDE: tl.constexpr,
     SCALE: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     M: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    PACK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Write the newest token into its page and add it to the sums, from registers.
@@ -151,26 +126,19 @@ def append_newest(
     Nobody reads the slot in this launch, so nobody has to wait for the write.
     """
     dim = tl.arange(0, BLOCK_D)
-    packed = tl.arange(0, M) // BLOCK_G
-    _, real = q_rows(lane, GROUP, BLOCK_G, PACK, M)
-    mask = real[:, None] & (dim < D)[None, :]
-    kv_head = row.to(tl.int64) * KV_HEADS + lane * PACK + packed
-    at = kv_head[:, None] * D + dim[None, :]
-    k = tl.load(new_k + at, mask=mask, other=0.0)
-    v = tl.load(new_v + at, mask=mask, other=0.0)
+    at = (row.to(tl.int64) * KV_HEADS + kv_head) * D + dim
+    k = tl.load(new_k + at, mask=dim < D, other=0.0)
+    v = tl.load(new_v + at, mask=dim < D, other=0.0)
     known = (page >= 0) & (page < PAGES) & (broken == 0)
-    slot = tl.where(known, page, 0).to(tl.int64) * PAGE_STRIDE + (packed * PAGE + newest % PAGE) * D
-    slot = slot[:, None] + dim[None, :]
-    # One of the rows that share a KV head writes it.
-    write = mask & ((tl.arange(0, M) % BLOCK_G) == 0)[:, None] & known
-    tl.store(k_head + slot, k, mask=write)
-    tl.store(v_head + slot, v, mask=write)
-    logits = _scaled(tl.sum(q.to(tl.float32) * k.to(tl.float32), 1), SCALE, SOFT_CAP)
+    slot = tl.where(known, page, 0).to(tl.int64) * PAGE_STRIDE + newest % PAGE * D + dim
+    tl.store(k_head + slot, k, mask=(dim < D) & known)
+    tl.store(v_head + slot, v, mask=(dim < D) & known)
+    logits = _scaled(tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1), SCALE, SOFT_CAP)
     logits = tl.where(newest >= first, tl.where(known, logits, float("nan")), -float("inf"))
     new_top = tl.maximum(top, logits)
     base = tl.where(new_top == -float("inf"), 0.0, new_top)
     weight = tl.exp2(logits - base)
     decay = tl.exp2(top - base)
     total = total * decay + weight
-    acc = acc * decay[:, None] + weight[:, None] * v.to(tl.float32)
+    acc = acc * decay[:, None] + weight[:, None] * v.to(tl.float32)[None, :]
     return acc, new_top, total

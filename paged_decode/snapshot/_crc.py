@@ -1,4 +1,4 @@
-"""CRC-32 as in zlib; ISA-L computes the same number about seven times as fast, if it is there."""
+"""CRC-32 as in zlib; ISA-L computes the same number about seven times as fast."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["crc32"]
 def _fastest() -> Callable[..., int]:
     try:
         from isal import isal_zlib  # pyright: ignore[reportMissingImports]
-    except ImportError:
+    except ImportError:  # no wheel for this machine
         return zlib.crc32
     return isal_zlib.crc32
 

@@ -16,7 +16,7 @@ from ._engine import ENGINE, EngineState, engine_from
 from ._files import Files, OSFiles
 from ._format import DTYPES, ArraySpec, Header, Parent, Scalar
 from ._pages import Part, parts_of, prepare_insert
-from ._reader import Chain, Progress, aligned_empty, chunk_bytes
+from ._reader import Chain, Progress, chunk_bytes, fresh_arrays, read_all
 from ._save import Snapshot
 from ._state import STATE, require_shapes, state_from
 from ._writer import array_chunks, write_file
@@ -219,11 +219,12 @@ def place_snapshot(
 
 def stage_pages(chain: Chain, parts: list[Part], kept: np.ndarray) -> list[np.ndarray]:
     """All pages in host memory, their checksums compared."""
-    staged = []
-    for part in parts:
-        out = aligned_empty((len(kept), *part.shape), DTYPES[part.dtype])
-        chain.pages_of(part.name, kept, out)
-        staged.append(out)
+    staged = fresh_arrays(((len(kept), *part.shape), DTYPES[part.dtype]) for part in parts)
+    read_all(
+        read
+        for part, out in zip(parts, staged, strict=True)
+        for read in chain.reads(part.name, kept, out)
+    )
     return staged
 
 
@@ -333,5 +334,6 @@ def _kv_chunks(chain: Chain, spec: ArraySpec) -> Any:
         first = chunk * spec.chunk_rows
         count = chunk_bytes(spec, chunk) // spec.row_bytes
         out = np.empty((count, *spec.shape[1:]), DTYPES[spec.dtype])
-        chain.pages_of(spec.name, np.arange(first, first + count), out)
+        for read in chain.reads(spec.name, np.arange(first, first + count), out):
+            read()
         yield out

@@ -8,7 +8,9 @@ parts (`kv/k_pages/0` and so on), and one can be saved and the other restored.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -31,8 +33,9 @@ class Part:
     name: str
     leaf: int
     layer: int | None
-    shape: tuple[int, ...]  # of one page
+    shape: tuple[int, ...]  # of one page, with every KV head once
     dtype: str
+    copies: int  # of every KV head in the cache, one behind the other on axis 0 of a page
 
     def spec(self, pages: int) -> ArraySpec:
         return ArraySpec(self.name, self.dtype, (pages, *self.shape))
@@ -44,15 +47,15 @@ def parts_of(cache: Any, num_pages: int) -> list[Part]:
     Raises:
       ValueError: a leaf has no axis of `num_pages`, or it cannot be told which one it is.
       NotImplementedError: a dtype that the format does not have; pages that are not those of one
-        pool with every head once.
+        pool.
     """
     placement = getattr(cache, "placement", None)
-    if placement is not None and (placement.kv_copies > 1 or placement.data_shards > 1):
+    if placement is not None and placement.data_shards > 1:
         raise NotImplementedError(
-            "snapshots hold one pool with every KV head once; this cache has "
-            f"{placement.kv_copies} copies of each head and {placement.data_shards} data shards: "
-            "split it over a head_axis that divides the KV heads, and over no data_axis"
+            f"snapshots hold one pool; this cache has {placement.data_shards} data shards with "
+            "pages of their own: split it over no data_axis"
         )
+    copies = 1 if placement is None else placement.kv_copies
     leaves, _ = jax.tree_util.tree_flatten_with_path(cache)
     parts: list[Part] = []
     for at, (path, leaf) in enumerate(leaves):
@@ -67,10 +70,14 @@ def parts_of(cache: Any, num_pages: int) -> list[Part]:
                 f"{name} has shape {list(shape)}: expected [N, ...] or, stacked, [L, N, ...] with "
                 f"the allocator's N = {num_pages} pages"
             )
+        page = tuple(leaf.shape[1 + int(stacked) :])
+        if copies > 1:
+            page = (page[0] // copies, *page[1:])
         if stacked:
-            parts += [Part(f"{name}/{i}", at, i, shape[2:], dtype) for i in range(leaf.shape[0])]
+            names = [(f"{name}/{i}", i) for i in range(leaf.shape[0])]
+            parts += [Part(n, at, layer, page, dtype, copies) for n, layer in names]
         else:
-            parts.append(Part(name, at, None, shape[1:], dtype))
+            parts.append(Part(name, at, None, page, dtype, copies))
     return parts
 
 
@@ -80,32 +87,34 @@ def page_chunks(
     """The pages `[M]` of one part in chunks of the format; slots from `filled` on are zero.
 
     Args:
-      copy: make every chunk its own memory; else they lie in a ring of 4 buffers.
+      copy: make every chunk its own memory; else they may lie in a ring of 4 buffers.
     """
     step = part.spec(0).chunk_rows
-    pieces = _pieces(jax.tree.leaves(cache)[part.leaf], part.layer)
-    buffers = [
-        np.empty((min(step, len(pages)), *part.shape), DTYPES[part.dtype])
-        for _ in range(0 if copy else min(_RING, -(-len(pages) // step)))
+    shape, dtype = (min(step, len(pages)), *part.shape), DTYPES[part.dtype]
+    ring = [
+        np.empty(shape, dtype) for _ in range(0 if copy else min(_RING, -(-len(pages) // step)))
     ]
-    taken = [(index, _take(local, pages, step)) for index, local in pieces]
+    pieces = _pieces(jax.tree.leaves(cache)[part.leaf], part)
+    whole = len(pieces) == 1 and pieces[0][1] is None
+    taken = [_take(local, pages, step, ring if whole else []) for _, _, local in pieces]
     for turn, first in enumerate(range(0, len(pages), step)):
         count = min(step, len(pages) - first)
-        out = (
-            np.empty((count, *part.shape), DTYPES[part.dtype])
-            if copy
-            else buffers[turn % _RING][:count]
-        )
-        for index, chunks in taken:
-            out[(slice(None), *index)] = next(chunks)[:count]
-        _clear_tails(out, filled[first : first + count], page_size)
-        yield out
+        if whole:
+            out = next(taken[0])[:count]
+        else:
+            out = np.empty((count, *part.shape), dtype) if copy else ring[turn % _RING][:count]
+            for (index, heads, _), chunks in zip(pieces, taken, strict=True):
+                chunk = next(chunks)[:count]
+                out[(slice(None), *index)] = chunk if heads is None else chunk[:, heads]
+        yield _without_tails(out, filled[first : first + count], page_size)
 
 
-def _pieces(leaf: Any, layer: int | None) -> list[tuple[tuple[slice, ...], Any]]:
-    """`[N, ...]` arrays on one device each, and which part of a page they are."""
+def _pieces(leaf: Any, part: Part) -> list[tuple[tuple[slice, ...], slice | None, Any]]:
+    """`[N, ...]` arrays on one device each, which part of a page they are, and which of their heads
+    to take: None for all, else the first copy of each."""
+    layer = part.layer
     if not isinstance(leaf, jax.Array):
-        return [((), leaf if layer is None else leaf[layer])]
+        return [((), None, leaf if layer is None else leaf[layer])]
     if not leaf.is_fully_addressable:
         raise NotImplementedError(
             "the cache is spread over several processes; save a replica in each of them, or gather "
@@ -119,8 +128,16 @@ def _pieces(leaf: Any, layer: int | None) -> list[tuple[tuple[slice, ...], Any]]
             for s, n in zip(shard.index[: front + 1], leaf.shape, strict=False)
         ):
             raise NotImplementedError("pages or layers are split over devices; only heads may be")
+        index, heads = shard.index[front + 1 :], None
+        if part.copies > 1:
+            begin, end, _ = index[0].indices(part.copies * part.shape[0])
+            first, stop = -(-begin // part.copies), -(-end // part.copies)
+            index = (slice(first, stop), *index[1:])
+            heads = slice(first * part.copies - begin, None, part.copies)
+            if first == stop:
+                continue
         if shard.replica_id == 0:
-            pieces.append((shard.index[front + 1 :], _Layer(shard.data, layer)))
+            pieces.append((index, heads, _Layer(shard.data, layer)))
     return pieces
 
 
@@ -132,8 +149,11 @@ class _Layer:
     layer: int | None
 
 
-def _take(local: Any, pages: np.ndarray, step: int) -> Iterator[np.ndarray]:
-    """Chunks of `step` pages on the host; the last one may be longer than its pages."""
+def _take(local: Any, pages: np.ndarray, step: int, ring: list[np.ndarray]) -> Iterator[np.ndarray]:
+    """Chunks of `step` pages on the host: in the ring, or each in its own memory.
+
+    The last one may be longer than its pages.
+    """
     if isinstance(local, _Layer) and local.array.device.platform != "cpu":
         yield from _take_from_device(local, pages, step)
         return
@@ -142,8 +162,12 @@ def _take(local: Any, pages: np.ndarray, step: int) -> Iterator[np.ndarray]:
         view = view if local.layer is None else view[local.layer]
     else:
         view = np.asarray(local)
-    for first in range(0, len(pages), step):
-        yield view[pages[first : first + step]]
+    for turn, first in enumerate(range(0, len(pages), step)):
+        ids = pages[first : first + step]
+        if ring and view.flags.c_contiguous:
+            yield np.take(view, ids, axis=0, out=ring[turn % _RING][: len(ids)], mode="clip")
+        else:
+            yield view[ids]
 
 
 def _take_from_device(local: _Layer, pages: np.ndarray, step: int) -> Iterator[np.ndarray]:
@@ -166,12 +190,16 @@ def _gather(array: Any, ids: Any, layer: int | None) -> Any:
     return array[ids] if layer is None else array[layer, ids]
 
 
-def _clear_tails(chunk: np.ndarray, filled: np.ndarray, page_size: int) -> None:
+def _without_tails(chunk: np.ndarray, filled: np.ndarray, page_size: int) -> np.ndarray:
     """Zero what lies behind the tokens of a page `[Hk, S, ...]`: it may be of another prompt."""
     if chunk.ndim < 3 or chunk.shape[2] != page_size:
-        return
-    for row in np.flatnonzero(filled < page_size).tolist():
+        return chunk
+    partial_pages = np.flatnonzero(filled < page_size).tolist()
+    if partial_pages and not chunk.flags.writeable:  # as it came from the device
+        chunk = chunk.copy()
+    for row in partial_pages:
         chunk[row, :, filled[row] :] = np.zeros((), chunk.dtype)
+    return chunk
 
 
 # ---- back to the device
@@ -190,7 +218,8 @@ def prepare_insert(
 
     def insert(pages: list[int]) -> Any:
         ids = np.array(pages, np.int32)
-        results = [program(local, values, ids) for program, local, values in runs]
+        with ThreadPoolExecutor(2) as threads:  # on a CPU a program runs in the calling thread
+            results = [list(threads.map(lambda job: job[0](*job[1:], ids), run)) for run in runs]
         if len(runs) == 1:
             return jax.tree.unflatten(tree, results[0])
         filled = [
@@ -212,18 +241,30 @@ def _devices(leaves: list[Any]) -> list[Any]:
 
 def _compile(
     leaves: list[Any], parts: list[Part], staged: list[np.ndarray], device: Any
-) -> tuple[Any, list[Any], list[Any]]:
-    """The program that fills the leaves' shards on one device, those shards, and the pages."""
+) -> list[tuple[Any, Any, list[Any]]]:
+    """For each leaf the program that fills it on one device, its shard there, and its pages.
+
+    Leaves that are alike, as all layers are, share one program.
+    """
     shards = [_shard_on(leaf, device) for leaf in leaves]
-    values = []
+    values: list[list[Any]] = [[] for _ in leaves]
     for part, pages in zip(parts, staged, strict=True):
         index = shards[part.leaf][0][1 if part.layer is None else 2 :]
-        mine = pages[(slice(None), *index)]
-        values.append(jax.device_put(mine, device))
-    local = [data for _, data in shards]
-    places = tuple((part.leaf, part.layer) for part in parts)
+        if part.copies > 1:
+            heads = np.arange(part.copies * part.shape[0])[index[0]] // part.copies
+            index = (heads, *index[1:])
+        values[part.leaf].append(jax.device_put(pages[(slice(None), *index)], device))
+    stacked = {part.leaf: part.layer is not None for part in parts}
     ids = np.zeros(len(staged[0]) if staged else 0, np.int32)
-    return _insert.lower(local, values, ids, places=places).compile(), local, values
+    programs: dict[Any, Any] = {}
+    runs = []
+    for at, ((_, local), pages) in enumerate(zip(shards, values, strict=True)):
+        alike = (local.shape, local.dtype, stacked[at])
+        if alike not in programs:
+            lowered = _insert.lower(local, pages, ids, stacked=stacked[at])
+            programs[alike] = lowered.compile()
+        runs.append((programs[alike], local, pages))
+    return runs
 
 
 def _shard_on(leaf: Any, device: Any) -> tuple[tuple[slice, ...], Any]:
@@ -232,18 +273,14 @@ def _shard_on(leaf: Any, device: Any) -> tuple[tuple[slice, ...], Any]:
     return next((s.index, s.data) for s in leaf.addressable_shards if s.device == device)
 
 
-def _insert_impl(
-    leaves: list[Any], values: list[Any], ids: Any, *, places: tuple[tuple[int, int | None], ...]
-) -> list[Any]:
+@partial(jax.jit, donate_argnums=0, static_argnames="stacked")
+def _insert(leaf: Any, values: list[Any], ids: Any, *, stacked: bool) -> Any:
     """Bits are moved, never numbers."""
-    out = [_bits(leaf) for leaf in leaves]
-    for (leaf, layer), value in zip(places, values, strict=True):
-        at = out[leaf].at[ids] if layer is None else out[leaf].at[layer, ids]
-        out[leaf] = at.set(_bits(value), unique_indices=True, mode="promise_in_bounds")
-    return [
-        new if new.dtype == old.dtype else lax.bitcast_convert_type(new, old.dtype)
-        for new, old in zip(out, leaves, strict=True)
-    ]
+    out = _bits(leaf)
+    for layer, value in enumerate(values):
+        at = out.at[layer, ids] if stacked else out.at[ids]
+        out = at.set(_bits(value), unique_indices=True, mode="promise_in_bounds")
+    return out if out.dtype == leaf.dtype else lax.bitcast_convert_type(out, leaf.dtype)
 
 
 def _bits(array: Any) -> Any:
@@ -254,6 +291,3 @@ def _bits(array: Any) -> Any:
     if array.dtype.itemsize >= 4 or jnp.issubdtype(array.dtype, jnp.integer):
         return array
     return lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}"))
-
-
-_insert = jax.jit(_insert_impl, donate_argnums=0, static_argnames="places")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,7 +18,6 @@ from ..errors import SnapshotCorrupt, SnapshotMismatch
 from ._crc import crc32
 from ._files import open_for_reading
 from ._format import (
-    ALIGNMENT,
     DTYPES,
     PREFIX,
     ArraySpec,
@@ -27,12 +29,24 @@ from ._format import (
     split_prefix,
 )
 
-__all__ = ["Chain", "Progress", "SnapshotFile", "aligned_empty", "as_bytes", "chunk_bytes"]
+__all__ = [
+    "Chain",
+    "Progress",
+    "Read",
+    "SnapshotFile",
+    "as_bytes",
+    "chunk_bytes",
+    "fresh_arrays",
+    "read_all",
+]
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes there are."""
 
-_THREADS = 2  # one reads while the other computes a checksum
+Read = Callable[[], None]
+"""Reads one chunk into its place and compares its checksum; any thread may call it."""
+
+_THREADS = 2  # one waits for the disk or for memory while the other computes a checksum
 _MAX_PARENTS = 256
 
 
@@ -86,8 +100,9 @@ class SnapshotFile:
     def array(self, name: str) -> np.ndarray:
         """The whole array, its checksums compared."""
         spec = self.specs[name]
-        out = aligned_empty(spec.shape, DTYPES[spec.dtype])
-        self.fill(name, lambda chunk: _bytes_of(out, spec, chunk))
+        out = np.empty(spec.shape, DTYPES[spec.dtype])
+        for read in self.reads(name, out):
+            read()
         return out
 
     def read_chunk(self, name: str, chunk: int, data: memoryview) -> None:
@@ -97,20 +112,13 @@ class SnapshotFile:
         if crc32(data) != self._crcs[name][chunk]:
             raise SnapshotCorrupt(f"{self.path}: {name}: chunk {chunk} is not what was written")
 
-    def fill(self, name: str, target: Callable[[int], memoryview]) -> None:
-        """Read chunk i of the array into `target(i)` for each i, by a few threads."""
-        spec = self.specs[name]
-
-        def read(chunk: int) -> None:
-            self.read_chunk(name, chunk, target(chunk))
-
-        if spec.num_chunks <= 1:
-            for chunk in range(spec.num_chunks):
-                read(chunk)
-            return
-        with ThreadPoolExecutor(_THREADS) as threads:
-            for future in [threads.submit(read, chunk) for chunk in range(spec.num_chunks)]:
-                future.result()
+    def reads(self, name: str, out: np.ndarray) -> Iterator[Read]:
+        """What reads the array into `out`, a chunk each, in the order of the file."""
+        spec, data = self.specs[name], as_bytes(out)
+        for chunk in range(spec.num_chunks):
+            begin = chunk * spec.chunk_rows * spec.row_bytes
+            part = data[begin : begin + chunk_bytes(spec, chunk)]
+            yield partial(self.read_chunk, name, chunk, part)
 
     def verify(self, progress: Progress | None = None) -> None:
         """Compare every checksum."""
@@ -214,8 +222,8 @@ class Chain:
             place = here
         return place
 
-    def pages_of(self, name: str, kept: np.ndarray, out: np.ndarray) -> None:
-        """Read pages `kept` `[m]` of one array of keys or values, in this order, into `out`."""
+    def reads(self, name: str, kept: np.ndarray, out: np.ndarray) -> Iterator[Read]:
+        """What reads pages `kept` `[m]` of one array of keys or values, in this order, to `out`."""
         place = self.place[kept]
         for at, file in enumerate(self.files):
             mine = np.flatnonzero(place[:, 0] == at)
@@ -224,24 +232,14 @@ class Chain:
                 continue
             spec = file.specs[name]
             whole = len(rows) == spec.shape[0] == len(out) and (rows == np.arange(len(rows))).all()
-            if whole and len(self.files) == 1:
-                file.fill(name, lambda chunk, spec=spec: _bytes_of(out, spec, chunk))
+            if whole:
+                yield from file.reads(name, out)
                 continue
-            self._pick(file, spec, rows, mine, out)
-
-    @staticmethod
-    def _pick(
-        file: SnapshotFile, spec: ArraySpec, rows: np.ndarray, where: np.ndarray, out: np.ndarray
-    ) -> None:
-        """Read the chunks that hold the rows, and put the rows where they belong."""
-        chunk_of = rows // spec.chunk_rows
-        shape = (spec.chunk_rows, *spec.shape[1:])
-        buffer = aligned_empty(shape, DTYPES[spec.dtype])
-        for chunk in np.unique(chunk_of).tolist():
-            data = as_bytes(buffer)[: chunk_bytes(spec, chunk)]
-            file.read_chunk(spec.name, chunk, data)
-            here = chunk_of == chunk
-            out[where[here]] = buffer[rows[here] - chunk * spec.chunk_rows]
+            chunk_of = rows // spec.chunk_rows
+            for chunk in np.unique(chunk_of).tolist():
+                here = chunk_of == chunk
+                first = chunk * spec.chunk_rows
+                yield partial(_pick, file, spec, chunk, rows[here] - first, mine[here], out)
 
     def close(self) -> None:
         for file in self.files:
@@ -254,6 +252,37 @@ class Chain:
         self.close()
 
 
+def _pick(
+    file: SnapshotFile,
+    spec: ArraySpec,
+    chunk: int,
+    rows: np.ndarray,
+    where: np.ndarray,
+    out: np.ndarray,
+) -> None:
+    """Read a chunk, and put some of its rows where they belong."""
+    count = chunk_bytes(spec, chunk) // spec.row_bytes
+    buffer = np.empty((count, *spec.shape[1:]), DTYPES[spec.dtype])
+    file.read_chunk(spec.name, chunk, as_bytes(buffer))
+    out[where] = buffer[rows]
+
+
+def read_all(reads: Iterable[Read]) -> None:
+    """Call them, by a few threads; raises what a broken one raised.
+
+    Each thread has a stretch of its own: the system reads ahead of those who read in order.
+    """
+    reads = list(reads)
+    bounds = [len(reads) * i // _THREADS for i in range(_THREADS + 1)]
+
+    def stretch(begin: int, end: int) -> None:
+        for read in reads[begin:end]:
+            read()
+
+    with ThreadPoolExecutor(_THREADS) as threads:
+        list(threads.map(stretch, bounds[:-1], bounds[1:]))
+
+
 def chunk_bytes(spec: ArraySpec, chunk: int) -> int:
     rows = min(spec.chunk_rows, spec.shape[0] - chunk * spec.chunk_rows)
     return rows * spec.row_bytes
@@ -264,14 +293,31 @@ def as_bytes(array: Any) -> memoryview:
     return memoryview(array.reshape(-1).view(np.uint8))
 
 
-def _bytes_of(array: np.ndarray, spec: ArraySpec, chunk: int) -> memoryview:
-    begin = chunk * spec.chunk_rows * spec.row_bytes
-    return as_bytes(array)[begin : begin + chunk_bytes(spec, chunk)]
+def fresh_arrays(shapes: Iterable[tuple[tuple[int, ...], np.dtype]]) -> list[np.ndarray]:
+    """Arrays whose memory was never used, so that it is taken from the system as it is filled.
+
+    They share one mapping in pages of 2 MiB, where the system has them: filling memory in pages of
+    4 KiB takes three times as long as reading a cached file. Each begins at a multiple of 64
+    bytes, so that JAX on a CPU need not copy it.
+    """
+    shapes = list(shapes)
+    sizes = [int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for shape, dtype in shapes]
+    block: Any = _private_mapping(max(1, sum(map(aligned, sizes))))
+    memory, arrays, begin = np.frombuffer(block, np.uint8), [], 0
+    for (shape, dtype), size in zip(shapes, sizes, strict=True):
+        arrays.append(memory[begin : begin + size].view(dtype).reshape(shape))
+        begin += aligned(size)
+    return arrays
 
 
-def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Uninitialised memory that begins at a multiple of 64 bytes: JAX on a CPU need not copy it."""
-    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    raw = np.empty(nbytes + ALIGNMENT, np.uint8)
-    skip = -raw.ctypes.data % ALIGNMENT
-    return raw[skip : skip + nbytes].view(dtype).reshape(shape)
+def _private_mapping(nbytes: int) -> Any:
+    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+        return np.empty(nbytes, np.uint8)
+    try:
+        block = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"there are no {nbytes} bytes to read the pages into") from error
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            block.madvise(mmap.MADV_HUGEPAGE)
+    return block

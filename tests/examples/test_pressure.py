@@ -18,7 +18,7 @@ GOLDEN = json.loads((Path(__file__).parents[1] / "golden/smollm2_greedy.json").r
 
 @pytest.mark.slow
 def test_greedy_tokens_under_any_pressure_equal_those_with_ample_memory(real_gguf):
-    make_engine = import_module("03_pressure").make_engine
+    make_engine = import_module("pressure").make_engine
     longest = max(len(c["prompt_ids"]) for c in GOLDEN) + 64
     pages = -(-longest // 16) + 4  # one at its full length, and a little of another
     for policies, plan in (

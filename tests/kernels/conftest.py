@@ -9,13 +9,14 @@ import pytest
 from paged_decode.kernels import dispatch
 
 from .oracle import SERVE_EVERYTHING
+from .pallas_tpu import interpret as tpu
 from .triton import interpret
 
 
 @pytest.fixture(scope="session", autouse=True)
 def interpreted_backends() -> Iterator[None]:
     """Let `implementation=` name the interpreted kernel beside the library's own backends."""
-    backends = (*dispatch.BACKENDS, *interpret.BACKENDS)
+    backends = (*dispatch.BACKENDS, *interpret.BACKENDS, *tpu.BACKENDS)
     served = [name for name in dispatch.__all__ if name.endswith("attend")]
     wider = {name: partial(getattr(dispatch, name), backends=backends) for name in served}
     with mock.patch.multiple(dispatch, **wider):

@@ -13,15 +13,17 @@ import pytest
 
 from paged_decode.kernels import BACKENDS, paged_attention
 
+from .pallas_tpu.interpret import NAME as TPU
 from .triton.interpret import INSTALLED
 from .triton.interpret import NAME as INTERPRETED
 
 # What compiles into the program it is called from. The interpreted kernel is a call back into
 # Python, which copies its arrays: memory and aliasing are not tested on it, everything else is.
 COMPILED = [backend.name for backend in BACKENDS]
-# The backends of the library, and its Triton kernel once more, interpreted: that needs no GPU.
+# The backends of the library, and its kernels for GPU and TPU once more, interpreted on the CPU.
 NAMES = [
     *COMPILED,
+    TPU,
     pytest.param(
         INTERPRETED,
         marks=pytest.mark.skipif(not INSTALLED, reason="triton has no wheel for this platform"),

@@ -88,6 +88,28 @@ def test_it_attends_to_what_it_writes_and_changes_no_other_slot(backend, name):
     same_bits((k_pages, v_pages), (whole.k_pages, whole.v_pages))
 
 
+@pytest.mark.parametrize("name", ["one token", "options", "three tokens"])
+def test_a_token_with_its_slot_in_the_null_page_is_not_new(backend, name):
+    whole = build(CASES[name])
+    k, v, hollow = take_newest(whole)
+    rows, tokens = len(k), k.shape[1] if k.ndim == 4 else 1
+    slots = np.full((rows, tokens), 16, np.int32)  # anything outside the null page
+    slots[::2] = np.arange(16)[: len(slots[::2]), None]
+    pages = [np.array(p) for p in (hollow.k_pages, hollow.v_pages)]
+    for row in range(0, rows, 2):  # what these rows attend to must be there already
+        for page in whole.page_table[row, : -(-int(whole.seq_lens[row]) // 16)]:
+            pages[0][page], pages[1][page] = whole.k_pages[page], whole.v_pages[page]
+    k[::2], v[::2] = 7, 7
+    slots = slots if k.ndim == 4 else slots[:, 0]
+    start = replace(hollow, k_pages=pages[0], v_pages=pages[1])
+    out, lse, k_pages, v_pages = run(backend, k, v, start, slots=slots)
+    want, want_lse = expected(whole)
+    rtol, atol = TOLERANCE[CASES[name].dtype]
+    np.testing.assert_allclose(np.asarray(out, np.float64), want, rtol=rtol, atol=atol)
+    np.testing.assert_allclose(lse, want_lse, *LSE_TOLERANCE)
+    same_bits((k_pages, v_pages), (whole.k_pages, whole.v_pages))
+
+
 def test_one_layer_of_a_stacked_pool_is_written(backend):
     whole = build(CASES["one token"])
     k, v, hollow = take_newest(whole)
@@ -149,3 +171,5 @@ def test_new_tokens_of_the_wrong_shape_are_refused(unchecked, backend):
         run(backend, k[:, :1], v, hollow)
     with pytest.raises(ValueError, match="v must be \\[B, Hk, D\\]"):
         run(backend, k, v[:-1], hollow)
+    with pytest.raises(ValueError, match="slots must be \\[B\\]"):
+        run(backend, k, v, hollow, slots=np.zeros((len(k), 1), np.int32))

@@ -126,7 +126,7 @@ WRONG = [
     (
         dict(implementation="cuda"),
         ValueError,
-        r"some of \['reference', .* got 'cuda'",
+        r"some of \[.*'reference', .* got 'cuda'",
     ),
     (dict(implementation=()), ValueError, r"implementation must name some of .* an empty sequence"),
     (dict(implementation=(1,)), TypeError, r"implementation must be a name or a sequence of names"),

@@ -95,3 +95,19 @@ def test_a_stacked_pool_scans_over_layers_in_place_and_equals_per_layer_arrays()
         cache = cache.append(layer, k[layer], v[layer], batch.slots)
         want = cache.attend(layer, q[layer], batch)
         np.testing.assert_allclose(got[layer], want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+def test_append_and_attend_equals_append_then_attend_where_rows_bring_fewer_tokens(columns):
+    allocator = BlockAllocator(num_pages=6, page_size=4)
+    rows = [allocator.allocate(range(n)) for n in (5, 2)]
+    begin = [5 - columns, 3 - columns]  # the second row brings one token less than columns
+    batch = allocator.batch(rows, begin, [5, 2], tokens_per_row=columns, columns=2)
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, columns, h, 8)).astype(np.float32) for h in (4, 2, 2))
+    apart = filled().append(1, k, v, batch.slots)
+    want = apart.attend(1, q, batch, return_lse=True)
+    got, cache = filled().append_and_attend(1, q, k, v, batch, return_lse=True)
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[1:], b[1:]), cache, apart)

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import AxisType
 
 from paged_decode import (
+    BlockAllocator,
     DecodeBatch,
     Engine,
     EngineConfig,
@@ -24,6 +25,7 @@ from paged_decode import (
     StaleHandle,
     split_batch,
 )
+from paged_decode.allocator import LRU
 
 from . import tiny
 from .test_sharding import COLLECTIVES
@@ -43,8 +45,8 @@ def make_cache(data: int, heads: int, **sizes) -> KVCache:
 
 
 def step(cache, q, k, v, batch):
-    cache = cache.append(0, k, v, batch.slots)
-    return cache, cache.attend(0, q, batch)
+    out, cache = cache.append_and_attend(0, q, k, v, batch)
+    return cache, out
 
 
 @pytest.mark.parametrize("data, heads", [(2, 1), (2, 2), (4, 2), (1, 2)])
@@ -167,6 +169,66 @@ def test_what_the_front_refuses_changes_no_shard():
     with pytest.raises(StaleHandle):
         allocator.tokens(a)
     allocator.check_invariants()
+
+
+def test_the_front_has_every_call_of_a_block_allocator_but_the_exported_state():
+    public = {name for name in dir(BlockAllocator) if not name.startswith("_")}
+    missing = public - {name for name in dir(ShardedAllocator(4, 4, num_shards=2))}
+    assert missing == {"export_state", "import_state", "page_stamps"}
+
+
+def test_pages_by_number_come_from_all_shards_and_go_back_all_or_nothing():
+    allocator = ShardedAllocator(12, 4, num_shards=3)  # 3 pages a shard
+    handle = allocator.allocate([1] * 8)
+    with pytest.raises(OutOfPages, match="8"):
+        allocator.allocate_pages(8)
+    assert allocator.num_used == 2
+    pages = allocator.allocate_pages(5)
+    assert sorted(pages) == [5, 6, 7, 9, 10] and allocator.num_free == 2
+    assert [allocator.ref_count(page) for page in (5, 9, 11, 8, 0)] == [1, 1, 0, 0, 0]
+    assert allocator.ref_count(allocator.sequence(handle).pages[0]) == 1
+    with pytest.raises(ValueError, match="at most 11"):
+        allocator.ref_count(12)
+    for error, wrong in (
+        (ValueError, [5, 12]),
+        (ValueError, [5, -1]),
+        (ValueError, [5, 9, 9]),
+        (ValueError, [[5]]),
+        (PageTableError, [5, 11]),
+        (PageTableError, [5, 1]),  # of a sequence
+    ):
+        with pytest.raises(error):
+            allocator.free_pages(wrong)
+        assert allocator.num_used == 7
+    allocator.free_pages([0, 4, *pages])  # null pages are padding
+    assert allocator.num_used == 2 and allocator.handles == (handle,)
+    allocator.check_invariants()
+
+
+def test_shards_share_a_hash_key_and_have_an_eviction_policy_each():
+    made = []
+
+    class Last(LRU):
+        """Gives up the newest page instead."""
+
+        def __init__(self):
+            super().__init__()
+            made.append(self)
+
+        def pop(self) -> int:
+            return self._pages.popitem(last=True)[0]
+
+    allocator = ShardedAllocator(8, 4, num_shards=2, eviction=Last)
+    assert len(made) == 2
+    prompt = list(range(9))
+    keys = [shard.page_digests(prompt) for shard in allocator.shards]
+    assert keys[0] == keys[1] == allocator.page_digests(prompt) and len(keys[0]) == 2
+    assert allocator.page_digests(prompt, cache_salt="x") != keys[0]
+    assert allocator.can_ever_fit(12) and not allocator.can_ever_fit(13)
+    old = allocator.allocate([1, 1, 1, 1, 1])
+    allocator.commit(old, 5)
+    allocator.free(old)
+    assert len(made[0]) == 1 and len(made[1]) == 0
 
 
 def test_pages_that_do_not_divide_are_refused():

@@ -51,20 +51,28 @@ def run(args, kv_heads, implementation="xla", **where):
     return jitted(cache, *args, implementation=implementation)
 
 
+FITTING = [(hk, n) for hk in (1, 2, 3, 8) for n in (1, 2, 4, 8) if hk % n == 0 or n % hk == 0]
+
+
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "kv_heads, devices", [(1, 2), (1, 8), (2, 1), (2, 2), (2, 8), (3, 1), (8, 2), (8, 4), (8, 8)]
-)
-def test_attention_on_a_mesh_equals_one_device(kind, kv_heads, devices, implementation):
-    args = inputs(kv_heads, 8 if kv_heads != 3 else 9)
+@pytest.mark.parametrize("kv_heads", [1, 2, 3, 8])
+def test_attention_on_a_mesh_equals_one_device(kv_heads, implementation):
+    """To the last bit in the reference, where no head's arithmetic depends on how many there are.
+
+    XLA for CPU multiplies matrices in another order when a device has one or two heads.
+    """
+    args = inputs(kv_heads, 24 if kv_heads == 3 else 8)
     _, want = run(args, kv_heads, implementation)
-    mesh = make_mesh(devices, kind)
-    cache, got = run(args, kv_heads, implementation, mesh=mesh, head_axis="tensor")
-    for one, many in zip(want, got, strict=True):
-        np.testing.assert_allclose(many, one, rtol=1e-6, atol=1e-6)
-    spec = cache.k_pages[0].sharding.spec
-    assert devices == 1 or tuple(spec)[:2] == (None, "tensor")
+    for devices in (n for hk, n in FITTING if hk == kv_heads):
+        kind = AxisType.Explicit if devices == 2 else AxisType.Auto
+        mesh = make_mesh(devices, kind)
+        cache, got = run(args, kv_heads, implementation, mesh=mesh, head_axis="tensor")
+        for one, many in zip(want, got, strict=True):
+            if implementation == "reference":
+                np.testing.assert_array_equal(many, one)
+            np.testing.assert_allclose(many, one, rtol=1e-6, atol=1e-6)
+        spec = cache.k_pages[0].sharding.spec
+        assert devices == 1 or tuple(spec)[:2] == (None, "tensor")
 
 
 @pytest.mark.parametrize("kv_heads, devices", [(2, 2), (2, 8), (8, 4)])
@@ -141,7 +149,7 @@ def test_a_step_has_no_collective_and_does_not_copy_the_pool(kv_heads, devices):
     assert memory.alias_size_in_bytes == pool and memory.temp_size_in_bytes < pool / 2
 
 
-@pytest.mark.parametrize("kv_heads, devices", [(3, 2), (3, 8), (8, 3), (2, 3)])
+@pytest.mark.parametrize("kv_heads, devices", [(3, 2), (3, 4), (3, 8), (8, 3), (2, 3)])
 def test_heads_that_do_not_divide_are_refused_with_the_numbers(kv_heads, devices):
     with pytest.raises(ValueError, match=f"{kv_heads} KV heads .* {devices} devices"):
         KVCache.create(**SIZES, num_kv_heads=kv_heads, mesh=make_mesh(devices), head_axis="tensor")

@@ -2,7 +2,7 @@
 
     python -m tests.snapshot.fuzz --seconds 600 --json benchmarks/results/snapshot_fuzz.json
 
-Needs the package `atheris`. Any outcome but a sound snapshot or a `SnapshotError` is a finding.
+Needs `atheris` (extra `fuzz`). Any outcome but a sound snapshot or a `SnapshotError` is a finding.
 An input is read twice: as it is, and with its lengths and checksums made right, so that the fields
 and the bookkeeping are reached.
 """

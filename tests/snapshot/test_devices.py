@@ -1,4 +1,4 @@
-"""One file, whatever the devices: heads over 1, 2 and 4 of them, and back."""
+"""One file, whatever the devices: heads over 1 to 8 of them, with and without copies, and back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import jax
-jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_num_cpu_devices", 8)
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from paged_decode import BlockAllocator, KVCache, load_snapshot, save_snapshot
@@ -48,7 +48,7 @@ for devices, pages in ((2, 30), (4, 12), (1, 25), (4, 20)):
     save_snapshot(folder / last, restored.cache, other)
     assert (folder / last).read_bytes() == want, last
 
-mesh = jax.make_mesh((4,), ("pages",))
+mesh = jax.make_mesh((4,), ("pages",), devices=jax.devices()[:4])
 pages = jax.device_put(np.zeros((20, 4, 4, 8), np.float32), NamedSharding(mesh, P("pages")))
 try:
     save_snapshot(folder / "x", KVCache((pages,), (pages,)), allocator)
@@ -57,16 +57,35 @@ except NotImplementedError as error:
 else:
     raise SystemExit("pages over devices were saved")
 
-sizes = dict(num_layers=1, num_pages=20, num_kv_heads=2, page_size=4, head_dim=8)
-for axes in (dict(head_axis="heads"), dict(data_axis="heads")):
-    cache = KVCache.create(**sizes, mesh=jax.make_mesh((4,), ("heads",)), **axes)
-    try:
-        save_snapshot(folder / "y", cache, allocator)
-    except NotImplementedError as error:
-        assert "every KV head once" in str(error)
-    else:
-        raise SystemExit(f"{axes} were saved")
-    assert not (folder / "y").exists()
+# Hk = 2 on 8 devices: every head has 4 copies; the file has it once.
+sizes = dict(num_layers=2, num_kv_heads=2, page_size=4, head_dim=8)
+def split(pages, **axes):
+    heads = len(jax.devices()) // axes.pop("others", 1)
+    mesh = jax.make_mesh((heads, len(jax.devices()) // heads), ("heads", "others"))
+    return KVCache.create(num_pages=pages, **sizes, mesh=mesh, **axes)
+
+half = [rng.standard_normal((20, 2, 4, 8)).astype(np.float32) for _ in range(4)]
+one = KVCache(tuple(map(jax.device_put, half[:2])), tuple(map(jax.device_put, half[2:])))
+save_snapshot(folder / "once", one, allocator)
+want = (folder / "once").read_bytes()
+for at, others in enumerate((1, 2, 4, 8)):
+    other = BlockAllocator(24, 4)
+    into = split(24, head_axis="heads", others=others)
+    assert into.placement.kv_copies == (4, 2, 1, 1)[at]
+    restored = load_snapshot(folder / "once", into=(into, other))
+    copies = into.placement.kv_copies
+    for leaf in jax.tree.leaves(restored.cache):
+        np.testing.assert_array_equal(leaf, np.repeat(np.asarray(leaf)[:, ::copies], copies, 1))
+    save_snapshot(folder / f"copies-{at}", restored.cache, other)
+    assert (folder / f"copies-{at}").read_bytes() == want, at
+
+try:
+    save_snapshot(folder / "y", split(24, data_axis="heads"), BlockAllocator(24, 4))
+except NotImplementedError as error:
+    assert "8 data shards" in str(error)
+else:
+    raise SystemExit("data shards were saved")
+assert not (folder / "y").exists()
 """
 
 

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 
 from paged_decode import (
+    BlockAllocator,
+    Engine,
+    KVCache,
     OutOfPages,
     SamplingParams,
     SequenceTooLong,
@@ -16,7 +19,16 @@ from paged_decode import (
     save_snapshot,
 )
 
-from ..paged_decode.tiny import dense_greedy, make_engine, prompts
+from ..paged_decode.tiny import (
+    DIM,
+    KV_HEADS,
+    LAYERS,
+    PARAMS,
+    dense_greedy,
+    make_engine,
+    model,
+    prompts,
+)
 
 LONG = 64
 SAMPLED = SamplingParams(max_new_tokens=LONG, temperature=1.0, top_p=0.9, top_k=20)
@@ -64,6 +76,25 @@ def test_tokens_after_a_restore_are_those_of_the_uninterrupted_run(tmp_path, num
     assert [key(e) for e in rest] == [key(e) for e in uninterrupted]
     assert [key(e) for e in whole.stream()] == [key(e) for e in rest]  # saving disturbed nothing
     assert len(rest) > 300 and again.allocator.num_used == 0
+
+
+def test_an_engine_on_four_devices_goes_on_with_one(tmp_path):
+    """The model has 2 KV heads: on the devices every head has a copy, in the file it has none."""
+    one = make_engine()
+    sizes = dict(num_layers=LAYERS, num_pages=64, num_kv_heads=KV_HEADS, page_size=4, head_dim=DIM)
+    cache = KVCache.create(**sizes, mesh=jax.make_mesh((4,), ("heads",)), head_axis="heads")
+    many = Engine(model, PARAMS, cache, BlockAllocator(64, 4, hash_key=b"test"), one.config)
+    asked = prompts(3, seed=8, low=5, high=12)
+    for prompt in asked:
+        many.submit(prompt, SamplingParams(max_new_tokens=20))
+    told = [event for _ in range(3) for event in many.step()]
+    assert 0 < len(told) < 60
+    many.save(tmp_path / "s")
+    one.restore(tmp_path / "s")
+    told += one.stream()
+    for request, prompt in enumerate(asked):
+        tokens = tuple(e.token for e in told if e.request_id == request and e.token is not None)
+        assert tokens == dense_greedy(prompt, 20)
 
 
 def test_logits_after_a_restore_are_equal_to_the_last_bit(tmp_path):

@@ -363,7 +363,7 @@ def test_a_load_that_fails_anywhere_changes_nothing(tmp_path, states, monkeypatc
     before = [np.array(leaf).tobytes() for leaf in jax.tree.leaves(there)]
     state, _ = other.export_state()
     place = {
-        "stage": (_load, "aligned_empty"),
+        "stage": (_load, "fresh_arrays"),
         "put": (_pages.jax, "device_put"),
         "compile": (_pages, "_compile"),
         "allocate": (BlockAllocator, "allocate_pages"),
@@ -371,7 +371,7 @@ def test_a_load_that_fails_anywhere_changes_nothing(tmp_path, states, monkeypatc
         "import": (BlockAllocator, "import_state"),
     }[name]
     original = getattr(*place)
-    for at in range(1, 5 if name in ("stage", "put") else 2):
+    for at in range(1, 5 if name == "put" else 2):
         if name == "run":
             broken = lambda *a: Failing(original(*a), 1)  # noqa: E731
         else:

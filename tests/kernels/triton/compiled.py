@@ -90,15 +90,20 @@ def launched(
         return seen["config"]
 
     def launch(
-        kernel: Any, inputs: Any, outputs: Any, *, rewritten: Any = (), **options: Any
+        kernel: Any, inputs: Any, outputs: Any, *, rewritten: Any, aliases: Any, **options: Any
     ) -> list[jax.Array]:
-        bytes_ = [jax.ShapeDtypeStruct((1,), jnp.int8) for _ in rewritten]
-        seen.update(options, kernel=kernel, arrays=[*inputs, *outputs, *bytes_])
-        return [jnp.zeros(out.shape, out.dtype) for out in outputs]
+        byte = jax.ShapeDtypeStruct((1,), jnp.int8)
+        last = [inputs[i] for i in aliases] or [byte for _ in rewritten]
+        seen.update(options, kernel=kernel, arrays=[*inputs, *outputs, *last])
+        return [jnp.zeros(out.shape, out.dtype) for out in (*outputs, *last)]
 
     def attend(arrays: dict[str, Any]) -> Any:
         options = dict(scale=dim**-0.5, window=window, soft_cap=soft_cap, platform="gpu")
-        return library.attend(AttentionCall(**arrays, **options))
+        call = AttentionCall(**arrays, **options)
+        if not append:
+            return library.attend(call)
+        new = jnp.zeros((rows, 1, kv_heads, dim), dtype)
+        return library.append_and_attend(call, new, new, jnp.zeros((rows, 1), jnp.int32))
 
     array = jax.ShapeDtypeStruct
     pages = array((32, 4096, kv_heads, page_size, dim), dtype)

@@ -32,12 +32,12 @@ class Variant:
     """One way to run the kernel.
 
     Attributes:
-      tile: block_n and pack of every config, with work for many programs; None: as shipped.
+      tokens: of a tile of every config, with work for many programs; None: as shipped.
       generation: the card that the config is chosen for, 10 * major + minor.
       order: seed of the order in which the programs run.
     """
 
-    tile: tuple[int, int] | None = None
+    tokens: int | None = None
     generation: int = 90
     order: int = 0
 
@@ -48,21 +48,17 @@ VARIANTS = {
     NAME: Variant(),
     f"{NAME}-other-order": Variant(order=1),
     f"{NAME}-other-card": Variant(generation=89),
-    f"{NAME}-split": Variant(tile=(16, 1)),
-    f"{NAME}-split-other-order": Variant(tile=(16, 1), order=1),
-    f"{NAME}-packed": Variant(tile=(16, 2)),
-    f"{NAME}-packed-other-order": Variant(tile=(16, 2), order=1),
+    f"{NAME}-split": Variant(tokens=16),
+    f"{NAME}-split-other-order": Variant(tokens=16, order=1),
 }
 
 
 def _config(shape: Any, variant: Variant, chosen: Callable[[Any], Any]) -> Any:
-    if variant.tile is None:
+    if variant.tokens is None:
         return chosen(replace(shape, generation=variant.generation))
-    block_n, pack = variant.tile
-    pack = pack if shape.kv_heads % pack == 0 else 1
-    lanes = shape.rows * shape.kv_heads // pack
+    lanes = shape.rows * shape.kv_heads
     config = chosen(shape)
-    return replace(config, block_n=block_n, pack=pack, even=3 * lanes, ragged=7 * lanes)
+    return replace(config, tokens=variant.tokens, even=3 * lanes, ragged=7 * lanes)
 
 
 def _module(name: str, variant: Variant) -> ModuleType:

@@ -98,7 +98,10 @@ def binding(monkeypatch):
         monkeypatch.setattr(metadata, "version", lambda n: found[n] if n in found else installed(n))
         module = types.ModuleType("jax_triton")
         vars(module)["triton_call"] = triton_call
+        library = types.ModuleType("jax_triton.triton_lib")
+        vars(library)["triton_kernel_call_lib"] = object()  # a jaxlib with one entry only
         monkeypatch.setitem(sys.modules, "jax_triton", module)
+        monkeypatch.setitem(sys.modules, library.__name__, library)
         return seen
 
     return install
@@ -220,7 +223,9 @@ def test_a_call_lowers_for_cuda_to_one_custom_call(monkeypatch, dtype):
     arrays = [inputs.q, inputs.k_pages, inputs.v_pages, inputs.page_table, inputs.seq_lens]
     call = jax.jit(lambda *a: paged_attention(*a, return_lse=True, implementation="triton"))
     text = call.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("stablehlo.custom_call") == 1 and "triton_kernel_call" in text
+    assert text.count("stablehlo.custom_call") == 1
+    # The entry that XLA can put into a CUDA graph.
+    assert "@triton_kernel_call_ffi" in text and "api_version = 4" in text
 
 
 @pytest.mark.skipif(not can_lower(), reason="jax-triton with a GPU plugin is not installed")

@@ -1,8 +1,8 @@
 """A real model in a pool that is too small: recompute, swap, and the same words in the end.
 
-    python examples/03_pressure.py
+    python examples/pressure.py
     paged-decode pressure run tree --limit 24 --rate 4 --num-pages 200 \
-        --engine examples/03_pressure.py:make_engine
+        --engine examples/pressure.py:make_engine
 """
 
 import time

@@ -1,0 +1,136 @@
+"""Write the table of docs/backends.md: every backend is asked what it serves.
+
+python benchmarks/backend_table.py            # rewrites the part of the page between the marks
+python benchmarks/backend_table.py --check    # fails if that would change anything
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+
+from paged_decode.kernels import BACKENDS
+from paged_decode.kernels.dispatch import Backend
+from paged_decode.kernels.record import AttentionCall
+
+PAGE = Path(__file__).parents[1] / "docs" / "backends.md"
+BEGIN, END = "<!-- table: made by benchmarks/backend_table.py -->\n", "<!-- end of table -->\n"
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One call that a backend may serve or refuse."""
+
+    rows: int = 4
+    kv_heads: int = 2
+    group: int = 4
+    dim: int = 128
+    page_size: int = 16
+    columns: int = 8
+    tokens: int = 1
+    dtype: str = "bfloat16"
+    q_dtype: str | None = None
+    options: tuple[str, ...] = ()
+
+
+ASKS = {
+    "one new token a row (T = 1)": Ask(),
+    "several (T = 5): prefill, drafts": Ask(tokens=5),
+    "float32": Ask(dtype="float32"),
+    "bfloat16": Ask(),
+    "float16": Ask(dtype="float16"),
+    "float32 queries over bfloat16 pages": Ask(q_dtype="float32"),
+    "int8 or float8 pages": Ask(dtype="int8", q_dtype="bfloat16"),
+    **{f"D = {dim}": Ask(dim=dim) for dim in (64, 80, 96, 128, 256, 512)},
+    **{f"G = {group}": Ask(group=group) for group in (1, 3, 16, 128)},
+    **{f"pages of {size}": Ask(page_size=size) for size in (1, 16, 256, 24)},
+    "sliding window, starts, soft cap, sinks": Ask(options=("window", "starts", "cap", "sinks")),
+    "a table of 256 rows and 1024 columns": Ask(rows=256, columns=1024),
+    "rows of a million tokens": Ask(columns=2**16),
+}
+
+
+def answer(backend: Backend, module: ModuleType, ask: Ask) -> str | None:
+    """Why `module` refuses `ask` on the platform that it is for, or None."""
+    array, given = jax.ShapeDtypeStruct, ask.options
+    heads = ask.kv_heads * ask.group
+    pages = array((2, 9, ask.kv_heads, ask.page_size, ask.dim), ask.dtype)
+    lens = array((ask.rows,), jnp.int32)
+    call: Any = AttentionCall(
+        q=array((ask.rows, ask.tokens, heads, ask.dim), ask.q_dtype or ask.dtype),  # type: ignore
+        k_pages=pages,  # type: ignore
+        v_pages=pages,  # type: ignore
+        layer=array((), jnp.int32),  # type: ignore
+        page_table=array((ask.rows, ask.columns), jnp.int32),  # type: ignore
+        seq_lens=lens,  # type: ignore
+        starts=lens if "starts" in given else None,  # type: ignore
+        sink=array((heads,), jnp.float32) if "sinks" in given else None,  # type: ignore
+        scale=1.0,
+        window=100 if "window" in given else None,
+        soft_cap=20.0 if "cap" in given else None,
+        platform=next(iter(backend.platforms), "cpu"),
+    )
+    return module.refusal(call)
+
+
+@contextlib.contextmanager
+def _packages() -> Iterator[None]:
+    """As if the packages of the GPU were those that work: the table is about the kernels."""
+    from paged_decode.kernels.triton import compat
+
+    with mock.patch.object(compat, "problem", lambda: None):
+        yield
+
+
+def table() -> str:
+    """The table, and below it the backends' own words."""
+    reasons: list[str] = []
+
+    def cell(reason: str | None) -> str:
+        if reason is None:
+            return "yes"
+        if reason not in reasons:
+            reasons.append(reason)
+        return f"no ({reasons.index(reason) + 1})"
+
+    with _packages():
+        modules = {backend: backend.load() for backend in BACKENDS}
+        lines = [f"| | {' | '.join(f'`{backend.name}`' for backend in BACKENDS)} |"]
+        lines.append(f"|---|{'---|' * len(BACKENDS)}")
+        where = (", ".join(backend.platforms) or "by name" for backend in BACKENDS)
+        lines.append(f"| tried on | {' | '.join(where)} |")
+        for name, ask in ASKS.items():
+            cells = (cell(answer(backend, module, ask)) for backend, module in modules.items())
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        fused = ("yes" if hasattr(m, "append_and_attend") else "no" for m in modules.values())
+        lines.append(f"| `append_and_attend` in one launch | {' | '.join(fused)} |")
+    notes = [f"{at}. {reason}" for at, reason in enumerate(reasons, 1)]
+    return "\n".join([*lines, "", *notes, ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    text = PAGE.read_text()
+    before, rest = text.split(BEGIN)
+    new = before + BEGIN + "\n" + table() + "\n" + END + rest.split(END)[1]
+    if args.check and new != text:
+        sys.exit("docs/backends.md differs from the code: run python benchmarks/backend_table.py")
+    PAGE.write_text(new)
+
+
+if __name__ == "__main__":
+    main()

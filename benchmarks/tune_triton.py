@@ -1,0 +1,246 @@
+"""The tilings behind `kernels/triton/config.py`: every candidate at every case, on this card.
+
+python benchmarks/tune_triton.py              # about 5 minutes on 16 cores
+python benchmarks/tune_triton.py --coarse --cases uniform log-normal
+
+The kernel is launched by Triton itself, without JAX, with the plan of the library. A candidate is
+dropped if its result is off or leaves a counter standing. What the table of config.py holds is
+read off this by eye: one row has to serve many cases, so it is seldom the best of any.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # the pages are torch's
+
+from _result import RESULTS, spread, write_result
+from decode_grid import RAGGED, TOLERANCE, lengths_of, make_case
+
+from paged_decode.kernels.triton.config import Config, Shape, choose_config
+from paged_decode.kernels.triton.plan import plan
+
+PROCESSORS = 132
+TILES = {
+    64: [(128, 4, 2), (128, 4, 3), (64, 4, 2), (64, 4, 4), (256, 8, 2)],
+    128: [(64, 4, 2), (64, 4, 3), (64, 4, 4), (128, 4, 2), (128, 4, 3), (32, 2, 4)],
+    256: [(32, 4, 2), (32, 4, 3), (64, 4, 2), (64, 8, 3)],
+}
+
+
+def cases() -> list[dict[str, Any]]:
+    """Few and many rows, even and ragged, of several models."""
+    found = [make_case(name, rows) for name, rows in RAGGED.items()]
+    even = [(128, 512), (64, 1024), (64, 4096), (256, 512), (128, 2048), (64, 512)]
+    even += [(1, 4096), (1, 32768), (4, 4096), (16, 1024), (16, 4096)]
+    found += [make_case(str(context), rows) for rows, context in even]
+    for shape in ("64/8/128", "8/1/128", "32/4/128", "32/32/128", "16/8/256", "64/8/64"):
+        found += [make_case("1024", 16, 16, shape), make_case("4096", 64, 16, shape)]
+    return found
+
+
+def shape_of(case: dict[str, Any]) -> Shape:
+    """The static sizes of a case."""
+    lens, size = lengths_of(case), case["page_size"]
+    columns = max(-(-max(lens) // size), 1)
+    group = case["heads"] // case["kv_heads"]
+    return Shape(len(lens), case["kv_heads"], group, case["dim"], size, columns * size, 2)
+
+
+def candidates(case: dict[str, Any], coarse: bool = False) -> Iterator[Config]:
+    """The shipped config, and every tiling with every sensible number of programs, or with few."""
+    shape = shape_of(case)
+    yield choose_config(shape)
+    ragged = not case["lengths"].isdigit()
+    lanes = shape.rows * shape.kv_heads
+    if ragged:
+        aims = [PROCESSORS * n for n in ((2, 3, 8) if coarse else (2, 3, 4, 5, 6, 8, 12))]
+    else:
+        cuts = max(PROCESSORS // lanes, 1)
+        aims = [lanes * cuts * n for n in ((1, 2) if coarse else (1, 2, 3, 4))]
+    for tokens, warps, stages in TILES[shape.dim]:
+        for aim in aims:
+            if aim * tokens > 2 * lanes * shape.capacity:
+                continue  # programs without a tile
+            for eighths in (4, 8) if ragged else (4,):
+                yield Config(tokens, warps, stages, even=aim, ragged=aim, eighths=eighths)
+
+
+def launch(case: dict[str, Any], config: Config) -> Any:
+    """The plan of one candidate."""
+    shape = shape_of(case)
+    return plan(
+        shape,
+        config,
+        dtype="bfloat16",
+        pages=_pages(case),
+        columns=shape.capacity // shape.page_size,
+        scale=shape.dim**-0.5,
+        window=None,
+        soft_cap=None,
+        starts=False,
+        sinks=False,
+    )
+
+
+def _pages(case: dict[str, Any]) -> int:
+    from _grid_systems import GridCase
+
+    return GridCase(case, lengths_of(case)).pages
+
+
+def compile_one(job: tuple[dict[str, Any], Config]) -> str:
+    """Compile a candidate into Triton's cache; why not, if it does not."""
+    import torch
+
+    from paged_decode.kernels.triton.kernel import decode_kernel
+
+    made = launch(*job)
+    wide, whole, real = torch.bfloat16, torch.int32, torch.float32
+    kinds = [wide, wide, wide, whole, whole, whole, whole, wide, whole, wide, wide, whole]
+    kinds += [wide, real, real, real, wide, wide]
+    try:
+        kernel: Any = decode_kernel
+        kernel.warmup(
+            *kinds, grid=(1,), **made.constants, num_warps=made.warps, num_stages=made.stages
+        )
+    except Exception as error:
+        return repr(error)[:200]
+    return ""
+
+
+def bind(arrays: Any, case: dict[str, Any], config: Config) -> Any:
+    """A call of a candidate; its `out` and `counters` are left for a look."""
+    import torch
+
+    from paged_decode.kernels.triton.kernel import decode_kernel
+
+    made = launch(case, config)
+    kernel: Any = decode_kernel
+    outs = [
+        torch.full(size, float("nan"), dtype=getattr(torch, dtype), device="cuda")
+        for size, dtype in made.outputs
+    ]
+    counters = torch.zeros(made.counters, dtype=torch.int32, device="cuda")
+    layer = torch.zeros((), dtype=torch.int32, device="cuda")
+    absent = (arrays.lens, arrays.q, counters, arrays.q, arrays.q, arrays.lens)
+    inputs = (arrays.q, arrays.k, arrays.v, layer, arrays.table, arrays.lens, *absent)
+    everything: Any = (*inputs, *outs, arrays.k, arrays.v)
+
+    def call() -> None:
+        kernel[(made.grid,)](
+            *everything, **made.constants, num_warps=made.warps, num_stages=made.stages
+        )
+
+    call.out, call.counters = outs[0], counters  # pyright: ignore[reportFunctionMemberAccess]
+    return call
+
+
+def measure(timer: Any, case: dict[str, Any], configs: list[Config]) -> list[dict[str, Any]]:
+    """The record of every candidate that is right."""
+    import torch
+    from _grid_systems import Arrays, GridCase
+
+    point = GridCase(case, lengths_of(case))
+    arrays = Arrays(point)
+    want = arrays.reference()
+    calls: dict[str, Any] = {}
+    for i, config in enumerate(configs):
+        call = bind(arrays, case, config)
+        try:
+            call()
+            torch.cuda.synchronize()
+        except Exception as error:
+            print(case, config, repr(error)[:200], flush=True)
+            continue
+        off = ((call.out.float() - want).norm() / want.norm()).item()
+        if off < TOLERANCE and not call.counters.any():
+            calls[str(i)] = call
+        else:
+            print("WRONG", case, config, off, flush=True)
+    return [
+        dict(case=case, config=asdict(configs[int(i)]), shipped=i == "0", bytes=point.kv_bytes)
+        | spread(values)
+        for i, values in timer.time(calls).items()
+    ]
+
+
+def run(wanted: list[dict[str, Any]], budget_s: float, coarse: bool) -> list[dict[str, Any]]:
+    """All records, after one round of compilations on all cores."""
+    start = time.monotonic()
+    jobs = [(case, list(dict.fromkeys(candidates(case, coarse)))) for case in wanted]
+    flat = [(case, config) for case, configs in jobs for config in configs]
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        errors = pool.map(compile_one, flat, chunksize=1)
+    bad = {(json.dumps(c), f) for (c, f), error in zip(flat, errors, strict=True) if error}
+    print(f"[{time.monotonic() - start:.0f} s] {len(flat)} candidates, {len(bad)} do not compile")
+    import torch
+    from _gpu_timing import Timer
+
+    timer, records = Timer(), []
+    for case, configs in jobs:
+        if time.monotonic() - start > budget_s:
+            print("the budget is used up before", case)
+            break
+        found = measure(timer, case, [c for c in configs if (json.dumps(case), c) not in bad])
+        torch.cuda.empty_cache()
+        records += found
+        print(f"[{time.monotonic() - start:.0f} s]", *lines(found), sep="\n", flush=True)
+    return records
+
+
+def title(case: dict[str, Any]) -> str:
+    """A case in words, such as "64 x 4096, 32/8/128, page 16"."""
+    heads = f"{case['heads']}/{case['kv_heads']}/{case['dim']}"
+    return f"{case['rows']} x {case['lengths']}, {heads}, page {case['page_size']}"
+
+
+def lines(found: list[dict[str, Any]], best: int = 6) -> Iterator[str]:
+    """The shipped config of a case and the best ones, fastest first."""
+    case = found[0]["case"]
+    yield title(case)
+    ranked = sorted(found, key=lambda r: r["median_s"])
+    for rank, record in enumerate(ranked):
+        if rank < best or record["shipped"]:
+            default, config = Config(0, 0, 0), Config(**record["config"])
+            shown = {k: v for k, v in asdict(config).items() if v != getattr(default, k)}
+            mark = "shipped" if record["shipped"] else ""
+            times = f"{record['median_s'] * 1e6:8.1f} {record['min_s'] * 1e6:8.1f} us"
+            yield f"  {times} {shown} {mark}"
+
+
+def main() -> None:
+    """Measure and store, or show what is stored."""
+    parser = argparse.ArgumentParser(description="Tilings of the Triton kernel on this card.")
+    parser.add_argument("--cases", nargs="*", help="words; only cases with one of them")
+    parser.add_argument("--coarse", action="store_true", help="fewer numbers of programs")
+    parser.add_argument("--budget", type=float, default=3600, help="seconds, then it stores")
+    parser.add_argument("--summary", action="store_true", help="show the stored result")
+    parser.add_argument("--name", default="tune_triton", help="of the result file")
+    args = parser.parse_args()
+    if args.summary:
+        records = json.loads((RESULTS / f"{args.name}.json").read_text())["records"]
+        for case in {json.dumps(r["case"]): r["case"] for r in records}.values():
+            print(*lines([r for r in records if r["case"] == case]), sep="\n")
+        return
+    wanted = [c for c in cases() if not args.cases or any(word in title(c) for word in args.cases)]
+    records = run(wanted, args.budget, args.coarse)
+    import torch
+
+    write_result(
+        args.name,
+        records,
+        command=" ".join(["python", *sys.argv]),
+        device=torch.cuda.get_device_name(),
+        packages=("torch", "triton"),
+    )
+
+
+if __name__ == "__main__":
+    main()

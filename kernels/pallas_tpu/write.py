@@ -1,0 +1,194 @@
+"""New tokens into the pages of a stacked pool, in place: a scatter by XLA for TPU would copy it.
+
+A DMA moves whole tiles of a page, so a token is written by reading its tile, putting the token in,
+and writing the tile back. Tokens are sorted by slot first: those of one tile then follow each other
+and no two tiles that are under way at the same time are the same.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int32, Num
+
+from .kernel import Scalar
+from .launch import like
+
+__all__ = ["serves", "write_tokens"]
+
+AHEAD = 4  # tiles that are read before their turn
+RING = 2 * AHEAD  # tiles under way: those, this one, and those that are being written
+
+
+def serves(pages: Num[Array, "L N Hk S D"]) -> bool:
+    """Whether Mosaic can move tiles of such pages."""
+    return pages.dtype != jnp.float16
+
+
+def write_tokens(
+    k_pages: Float[Array, "L N Hk S D"],
+    v_pages: Float[Array, "L N Hk S D"],
+    k: Float[Array, "n Hk D"],
+    v: Float[Array, "n Hk D"],
+    slots: Int32[Array, "n"],
+    layer: Int32[Array, ""],
+    *,
+    interpret: Any = False,
+) -> tuple[Array, Array]:
+    """The pages with k and v in their slots of one layer; slots outside the pool write nothing."""
+    count = slots.shape[0]
+    if count == 0:
+        return k_pages, v_pages
+    layers, pages, heads, size, dim = k_pages.shape
+    strip = min(32 // k_pages.dtype.itemsize, size)
+    outside = (slots < 0) | (slots >= pages * size)
+    slots = jnp.where(outside, jnp.int32(pages * size), slots)
+    order = jnp.argsort(slots)
+    slots = slots[order]
+    tile = slots // strip
+    new = jnp.concatenate([jnp.ones(1, jnp.bool_), tile[1:] != tile[:-1]])
+    run = jnp.cumsum(new.astype(jnp.int32)) - 1
+    tile = jnp.where(slots < pages * size, tile, -1)
+    tiles = jnp.full(count + AHEAD, -1, jnp.int32).at[run].set(tile)
+    static = _Static(count, strip, size // strip, layers)
+    arrays = [(x[order].astype(k_pages.dtype))[:, :, None] for x in (k, v)]
+    scalars = (run, tiles, slots % strip, layer.reshape(1).astype(jnp.int32))
+    with jax.enable_x64(False):
+        return _launch(scalars, arrays, k_pages, v_pages, static, interpret)
+
+
+@dataclass(frozen=True, slots=True)
+class _Static:
+    count: int  # tokens
+    strip: int  # tokens of a tile
+    strips: int  # tiles of a page and head
+    layers: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Refs:
+    run: Any  # SMEM int32 [n], the run of every token: tokens of one tile
+    tiles: Any  # SMEM int32 [n + AHEAD], the tile of every run, page * strips + strip; -1: none
+    offsets: Any  # SMEM int32 [n], where in its tile a token lies
+    layer: Any  # SMEM int32 [1]
+    new: tuple[Any, Any]  # VMEM [Hk, 1, D]: k and v of the token of this step
+    pages: tuple[Any, Any]  # HBM [L, N, Hk, S, D]
+    ring: Any  # VMEM [2, RING, Hk, strip, D]
+    sems: Any  # DMA [2, RING]: reads and writes
+
+
+def _kernel(refs: _Refs, static: _Static) -> None:
+    """One step a token; the tile of a run is read `AHEAD` runs before its turn."""
+    step = pl.program_id(0)
+    run = refs.run[step]
+    final = step == static.count - 1
+    begins = (step == 0) | (refs.run[jnp.maximum(step - 1, 0)] != run)
+    ends = final | (refs.run[jnp.minimum(step + 1, static.count - 1)] != run)
+
+    @pl.when(step == 0)
+    def _() -> None:
+        for ahead in range(AHEAD):
+            _when_live(refs, ahead, lambda at: _start_read(refs, static, at))
+
+    @pl.when(begins)
+    def _() -> None:
+        coming = run + AHEAD
+        # The tile that had the place in the ring must have left it.
+        _when_live(refs, coming - RING, lambda at: _wait_write(refs, static, at))
+        _when_live(refs, coming, lambda at: _start_read(refs, static, at))
+        _when_live(refs, run, lambda at: _wait_read(refs, static, at))
+
+    place = lax.rem(run, RING)
+    for kind in range(2):
+        old = refs.ring[kind, place]
+        at = lax.broadcasted_iota(jnp.int32, old.shape, 1)
+        refs.ring[kind, place] = jnp.where(at == refs.offsets[step], refs.new[kind][...], old)
+
+    @pl.when(ends)
+    def _() -> None:
+        _when_live(refs, run, lambda at: _start_write(refs, static, at))
+
+    @pl.when(final)
+    def _() -> None:
+        for behind in range(RING - AHEAD):
+            _when_live(refs, run - behind, lambda at: _wait_write(refs, static, at))
+
+
+def _when_live(refs: _Refs, run: Scalar, do: Any) -> None:
+    """`do(run)` if there is such a run and its tile lies in the pool."""
+    at = jnp.maximum(run, 0)
+    pl.when((run >= 0) & (refs.tiles[at] >= 0))(lambda: do(at))
+
+
+def _copies(refs: _Refs, static: _Static, run: Scalar, write: bool) -> list[Any]:
+    tile, place = refs.tiles[run], lax.rem(jnp.int32(run), RING)
+    page, strip = lax.div(tile, static.strips), lax.rem(tile, static.strips)
+    rows = pl.ds(pl.multiple_of(strip * static.strip, static.strip), static.strip)
+    layer = jnp.clip(refs.layer[0], 0, static.layers - 1)
+    copies = []
+    for kind, pages in enumerate(refs.pages):
+        ends = pages.at[layer, page, :, rows], refs.ring.at[kind, place]
+        source, target = reversed(ends) if write else ends
+        copies.append(pltpu.make_async_copy(source, target, refs.sems.at[int(write), place]))
+    return copies
+
+
+def _start_read(refs: _Refs, static: _Static, run: Scalar) -> None:
+    for copy in _copies(refs, static, run, False):
+        copy.start()
+
+
+def _wait_read(refs: _Refs, static: _Static, run: Scalar) -> None:
+    for copy in _copies(refs, static, run, False):
+        copy.wait()
+
+
+def _start_write(refs: _Refs, static: _Static, run: Scalar) -> None:
+    for copy in _copies(refs, static, run, True):
+        copy.start()
+
+
+def _wait_write(refs: _Refs, static: _Static, run: Scalar) -> None:
+    for copy in _copies(refs, static, run, True):
+        copy.wait()
+
+
+def _launch(
+    scalars: tuple[Array, ...],
+    new: list[Array],
+    k_pages: Float[Array, "L N Hk S D"],
+    v_pages: Float[Array, "L N Hk S D"],
+    static: _Static,
+    interpret: Any,
+) -> tuple[Array, Array]:
+    heads, dim = k_pages.shape[2], k_pages.shape[4]
+
+    def body(run: Any, tiles: Any, offsets: Any, layer: Any, *refs: Any) -> None:
+        k, v, _, _, k_out, v_out, ring, sems = refs
+        _kernel(_Refs(run, tiles, offsets, layer, (k, v), (k_out, v_out), ring, sems), static)
+
+    token = pl.BlockSpec((None, heads, 1, dim), lambda step, *_: (step, 0, 0, 0))
+    hbm = pl.BlockSpec(memory_space=pl.ANY)
+    call = pl.pallas_call(
+        body,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=(static.count,),
+            in_specs=[token, token, hbm, hbm],
+            out_specs=[hbm, hbm],
+            scratch_shapes=[
+                pltpu.VMEM((2, RING, heads, static.strip, dim), k_pages.dtype),
+                pltpu.SemaphoreType.DMA((2, RING)),
+            ],
+        ),
+        out_shape=[like(k_pages), like(v_pages)],
+        input_output_aliases={len(scalars) + 2: 0, len(scalars) + 3: 1},
+        compiler_params=pltpu.CompilerParams(disable_bounds_checks=True),
+        interpret=interpret,
+        name="paged_write",
+    )
+    return tuple(call(*scalars, *new, k_pages, v_pages))
