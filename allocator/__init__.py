@@ -10,7 +10,7 @@ from .errors import (
     SequenceTooLong,
     StaleHandle,
 )
-from .policy import LRU, EvictionPolicy
+from .policy import LRU, CacheWatcher, EvictionPolicy
 from .sequences import Handle, SequenceInfo
 from .sharded import ShardedAllocator
 from .state import AllocatorState, StatePages, check_state
@@ -21,6 +21,7 @@ __all__ = [
     "AllocatorState",
     "AllocatorStats",
     "BlockAllocator",
+    "CacheWatcher",
     "CorruptState",
     "DecodeBatch",
     "EvictionPolicy",

@@ -86,14 +86,23 @@ class BlockAllocator(AllocatorView):
         return len(self._match(self._cache.namespace(cache_salt), prompt)) * self.page_size
 
     @atomic
-    def page_digests(self, tokens: Ints, *, cache_salt: str | bytes | None = None) -> list[bytes]:
+    def page_digests(
+        self, tokens: Ints, *, cache_salt: str | bytes | None = None, partial: bool = False
+    ) -> list[bytes]:
         """The digests of the full pages of `tokens`: the keys by which they would be cached.
 
         With the same `hash_key` and `fingerprint` they are the same in every process.
+
+        Args:
+          partial: add one of a last page that is not full, which the prefix cache never has.
         """
         prompt = self._prompt(tokens)
-        namespace = self._cache.namespace(cache_salt)
-        return list(self._cache.digests(namespace.digest, self._full_pages(prompt, len(prompt))))
+        parent = self._cache.namespace(cache_salt).digest
+        found = list(self._cache.digests(parent, self._full_pages(prompt, len(prompt))))
+        rest = prompt[len(found) * self.page_size :]
+        if partial and rest.size:
+            found += self._cache.digests(found[-1] if found else parent, rest[None])
+        return found
 
     @atomic
     def allocate(

@@ -4,7 +4,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
-__all__ = ["LRU", "EvictionPolicy"]
+__all__ = ["LRU", "CacheWatcher", "EvictionPolicy"]
 
 
 @runtime_checkable
@@ -21,6 +21,22 @@ class EvictionPolicy(Protocol):
 
     def pop(self) -> int:
         """Choose a page, forget it and return it; called only while there is one."""
+        ...
+
+
+@runtime_checkable
+class CacheWatcher(Protocol):
+    """What an eviction policy may have in addition, to know what enters and leaves the cache."""
+
+    def publish(self, page: int, depth: int, replaces: int | None = None) -> None:
+        """The page entered the cache; `depth` pages of its sequence come before it.
+
+        `replaces` is the page forgotten just before, if it held the same digest.
+        """
+        ...
+
+    def forget(self, page: int) -> None:
+        """The page left the cache."""
         ...
 
 

@@ -88,9 +88,13 @@ class PagePool:
 
         The caller has called `require`, so there are enough.
         """
-        while self.num_free < count:
-            self._push(np.array([self.cache.evict()], np.int32))
-            self.evicted += 1
+        evicted: list[int] = []
+        try:
+            while self.num_free + len(evicted) < count:
+                evicted.append(self.cache.evict())
+        finally:  # if the policy fails, what it gave up before is free
+            self._push(np.array(evicted, np.int32))
+            self.evicted += len(evicted)
         pages = self._free[self.num_free - count : self.num_free][::-1].copy()
         self.num_free -= count
         self.refs[pages] = 1
@@ -130,7 +134,7 @@ class PagePool:
         for page in idle[cached].tolist():
             self.cache.retire(page)
 
-    def publish(self, page: int, digest: bytes, parent: int | bytes) -> CacheEntry:
+    def publish(self, page: int, digest: bytes, parent: int | bytes, depth: int = 0) -> CacheEntry:
         """Make a full page findable, or return the entry that already stands for its content.
 
         An entry of the same digest that is not equal is out of date (its parent was evicted and
@@ -142,7 +146,8 @@ class PagePool:
             if equal and found.parent == parent:
                 return found
             self.unpublish(found.page)
-        return self.cache.add(page, digest, parent)
+        replaces = None if found is None else found.page
+        return self.cache.add(page, digest, parent, depth, replaces)
 
     def unpublish(self, page: int) -> None:
         """Make a published page unfindable; without an owner it becomes free."""

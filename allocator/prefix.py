@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .errors import CorruptState
-from .policy import LRU, EvictionPolicy
+from .policy import LRU, CacheWatcher, EvictionPolicy
 
 __all__ = [
     "CacheEntry",
@@ -98,6 +98,7 @@ class PrefixCache:
         if policy is not None and not usable:
             raise TypeError(f"eviction must be an object with add, remove, pop; got {policy!r}")
         self.policy: EvictionPolicy = LRU() if policy is None else policy
+        self._watcher = self.policy if isinstance(self.policy, CacheWatcher) else None
         self.published = np.zeros(num_pages, bool)
         self.by_page: dict[int, CacheEntry] = {}
         self.index: dict[bytes, CacheEntry] = {}
@@ -106,7 +107,7 @@ class PrefixCache:
         self.fingerprint = fingerprint
         self._digest = blake2b_digest if digest is None else digest
         self._next_serial = 1
-        self.num_forgotten = 0
+        self.num_evicted = self.num_withdrawn = 0  # entries forgotten so far, by why
         self.queried_tokens = self.hit_tokens = 0
 
     def namespace(self, salt: str | bytes | None) -> Namespace:
@@ -164,19 +165,36 @@ class PrefixCache:
         """Whether the entry can still be found."""
         return self.by_page.get(entry.page) is entry
 
-    def add(self, page: int, digest: bytes, parent: int | bytes) -> CacheEntry:
-        """Publish a page that has an owner; neither the page nor the digest is published yet."""
+    def add(
+        self,
+        page: int,
+        digest: bytes,
+        parent: int | bytes,
+        depth: int = 0,
+        replaces: int | None = None,
+    ) -> CacheEntry:
+        """Publish a page that has an owner; neither the page nor the digest is published yet.
+
+        `depth` and `replaces` are for a `CacheWatcher`.
+        """
         entry = CacheEntry(page, digest, parent, self._next_serial)
         self._next_serial += 1
         self.index[digest] = self.by_page[page] = entry
         self.published[page] = True
+        if self._watcher is not None:
+            self._watcher.publish(page, depth, replaces)
         return entry
 
     def forget(self, page: int) -> None:
-        """The page can no longer be found."""
+        """The page can no longer be found, whoever holds it."""
+        self.num_withdrawn += 1
+        self._forget(page)
+
+    def _forget(self, page: int) -> None:
         del self.index[self.by_page.pop(page).digest]
         self.published[page] = False
-        self.num_forgotten += 1
+        if self._watcher is not None:
+            self._watcher.forget(page)
 
     def retire(self, page: int) -> None:
         """A published page lost its last owner: it may be evicted from now on."""
@@ -194,5 +212,6 @@ class PrefixCache:
         if page not in self.evictable:
             raise CorruptState([f"the eviction policy chose page {page!r}, which is not evictable"])
         self.evictable.remove(page)
-        self.forget(page)
+        self.num_evicted += 1
+        self._forget(page)
         return page

@@ -76,8 +76,10 @@ class SequenceTable:
         self.num_pages = np.zeros(rows, np.int64)
         self.generation = np.full(rows, _VACANT, np.int64)
         self.page_table = np.zeros((rows, columns), np.int32)
-        # Per row: the cache entries that stand for its committed full pages, and their root; and
-        # how many entries the cache had forgotten when all of these were last seen to be live.
+        # Per row: the cache entries that stand for its committed full pages, and their root;
+        # whether one of them may be on a page that the row does not hold; and how many entries of
+        # such a kind the cache had forgotten when all of these were last seen to be live.
+        self.borrows = np.zeros(rows, bool)
         self.chain_seen = np.zeros(rows, np.int64)
         self.chains: list[list[CacheEntry]] = [[] for _ in range(rows)]
         self.namespaces = [_NOWHERE] * rows
@@ -158,7 +160,8 @@ class SequenceTable:
     def copy(self, row: int, pages: np.ndarray) -> int:
         """Start a sequence like `row`, on these pages; there is room for it."""
         child = self.open(self.namespaces[row], self.salts[row], pages)
-        for field in (self.length, self.computed, self.cached, self.chain_seen):
+        inherited = (self.length, self.computed, self.cached, self.borrows, self.chain_seen)
+        for field in inherited:
             field[child] = field[row]
         self.chains[child] = list(self.chains[row])
         return child
@@ -168,6 +171,7 @@ class SequenceTable:
         pages = self.shrink(row, 0)
         self.length[row] = self.computed[row] = self.cached[row] = 0
         self.chains[row], self.namespaces[row], self.salts[row] = [], _NOWHERE, None
+        self.borrows[row] = False
         self.generation[row] += _VACANT
         self.vacant.append(row)
         return pages

@@ -374,10 +374,12 @@ def _publish_entries(
     pool: PagePool, state: AllocatorState, keys: list[Namespace], pages: np.ndarray
 ) -> None:
     made: list[CacheEntry] = []
+    depths: list[int] = []
     for page, parent in zip(
         pages[state.entry_pages].tolist(), state.entry_parents.tolist(), strict=True
     ):
         before = keys[-1 - parent].digest if parent < 0 else made[parent].digest
         link = keys[-1 - parent].key if parent < 0 else made[parent].serial
+        depths.append(0 if parent < 0 else depths[parent] + 1)
         (digest,) = pool.cache.digests(before, pool.tokens[page : page + 1])
-        made.append(pool.publish(page, digest, link))
+        made.append(pool.publish(page, digest, link, depths[-1]))

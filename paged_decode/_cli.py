@@ -8,11 +8,12 @@ from collections.abc import Sequence
 
 from . import _doctor_cli, _snapshot_cli
 from .errors import PagedDecodeError
+from .pressure import command as pressure
 
 __all__ = ["main"]
 
 # A subcommand is a module with `add(subparsers)`; it sets `run`, which returns an exit status.
-COMMANDS = (_doctor_cli, _snapshot_cli)
+COMMANDS = (_doctor_cli, _snapshot_cli, pressure)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

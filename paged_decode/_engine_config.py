@@ -25,6 +25,8 @@ class EngineConfig:
         None: all that the pool can hold.
       top_logits: how many of the largest logits to report with every token.
       vocab_size: prompts with ids from here on are refused; None: not checked.
+      max_preemptions: how often a sample may lose its pages; after that it waits until all that
+        it can grow to is free, and keeps them.
     """
 
     max_rows: int = 8
@@ -36,13 +38,15 @@ class EngineConfig:
     max_sequence_tokens: int | None = None
     top_logits: int = 0
     vocab_size: int | None = None
+    max_preemptions: int = 8
 
     def __post_init__(self) -> None:
         for name in ("max_rows", "decode_steps", "prefill_chunk", "prefill_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.top_logits < 0:
-            raise ValueError(f"top_logits must be at least 0, got {self.top_logits}")
+        for name in ("top_logits", "max_preemptions"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         for name, last, least in (
             ("row_buckets", self.max_rows, (1, self.max_rows)),
             ("chunk_buckets", self.prefill_chunk, (self.prefill_chunk,)),
@@ -61,7 +65,10 @@ class EngineStats:
       prefill_tokens: tokens computed by prefill; recomputed_tokens of them for a second time.
       prefix_hit_tokens: prompt tokens found in the prefix cache at first admission.
       decode_tokens: tokens generated.
-      preemptions: times that a sample lost its pages to an older one.
+      preemptions: times that a sample lost its pages to another one.
+      swaps: preemptions whose pages went to the host tier.
+      swapped_out_pages, swapped_in_pages: pages that the tier held for them then, and that came
+        back from it.
       programs: program shapes used so far, which stops growing after `warmup`.
       peak_used_pages: most pages referenced at once.
       prefill_seconds, decode_seconds: time in the device programs, compilation included.
@@ -72,6 +79,9 @@ class EngineStats:
     prefix_hit_tokens: int = 0
     decode_tokens: int = 0
     preemptions: int = 0
+    swaps: int = 0
+    swapped_out_pages: int = 0
+    swapped_in_pages: int = 0
     programs: int = 0
     peak_used_pages: int = 0
     prefill_seconds: float = 0.0

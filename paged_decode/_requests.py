@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableSequence, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -58,7 +58,7 @@ class Sample:
     request_id: int
     index: int
     prompt_len: int
-    tokens: list[int]
+    tokens: MutableSequence[int]
     params: SamplingParams
     cache_salt: str | bytes | None
     on_token: Callable[[TokenEvent], None] | None
@@ -66,6 +66,7 @@ class Sample:
     handle: Any = None  # a Handle while it has pages
     computed: int = 0
     preemptions: int = 0
+    priority: int = 0
 
     @property
     def generated(self) -> int:
@@ -122,8 +123,10 @@ def as_prompt(prompt: Sequence[int], vocab_size: int | None = None) -> list[int]
 def common_pages(a: Sequence[int], b: Sequence[int], page_size: int) -> int:
     """How many full pages two token lists begin with alike, the last token of each left out."""
     width = (min(len(a), len(b)) - 1) // page_size * page_size
-    differ = np.flatnonzero(np.asarray(a[:width]) != np.asarray(b[:width]))
-    return (int(differ[0]) if len(differ) else width) // page_size
+    for page, first in enumerate(range(0, width, page_size)):
+        if a[first : first + page_size] != b[first : first + page_size]:
+            return page
+    return width // page_size
 
 
 def gather(events: Sequence[TokenEvent]) -> list[Completion]:

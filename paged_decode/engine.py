@@ -21,23 +21,32 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ._engine_config import EngineConfig, EngineStats
+from ._engine_scheduling import EngineScheduling
 from ._engine_snapshot import EngineSnapshots
 from ._outbox import Outbox
 from ._programs import DecodeOut, Model, decode, null_batch, prefill
-from ._requests import Completion, Sample, TokenEvent, as_prompt, common_pages, gather
+from ._requests import Completion, Sample, TokenEvent, as_prompt, gather
 from .allocator import BlockAllocator, ShardedAllocator
 from .cache import DecodeBatch, KVCache, PageCopies
-from .errors import OutOfPages, PagedDecodeError, SequenceTooLong
+from .errors import SequenceTooLong
+from .policies import (
+    AdmissionPolicy,
+    LastAdmitted,
+    PreemptionPolicy,
+    Swap,
+    VictimPolicy,
+    Watermark,
+)
 from .sampling import SamplingParams, SamplingRows
+from .tiers import HostTier
 
 __all__ = ["Completion", "Engine", "EngineConfig", "EngineStats", "TokenEvent"]
 
 
-class Engine(EngineSnapshots):
+class Engine(EngineScheduling, EngineSnapshots):
     """Generate for many requests at once from one pool of pages.
 
     Args:
@@ -48,10 +57,15 @@ class Engine(EngineSnapshots):
       cache: the pool; the engine donates it to its programs, `engine.cache` is the living one.
       allocator: its bookkeeping, with the same number and size of pages.
       config: shapes and limits.
+      victim: who loses its pages when they run out; None is `LastAdmitted()`.
+      tier: host memory for the pages of samples that give way; None computes them again.
+      preemption: whose pages go to the tier; None is `Swap()`.
+      admission: how many pages stay free; None is `Watermark()`, one per running sample.
 
     One thread at a time may use an engine.
 
     Raises:
+      NotImplementedError: a tier for a pool that is split over a data axis.
       ValueError: cache and allocator differ, or max_sequence_tokens does not fit the pool.
     """
 
@@ -62,6 +76,11 @@ class Engine(EngineSnapshots):
         cache: KVCache,
         allocator: BlockAllocator | ShardedAllocator,
         config: EngineConfig | None = None,
+        *,
+        victim: VictimPolicy | None = None,
+        tier: HostTier | None = None,
+        preemption: PreemptionPolicy | None = None,
+        admission: AdmissionPolicy | None = None,
     ):
         config = config or EngineConfig()
         for name in ("num_pages", "page_size"):
@@ -76,7 +95,11 @@ class Engine(EngineSnapshots):
                 f"{allocator.sequence_pages} usable pages of {allocator.page_size}, got {limit}"
             )
         self.config, self.params, self.cache, self.allocator = config, params, cache, allocator
-        self.stats = EngineStats()
+        if tier is not None and not isinstance(allocator, BlockAllocator):
+            raise NotImplementedError("a host tier serves one pool, not one split over a data axis")
+        self.stats, self.tier = EngineStats(), tier
+        self._victim, self._preemption = victim or LastAdmitted(), preemption or Swap()
+        self._admission = admission or Watermark()
         self.max_sequence_tokens = limit
         self._columns = -(-limit // allocator.page_size)
         self._prefill = partial(prefill, model=model)
@@ -89,7 +112,7 @@ class Engine(EngineSnapshots):
         )
         self._shapes: set[tuple[int, int]] = set()  # rows, chunk; chunk 0 decodes
         self._waiting: deque[Sample] = deque()
-        self._running: list[Sample] = []  # in order of admission: the last is preempted first
+        self._running: list[Sample] = []  # in order of admission
         self._outbox = Outbox()
         self._next_id = 0
 
@@ -103,12 +126,14 @@ class Engine(EngineSnapshots):
         n: int = 1,
         cache_salt: str | bytes | None = None,
         on_token: Callable[[TokenEvent], None] | None = None,
+        priority: int = 0,
     ) -> int:
         """Queue one prompt for n samples and return the request's id.
 
         Sample i uses seed + i. The samples share the prompt's pages. `on_token` is called with
         every event of the request after the visit that made it; if it raises, its request is
         cancelled, `step` raises what it raised, and the next `step` returns the events.
+        `priority` is for policies, such as `LowestPriority`; a snapshot does not keep it.
 
         Raises:
           SequenceTooLong: the prompt and one token can never fit.
@@ -125,7 +150,9 @@ class Engine(EngineSnapshots):
                 "(usable pages * page_size, or max_sequence_tokens); shorten it or enlarge the pool"
             )
         self.allocator.match_prefix(tokens, cache_salt=cache_salt)  # refuses a bad salt now
-        first = Sample(self._next_id, 0, len(tokens), tokens, params, cache_salt, on_token)
+        first = Sample(
+            self._next_id, 0, len(tokens), tokens, params, cache_salt, on_token, priority=priority
+        )
         for i in range(1, n):
             seeded = replace(params, seed=(params.seed + i) % 2**32)
             first.siblings.append(first.spawn(first.request_id, i, seeded))
@@ -186,8 +213,10 @@ class Engine(EngineSnapshots):
         If a device program fails, no request is lost: those whose pages it took with it are
         queued again.
         """
-        self._admit()
         try:
+            if self.tier is not None:
+                self.tier.settle()
+            self._admit()
             self._prefill_visit()
             self._decode_visit()
         except BaseException:
@@ -241,6 +270,8 @@ class Engine(EngineSnapshots):
         while width < 2 * self.config.max_rows:
             self._run_copies(PageCopies(np.zeros(width, np.int32), np.zeros(width, np.int32)))
             width *= 2
+        if self.tier is not None:
+            self.cache = self.tier.warmup(self.cache)
         return self.stats.programs - before
 
     def __repr__(self) -> str:
@@ -249,103 +280,48 @@ class Engine(EngineSnapshots):
             f"{self.allocator.num_used} of {self.allocator.usable_pages} pages used, {self.cache})"
         )
 
-    # ---- admission
-
-    def _admit(self) -> None:
-        """Take waiting samples in order while rows and pages last.
-
-        One page per running row must stay free, so that the admitted do not push each other out
-        at the next page boundary; an empty engine admits whatever fits.
-        """
-        for sample in list(self._waiting):
-            if len(self._running) >= self.config.max_rows:
-                return
-            if self._prefix_in_flight(sample):
-                continue
-            try:
-                handle = self.allocator.allocate(
-                    sample.tokens, cache_salt=sample.cache_salt, keep_free=len(self._running)
-                )
-            except OutOfPages:
-                return
-            self.allocator.truncate(handle, len(sample.tokens) - 1)
-            self._waiting.remove(sample)
-            sample.handle, sample.computed = handle, self.allocator.sequence(handle).computed
-            self._running.append(sample)
-            if sample.preemptions == 0:
-                self.stats.prefix_hit_tokens += sample.computed
-            else:
-                self.stats.recomputed_tokens += len(sample.tokens) - 1 - sample.computed
-            if sample.decoding:
-                self._fork_siblings(sample)
-
-    def _prefix_in_flight(self, sample: Sample) -> bool:
-        """Whether a running prefill is about to publish a longer prefix than is cached now."""
-        if not self.allocator.prefix_cache:
-            return False
-        shared = max(
-            (
-                common_pages(sample.tokens, other.tokens, self.allocator.page_size)
-                for other in self._running
-                if not other.decoding and other.cache_salt == sample.cache_salt
-            ),
-            default=0,
-        )
-        if not shared:
-            return False
-        hit = self.allocator.match_prefix(sample.tokens, cache_salt=sample.cache_salt)
-        return shared * self.allocator.page_size > hit
-
-    def _adopt(self, child: Sample, parent: Sample) -> None:
-        """Give the child a fork of the parent's pages."""
-        (child.handle,) = self.allocator.fork(parent.handle)
-        child.computed = parent.computed
-        self._running.append(child)
-
-    def _fork_siblings(self, sample: Sample) -> None:
-        """The prompt is in the cache: let the other samples share it, or wait for a row."""
-        siblings, sample.siblings = sample.siblings, []
-        for position, sibling in enumerate(siblings):
-            if len(self._running) < self.config.max_rows:
-                self._adopt(sibling, sample)
-            else:
-                self._waiting.extendleft(reversed(siblings[position:]))
-                return
-
     # ---- device visits
 
     def _prefill_visit(self) -> None:
         """One chunk for every sample whose prompt is not in the cache yet."""
         rows = [s for s in self._running if not s.decoding]
+        if not rows:
+            return
         start = time.perf_counter()
-        for first in range(0, len(rows), self.config.prefill_rows):
-            self._prefill_rows(rows[first : first + self.config.prefill_rows])
-        if rows:
-            self.stats.prefill_seconds += time.perf_counter() - start
-            self._note_usage()
-
-    def _prefill_rows(self, rows: list[Sample]) -> None:
         begin = [s.computed for s in rows]
         end = [min(s.computed + self.config.prefill_chunk, len(s.tokens) - 1) for s in rows]
-        widest = max(e - b for b, e in zip(begin, end, strict=True))
-        chunk = self._bucket(self.config.chunk_buckets, widest)
-        batch = self._batch(rows, begin, end, chunk, self.config.prefill_rows)
-        tokens = np.zeros(batch.slots.shape, np.int32)
-        for row, (sample, b, e) in enumerate(zip(rows, begin, end, strict=True)):
-            tokens[row, chunk - (e - b) :] = sample.tokens[b:e]
-        self._run_prefill(tokens, batch)
+        for first in range(0, len(rows), self.config.prefill_rows):
+            part = slice(first, first + self.config.prefill_rows)
+            widest = max(e - b for b, e in zip(begin[part], end[part], strict=True))
+            chunk = self._bucket(self.config.chunk_buckets, widest)
+            self._launch_prefill(rows[part], begin[part], end[part], chunk)
         self.allocator.commit([s.handle for s in rows], end)
         self.stats.prefill_tokens += sum(end) - sum(begin)
         for sample, e in zip(rows, end, strict=True):
             sample.computed = e
             if sample.decoding:
                 self._fork_siblings(sample)
+        self.stats.prefill_seconds += time.perf_counter() - start
+        self._note_usage()
+
+    def _launch_prefill(
+        self, rows: list[Sample], begin: list[int], end: list[int], chunk: int
+    ) -> None:
+        batch = self._batch(rows, begin, end, chunk, self.config.prefill_rows)
+        tokens = np.zeros(batch.slots.shape, np.int32)
+        for row, (sample, b, e) in enumerate(zip(rows, begin, end, strict=True)):
+            tokens[row, chunk - (e - b) :] = sample.tokens[b:e]
+        self._run_prefill(tokens, batch)
 
     def _decode_visit(self) -> None:
         rows, budget = self._reserve_steps()
-        if not rows:
-            return
-        start = time.perf_counter()
+        if rows:
+            start = time.perf_counter()
+            out = self._launch_decode(rows, budget)
+            self.stats.decode_seconds += time.perf_counter() - start
+            self._book(rows, out)
+
+    def _launch_decode(self, rows: list[Sample], budget: list[int]) -> DecodeOut:
         lengths = [len(s.tokens) for s in rows]
         size = self._bucket(self.config.row_buckets, len(rows))
         batch = self._batch(rows, [n - 1 for n in lengths], lengths, 1, size)
@@ -353,39 +329,14 @@ class Engine(EngineSnapshots):
         newest[: len(rows)] = [s.tokens[-1] for s in rows]
         budgets[: len(rows)] = budget
         samplers = SamplingRows.create([s.params for s in rows], [s.generated for s in rows], size)
-        out = self._run_decode(newest, batch, budgets, samplers)
-        self.stats.decode_seconds += time.perf_counter() - start
-        self._book(rows, newest, out)
+        return self._run_decode(newest, batch, budgets, samplers)
 
-    def _reserve_steps(self) -> tuple[list[Sample], list[int]]:
-        """Find pages for as many steps as possible, preempting the newest if there is not one."""
-        while rows := [s for s in self._running if s.decoding]:
-            handles = [s.handle for s in rows]
-            most = [min(s.left, self.max_sequence_tokens - len(s.tokens)) for s in rows]
-            steps = self.config.decode_steps
-            while steps:
-                budget = [min(steps, m) for m in most]
-                try:
-                    copies = self.allocator.reserve(handles, budget)
-                except OutOfPages:
-                    steps //= 2
-                    continue
-                self._run_copies(copies)
-                self._note_usage()
-                return rows, budget
-            victim = self._running[-1]
-            if len(self._running) > 1:
-                self._preempt(victim)
-            else:
-                self._outbox.add(victim, None, "capacity")
-                self._drop(victim)
-        return [], []
-
-    def _book(self, rows: list[Sample], newest: np.ndarray, out: DecodeOut) -> None:
+    def _book(self, rows: list[Sample], out: DecodeOut) -> None:
         """Enter what the device wrote and generated."""
         counts = out.counts[: len(rows)]
         handles = [s.handle for s in rows]
-        written = np.vstack([newest, out.tokens[:-1]]).T[: len(rows)]
+        newest = np.array([s.tokens[-1] for s in rows], np.int32)
+        written = np.vstack([newest, out.tokens[:-1, : len(rows)]]).T
         self.allocator.append(handles, written, counts)
         self.stats.decode_tokens += int(counts.sum())
         for row, sample in enumerate(rows):
@@ -437,7 +388,7 @@ class Engine(EngineSnapshots):
         try:
             self.cache = self.cache.copy_pages(copies)
         except BaseException:  # the allocator counts on copies that did not happen
-            self._preempt_all()
+            self._requeue_all()
             raise
 
     def _note_program(self, rows: int, chunk: int) -> None:
@@ -449,14 +400,6 @@ class Engine(EngineSnapshots):
 
     # ---- endings
 
-    def _preempt(self, sample: Sample) -> None:
-        """Take a sample's pages; it waits at the front and computes its tokens again."""
-        self._drop(sample)
-        sample.handle, sample.computed = None, 0
-        sample.preemptions += 1
-        self.stats.preemptions += 1
-        self._waiting.appendleft(sample)
-
     def _abandon(self, request_id: int) -> None:
         """The request's callback failed: it is not called again, and the request ends."""
         living = [s for s in (*self._running, *self._waiting) if s.request_id == request_id]
@@ -465,27 +408,3 @@ class Engine(EngineSnapshots):
                 each.on_token = None
         if living:
             self.cancel(request_id)
-
-    def _drop(self, sample: Sample) -> None:
-        """Remove a sample from the queues and free its pages."""
-        if sample.handle is not None:
-            self.allocator.free([sample.handle])
-            self._running.remove(sample)
-        else:
-            self._waiting.remove(sample)
-
-    def _preempt_all(self) -> None:
-        for sample in reversed(list(self._running)):
-            self._preempt(sample)
-
-    def _lose_cache(self) -> None:
-        """A program failed with the donated cache: start an empty one and queue all again."""
-        self._preempt_all()
-        if not self.allocator.reset_prefix_cache():
-            raise PagedDecodeError(
-                "the cache was lost in a failed program, and with it the pages that sequences "
-                "outside the engine hold; free those, then call step again"
-            )
-        self.cache = jax.tree.map(
-            lambda a: jnp.zeros(a.shape, a.dtype, device=a.sharding), self.cache
-        )

@@ -81,7 +81,13 @@ def prompts(count: int, seed: int = 1, low: int = 1, high: int = 30) -> list[lis
 
 
 def make_engine(
-    num_pages: int = 64, page_size: int = 4, *, prefix_cache: bool = True, fn=model, **config
+    num_pages: int = 64,
+    page_size: int = 4,
+    *,
+    prefix_cache: bool = True,
+    fn=model,
+    policies: dict | None = None,
+    **config,
 ) -> Engine:
     shapes = (
         dict(max_rows=4, row_buckets=(4,), prefill_chunk=8, prefill_rows=2, decode_steps=4) | config
@@ -95,4 +101,4 @@ def make_engine(
     )
     allocator = BlockAllocator(num_pages, page_size, prefix_cache=prefix_cache, hash_key=b"test")
     shapes.setdefault("max_sequence_tokens", min(MAX_LEN, allocator.usable_pages * page_size))
-    return Engine(fn, PARAMS, cache, allocator, EngineConfig(**shapes))
+    return Engine(fn, PARAMS, cache, allocator, EngineConfig(**shapes), **policies or {})

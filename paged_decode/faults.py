@@ -1,0 +1,178 @@
+"""Faults for tests of whatever uses an engine: seeded, logged, and repeatable from the log.
+
+```
+faults = Faults(FaultPlan(seed=1, allocation_rate=0.1, copy_rate=0.2, preempt_every=5))
+faults.install(engine)
+...                                   # every request still gets the tokens that it would have got
+again = Faults(faults.replay())       # the same faults at the same places, by number
+```
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .allocator import BlockAllocator, PageState
+from .cache import KVCache
+from .errors import OutOfPages
+from .tiers import CopyFailed, CopyPending, PageMover
+
+__all__ = ["FaultPlan", "Faults", "poison_free_pages"]
+
+
+@dataclass(frozen=True, slots=True)
+class FaultPlan:
+    """Which faults happen. Calls are counted from 0, each kind for itself.
+
+    Attributes:
+      seed: of the rates below.
+      allocation_rate: part of the allocations that fail with OutOfPages.
+      copy_rate: part of the copies between device and host that fail with CopyFailed.
+      allocations, copies: numbers of allocations and copies that fail in any case.
+      preempt_every: steps of the engine between two forced preemptions; 0 forces none.
+      delay_copies: visits for which a copy to the host stays in flight.
+      poison: fill every free page with NaN before every step.
+    """
+
+    seed: int = 0
+    allocation_rate: float = 0.0
+    copy_rate: float = 0.0
+    allocations: frozenset[int] = frozenset()
+    copies: frozenset[int] = frozenset()
+    preempt_every: int = 0
+    delay_copies: int = 0
+    poison: bool = False
+
+
+class Faults:
+    """Carries out a plan on one engine.
+
+    Attributes:
+      log: what failed or was forced, in order: ("allocation" | "copy" | "preemption", number).
+    """
+
+    def __init__(self, plan: FaultPlan):
+        self.plan = plan
+        self.log: list[tuple[str, int]] = []
+        self._counts = {"allocation": 0, "copy": 0, "step": 0}
+        self._draws = {
+            kind: np.random.default_rng([plan.seed, at])
+            for at, kind in enumerate(("allocation", "copy"))
+        }
+
+    def replay(self) -> FaultPlan:
+        """The plan in which what failed so far fails by number, and nothing by chance."""
+        plan = self.plan
+        failed: dict[str, set[int]] = {"allocation": set(), "copy": set(), "preemption": set()}
+        for kind, number in self.log:
+            failed[kind].add(number)
+        return FaultPlan(
+            allocations=frozenset(failed["allocation"]),
+            copies=frozenset(failed["copy"]),
+            preempt_every=plan.preempt_every,
+            delay_copies=plan.delay_copies,
+            poison=plan.poison,
+        )
+
+    def install(self, engine: Any) -> None:
+        """Put the faults into an engine, its allocator and its host tier; once per engine."""
+        self.install_allocator(engine.allocator)
+        if engine.tier is not None:
+            engine.tier.mover = self.wrap_mover(engine.tier.mover)
+        step = engine.step
+
+        def faulty_step() -> Any:
+            self._before_step(engine)
+            return step()
+
+        engine.step = faulty_step
+
+    def install_allocator(self, allocator: BlockAllocator) -> None:
+        """Let calls fail that take pages; what fails has changed nothing, as ever."""
+        pool = allocator._pool
+        require = pool.require
+
+        def faulty_require(needed: int) -> None:
+            require(needed)
+            if needed and self.fails("allocation"):
+                raise OutOfPages(needed, 0, 0)
+
+        pool.require = faulty_require
+
+    def wrap_mover(self, mover: PageMover) -> PageMover:
+        """A mover whose copies fail and are delayed as planned."""
+        return _FaultyMover(mover, self)
+
+    def fails(self, kind: str) -> bool:
+        """Count one call of that kind ("allocation" or "copy"), and say whether it fails."""
+        number = self._counts[kind]
+        self._counts[kind] += 1
+        allocation = kind == "allocation"
+        rate = self.plan.allocation_rate if allocation else self.plan.copy_rate
+        chosen = self.plan.allocations if allocation else self.plan.copies
+        fails = bool(self._draws[kind].random() < rate) or number in chosen
+        if fails:
+            self.log.append((kind, number))
+        return fails
+
+    def _before_step(self, engine: Any) -> None:
+        number, plan = self._counts["step"], self.plan
+        self._counts["step"] += 1
+        if plan.preempt_every and number % plan.preempt_every == plan.preempt_every - 1:
+            if engine._running:
+                engine._preempt(engine._choose_victim())
+                self.log.append(("preemption", number))
+        if plan.poison:
+            engine.cache = poison_free_pages(engine.cache, engine.allocator)
+
+
+@dataclass(slots=True)
+class _Delayed:
+    copy: Any
+    visits: int
+
+
+class _FaultyMover:
+    """Fails and delays the copies of another mover."""
+
+    def __init__(self, mover: PageMover, faults: Faults):
+        self._mover, self._faults = mover, faults
+
+    def take(self, cache: Any, pages: np.ndarray) -> Any:
+        self._may_fail()
+        return _Delayed(self._mover.take(cache, pages), self._faults.plan.delay_copies)
+
+    def finish(self, copy: Any) -> Any:
+        if copy.visits > 0:
+            copy.visits -= 1
+            raise CopyPending
+        self._may_fail()
+        return self._mover.finish(copy.copy)
+
+    def put(self, cache: Any, rested: Any, pages: np.ndarray) -> Any:
+        self._may_fail()
+        return self._mover.put(cache, rested, pages)
+
+    def _may_fail(self) -> None:
+        if self._faults.fails("copy"):
+            raise CopyFailed("a fault was planned here")
+
+
+def poison_free_pages(cache: KVCache, allocator: BlockAllocator) -> KVCache:
+    """The cache with NaN in the null page and in every page that holds nothing.
+
+    Whatever reads them shows it. Makes new arrays; a pool of integers is filled with their maximum.
+    """
+    free = np.flatnonzero(np.isin(allocator.page_states(), (PageState.FREE, PageState.NULL)))
+
+    def poison(pages: Any) -> Any:
+        floats = jnp.issubdtype(pages.dtype, jnp.floating)
+        bad = jnp.nan if floats else jnp.iinfo(pages.dtype).max
+        return pages.at[free].set(jnp.asarray(bad, pages.dtype))
+
+    return jax.tree.map(poison, cache)

@@ -1,0 +1,27 @@
+"""Memory-pressure experiments: what becomes of throughput, latency and hits as pages run out."""
+
+from .costs import CostModel, Measured, Program, Roofline
+from .real import ProgramTimer, run
+from .replay import hit_rate
+from .report import Record, Report
+from .simulate import simulate
+from .workload import Request, chats, poisson, prefix_tree, read_azure, read_mooncake
+
+__all__ = [
+    "CostModel",
+    "Measured",
+    "Program",
+    "ProgramTimer",
+    "Record",
+    "Report",
+    "Request",
+    "Roofline",
+    "chats",
+    "hit_rate",
+    "poisson",
+    "prefix_tree",
+    "read_azure",
+    "read_mooncake",
+    "run",
+    "simulate",
+]

@@ -1,0 +1,129 @@
+"""How long a device program takes: from first principles, or from measured programs."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+__all__ = ["CostModel", "Measured", "Program", "Roofline"]
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """One run of one device program.
+
+    Attributes:
+      kind: "prefill", "decode", "copy" (within the pool), "store" or "load" (to and from the host).
+      rows: compiled rows, for copies of any kind pages.
+      width: compiled tokens per row; for decode, steps that were needed.
+      tokens: tokens computed, padding left out.
+      context_tokens: cached tokens read, summed over rows and steps.
+    """
+
+    kind: str
+    rows: int
+    width: int
+    tokens: int
+    context_tokens: int
+
+
+@runtime_checkable
+class CostModel(Protocol):
+    """Seconds for a program."""
+
+    def seconds(self, program: Program) -> float: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Roofline:
+    """The slower of memory and arithmetic, and a launch for every step.
+
+    Attributes:
+      weight_bytes: read once per step.
+      kv_bytes_per_token: keys and values of all layers.
+      flops_per_token: twice the number of weights, as a rule.
+      bandwidth_bytes: per second.
+      flops: per second.
+      launch_seconds: per step.
+      page_size: for copies of pages.
+      link_bytes: per second between device and host, one way; PCIe 5 with 16 lanes has about 5e10.
+    """
+
+    weight_bytes: float
+    kv_bytes_per_token: float
+    flops_per_token: float
+    bandwidth_bytes: float
+    flops: float
+    launch_seconds: float
+    page_size: int = 16
+    link_bytes: float = 5e10
+
+    def seconds(self, program: Program) -> float:
+        if program.kind in ("copy", "store", "load"):
+            num_bytes = program.rows * self.page_size * self.kv_bytes_per_token
+            within = program.kind == "copy"
+            busy = 2 * num_bytes / self.bandwidth_bytes if within else num_bytes / self.link_bytes
+            return self.launch_seconds + busy
+        steps = program.width if program.kind == "decode" else 1
+        read = program.tokens + program.context_tokens
+        num_bytes = steps * self.weight_bytes + read * self.kv_bytes_per_token
+        work = program.tokens * self.flops_per_token
+        busy = max(num_bytes / self.bandwidth_bytes, work / self.flops)
+        return steps * self.launch_seconds + busy
+
+    def recompute_seconds(self, tokens: int) -> float:
+        """Prefilling that many tokens in one program."""
+        return self.seconds(Program("prefill", 1, tokens, tokens, 0))
+
+    def swap_seconds(self, tokens: int) -> float:
+        """Copying their keys and values to the host and back."""
+        return 2 * (self.launch_seconds + tokens * self.kv_bytes_per_token / self.link_bytes)
+
+    def crossover_link_bytes(self, tokens: int) -> float:
+        """Link bandwidth in bytes per second above which swap beats recompute; inf if none."""
+        budget = self.recompute_seconds(tokens) / 2 - self.launch_seconds
+        return tokens * self.kv_bytes_per_token / budget if budget > 0 else float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Mean seconds per compiled shape; an engine has few of them.
+
+    The mean, because a run adds them up. A number of steps, or of pages to copy, that was not
+    measured lies on the line between those that were.
+
+    Example:
+      >>> program = Program("decode", 4, 8, 32, 100)
+      >>> Measured.fit([(program, 0.25), (program, 0.75)]).seconds(program)
+      0.5
+    """
+
+    means: Mapping[tuple[str, int, int], float]
+
+    @classmethod
+    def fit(cls, timings: Iterable[tuple[Program, float]]) -> Measured:
+        """Calibrate from programs and how long each took, as `ProgramTimer` notes them."""
+        by_shape: dict[tuple[str, int, int], list[float]] = {}
+        for program, seconds in timings:
+            by_shape.setdefault((program.kind, program.rows, program.width), []).append(seconds)
+        return cls({shape: statistics.fmean(times) for shape, times in by_shape.items()})
+
+    def seconds(self, program: Program) -> float:
+        shape = program.kind, program.rows, program.width
+        if shape in self.means:
+            return self.means[shape]
+        # Of kind, rows and width: which one is the same, and which one there is a line over.
+        for fixed, free, at in ((1, 2, program.width), (2, 1, program.rows)):
+            line = sorted(
+                (known[free], seconds)
+                for known, seconds in self.means.items()
+                if known[0] == shape[0] and known[fixed] == shape[fixed]
+            )
+            if line:
+                places, times = np.array(line).T
+                return float(np.interp(at, places, times))
+        raise ValueError(f"no program like {shape} was measured, only {list(self.means)}")

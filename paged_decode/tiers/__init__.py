@@ -1,0 +1,15 @@
+"""Where pages go that the device has no room for: host memory, and behind it a disk."""
+
+from ._device import CopyFailed, CopyPending, DeviceMover, PageMover
+from ._disk import DiskTier
+from ._host import HostTier, TierStats
+
+__all__ = [
+    "CopyFailed",
+    "CopyPending",
+    "DeviceMover",
+    "DiskTier",
+    "HostTier",
+    "PageMover",
+    "TierStats",
+]

@@ -1,0 +1,315 @@
+"""The host tier: pages of sequences that gave way, found again by what they hold."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..allocator import BlockAllocator, Handle
+from ._device import CopyPending, DeviceMover, PageMover, fits
+from ._disk import DiskTier
+
+__all__ = ["HostTier", "TierStats"]
+
+# What a copy may fail with. Anything else is a mistake in the program and is raised.
+COPY_ERRORS = (RuntimeError, OSError, MemoryError)
+
+
+@dataclass(slots=True)
+class TierStats:
+    """Counters of a tier, in pages but for `failed_copies`, which counts copies.
+
+    Attributes:
+      stored: copied to the host; loaded: copied back.
+      evicted: given up for others; spilled: of these, written to the disk tier.
+      revived: read back from the disk tier.
+      failed_copies: in either direction; whatever they were to bring is computed again.
+    """
+
+    stored: int = 0
+    loaded: int = 0
+    evicted: int = 0
+    spilled: int = 0
+    revived: int = 0
+    failed_copies: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Chunk:
+    """Pages that travelled together, one bucket of them: the unit of copies and of eviction."""
+
+    keys: tuple[bytes, ...]
+    tokens: tuple[np.ndarray, ...]
+    pages: Any  # what the mover returned: in flight, then at rest
+    pinned: bool = False
+
+
+@dataclass(slots=True)
+class _Wanted:
+    """The pages of a sequence: digest and tokens of each, a last partial one included."""
+
+    keys: list[bytes]
+    tokens: list[np.ndarray]
+    pages: list[int] = field(default_factory=list)
+
+
+class HostTier:
+    """Pages in host memory, at most `capacity_pages`, the least recently used given up first.
+
+    A page is known by the digest of all tokens up to its end, as in the prefix cache, so nothing
+    has to be remembered of a sequence that was stored: whoever has the same tokens (and salt)
+    finds its pages, and what was given up meanwhile is computed again. Between two calls of
+    `settle` the copies run beside the device's programs; until they are done, their pages are
+    neither found nor given up. A copy that fails leaves nothing behind.
+
+    ```
+    store    pages [ 5 9 2 7 4 8 ] -> chunks of 4, 1 and 1 pages (buckets), in flight
+    settle   the copies are done: chunks at rest, their pages can be found
+    load     the longest run of known pages -> the pages of a new sequence, committed
+    ```
+
+    Args:
+      capacity_pages: at rest and in flight together.
+      buckets: pages per copy; a device program is compiled for each. 1 is always one of them.
+      mover: how pages travel; None is `DeviceMover()`.
+      disk: where chunks go that are given up; None is nowhere.
+
+    Example:
+      >>> from paged_decode import BlockAllocator, KVCache
+      >>> sizes = dict(num_layers=1, num_kv_heads=1, page_size=4, head_dim=8)
+      >>> cache, allocator = KVCache.create(num_pages=9, **sizes), BlockAllocator(9, 4)
+      >>> tier, handle = HostTier(16), allocator.allocate([5, 6, 7, 8, 9])
+      >>> allocator.commit(handle, 5)
+      >>> tier.store(cache, allocator, handle)
+      2
+      >>> allocator.free(handle); allocator.reset_prefix_cache()
+      True
+      >>> tier.settle()
+      >>> handle = allocator.allocate([5, 6, 7, 8, 9])
+      >>> cache = tier.load(cache, allocator, handle)  # donates the cache
+      >>> allocator.sequence(handle).computed
+      5
+    """
+
+    def __init__(
+        self,
+        capacity_pages: int,
+        *,
+        buckets: Sequence[int] = (1, 4, 16, 64),
+        mover: PageMover | None = None,
+        disk: DiskTier | None = None,
+    ):
+        sizes = tuple(sorted({1, *buckets}))
+        if capacity_pages < 1 or sizes[0] < 1:
+            raise ValueError(
+                f"capacity_pages and buckets must be positive, got {capacity_pages} and {buckets}"
+            )
+        self.capacity_pages, self.buckets, self.disk = capacity_pages, sizes, disk
+        self.mover: PageMover = mover or DeviceMover()
+        self.stats = TierStats()
+        self.num_pages = 0
+        self._chunks: OrderedDict[int, _Chunk] = OrderedDict()  # by id(), least recent first
+        self._where: dict[bytes, tuple[_Chunk, int]] = {}
+        self._flying: list[_Chunk] = []
+        self._coming: set[bytes] = set()
+
+    def warmup(self, cache: Any) -> Any:
+        """Compile every copy; donates the cache, whose null page alone is written."""
+        for size in self.buckets:
+            null = np.zeros(size, np.int32)
+            cache = self.mover.put(cache, self.mover.finish(self.mover.take(cache, null)), null)
+        return cache
+
+    def store(self, cache: Any, allocator: BlockAllocator, handle: Handle) -> int:
+        """Begin to copy the computed pages of a sequence out, which may be freed at once.
+
+        Pages that are here already are not copied again. What has no room is left out, from the
+        end of the sequence.
+
+        Returns:
+          How many of its leading pages are here now, or on their way.
+        """
+        computed = allocator.sequence(handle).computed
+        wanted = _wanted(allocator, handle, computed)
+        known = [key in self._where or key in self._coming for key in wanted.keys]
+        self._touch(key for key in reversed(wanted.keys))
+        missing = [at for at, there in enumerate(known) if not there]
+        room = self._make_room(len(missing), keep=set(wanted.keys))
+        for places in _split(missing[:room], self.buckets):
+            if not self._send(cache, wanted, places):
+                break
+        here = (key in self._where or key in self._coming for key in wanted.keys)
+        return next((at for at, there in enumerate(here) if not there), len(known))
+
+    def settle(self) -> None:
+        """Wait for the copies that were begun, and make their pages findable."""
+        for chunk in tuple(
+            self._flying
+        ):  # an interrupt leaves those in flight that it kept waiting
+            try:
+                rested = self.mover.finish(chunk.pages)
+            except CopyPending:
+                continue
+            except COPY_ERRORS:
+                self.stats.failed_copies += 1
+                self.num_pages -= len(chunk.keys)
+            else:
+                chunk.pages = rested
+                self.stats.stored += len(chunk.keys)
+                self._shelve(chunk)
+            self._flying.remove(chunk)
+            self._coming.difference_update(chunk.keys)
+
+    def load(self, cache: Any, allocator: BlockAllocator, handle: Handle) -> Any:
+        """Fill and commit the pages behind what is computed of a sequence, as far as known here.
+
+        Donates the cache; use the one that comes back. A copy that fails ends the run.
+
+        Raises:
+          RuntimeError: a program failed and took the cache with it.
+        """
+        info = allocator.sequence(handle)
+        first, rest = divmod(info.computed, allocator.page_size)
+        if rest or info.computed == info.length:
+            return cache
+        wanted = _wanted(allocator, handle, info.length)
+        found = list(self._find(wanted, first, cache))
+        loaded = set()
+        try:
+            for chunk in dict.fromkeys(chunk for chunk, _ in found):
+                ids = np.zeros(len(chunk.keys), np.int32)
+                mine = [(at, row) for at, (c, row) in enumerate(found, first) if c is chunk]
+                for at, row in mine:
+                    ids[row] = wanted.pages[at]
+                cache = self.mover.put(cache, chunk.pages, ids)
+                loaded.update(at for at, _ in mine)
+        except COPY_ERRORS:
+            if getattr(cache, "is_deleted", False):
+                raise
+            self.stats.failed_copies += 1
+        finally:
+            for chunk, _ in found:
+                chunk.pinned = False
+        end = next(at for at in range(first, len(wanted.keys) + 1) if at not in loaded)
+        self.stats.loaded += end - first
+        allocator.commit(
+            [handle], [max(info.computed, min(end * allocator.page_size, info.length))]
+        )
+        self._touch(reversed(wanted.keys[:end]))
+        return cache
+
+    def clear(self) -> None:
+        """Forget every page, those in flight too; the disk tier keeps its own."""
+        self._chunks.clear()
+        self._where.clear()
+        self._flying.clear()
+        self._coming.clear()
+        self.num_pages = 0
+
+    def check_invariants(self) -> None:
+        """Verify counts and indices against each other; raises RuntimeError."""
+        rested, flying = list(self._chunks.values()), self._flying
+        keys = [key for chunk in rested for key in chunk.keys]
+        broken = {
+            "pages are miscounted": self.num_pages != sum(len(c.keys) for c in (*rested, *flying)),
+            "more pages than the capacity": self.num_pages > self.capacity_pages,
+            "the index and the chunks differ": sorted(keys) != sorted(self._where),
+            "a page in flight can be found": bool(self._coming & self._where.keys()),
+            "a chunk stayed pinned": any(chunk.pinned for chunk in rested),
+            "copies in flight are not those expected": self._coming
+            != {key for chunk in flying for key in chunk.keys},
+        }
+        if problems := [rule for rule, holds in broken.items() if holds]:
+            raise RuntimeError(f"host tier: {'; '.join(problems)}")
+
+    # ---- one copy
+
+    def _send(self, cache: Any, wanted: _Wanted, places: list[int]) -> bool:
+        try:
+            copy = self.mover.take(cache, np.array([wanted.pages[at] for at in places], np.int32))
+        except COPY_ERRORS:
+            self.stats.failed_copies += 1
+            return False
+        keys = tuple(wanted.keys[at] for at in places)
+        self._flying.append(_Chunk(keys, tuple(wanted.tokens[at] for at in places), copy))
+        self._coming.update(keys)
+        self.num_pages += len(keys)
+        return True
+
+    def _shelve(self, chunk: _Chunk) -> None:
+        self._chunks[id(chunk)] = chunk
+        self._where.update((key, (chunk, row)) for row, key in enumerate(chunk.keys))
+
+    def _find(self, wanted: _Wanted, first: int, cache: Any) -> Iterator[tuple[_Chunk, int]]:
+        """Chunk and row of each page from `first` on, until one is missing; pins the chunks."""
+        for key, tokens in zip(wanted.keys[first:], wanted.tokens[first:], strict=True):
+            if key not in self._where and not self._revive(key, set(wanted.keys), cache):
+                return
+            chunk, row = self._where[key]
+            if not np.array_equal(chunk.tokens[row], tokens):
+                return  # two contents of one digest
+            chunk.pinned = True
+            yield chunk, row
+
+    # ---- room
+
+    def _touch(self, keys: Any) -> None:
+        for key in keys:
+            if key in self._where:
+                self._chunks.move_to_end(id(self._where[key][0]))
+
+    def _make_room(self, count: int, keep: set[bytes]) -> int:
+        """Give up chunks until `count` pages fit, none of the pages `keep`; returns how many do."""
+        for chunk in list(self._chunks.values()):
+            if self.num_pages + count <= self.capacity_pages:
+                break
+            if not chunk.pinned and keep.isdisjoint(chunk.keys):
+                self._give_up(chunk)
+        return min(count, self.capacity_pages - self.num_pages)
+
+    def _give_up(self, chunk: _Chunk) -> None:
+        del self._chunks[id(chunk)]
+        for key in chunk.keys:
+            del self._where[key]
+        self.num_pages -= len(chunk.keys)
+        self.stats.evicted += len(chunk.keys)
+        if self.disk is not None and self.disk.write(chunk.keys, chunk.tokens, chunk.pages):
+            self.stats.spilled += len(chunk.keys)
+
+    def _revive(self, key: bytes, keep: set[bytes], cache: Any) -> bool:
+        """Bring the chunk of a page back from the disk, if it fits the cache and has room here."""
+        content = None if self.disk is None else self.disk.read(key)
+        if content is None:
+            return False
+        keys, tokens, pages = content
+        known = any(k in self._where or k in self._coming for k in keys)
+        if known or not fits(cache, pages) or self._make_room(len(keys), keep) < len(keys):
+            return False
+        self.num_pages += len(keys)
+        self.stats.revived += len(keys)
+        self._shelve(_Chunk(keys, tokens, pages))
+        return True
+
+
+def _wanted(allocator: BlockAllocator, handle: Handle, num_tokens: int) -> _Wanted:
+    """The pages that hold the first so many tokens."""
+    if num_tokens == 0:
+        return _Wanted([], [])
+    info, size = allocator.sequence(handle), allocator.page_size
+    tokens = allocator.tokens(handle)[:num_tokens]
+    keys = allocator.page_digests(tokens, cache_salt=info.cache_salt, partial=True)
+    parts = [tokens[begin : begin + size] for begin in range(0, num_tokens, size)]
+    return _Wanted(keys, parts, list(info.pages[: len(keys)]))
+
+
+def _split(places: list[int], buckets: tuple[int, ...]) -> Iterator[list[int]]:
+    """Cut to lengths that are buckets, the largest first."""
+    begin = 0
+    while begin < len(places):
+        size = max(b for b in buckets if b <= len(places) - begin)
+        yield places[begin : begin + size]
+        begin += size

@@ -1,0 +1,200 @@
+"""The simulator: against hand-computed schedules, and against the real engine."""
+
+import numpy as np
+import pytest
+
+from paged_decode import BlockAllocator, EngineConfig, OutOfPages, SamplingParams
+from paged_decode.policies import LeastComputed
+from paged_decode.pressure import Measured, Program, Request, poisson, simulate
+from paged_decode.pressure.report import LIFETIME_EDGES, UsageLog
+from paged_decode.tiers import HostTier
+
+from ..tiny import VOCAB, make_engine
+
+
+class PerKind:
+    """1 s per prefill chunk, 10 s per decode program, 3 s per copy to the host and 2 s back."""
+
+    def seconds(self, program: Program) -> float:
+        times = {"prefill": 1.0, "decode": 10.0, "copy": 0.0, "store": 3.0, "load": 2.0}
+        return times[program.kind]
+
+
+class Recording(BlockAllocator):
+    """Notes every successful call that changes something, with the pages that it left."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.events = []
+
+    def _note(self, name, handles):
+        self.check_invariants()
+        handles = np.atleast_1d(np.asarray(handles, np.int64)).tolist()
+        infos = [self.sequence(h) for h in handles]
+        self.events.append((name, handles, [(i.length, i.computed, i.pages) for i in infos]))
+
+    def allocate(self, *args, **kwargs):
+        handle = super().allocate(*args, **kwargs)
+        self._note("allocate", handle)
+        return handle
+
+    def reserve(self, handles, num_tokens):
+        copies = super().reserve(handles, num_tokens)
+        self._note("reserve", handles)
+        return copies
+
+    def append(self, handles, tokens, counts=None):
+        copies = super().append(handles, tokens, counts)
+        self._note("append", handles)
+        return copies
+
+    def commit(self, handles, computed):
+        super().commit(handles, computed)
+        self._note("commit", handles)
+
+    def free(self, handles):
+        super().free(handles)
+        self.events.append(("free", np.atleast_1d(handles).tolist()))
+
+
+def request(arrival, blocks, output, block=4):
+    return Request(arrival, tuple(blocks), block, len(blocks) * block, output)
+
+
+CONFIG = EngineConfig(max_rows=2, decode_steps=4, prefill_chunk=8)
+
+
+def test_a_lone_request_takes_the_steps_computed_by_hand():
+    # 12 tokens: 11 are prefilled in chunks of 8 and 3, one per visit, and the second visit goes
+    # on to decode 4 of 6 tokens (2.5 s each), the third decodes 2 more (5 s each).
+    report = simulate([request(2.0, [1, 2, 3], 6)], BlockAllocator(9, 4), PerKind(), config=CONFIG)
+    (record,) = report.records
+    assert record.first_seconds == 2 + 2 + 2.5
+    assert record.end_seconds == 2 + 2 + 10 + 10
+    assert (record.output_tokens, record.finished, record.preemptions) == (6, True, 0)
+    assert report.figures["recompute_tax"] == 0
+
+
+def test_the_events_of_a_lone_request_are_those_written_by_hand():
+    # 5 tokens, 6 to come, pages of 4: the newest token is always outside the pages.
+    allocator = Recording(9, 4)
+    simulate([request(0.0, [1], 6, block=5)], allocator, PerKind(), config=CONFIG)
+    (handle,) = allocator.events[0][1]
+    assert allocator.events == [
+        ("allocate", [handle], [(5, 0, (1, 2))]),
+        ("commit", [handle], [(4, 4, (1,))]),  # truncated to 4, one chunk, the page is full
+        ("reserve", [handle], [(4, 4, (1, 2))]),  # 4 steps
+        ("append", [handle], [(8, 4, (1, 2))]),
+        ("commit", [handle], [(8, 8, (1, 2))]),
+        ("reserve", [handle], [(8, 8, (1, 2, 3))]),  # the 2 steps that are left
+        ("append", [handle], [(10, 8, (1, 2, 3))]),
+        ("commit", [handle], [(10, 10, (1, 2, 3))]),
+        ("free", [handle]),
+    ]
+
+
+def test_the_second_of_two_equal_prompts_finds_the_first():
+    two = [request(0.0, [1, 2, 3], 2), request(50.0, [1, 2, 3], 2)]
+    report = simulate(two, BlockAllocator(9, 4), PerKind(), config=CONFIG)
+    assert [r.hit_tokens for r in report.records] == [0, 8]
+
+
+def test_when_two_outgrow_the_pool_the_last_admitted_gives_way_once():
+    # 5 pages: prompts of 4 tokens take one page each and grow to 12 tokens, three pages each.
+    two = [request(0.0, [1], 8), request(0.0, [2], 8)]
+    report = simulate(two, BlockAllocator(6, 4), PerKind(), config=CONFIG)
+    assert [r.preemptions for r in report.records] == [0, 1]
+    assert all(r.finished for r in report.records)
+
+
+def test_a_swapped_sample_takes_the_copies_computed_by_hand():
+    # Two chunks (1 s each), a program of four steps, one of one step: at 22 s the second gives way
+    # with 8 computed tokens. The first ends 10 s later. Then a chunk and a program: 43 s. Or: two
+    # copies of a page to the host, which take 6 of those 10 s, and two back (2 s each): 46 s.
+    two = [request(0.0, [1], 8), request(0.0, [2], 8)]
+    for tier, end, tax in ((None, 43, 8 / 30), (HostTier(8, buckets=(4,)), 46, 0)):
+        allocator = BlockAllocator(6, 4, prefix_cache=False)
+        report = simulate(two, allocator, PerKind(), config=CONFIG, tier=tier)
+        assert [r.end_seconds for r in report.records] == [32, end]
+        assert report.figures["recompute_tax"] == pytest.approx(tax)
+        assert report.figures["swapped_in_pages"] == (0 if tier is None else 2)
+
+
+def test_what_can_never_fit_is_refused_and_what_outgrows_the_pool_ends():
+    both = [request(0.0, range(9), 1), request(0.0, [1], 90)]
+    report = simulate(both, BlockAllocator(9, 4), PerKind(), config=CONFIG)
+    assert [r.finished for r in report.records] == [False, False]
+    assert [r.output_tokens for r in report.records] == [0, 28]
+    assert all(r.end_seconds is not None for r in report.records)
+
+
+def test_the_same_seed_gives_the_same_report():
+    def once():
+        work = poisson(60, 2.0, seed=5, prompt_median=30.0, output_median=10.0)
+        return simulate(
+            work,
+            BlockAllocator(65, 4, hash_key=b"k"),
+            PerKind(),
+            config=CONFIG,
+            victim=LeastComputed(),
+        )
+
+    assert once() == once()
+
+
+@pytest.mark.parametrize("num_pages, preempts", [(64, False), (16, True)])
+def test_simulated_and_real_engine_make_the_same_allocator_events(num_pages, preempts):
+    rng = np.random.default_rng(4)
+    # No two prompts are equal: greedy outputs would be, too, and a simulation cannot know that.
+    work = [
+        request(
+            0.0,
+            [*rng.integers(0, 3, rng.integers(0, 3)).tolist(), 10 + i],
+            int(rng.integers(1, 20)),
+        )
+        for i in range(10)
+    ]
+    real = make_engine(num_pages)
+    real.allocator = Recording(num_pages, 4, hash_key=b"test")
+    for each in work:
+        assert each.prompt().max() < VOCAB
+        real.submit(each.prompt().tolist(), SamplingParams(max_new_tokens=each.output_tokens))
+    list(real.stream())
+
+    modelled = Recording(num_pages, 4, hash_key=b"test")
+    simulate(work, modelled, PerKind(), config=real.config)
+    assert modelled.events == real.allocator.events
+    assert (real.stats.preemptions > 0) == preempts
+
+
+def test_a_page_lives_from_being_taken_to_being_freed_or_evicted():
+    allocator = BlockAllocator(4, 2, hash_key=b"k")
+    usage = UsageLog(allocator)
+    usage.note(0.0)
+    plain, cached = allocator.allocate([1]), allocator.allocate([5, 6, 7])
+    allocator.commit(cached, 2)
+    usage.note(1.0)
+    allocator.free([plain, cached])  # two pages are gone, the full one stays
+    usage.note(5.0)
+    allocator.allocate_pages(3)  # and is evicted, and taken by another at once
+    usage.note(13.0)
+    bins = dict(zip((*LIFETIME_EDGES, float("inf")), usage.lifetimes, strict=True))
+    assert {edge: n for edge, n in bins.items() if n} == {4.0: 2, 16.0: 1}  # 4, 4 and 12 s
+    assert usage.utilisation == pytest.approx((1 * 3 + 4 * 0 + 8 * 3) / 13 / 3)
+
+
+def test_measured_times_lie_on_a_line_between_those_that_were_measured():
+    timed = [(Program("decode", 4, 2, 8, 0), 1.0), (Program("decode", 4, 6, 24, 0), 3.0)]
+    costs = Measured.fit([*timed, (Program("load", 1, 1, 0, 0), 0.5)])
+    assert costs.seconds(Program("decode", 4, 3, 12, 0)) == pytest.approx(1.5)
+    assert costs.seconds(Program("load", 4, 1, 0, 0)) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="prefill"):
+        costs.seconds(Program("prefill", 1, 8, 8, 0))
+
+
+def test_a_simulation_keeps_the_promise_of_the_pool():
+    allocator = BlockAllocator(9, 4)
+    simulate([request(0.0, [1], 4)], allocator, PerKind(), config=CONFIG)
+    assert allocator.num_used == 0
+    with pytest.raises(OutOfPages):
+        allocator.allocate_pages(9)

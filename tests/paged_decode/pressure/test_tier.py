@@ -1,0 +1,353 @@
+"""The host tier and the disk behind it: bits, capacity, copies in flight, copies that fail."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from paged_decode import BlockAllocator, KVCache
+from paged_decode.faults import FaultPlan, Faults
+from paged_decode.tiers import CopyFailed, CopyPending, DeviceMover, DiskTier, HostTier
+
+PAGES, SIZE = 24, 4
+MOVERS = [DeviceMover("numpy"), DeviceMover("pinned_host")]
+
+
+def random_bits(dtype, seed=0):
+    """A cache of random bits, NaNs of every kind among them."""
+    cache = KVCache.create(
+        num_layers=2, num_pages=PAGES, num_kv_heads=2, page_size=SIZE, head_dim=8, dtype=dtype
+    )
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda a: jnp.asarray(
+            rng.integers(0, 256, (*a.shape, a.dtype.itemsize), np.uint8).view(a.dtype)[..., 0]
+        ),
+        cache,
+    )
+
+
+def content(cache, pages):
+    return [
+        np.asarray(leaf)[list(pages)].view(np.uint8).tobytes() for leaf in jax.tree.leaves(cache)
+    ]
+
+
+def started(allocator, tokens, salt=None):
+    handle = allocator.allocate(tokens, cache_salt=salt)
+    allocator.commit(handle, len(tokens))
+    return handle
+
+
+def forget(allocator, *handles):
+    allocator.free(list(handles))
+    assert allocator.reset_prefix_cache()
+
+
+class Held:
+    """A mover that carries page numbers only, and remembers what it was asked."""
+
+    def __init__(self):
+        self.calls = []
+
+    def take(self, cache, pages):
+        self.calls.append(("take", pages.tolist()))
+        return pages.tolist()
+
+    def finish(self, copy):
+        return copy
+
+    def put(self, cache, rested, pages):
+        self.calls.append(("put", pages.tolist()))
+        return cache
+
+
+@pytest.mark.parametrize("mover", MOVERS, ids=lambda m: m.memory)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float8_e4m3fn])
+def test_pages_come_back_bit_for_bit_to_other_places_and_touch_no_other_page(mover, dtype):
+    cache, allocator = random_bits(dtype), BlockAllocator(PAGES, SIZE, hash_key=b"k")
+    tokens = list(range(27))  # six full pages and a partial one: copies of 4, 1, 1 and 1
+    tier = HostTier(PAGES, buckets=(4,), mover=mover)
+    handle = started(allocator, tokens)
+    pages = allocator.sequence(handle).pages
+    want = content(cache, pages)
+    assert tier.store(cache, allocator, handle) == 7
+    forget(allocator, handle)
+    cache = jax.tree.map(lambda a: a.at[np.array(pages)].set(0), cache)
+    tier.settle()
+    tier.check_invariants()
+
+    allocator.allocate_pages(5)  # so that the pages are others than before
+    handle = allocator.allocate(tokens)
+    moved = allocator.sequence(handle).pages
+    others = [p for p in range(1, PAGES) if p not in moved]
+    before = content(cache, others)
+    cache = tier.load(cache, allocator, handle)
+    assert moved != pages and content(cache, moved) == want
+    assert content(cache, others) == before
+    assert allocator.sequence(handle).computed == 27
+    allocator.check_invariants()
+
+
+def test_only_the_missing_end_is_loaded_when_the_device_still_has_the_start():
+    mover = Held()
+    allocator, tier = BlockAllocator(PAGES, SIZE), HostTier(PAGES, buckets=(4,), mover=mover)
+    handle = started(allocator, list(range(22)))  # five full pages and a partial one
+    assert tier.store(None, allocator, handle) == 6
+    tier.settle()
+    started(allocator, [*range(8), 99])  # keeps the first two alive
+    allocator.free(handle)
+    allocator.free_pages(allocator.allocate_pages(PAGES - 1 - 3))  # evicts the others
+    again = allocator.allocate(list(range(22)))
+    info = allocator.sequence(again)
+    assert info.computed == 8
+    tier.load(None, allocator, again)
+    assert mover.calls[3:] == [
+        ("put", [0, 0, *info.pages[2:4]]),  # unwanted pages go to the null page
+        ("put", [info.pages[4]]),
+        ("put", [info.pages[5]]),
+    ]
+    assert allocator.sequence(again).computed == 22
+
+
+def test_a_copy_in_flight_is_not_found_and_not_given_up():
+    allocator, mover = BlockAllocator(PAGES, SIZE), Held()
+    tier = HostTier(4, mover=mover)
+    one = started(allocator, list(range(16)))
+    assert tier.store(None, allocator, one) == 4
+    two = started(allocator, list(range(100, 108)))
+    assert tier.store(None, allocator, two) == 0  # all room is taken by what is in flight
+    forget(allocator, one, two)
+    again = allocator.allocate(list(range(16)))
+    tier.load(None, allocator, again)
+    assert allocator.sequence(again).computed == 0
+    tier.settle()
+    tier.load(None, allocator, again)
+    assert allocator.sequence(again).computed == 16
+    tier.check_invariants()
+
+
+@pytest.mark.parametrize("number, left", [(0, 0), (1, 4), (2, 0), (3, 4)])
+def test_a_failed_copy_to_the_host_leaves_no_entry(number, left):
+    # Copies 0 and 1 begin the chunks of 4 and 1 pages, 2 and 3 finish what was begun.
+    allocator, tier = BlockAllocator(PAGES, SIZE), HostTier(PAGES, buckets=(4,), mover=Held())
+    tier.mover = Faults(FaultPlan(copies=frozenset({number}))).wrap_mover(tier.mover)
+    handle = started(allocator, list(range(20)))
+    tier.store(None, allocator, handle)
+    tier.settle()
+    tier.check_invariants()
+    assert tier.stats.failed_copies == 1
+    forget(allocator, handle)
+    again = allocator.allocate(list(range(20)))
+    tier.load(None, allocator, again)
+    expected = {0: 0, 1: 16, 2: 0, 3: 16}[number]
+    assert allocator.sequence(again).computed == expected
+    assert tier.num_pages == {0: 0, 1: 4, 2: 1, 3: 4}[number]
+
+
+def test_a_failed_copy_back_commits_only_what_came_before_it():
+    allocator, tier = BlockAllocator(PAGES, SIZE), HostTier(PAGES, buckets=(2,), mover=Held())
+    handle = started(allocator, list(range(20)))
+    tier.store(None, allocator, handle)
+    tier.settle()
+    forget(allocator, handle)
+    tier.mover = Faults(FaultPlan(copies=frozenset({1}))).wrap_mover(tier.mover)
+    handle = allocator.allocate(list(range(20)))
+    tier.load(None, allocator, handle)
+    assert allocator.sequence(handle).computed == 8
+    tier.check_invariants()
+    tier.load(None, allocator, handle)  # the pages are still here
+    assert allocator.sequence(handle).computed == 20
+
+
+def test_a_copy_that_is_late_after_clear_is_dropped():
+    allocator, tier = BlockAllocator(PAGES, SIZE), HostTier(PAGES, mover=Held())
+    handle = started(allocator, list(range(8)))
+    tier.store(None, allocator, handle)
+    tier.clear()
+    tier.settle()
+    tier.check_invariants()
+    assert tier.num_pages == 0
+    forget(allocator, handle)
+    handle = allocator.allocate(list(range(8)))
+    tier.load(None, allocator, handle)
+    assert allocator.sequence(handle).computed == 0
+
+
+def test_the_least_recently_used_gives_way_and_never_a_page_of_the_same_request():
+    allocator, tier = BlockAllocator(PAGES, SIZE), HostTier(6, buckets=(1,), mover=Held())
+    handles = [started(allocator, list(range(s, s + 8))) for s in (0, 100, 200)]
+    for handle in handles:
+        assert tier.store(None, allocator, handle) == 2
+    tier.settle()
+    tier.store(None, allocator, handles[0])  # used again: nothing is copied, 100 is the oldest
+    grown = started(allocator, list(range(200, 220)))  # two of its five pages are there
+    assert tier.store(None, allocator, grown) == 5
+    tier.settle()
+    tier.check_invariants()
+    forget(allocator, *handles, grown)
+    for start, count, computed in ((0, 8, 4), (100, 8, 0), (200, 20, 20)):
+        handle = allocator.allocate(list(range(start, start + count)))
+        tier.load(None, allocator, handle)
+        assert allocator.sequence(handle).computed == computed, start
+
+
+def test_different_salts_and_other_weights_never_share_host_pages():
+    tier = HostTier(PAGES, mover=Held())
+    allocator = BlockAllocator(PAGES, SIZE, hash_key=b"k", fingerprint=b"one")
+    handle = started(allocator, list(range(8)), salt="a")
+    tier.store(None, allocator, handle)
+    tier.settle()
+    for fingerprint, salt, computed in ((b"one", "a", 8), (b"one", "b", 0), (b"two", "a", 0)):
+        other = BlockAllocator(PAGES, SIZE, hash_key=b"k", fingerprint=fingerprint)
+        handle = other.allocate(list(range(8)), cache_salt=salt)
+        tier.load(None, other, handle)
+        assert other.sequence(handle).computed == computed
+
+
+def test_equal_digests_of_different_tokens_are_no_hit():
+    allocator = BlockAllocator(PAGES, SIZE, digest=lambda key, payload: b"d" * 32)
+    tier = HostTier(PAGES, mover=Held())
+    handle = started(allocator, [1, 2, 3, 4])
+    tier.store(None, allocator, handle)
+    tier.settle()
+    forget(allocator, handle)
+    handle = allocator.allocate([5, 6, 7, 8])
+    tier.load(None, allocator, handle)
+    assert allocator.sequence(handle).computed == 0
+
+
+def test_after_warmup_no_copy_compiles():
+    cache, allocator = random_bits(jnp.float32), BlockAllocator(PAGES, SIZE, hash_key=b"k")
+    tier = HostTier(PAGES, buckets=(1, 4))
+    cache = tier.warmup(cache)
+    tokens = [[s * 30 + i for i in range(n)] for s, n in enumerate((3, 8, 23, 17, 28))]
+    with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
+        compiled = []
+        patch.setattr("logging.Logger.warning", lambda self, text, *a: compiled.append(text % a))
+        for prompt in tokens:
+            handle = started(allocator, prompt)
+            tier.store(cache, allocator, handle)
+            tier.settle()
+            forget(allocator, handle)
+            handle = allocator.allocate(prompt)
+            cache = tier.load(cache, allocator, handle)
+            assert allocator.sequence(handle).computed == len(prompt)
+            forget(allocator, handle)
+    assert [text for text in compiled if "Compiling" in text] == []
+
+
+def spilled(folder, allocator, cache, capacity_bytes=10**7):
+    """Three prompts of four pages each through a host tier of four pages."""
+    tier = HostTier(4, buckets=(4,), disk=DiskTier(folder, capacity_bytes))
+    for start in (0, 100, 200):
+        handle = started(allocator, list(range(start, start + 16)))
+        tier.store(cache, allocator, handle)
+        tier.settle()
+        forget(allocator, handle)
+    return tier
+
+
+def test_pages_come_back_from_the_disk_bit_for_bit_even_after_a_restart(tmp_path):
+    cache = random_bits(jnp.bfloat16)
+    allocator = BlockAllocator(PAGES, SIZE, hash_key=b"k")
+    want = content(cache, (1, 2, 3, 4))
+    tier = spilled(tmp_path, allocator, cache)
+    assert (tier.stats.spilled, len(list(tmp_path.iterdir()))) == (8, 2)
+    for each in (tier, HostTier(4, disk=DiskTier(tmp_path, 10**7))):
+        handle = allocator.allocate(list(range(16)))
+        pages = allocator.sequence(handle).pages
+        cache = jax.tree.map(lambda a, p=pages: a.at[np.array(p)].set(0), cache)
+        cache = each.load(cache, allocator, handle)
+        assert allocator.sequence(handle).computed == 16
+        assert content(cache, pages) == want
+        assert each.stats.revived == 4
+        forget(allocator, handle)
+
+
+def test_a_damaged_file_of_the_disk_tier_is_as_if_it_had_never_been(tmp_path):
+    cache, allocator = random_bits(jnp.float32), BlockAllocator(PAGES, SIZE, hash_key=b"k")
+    tier = spilled(tmp_path, allocator, cache)
+    for path in tmp_path.iterdir():
+        data = bytearray(path.read_bytes())
+        data[len(data) * 3 // 4] ^= 1
+        path.write_bytes(data)
+    handle = allocator.allocate(list(range(16)))
+    tier.load(cache, allocator, handle)
+    assert allocator.sequence(handle).computed == 0
+    assert len(list(tmp_path.iterdir())) == 1  # the one that was read is gone
+
+
+def test_the_disk_tier_keeps_to_its_capacity(tmp_path):
+    cache, allocator = random_bits(jnp.float32), BlockAllocator(PAGES, SIZE, hash_key=b"k")
+    one = spilled(tmp_path / "a", allocator, cache).disk.num_bytes // 2
+    tier = spilled(tmp_path / "b", allocator, cache, capacity_bytes=int(1.5 * one))
+    assert len(list((tmp_path / "b").iterdir())) == 1
+    assert tier.disk.num_bytes <= int(1.5 * one)
+
+
+def test_pages_of_another_shape_on_the_disk_are_not_taken(tmp_path):
+    allocator = BlockAllocator(PAGES, SIZE, hash_key=b"k")
+    spilled(tmp_path, allocator, random_bits(jnp.float32))
+    tier = HostTier(4, disk=DiskTier(tmp_path, 10**7))
+    handle = allocator.allocate(list(range(16)))
+    tier.load(random_bits(jnp.bfloat16), allocator, handle)
+    assert allocator.sequence(handle).computed == 0
+
+
+def test_a_mover_may_take_its_time():
+    class Slow(Held):
+        visits = 4  # two copies, each asked three times
+
+        def finish(self, copy):
+            self.visits -= 1
+            if self.visits >= 0:
+                raise CopyPending
+            return copy
+
+    allocator, tier = BlockAllocator(PAGES, SIZE), HostTier(PAGES, mover=Slow())
+    handle = started(allocator, list(range(8)))
+    tier.store(None, allocator, handle)
+    for stored in (0, 0, 2):
+        tier.settle()
+        tier.check_invariants()
+        assert tier.stats.stored == stored
+
+
+def test_an_interrupt_while_waiting_leaves_the_copies_in_flight():
+    class Interrupted(Held):
+        count = 0
+
+        def finish(self, copy):
+            self.count += 1
+            if self.count == 2:
+                raise KeyboardInterrupt
+            return copy
+
+    allocator, tier = BlockAllocator(PAGES, SIZE), HostTier(PAGES, mover=Interrupted())
+    handle = started(allocator, list(range(12)))  # three copies of one page
+    tier.store(None, allocator, handle)
+    with pytest.raises(KeyboardInterrupt):
+        tier.settle()
+    tier.check_invariants()
+    tier.settle()
+    tier.check_invariants()
+    assert tier.stats.stored == 3
+
+
+def test_mistakes_of_a_mover_are_raised_and_failures_are_not():
+    class Broken(Held):
+        def __init__(self, error):
+            self.error = error
+
+        def take(self, cache, pages):
+            raise self.error
+
+    allocator = BlockAllocator(PAGES, SIZE)
+    handle = started(allocator, list(range(8)))
+    assert HostTier(8, mover=Broken(CopyFailed())).store(None, allocator, handle) == 0
+    assert HostTier(8, mover=Broken(MemoryError())).store(None, allocator, handle) == 0
+    with pytest.raises(KeyError):
+        HostTier(8, mover=Broken(KeyError())).store(None, allocator, handle)
