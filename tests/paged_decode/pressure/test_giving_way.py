@@ -68,14 +68,13 @@ def test_swapped_samples_get_the_tokens_of_ample_memory_and_compute_nothing_twic
 @pytest.mark.parametrize(
     "policies",
     [
-        dict(preemption=Recompute()),
-        dict(capacity=3),  # most of what is stored is given up again
-        dict(victim=Oldest()),
-        dict(victim=Oldest(), capacity=5),
-        dict(admission=Watermark(0)),
-        dict(admission=MustFit()),
+        pytest.param(dict(preemption=Recompute()), id="recompute"),
+        pytest.param(dict(capacity=3), id="small tier"),  # most is given up again
+        pytest.param(dict(victim=Oldest()), id="oldest"),
+        pytest.param(dict(victim=Oldest(), capacity=5), id="oldest, small tier"),
+        pytest.param(dict(admission=Watermark(0)), id="no watermark"),
+        pytest.param(dict(admission=MustFit()), id="must fit"),
     ],
-    ids=str,
 )
 def test_no_policy_changes_a_token(expected, policies):
     assert finished(tight(**policies)) == expected
