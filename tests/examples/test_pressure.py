@@ -16,7 +16,8 @@ from paged_decode.tiers import HostTier
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/smollm2_greedy.json").read_text())["cases"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(1200)
 def test_greedy_tokens_under_any_pressure_equal_those_with_ample_memory(real_gguf):
     make_engine = import_module("pressure").make_engine
     longest = max(len(c["prompt_ids"]) for c in GOLDEN) + 64

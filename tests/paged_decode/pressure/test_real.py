@@ -124,12 +124,16 @@ for _name in ("allocate", "append", "reserve", "truncate", "commit", "fork", "fr
     setattr(Checked, _name, _checked(_name))
 
 
-@pytest.mark.slow
-def test_every_invariant_holds_at_every_event_of_100_000_random_requests():
+@pytest.mark.parametrize(
+    "count",
+    [2000, pytest.param(100_000, marks=[pytest.mark.long, pytest.mark.timeout(2400)])],
+)
+def test_every_invariant_holds_at_every_event_of_a_random_run(count):
+    Checked.calls = 0
     rng = np.random.default_rng(0)
 
     def requests():
-        for i in range(100_000):
+        for i in range(count):
             blocks = (int(rng.integers(4)), int(rng.integers(4)), 100 + i)[rng.integers(3) :]
             yield Request(
                 0.0,
@@ -158,10 +162,10 @@ def test_every_invariant_holds_at_every_event_of_100_000_random_requests():
         victim=LowestPriority(),
         tier=tier,
     )
-    assert report.figures["finished"] == 100_000
-    assert report.figures["preemptions"] > 1000 and report.figures["swaps"] > 1000
+    assert report.figures["finished"] == count
+    assert report.figures["preemptions"] > count / 100 and report.figures["swaps"] > count / 100
     assert report.figures["preemptions_max"] <= EngineConfig().max_preemptions
-    assert allocator.num_used == 0 and Checked.calls > 500_000
+    assert allocator.num_used == 0 and Checked.calls > 5 * count
     tier.settle()
     tier.check_invariants()
 
