@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from importlib import import_module
+import runpy
 from pathlib import Path
 
 import pytest
@@ -13,13 +13,14 @@ from paged_decode.faults import FaultPlan, Faults
 from paged_decode.policies import LeastComputed, Recompute, Swap
 from paged_decode.tiers import HostTier
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "pressure.py"
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/smollm2_greedy.json").read_text())["cases"]
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_greedy_tokens_under_any_pressure_equal_those_with_ample_memory(real_gguf):
-    make_engine = import_module("pressure").make_engine
+    make_engine = runpy.run_path(str(EXAMPLE))["make_engine"]
     longest = max(len(c["prompt_ids"]) for c in GOLDEN) + 64
     pages = -(-longest // 16) + 4  # one at its full length, and a little of another
     for policies, plan in (

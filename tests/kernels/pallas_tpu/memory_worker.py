@@ -133,7 +133,7 @@ def main() -> None:
         try:
             answers[name] = dict(error=RUNS[name](interpret), races=_races())
         except Exception as error:
-            answers[name] = dict(raised=f"{type(error).__name__}: {error}"[:2000], races=_races())
+            answers[name] = dict(raised=f"{type(error).__name__}: {error}", races=_races())
             pltpu.reset_tpu_interpret_mode_state()
     print(json.dumps(answers))
 
