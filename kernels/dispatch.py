@@ -4,7 +4,7 @@ A backend is a module with two functions, imported only when it is asked for:
 
 - `refusal(call) -> str | None`: why it cannot serve this call, in words, or None if it can;
 - `attend(call) -> (out [B, T, Hq, D] like q, lse float32 [B, T, Hq])`: NotImplementedError there
-  means the same as a refusal.
+  means the same as a refusal. B is at least 1.
 
 A third is optional: `append_and_attend(call, k, v, slots) -> (out, lse, k_pages, v_pages)` writes
 the newest tokens, k and v `[B, T, Hk, D]` of the pages' dtype, in the same launch, but for those
@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from .record import AttentionCall
@@ -88,7 +89,11 @@ def attend(
       ValueError: a name that no backend has.
       ExceptionGroup: every backend refused; holds one NotImplementedError for each, with why.
     """
-    return _first(call, implementation, backends, lambda module: module.attend(call))
+
+    def run(module: ModuleType) -> tuple[Array, Array]:
+        return _nothing(call) if _is_empty(call) else module.attend(call)
+
+    return _first(call, implementation, backends, run)
 
 
 def append_and_attend(
@@ -106,12 +111,23 @@ def append_and_attend(
     """
 
     def run(module: ModuleType) -> tuple[Array, Array, Array, Array]:
+        if _is_empty(call):
+            return *_nothing(call), call.k_pages, call.v_pages
         if fused := getattr(module, "append_and_attend", None):
             return fused(call, k, v, slots)
         written = call.with_newest(k, v, slots)
         return *module.attend(written), written.k_pages, written.v_pages
 
     return _first(call, names, backends, run)
+
+
+def _is_empty(call: AttentionCall) -> bool:
+    """Whether there is no row: no backend is asked to launch nothing."""
+    return call.q.shape[0] == 0
+
+
+def _nothing(call: AttentionCall) -> tuple[Array, Array]:
+    return call.q, jnp.zeros(call.q.shape[:-1], jnp.float32)
 
 
 def _first(

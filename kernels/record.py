@@ -110,6 +110,21 @@ class AttentionCall:
 
         return replace(self, k_pages=write(self.k_pages, k), v_pages=write(self.v_pages, v))
 
+    def decode_refusal(self, *, mixed: bool = False) -> str | None:
+        """Why a kernel of one query token a row, of the pages' dtype unless `mixed`, cannot serve.
+
+        None if it can, as far as that goes.
+        """
+        if (tokens := self.q.shape[1]) != 1:
+            return f"it serves one query token a row, T = 1; got T = {tokens}"
+        if (reason := self.pool_refusal()) is not None:
+            return reason
+        if not mixed and self.q.dtype != self.k_pages.dtype:
+            return (
+                f"q of dtype {self.q.dtype} over pages of dtype {self.k_pages.dtype} is not served"
+            )
+        return None
+
     def pool_refusal(self) -> str | None:
         """Why these arrays cannot be read as plain floating-point K and V; None if they can."""
         served = (jnp.float32, jnp.bfloat16, jnp.float16)

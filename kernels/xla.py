@@ -132,8 +132,6 @@ def refusal(call: AttentionCall) -> str | None:
 
 def attend(call: AttentionCall) -> tuple[Float[Array, "B T Hq D"], Float[Array, "B T Hq"]]:
     """Serve `call`; the memory it needs does not depend on the table's width."""
-    if call.q.shape[0] == 0:
-        return call.q, jnp.zeros(call.q.shape[:-1], jnp.float32)
     acc, top, total = _kernel(call, choose_config(call).chunk_pages)
     batch, tokens, _, dim = call.q.shape
     per_query = (batch, acc.shape[1], tokens, call.group)

@@ -4,9 +4,9 @@ import importlib.util
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
+from .. import cards
 from ..record import AttentionCall
 from .plan import Plan, plan
 
@@ -22,20 +22,15 @@ def refusal(call: AttentionCall) -> str | None:
     """Why this backend cannot serve `call`, or None."""
     if call.platform != "gpu":
         return f"it runs on NVIDIA Hopper GPUs, not on {call.platform}"
-    # Where a call is only lowered, there may be no card to ask.
-    if (card := str(getattr(jax.devices()[0], "compute_capability", "9.0"))) != "9.0":
+    if (card := cards.compute_capability()) != "9.0":
         return f"it is built for compute capability 9.0 (Hopper), not {card}"
     return shape_refusal(call) or _missing()
 
 
 def shape_refusal(call: AttentionCall) -> str | None:
     """Why the kernel cannot be built for the shapes and dtypes of `call`, or None."""
-    if call.q.shape[1] != 1:
-        return f"it serves one query token a row, T = 1; got T = {call.q.shape[1]}"
-    if (reason := call.pool_refusal()) is not None:
+    if (reason := call.decode_refusal()) is not None:
         return reason
-    if call.q.dtype != call.k_pages.dtype:
-        return f"q of dtype {call.q.dtype} over pages of dtype {call.k_pages.dtype} is not served"
     if call.q.dtype == jnp.float32:
         return "float32 is not served: the matrix unit of Hopper would round it to tf32"
     if (dim := call.q.shape[3]) not in DIMS:
@@ -65,8 +60,6 @@ def run(
     from .launch import launch
     from .merge import Inputs
 
-    if made.rows == 0:
-        return call.q, jnp.zeros(call.q.shape[:-1], jnp.float32)
     inputs = Inputs(
         q=call.q[:, 0],
         k=call.k_pages.reshape(-1, made.dim),
@@ -77,7 +70,7 @@ def run(
         # What is not there is not read.
         starts=call.seq_lens if call.starts is None else call.starts,
         sink=call.seq_lens if call.sink is None else jnp.pad(call.sink, (0, call.group % 2)),
-        counters=_counters(made.rows * made.kv_heads),
+        counters=cards.zero_counters(made.rows * made.kv_heads),
     )
 
     # A batch of launches would count arrivals in the same counters: one after the other.
@@ -93,8 +86,6 @@ def plan_of(
     call: AttentionCall, *, interpreted: bool = False, processors: int | None = None
 ) -> Plan:
     """The plan of `call` on the card it runs on, or on one with so many multiprocessors."""
-    if processors is None:
-        processors = getattr(jax.devices()[0], "core_count", 132)
     return plan(
         rows=call.q.shape[0],
         columns=call.page_table.shape[1],
@@ -109,7 +100,7 @@ def plan_of(
         window=call.window,
         starts=call.starts is not None,
         sinks=call.sink is not None,
-        processors=processors,
+        processors=cards.processors() if processors is None else processors,
         interpreted=interpreted,
     )
 
@@ -121,13 +112,3 @@ def _missing() -> str | None:
     ):
         return f"it needs Pallas Mosaic GPU as in jax 0.11; this is jax {jax.__version__}"
     return None
-
-
-def _counters(lanes: int) -> Array:
-    """Zeros that the kernel counts in and leaves as zeros, as a constant of the program.
-
-    `jnp.zeros` would cost a memset in every call; the last number keeps XLA from turning the
-    constant into just that. Launches of one device run one after the other, so no two of them
-    count in it at the same time.
-    """
-    return jnp.asarray(np.append(np.zeros(lanes, np.int32), np.int32(1)))

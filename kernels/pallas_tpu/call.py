@@ -23,9 +23,7 @@ def refusal(call: AttentionCall) -> str | None:
     """Why this backend cannot serve `call`, or None."""
     if call.platform != "tpu":
         return f"it runs on TPUs, not on {call.platform}"
-    if call.q.shape[1] != 1:
-        return f"it serves one query token a row, T = 1; got T = {call.q.shape[1]}"
-    if (reason := call.pool_refusal()) is not None:
+    if (reason := call.decode_refusal(mixed=True)) is not None:
         return reason
     if jnp.float16 in (call.q.dtype, call.k_pages.dtype):
         return "a TPU has no float16; use bfloat16 or float32"
@@ -51,8 +49,6 @@ def attend(
     call: AttentionCall, *, interpret: Any = False
 ) -> tuple[Float[Array, "B 1 Hq D"], Float[Array, "B 1 Hq"]]:
     """Serve `call` in one launch."""
-    if call.q.shape[0] == 0:
-        return call.q, jnp.zeros(call.q.shape[:-1], jnp.float32)
     out, lse = _run(call, None, None, interpret)
     return out.reshape(call.q.shape), lse.reshape(call.q.shape[:-1])
 
@@ -66,8 +62,6 @@ def append_and_attend(
     interpret: Any = False,
 ) -> tuple[Array, Array, Array, Array]:
     """Write k and v at the newest position of every row and serve `call`, in one launch."""
-    if call.q.shape[0] == 0:
-        return *attend(call), call.k_pages, call.v_pages
     out, lse, k_pages, v_pages = _run(call, (k, v), slots, interpret)
     return out.reshape(call.q.shape), lse.reshape(call.q.shape[:-1]), k_pages, v_pages
 

@@ -2,9 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int32
 
+from ..cards import compute_capability, processors, zero_counters
 from ..record import AttentionCall
 from . import compat
 from .config import Shape, choose_config
@@ -21,14 +21,10 @@ def refusal(call: AttentionCall) -> str | None:
     """Why this backend cannot serve `call`, or None."""
     if call.platform != "gpu":
         return f"it runs on NVIDIA GPUs, not on {call.platform}"
-    if not (generation := _compute_capability()).replace(".", "").isdigit():
+    if not (generation := compute_capability()).replace(".", "").isdigit():
         return f"it runs on NVIDIA GPUs, not on {generation}"
-    if call.q.shape[1] != 1:
-        return f"it serves one query token a row, T = 1; got T = {call.q.shape[1]}"
-    if (reason := call.pool_refusal()) is not None:
+    if (reason := call.decode_refusal()) is not None:
         return reason
-    if call.q.dtype != call.k_pages.dtype:
-        return f"q of dtype {call.q.dtype} over pages of dtype {call.k_pages.dtype} is not served"
     if call.q.shape[3] > MAX_DIM:
         return f"it serves D up to {MAX_DIM}; got D = {call.q.shape[3]}"
     if call.group > MAX_GROUP:
@@ -40,8 +36,6 @@ def refusal(call: AttentionCall) -> str | None:
 
 def attend(call: AttentionCall) -> tuple[Float[Array, "B 1 Hq D"], Float[Array, "B 1 Hq"]]:
     """Serve `call` in one launch."""
-    if call.q.shape[0] == 0:
-        return call.q, jnp.zeros(call.q.shape[:-1], jnp.float32)
     out, lse, *_ = run(call)
     return out.reshape(call.q.shape), lse.reshape(call.q.shape[:-1])
 
@@ -53,8 +47,6 @@ def append_and_attend(
     slots: Int32[Array, "B 1"] | None,
 ) -> tuple[Array, Array, Array, Array]:
     """Write k and v at the newest position of every row and serve `call`, in one launch."""
-    if call.q.shape[0] == 0:
-        return *attend(call), call.k_pages, call.v_pages
     out, lse, _, _, k_pages, v_pages = run(call, (k, v, slots))
     return out.reshape(call.q.shape), lse.reshape(call.q.shape[:-1]), k_pages, v_pages
 
@@ -89,7 +81,7 @@ def run(
         call.seq_lens,
         call.seq_lens if call.starts is None else call.starts,
         call.q if call.sink is None else call.sink,
-        _counters(launch.counters),
+        zero_counters(launch.counters),
         call.q if k is None else k,
         call.q if v is None else v,
         call.seq_lens if slots is None else slots,
@@ -110,7 +102,6 @@ def run(
 
 def shape_of(call: AttentionCall) -> Shape:
     """The static sizes of `call` and of the card it runs on."""
-    device = jax.devices()[0]
     return Shape(
         rows=call.q.shape[0],
         kv_heads=call.k_pages.shape[2],
@@ -119,21 +110,6 @@ def shape_of(call: AttentionCall) -> Shape:
         page_size=call.page_size,
         capacity=call.page_table.shape[1] * call.page_size,
         itemsize=call.k_pages.dtype.itemsize,
-        processors=getattr(device, "core_count", 132),
-        generation=int(_compute_capability().replace(".", "")),
+        processors=processors(),
+        generation=int(compute_capability().replace(".", "")),
     )
-
-
-def _compute_capability() -> str:
-    """Such as "9.0"; where a call is only lowered, there may be no card to ask."""
-    return str(getattr(jax.devices()[0], "compute_capability", "9.0"))
-
-
-def _counters(lanes: int) -> Array:
-    """Zeros that the kernel counts in and leaves as zeros, as a constant of the program.
-
-    A zeroed output, or `jnp.zeros`, would cost a memset in every call. The last number keeps XLA
-    from turning the constant into just that. Programs of one device run one after the other, so
-    no two launches count in it at the same time.
-    """
-    return jnp.asarray(np.append(np.zeros(lanes, np.int32), np.int32(1)))

@@ -249,7 +249,7 @@ def test_an_amd_card_is_refused_by_name(monkeypatch):
     from paged_decode.kernels.triton import call
 
     monkeypatch.setattr(dispatch, "default_platform", lambda *_: "gpu")
-    monkeypatch.setattr(call, "_compute_capability", lambda: "gfx942")
+    monkeypatch.setattr(call, "compute_capability", lambda: "gfx942")
     q, pages = jnp.zeros((1, 3, 48)), jnp.zeros((3, 1, 16, 48))
     with pytest.raises(ExceptionGroup) as refused:
         paged_attention(q, pages, pages, jnp.ones((1, 1), np.int32), jnp.ones(1, np.int32),
