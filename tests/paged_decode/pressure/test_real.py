@@ -77,7 +77,7 @@ def test_a_run_needs_to_know_the_vocabulary():
         run(make_engine(16), [])
 
 
-@pytest.mark.slow
+@pytest.mark.long  # it compares times: nothing else may run beside it
 def test_modelled_times_are_within_15_percent_of_the_real_ones_after_calibration():
     work = crowd(60, seed=8)
     engine = make_engine(24)
