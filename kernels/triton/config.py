@@ -52,15 +52,15 @@ class Config:
 # Tilings by (head dim padded to a power of two, kind of call): tokens, warps, stages, and how many
 # programs of an even batch a multiprocessor gets at least. Read off one H100 80GB HBM3 (triton
 # 3.6.0) with benchmarks/tune_triton.py.
-# `few`: at most one row and KV head for each multiprocessor; `many`: more; `long`: rows may be so
-# long that lengths may differ a lot.
+# `few`: at most one row and KV head for each multiprocessor; `many`: more. `few long`: there is
+# work for several programs a multiprocessor; `many long`: lengths may differ a lot.
 _TABLE = {
     (64, "few"): (128, 4, 3, 1),
-    (64, "few long"): (128, 4, 2, 2),
+    (64, "few long"): (128, 4, 2, 3),
     (64, "many"): (128, 4, 2, 3),
     (64, "many long"): (128, 4, 2, 2),
     (128, "few"): (128, 4, 3, 1),
-    (128, "few long"): (128, 4, 2, 2),
+    (128, "few long"): (64, 4, 2, 3),
     (128, "many"): (64, 4, 2, 3),
     (128, "many long"): (128, 4, 2, 2),
     (256, "few"): (64, 8, 3, 1),
@@ -68,8 +68,8 @@ _TABLE = {
     (256, "many"): (64, 8, 3, 1),
     (256, "many long"): (64, 8, 3, 1),
 }
-_LONG_ROW = 8192  # tokens of capacity from which a batch of many rows counts as `long`
-_LONG_BATCH = 2**20  # tokens times KV heads from which a batch of few rows does
+_LONG_ROW = {"few": 1024, "many": 8192}  # tokens of capacity above which a batch is `long`
+_LONG_BATCH = 2**17  # and the tokens times KV heads, where it has few rows, but not one
 _BIG_SHARED_MEMORY = (80, 90, 100, 103)  # generations with at least 160 KiB a multiprocessor
 
 
@@ -84,22 +84,20 @@ def choose_config(shape: Shape) -> Config:
     if shape.generation not in _BIG_SHARED_MEMORY:
         tokens = 64 if shape.dim <= 128 else 32
         return Config(tokens, 4, 2, even=twice, ragged=8 * processors, least=2 * processors)
-    few = lanes <= processors
-    if few:
-        long = shape.rows > 1 and lanes * shape.capacity >= _LONG_BATCH
-    else:
-        long = shape.capacity > _LONG_ROW
+    kind = "few" if lanes <= processors else "many"
+    long = shape.capacity > _LONG_ROW[kind]
+    if kind == "few":
+        long = long and shape.rows > 1 and lanes * shape.capacity >= _LONG_BATCH
     dim = 64 if shape.dim <= 64 else 128 if shape.dim <= 128 else 256
-    kind = ("few" if few else "many") + (" long" if long else "")
-    tokens, warps, stages, programs = _TABLE[dim, kind]
+    tokens, warps, stages, programs = _TABLE[dim, kind + " long" * long]
     least = programs * processors * 19 // 20  # a wave may be a little short of full
     return Config(
         tokens,
         warps,
         stages,
         even=lanes * _cuts(lanes, processors, least),
-        ragged=(2 if few or long else 3) * processors,
-        eighths=4 if few else 8,
+        ragged=max(programs, 2) * processors,
+        eighths=4 if kind == "few" else 8,
         least=least,
     )
 

@@ -76,7 +76,7 @@ def _find_place(
 
     A batch is even if its longest row is at most a quarter longer than the mean of those that are
     not empty. Long programs come first, whatever the order of the rows: the short ones fill the
-    gaps at the end.
+    gaps at the end. Rows of equally many tiles lie in their own order, which takes no scan to see.
     """
     rows = tl.arange(0, BLOCK_ROWS)
     length = tl.load(seq_lens + rows, mask=rows < ROWS, other=0)
@@ -88,34 +88,41 @@ def _find_place(
     tiles = tl.cdiv(tl.minimum(length, CAPACITY), TOKENS) - first // TOKENS
     tiles = tl.maximum(tiles, 0)
     sums = tl.sum(tiles.to(tl.int64) + ((tiles > 0).to(tl.int64) << 40), 0)
-    total, live = (sums & 0xFFFFFFFF).to(tl.int32), tl.maximum((sums >> 40).to(tl.int32), 1)
-    even = tl.max(tiles, 0) <= tl.cdiv(total, live) * 5 // 4
-    goal = live * 0 + EVEN_ITEMS
-    if live < ROWS:  # rows that only pad the batch
-        goal = tl.minimum(_even_items(live * KV_HEADS, PROCESSORS, LEAST), EVEN_ITEMS)
-    goal = tl.where(even, goal, RAGGED_ITEMS)
-    size = tl.maximum(tl.cdiv(total * KV_HEADS, goal), MIN_TILES)
-    extra = tl.where(even, 4, EIGHTHS) * size - 1
-    parts = tl.where(rows < ROWS, tl.maximum((tiles * 8 + extra) // (size * 8), 1), 0)
-    # The longest programs first: cut rows, then by halves. One scan counts all four kinds.
-    kind = (tiles * 2 <= size).to(tl.int64) + (tiles * 4 <= size).to(tl.int64) + 1
-    shift = tl.where(parts > 1, 0, kind) * 16
-    ends = tl.cumsum(parts.to(tl.int64) << shift, 0)
-    every = tl.max(ends, 0)
-    longer = tl.where(shift > 0, every & 0xFFFF, 0)
-    longer += tl.where(shift > 16, (every >> 16) & 0xFFFF, 0)
-    longer += tl.where(shift > 32, (every >> 32) & 0xFFFF, 0)
-    ends = (((ends >> shift) & 0xFFFF) + longer).to(tl.int32)
-    base = ends - parts
-    here = (base <= item) & (item < ends)
-    # One sum instead of three: row, base and parts of the only row that is here.
-    found = rows.to(tl.int64) | (base.to(tl.int64) << 16) | (parts.to(tl.int64) << 32)
-    found = tl.sum(tl.where(here, found, 0), 0)
-    return (
-        (found & 0xFFFF).to(tl.int32),
-        ((found >> 16) & 0xFFFF).to(tl.int32),
-        (found >> 32).to(tl.int32),
-    )
+    total, live = (sums & 0xFFFFFFFF).to(tl.int32), (sums >> 40).to(tl.int32)
+    most = tl.max(tiles, 0)
+    if total == most * ROWS:
+        size = tl.maximum(tl.cdiv(total * KV_HEADS, EVEN_ITEMS), MIN_TILES)
+        parts = tl.maximum((most * 8 + 4 * size - 1) // (size * 8), 1)
+        row = item // parts
+        base = row * parts
+        parts = tl.where(row < ROWS, parts, 0)
+    else:
+        goal = live * 0 + EVEN_ITEMS
+        if live < ROWS:  # rows that only pad the batch
+            goal = tl.minimum(_even_items(live * KV_HEADS, PROCESSORS, LEAST), EVEN_ITEMS)
+        even = most.to(tl.int64) * live * 4 <= (total + live - 1).to(tl.int64) * 5
+        goal = tl.where(even, goal, RAGGED_ITEMS)
+        size = tl.maximum(tl.cdiv(total * KV_HEADS, goal), MIN_TILES)
+        extra = tl.where(even, 4, EIGHTHS) * size - 1
+        cuts = tl.where(rows < ROWS, tl.maximum((tiles * 8 + extra) // (size * 8), 1), 0)
+        # The longest programs first: cut rows, then by halves. One scan counts all four kinds.
+        kind = (tiles * 2 <= size).to(tl.int64) + (tiles * 4 <= size).to(tl.int64) + 1
+        shift = tl.where(cuts > 1, 0, kind) * 16
+        places = cuts.to(tl.int64) << shift
+        ends = tl.cumsum(places, 0)
+        every = tl.sum(places, 0)
+        longer = tl.where(shift > 0, every & 0xFFFF, 0)
+        longer += tl.where(shift > 16, (every >> 16) & 0xFFFF, 0)
+        longer += tl.where(shift > 32, (every >> 32) & 0xFFFF, 0)
+        ends = (((ends >> shift) & 0xFFFF) + longer).to(tl.int32)
+        here = (ends - cuts <= item) & (item < ends)
+        # One sum instead of three: row, base and parts of the only row that is here.
+        found = rows.to(tl.int64) | ((ends - cuts).to(tl.int64) << 16) | (cuts.to(tl.int64) << 32)
+        found = tl.sum(tl.where(here, found, 0), 0)
+        row = (found & 0xFFFF).to(tl.int32)
+        base = ((found >> 16) & 0xFFFF).to(tl.int32)
+        parts = (found >> 32).to(tl.int32)
+    return tl.minimum(row, ROWS - 1), base, parts
 
 
 @triton.jit
@@ -230,12 +237,11 @@ def decode_kernel(
             q_tile = tl.load(q + row.to(tl.int64) * (HEADS * D) + q_at, mask=q_mask, other=0.0)
         begin = (tile0 + order) * TOKENS
         if APPEND:
-            newest = tl.maximum(end - 1, 0)
             new = end > 0
             if SLOTS:
                 new = new & (tl.load(slots + row) >= PAGE)
-            end -= new.to(tl.int32)
-            page = tl.load(table + newest // PAGE)
+            end -= new.to(tl.int32)  # where the newest token is, if there is one
+            page = tl.load(table + tl.maximum(tl.minimum(end, CAPACITY - 1), 0) // PAGE)
         acc, top, total = attend_tiles(
             q_tile, k_pages + offset, v_pages + offset, table, ids, begin, first, end, broken,
             parts * TOKENS, PAGES, PAGE, D, PAGE_STRIDE, SCALE, SOFT_CAP, M, BLOCK_D, TOKENS,
@@ -245,7 +251,7 @@ def decode_kernel(
             if (order == 0) & new:
                 acc, top, total = append_newest(
                     q_tile, k_pages + offset, v_pages + offset, new_k, new_v, page, row, kv_head,
-                    newest, first, broken, acc, top, total, PAGES, PAGE, KV_HEADS, D, PAGE_STRIDE,
+                    end, first, broken, acc, top, total, PAGES, PAGE, KV_HEADS, D, PAGE_STRIDE,
                     SCALE, SOFT_CAP, M, BLOCK_D,
                 )  # fmt: skip
         if parts == 1:
