@@ -86,18 +86,24 @@ def run(
         call.q if v is None else v,
         call.seq_lens if slots is None else slots,
     )
-    return compat.launch(
-        decode_kernel,
-        inputs,
-        [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in launch.outputs],
-        rewritten=("k_written", "v_written"),
-        aliases=(1, 2) if append else (),
-        grid=launch.grid,
-        warps=launch.warps,
-        stages=launch.stages,
-        name="paged_decode",
-        constants=launch.constants,
-    )
+
+    # A batch of launches would count arrivals in the same counters: one after the other.
+    @jax.custom_batching.sequential_vmap
+    def launched(*arrays: Array) -> list[Array]:
+        return compat.launch(
+            decode_kernel,
+            arrays,
+            [jax.ShapeDtypeStruct(size, jnp.dtype(dtype)) for size, dtype in launch.outputs],
+            rewritten=("k_written", "v_written"),
+            aliases=(1, 2) if append else (),
+            grid=launch.grid,
+            warps=launch.warps,
+            stages=launch.stages,
+            name="paged_decode",
+            constants=launch.constants,
+        )
+
+    return launched(*inputs)
 
 
 def shape_of(call: AttentionCall) -> Shape:

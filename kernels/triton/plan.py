@@ -85,7 +85,7 @@ def plan(
         APPEND=append,
         SLOTS=slots,
     )
-    slots = items * heads if most > 1 else 1
+    partials = items * heads if most > 1 else 1
     return Launch(
         grid=items * heads,
         warps=config.warps,
@@ -95,8 +95,8 @@ def plan(
         outputs=(
             ((shape.rows, heads * shape.group, shape.dim), dtype),
             ((shape.rows, heads * shape.group), "float32"),
-            ((slots, shape.group, shape.dim), "float32"),
-            ((slots, shape.group), "float32"),
+            ((partials, shape.group, shape.dim), "float32"),
+            ((partials, shape.group), "float32"),
         ),
     )
 
