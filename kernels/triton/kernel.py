@@ -209,6 +209,9 @@ def decode_kernel(
     sinks = tl.full([M], -float("inf"), tl.float32)
     if SINKS:
         sinks = tl.load(sink + head, mask=real, other=0.0)
+    if ROWS == 1:
+        # Without it the compiler moves the loads above behind the wait for the length.
+        tl.debug_barrier()
     row = guess
     base = item
     parts = 1
