@@ -44,7 +44,6 @@ def sweep(card: Card, group: int) -> dict[str, dict]:
 KNOWN: dict[str, str] = {
     "sm_80 float32 D128 G16 tile 16x4x2 merge 32": "16 bytes of spills at 72 registers",
     "sm_80 float32 D256 G16 tile 16x4x2 merge 32": "8 bytes of spills at 128 registers",
-    "sm_100 float32 D64 G16 tile 16x4x2 merge 32": "8 bytes of spills at 64 registers",
     "{'group': 64}-sm_80": "8 bytes of spills at 255 registers",
     "{'group': 64}-sm_90": "shared memory for 2 programs, not 3",
     "{'group': 64}-sm_100": "32 bytes of spills at 255 registers",
