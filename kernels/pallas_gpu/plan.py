@@ -88,7 +88,7 @@ def plan(
     interpreted: bool = False,
 ) -> Plan:
     """The launch for a call of these sizes on a card with so many multiprocessors."""
-    fixed = QUERY_ROWS * dim * (2 * itemsize + 4)  # two queries and the sums of one
+    fixed = QUERY_ROWS * dim * (3 * itemsize + 4)  # two queries, the left operand, the sums of one
     stages = (SHARED_BYTES - fixed) // (2 * TILE * dim * itemsize)
     return Plan(
         rows=rows,
