@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from _result import RESULTS
-from decode_grid import by_point, means, peers_of
+from decode_grid import OURS as TRITON
+from decode_grid import PALLAS, by_point, means, peers_of
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- results: made by benchmarks/report.py -->\n", "<!-- end of results -->\n"
@@ -138,6 +139,23 @@ def decode_grid() -> Iterator[str]:
         ]
         yield f"| {kind} | {found[kind, 'best'][2]} | {' | '.join(cells)} |\n"
     yield "\n![TB/s over context](benchmarks/results/decode_grid.png)\n\n"
+
+
+def hopper() -> Iterator[str]:
+    result = load("decode_grid_pallas")
+    yield from heading(
+        "`pallas_gpu` beside `triton`, bfloat16, cold L2, microseconds",
+        result,
+        ("jax", "triton"),
+    )
+    yield "| rows x tokens, heads, page | `pallas_gpu` | `triton` | `triton` / `pallas_gpu` |\n"
+    yield "|---|---|---|---|\n"
+    for case, systems in by_point(result["records"]):
+        triton, pallas = (systems[name]["median_s"] for name in (TRITON, PALLAS))
+        heads = f"{case['heads']}/{case['kv_heads']}/{case['dim']}"
+        yield f"| {case['rows']} x {case['lengths']}, {heads}, {case['page_size']} | "
+        yield f"{pallas * 1e6:.1f} | {triton * 1e6:.1f} | {triton / pallas:.2f}x |\n"
+    yield "\n"
 
 
 def decode_step() -> Iterator[str]:
@@ -303,6 +321,7 @@ PAGES = {
         attention_xla,
         snapshot,
     ),
+    "docs/attention.md": (hopper,),
     "docs/snapshots.md": (snapshot,),
     "docs/sharding.md": (sharding_cost, sharding_talk, sharding_memory),
 }

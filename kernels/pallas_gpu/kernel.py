@@ -39,7 +39,8 @@ class Ring(NamedTuple):
     q: Any  # [Q_SLOTS, 64, D], the first rows are real
     k: Any  # [stages, tile, D]
     v: Any
-    left: Any  # [64, D], None where it is not interpreted
+    left: Any  # [64, D], the query of this row and head as the matrix unit reads it
+    weights: Any  # [64, tile], None where it is not interpreted
     bad: Any  # int32 [stages]: the tile has a page id outside the pool
     staged: merge.Staged
     q_full: Any
@@ -58,7 +59,8 @@ def scratch(plan: Plan, dtype: Any) -> Ring:
         q=plgpu.SMEM((Q_SLOTS, QUERY_ROWS, plan.dim), dtype),
         k=tiles,
         v=tiles,
-        left=plgpu.SMEM((QUERY_ROWS, plan.dim), dtype, transforms=swizzle)
+        left=plgpu.SMEM((QUERY_ROWS, plan.dim), dtype, transforms=swizzle),
+        weights=plgpu.SMEM((QUERY_ROWS, plan.tile), dtype, transforms=swizzle)
         if plan.interpreted
         else None,
         bad=plgpu.SMEM((plan.stages,), jnp.int32),
@@ -218,9 +220,12 @@ def _consume(
         tiles = jnp.minimum(place.row.tiles - place.tile, stop - at)
         slot = lax.rem(queries, jnp.int32(Q_SLOTS))
         plgpu.barrier_wait(ring.q_full.at[slot])
-        q = plgpu.load(ring.q.at[slot], layout=plgpu.Layout.WGMMA, optimized=False)
+        # Not kept in registers for all tiles: ptxas 13.0 gives these to the weights of the first
+        # tile where both are as many (D 64), and the second is multiplied by weights for queries.
+        ring.left[...] = plgpu.load(ring.q.at[slot], layout=plgpu.Layout.WGMMA, optimized=False)
         plgpu.barrier_arrive(ring.q_free.at[slot])
-        sums = _attend(plan, ring, q, place, at - begin, tiles)
+        plgpu.commit_smem()
+        sums = _attend(plan, ring, place, at - begin, tiles)
         merge.finish(plan, inputs, outputs, ring.staged, sums, place, at, begin, total)
         place = work.advance(plan, inputs.seq_lens, inputs.starts, place, tiles)
         return place, at + tiles, queries + 1
@@ -228,7 +233,7 @@ def _consume(
     lax.while_loop(lambda carry: carry[1] < stop, segment, (place, begin, jnp.int32(0)))
 
 
-def _attend(plan: Plan, ring: Ring, q: Any, place: Place, first_step: Any, tiles: Any) -> Any:
+def _attend(plan: Plan, ring: Ring, place: Place, first_step: Any, tiles: Any) -> Any:
     """`acc, top, total, bad` over some tiles of one row and head."""
     rows = plgpu.Layout.WGMMA.reduce(1)
     empty = (
@@ -245,16 +250,20 @@ def _attend(plan: Plan, ring: Ring, q: Any, place: Place, first_step: Any, tiles
         plgpu.barrier_wait(ring.k_full.at[slot])
         bad = bad | ring.bad[slot]
 
-        logits = _multiply(plan, ring, q, ring.k.at[slot].transpose((1, 0)))
+        logits = _multiply(ring.left, ring.k.at[slot].transpose((1, 0)))
         plgpu.barrier_arrive(ring.k_free.at[slot])
         logits = _visible(plan, place.row, begin, _scaled(plan, logits))
         weights, share, top = _softmax(logits, top)
         total = total * share + weights.sum(axis=1)
         weights = weights.astype(ring.v.dtype)
+        if plan.interpreted:  # it knows products of shared memory only
+            ring.weights[...] = weights
+            plgpu.commit_smem()
+            weights = ring.weights
         plgpu.barrier_wait(ring.v_full.at[slot])
         _zero_hidden(plan, place.row, begin, ring.v.at[slot])
 
-        mix = _multiply(plan, ring, weights, ring.v.at[slot])
+        mix = _multiply(weights, ring.v.at[slot])
         plgpu.barrier_arrive(ring.v_free.at[slot])
         acc = acc * lax.broadcast_in_dim(share, acc.shape, [0]) + mix
         return acc, top, total, bad
@@ -262,20 +271,11 @@ def _attend(plan: Plan, ring: Ring, q: Any, place: Place, first_step: Any, tiles
     return lax.fori_loop(0, tiles, tile, empty)
 
 
-def _multiply(plan: Plan, ring: Ring, left: Any, right: Any) -> Any:
-    """`left [64, n]` from registers times `right [n, m]` from shared memory, in float32.
-
-    The interpreter knows products of shared memory only.
-    """
+def _multiply(left: Any, right: Any) -> Any:
+    """`left [64, n]` times `right [n, m]` from shared memory, in float32."""
 
     def run(out: Any) -> Any:
-        if not plan.interpreted:
-            plgpu.wgmma(out, left, right)
-            return out[...]
-        here = ring.left.at[:, pl.ds(0, left.shape[1])]
-        here[...] = left
-        plgpu.commit_smem()
-        plgpu.wgmma(out, here, right)
+        plgpu.wgmma(out, left, right)
         return out[...]
 
     return pl.run_scoped(run, plgpu.ACC((QUERY_ROWS, right.shape[1]), jnp.float32))

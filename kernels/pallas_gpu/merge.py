@@ -16,7 +16,7 @@ __all__ = ["Inputs", "Outputs", "Staged", "finish", "merge_body", "staged"]
 
 LOG2E, LN2 = math.log2(math.e), math.log(2)
 HUGE = 3.0e38  # the largest sink in base 2 that still gives a finite difference to any logit
-_LOADS = 64  # lines of parts before the first is used: one round trip for all of them
+_LOADS = 80  # lines of parts before the first is used: one round trip for all of them
 
 
 class Inputs(NamedTuple):
@@ -45,7 +45,7 @@ class Outputs(NamedTuple):
 class Staged(NamedTuple):
     """The sums of a row and head in shared memory, on their way from one layout to another."""
 
-    acc: Any  # float32 [64, D]
+    acc: Any  # float32 [lines, D]
     top: Any  # float32 [64]
     total: Any
     arrived: Any  # int32 [1]
@@ -54,7 +54,7 @@ class Staged(NamedTuple):
 def staged(plan: Plan) -> Staged:
     """The types of a `Staged`."""
     return Staged(
-        plgpu.SMEM((QUERY_ROWS, plan.dim), jnp.float32),
+        plgpu.SMEM((plan.lines, plan.dim), jnp.float32),
         plgpu.SMEM((QUERY_ROWS,), jnp.float32),
         plgpu.SMEM((QUERY_ROWS,), jnp.float32),
         plgpu.SMEM((1,), jnp.int32),
@@ -75,28 +75,29 @@ def finish(
     """Store the result if this block has all of the row and head, else a part of it."""
     acc, top, total, bad = sums
     total = total * jnp.where(bad != 0, jnp.float32(jnp.nan), jnp.float32(1))
-    # No thread of this warpgroup still reads what another writes, or the other way round. Nothing
-    # else in shared memory is both written and read by one warpgroup.
-    plgpu.commit_smem()
-    _stash(plan, acc, stage.acc)
-    stage.top[...] = top
-    stage.total[...] = total
-    plgpu.commit_smem()
-    sums = _load(plan, stage.acc), _load(plan, stage.top), _load(plan, stage.total)
     row0 = at - place.tile
     first, parts, slot0 = work.parts_of(plan, total_tiles, row0, place.row.tiles)
 
     @pl.when(parts == 1)
     def _():
+        # No thread of this warpgroup still reads what another writes, or the other way round.
+        # Nothing else in shared memory is both written and read by one warpgroup.
+        plgpu.commit_smem()
+        _put_lines(plan, acc, stage.acc)
+        stage.top[...] = top
+        stage.total[...] = total
+        plgpu.commit_smem()
+        sums = _load(plan, stage.acc), _load(plan, stage.top), _load(plan, stage.total)
         _store(plan, inputs, outputs, stage, place.index, place.head, sums)
 
     @pl.when(parts > 1)
     def _():
         # The first tiles of a block have the even slot, others begin in it.
         slot = 2 * lax.axis_index("worker") + jnp.where(at == begin, 0, 1)
-        acc, top, total = sums
-        outputs.part_acc[slot] = acc * _wide(plan, 1.0 / jnp.where(total == 0.0, 1.0, total))
-        _put(outputs.part_lse.at[slot], top + jnp.log2(total))
+        scale = 1.0 / jnp.where(total == 0.0, 1.0, total)
+        part = acc * lax.broadcast_in_dim(scale, acc.shape, [0])
+        _put_lines(plan, part, outputs.part_acc.at[slot])
+        _put_lines(plan, top + jnp.log2(total), outputs.part_lse.at[slot])
         if not plan.interpreted:
             counter = inputs.counters.at[pl.ds(place.index * plan.kv_heads + place.head, 1)]
             arrived = _arrive(counter, stage.arrived, parts)
@@ -115,7 +116,7 @@ def merge_parts(
     `where` is what `work.parts_of` says of them.
     """
     first, parts, slot0 = where
-    count = max(min(_LOADS // plan.lines, 16), 1)
+    count = max(min(_LOADS // plan.lines, 20), 1)
 
     def chunk(c: Any, sums: Any) -> Any:
         some = []
@@ -224,26 +225,50 @@ def _store(
         outputs.lse[row, kv_head * plan.group + g] = stage.top[g]
 
 
-def _stash(plan: Plan, acc: Any, to: Any) -> None:
-    """Store the rows of the group; each warp has 16 rows, and those without such a row do nothing.
-
-    Eight rows of 512 bytes meet in the same banks, so four warps would take four times as long.
-    """
+def _put_lines(plan: Plan, value: Any, to: Any) -> None:
+    """Store the lines of a group of `[64, D]` or `[64]`, each from the threads that hold it."""
     if plan.interpreted:
-        to[...] = acc
+        to[...] = value[: to.shape[0]]
         return
     from jax.experimental.mosaic import gpu as mgpu
-    from jaxlib.mlir.dialects import arith
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, memref, vector
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))
-    def store(_: Any, acc: Any, to: Any) -> None:
-        warp = mgpu.utils.warp_idx()
-        warp = arith.remui(warp, mgpu.utils.c(4, warp.type))
-        most = mgpu.utils.c(-(-plan.group // 16), warp.type)
-        with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.ult, warp, most)):
-            acc.store_untiled(to, optimized=False)
+    wide = len(value.shape) == 2
+    layout = plgpu.Layout.WGMMA if wide else plgpu.Layout.WGMMA.reduce(1)
 
-    store(acc, to)
+    @plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType()))
+    def store(_: Any, value: Any, to: Any) -> None:
+        def number(x: int) -> Any:
+            return mgpu.utils.c(x, ir.IntegerType.get_signless(32))
+
+        def index(x: Any) -> Any:
+            return arith.index_cast(ir.IndexType.get(), x)
+
+        # A warp has 16 lines: four threads hold line i of it, and i + 8.
+        thread = arith.remui(mgpu.utils.thread_idx(), number(128))
+        lane = arith.remui(thread, number(32))
+        line0 = arith.addi(
+            arith.muli(arith.divui(thread, number(32)), number(16)), arith.divui(lane, number(4))
+        )
+        column0 = arith.muli(arith.remui(lane, number(4)), number(2))
+        registers = value.registers.reshape(-1, 2)
+        for half in range(2 if plan.lines > 8 else 1):
+            line = arith.addi(line0, number(8 * half))
+            mine = arith.cmpi(arith.CmpIPredicate.ult, line, number(plan.lines))
+            if not wide:
+                first = arith.cmpi(arith.CmpIPredicate.eq, column0, number(0))
+                mine = arith.andi(mine, first)
+            with mgpu.utils.when(mine):
+                for i, register in enumerate(registers[:, half]):
+                    if wide:
+                        column = arith.addi(column0, number(8 * i))
+                        vector.store(register, to, [index(line), index(column)])
+                    else:
+                        one = vector.extract(register, dynamic_position=[], static_position=[0])
+                        memref.store(one, to, [index(line)])
+
+    store(value, to)
 
 
 def _arrive(counter: Any, box: Any, parts: Any) -> Any:

@@ -12,6 +12,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from paged_decode.kernels import paged_attention
+from paged_decode.kernels.pallas_gpu.plan import TILE
 
 from .interpret import PROBLEM
 
@@ -91,6 +92,10 @@ def test_it_compiles_without_spills_or_a_copy_of_the_pool(name, monkeypatch, tmp
     assert temp_bytes < parts_bytes + counters_and_more_bytes
     (ptx,) = (path.read_text() for path in tmp_path.glob("*.ptx"))
     assert "wgmma.mma_async" in ptx and "cp.async.bulk.tensor" in ptx
+    # Only the weights, made anew for every tile, are operands in registers: ptxas 13.0 gave the
+    # registers of an operand that outlived the first tile to these, and the second was wrong.
+    left = re.findall(r"wgmma\.mma_async\S* \{[^}]*\}, (\S)", ptx)
+    assert (left.count("{"), left.count("%")) == (TILE // 16, dim // 16)
     # What each register of a 256-thread block may be, and none of it in local memory.
     (report,) = (path.read_text() for path in tmp_path.glob("*.ptxas"))
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report

@@ -51,7 +51,7 @@ def test_every_case_matches_the_oracle(name):
 
 
 def test_lengths_that_are_read_in_several_rounds_match_the_oracle(monkeypatch):
-    monkeypatch.setattr(work, "_CHUNK", 3)
+    monkeypatch.setattr(work, "_ROUND", 3)
     check(KERNEL, Case((9, 0, 70, 2, 5), 1, 1, 64, 32, 3, dtype="float16"))
 
 
@@ -72,6 +72,7 @@ LARGE = {
     "one row": Case((4096,), 8, 4, 128, 64, 64, dtype="bfloat16"),
     "64 ragged rows": Case(_lens(64, 3000), 8, 4, 128, 16, 188, dtype="bfloat16"),
     "300 ragged rows": Case(_lens(300, 500), 2, 8, 128, 64, 8, dtype="bfloat16"),
+    "600 rows, in two rounds": Case(_lens(600, 300), 1, 8, 64, 32, 10, dtype="float16"),
     "one long row among short ones": Case((65,) * 40 + (9000,), 1, 8, 64, 8, 1125, dtype="float16"),
     "a group of 64": Case((2000, 100), 1, 64, 128, 32, 63, dtype="bfloat16"),
     "a group of 1, pages of 256": Case((777, 3000, 64), 4, 1, 128, 256, 12, dtype="float16"),

@@ -52,6 +52,7 @@ def test_what_it_cannot_serve_is_refused_with_the_reason(name, monkeypatch):
     assert reason in str(refused.value.exceptions[0])
 
 
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="about machines without a GPU")
 def test_it_is_refused_where_it_cannot_run():
     with pytest.raises(ExceptionGroup) as refused:
         call()
