@@ -287,7 +287,11 @@ class HostTier:
             return False
         keys, tokens, pages = content
         known = any(k in self._where or k in self._coming for k in keys)
-        if known or not fits(cache, pages) or self._make_room(len(keys), keep) < len(keys):
+        if (
+            known
+            or not fits(cache, pages, len(keys))
+            or self._make_room(len(keys), keep) < len(keys)
+        ):
             return False
         self.num_pages += len(keys)
         self.stats.revived += len(keys)
