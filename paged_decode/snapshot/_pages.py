@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .._host_memory import pinned_sharding
+from .._devices import pinned_sharding
 from ._format import DTYPES, ArraySpec
 
 __all__ = ["Part", "page_chunks", "parts_of", "prepare_insert"]
@@ -265,15 +265,13 @@ def _begin(local: _Layer | np.ndarray, pages: np.ndarray, filled: np.ndarray, si
 @partial(jax.jit, static_argnames="page_size")
 def _gather(array: Any, ids: Any, filled: Any, layer: Any, *, page_size: int) -> Any:
     """Pages, zero from `filled` on: on the host that would be a copy more."""
-    pages = array[ids] if layer is None else array[layer, ids]
-    if not _has_slots(pages, page_size):
-        return pages
-    ends = filled.reshape(-1, *(1,) * (pages.ndim - 1))
-    bits = _bits(pages)
-    bits = jnp.where(
-        lax.broadcasted_iota(jnp.int32, pages.shape, 2) < ends, bits, bits.dtype.type(0)
-    )
-    return bits if bits.dtype == array.dtype else lax.bitcast_convert_type(bits, array.dtype)
+    bits = _bits(array)
+    pages = bits[ids] if layer is None else bits[layer, ids]
+    if _has_slots(pages, page_size):
+        slot = lax.broadcasted_iota(jnp.int32, pages.shape, 2)
+        ends = filled.reshape(-1, *(1,) * (pages.ndim - 1))
+        pages = jnp.where(slot < ends, pages, pages.dtype.type(0))
+    return pages if bits is array else lax.bitcast_convert_type(pages, array.dtype)
 
 
 def _has_slots(pages: Any, page_size: int) -> bool:

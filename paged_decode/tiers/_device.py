@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
-from .._host_memory import pinned_sharding
+from .._devices import pinned_sharding
 
 __all__ = ["CopyFailed", "CopyPending", "DeviceMover", "PageMover", "fits"]
 
@@ -128,7 +128,7 @@ def _send(copies: list[Array]) -> list[Array]:
 def _gather(leaves: list[Array], pages: Int[Array, " C"]) -> list[Array]:
     """One array `[G * C, ...]` for each group of G leaves."""
     return [
-        _unbits(jnp.concatenate([_bits(leaves[at][pages]) for at in group]), leaves[group[0]].dtype)
+        _unbits(jnp.concatenate([_bits(leaves[at])[pages] for at in group]), leaves[group[0]].dtype)
         for group in _groups(leaves, len(pages))
     ]
 

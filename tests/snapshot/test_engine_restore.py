@@ -99,6 +99,21 @@ def test_an_engine_on_four_devices_goes_on_with_one(tmp_path):
         assert tokens == dense_greedy(prompt, 20)
 
 
+def test_a_restore_into_a_warm_engine_compiles_only_what_places_the_pages(tmp_path, compiled):
+    jax.clear_caches()
+    whole, again = make_engine(), make_engine(80)
+    for engine in (whole, again):
+        engine.warmup()
+    for prompt in prompts(3, seed=8, low=5, high=12):
+        whole.submit(prompt, SamplingParams(max_new_tokens=20))
+    whole.step()
+    whole.save(tmp_path / "s")
+    again.restore(tmp_path / "s")
+    compiled.clear()
+    list(again.stream())
+    assert compiled == []
+
+
 def test_logits_after_a_restore_are_equal_to_the_last_bit(tmp_path):
     options = dict(top_logits=4, max_sequence_tokens=92)
     whole, again = make_engine(120, **options), make_engine(140, **options)
