@@ -1,4 +1,4 @@
-"""The host tier: how fast pages leave a device and come back, and whether decoding goes on meanwhile.
+"""The host tier: how fast pages leave a device and come back, and does decoding go on meanwhile?
 
     python benchmarks/tier.py      # on a GPU: results/tier_gpu.json; elsewhere tier_cpu.json, small
 
@@ -18,6 +18,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import time
 from collections.abc import Callable
@@ -46,7 +47,7 @@ COMPILED: list[str] = []
 
 
 def count_compilations() -> None:
-    def note(event: str, seconds: float, **_: Any) -> None:
+    def note(event: str, duration_secs: float, **_: Any) -> None:
         if event.endswith("backend_compile_duration"):
             COMPILED.append(event)
 
@@ -73,6 +74,7 @@ def make_params(sizes: tuple[int, ...], dtype: Any) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def model_of(sizes: tuple[int, ...]) -> Callable[..., tuple[jax.Array, KVCache]]:
     _, _, heads, kv_heads, dim = sizes
 
@@ -174,7 +176,7 @@ def copies(rounds: int) -> list[dict[str, Any]]:
     return records
 
 
-def bits() -> list[dict[str, Any]]:
+def bits(_: int) -> list[dict[str, Any]]:
     """Random bits of every dtype, NaNs among them, overwritten while their copy is in flight."""
     rng = np.random.default_rng(0)
     wipe = jax.jit(lambda pool: jax.tree.map(jnp.zeros_like, pool), donate_argnums=0)
@@ -229,12 +231,14 @@ class AllAtOnce(DeviceMover):
 
 def overlap(rounds: int) -> list[dict[str, Any]]:
     rows, parked_pages = (4, 8) if ON_CPU else (8, 128)
-    engine = make_engine(LARGE, jnp.bfloat16, 1024 if not ON_CPU else 256, rows, HostTier(1024))
+    new = 8 * (3 * rounds + 8)
+    pages = rows * (1 + (512 + new) // PAGE) + parked_pages + 2 * rows
+    engine = make_engine(LARGE, jnp.bfloat16, pages, rows, HostTier(1024), 512 + new)
     for seed in range(rows):
         prompt = np.random.default_rng(seed).integers(0, VOCAB, 512).tolist()
-        engine.submit(prompt, SamplingParams(max_new_tokens=8 * (3 * rounds + 8)))
-    parked = engine.allocator.allocate(np.arange(parked_pages * PAGE))
-    engine.allocator.commit(parked, parked_pages * PAGE)
+        engine.submit(prompt, SamplingParams(max_new_tokens=new))
+    parked = engine.allocator.allocate(np.arange(parked_pages * PAGE) % VOCAB)
+    engine.allocator.commit([parked], parked_pages * PAGE)
     while any(not s.decoding for s in engine._running) or engine._waiting:
         engine.step()
     tier, movers = engine.tier, {"paged-decode": DeviceMover(), "all at once": AllAtOnce()}
@@ -285,7 +289,7 @@ def overlap(rounds: int) -> list[dict[str, Any]]:
 
 
 def store(engine: Engine, handle: Any) -> None:
-    assert engine.tier is not None
+    assert engine.tier is not None and isinstance(engine.allocator, BlockAllocator)
     engine.tier.store(engine.cache, engine.allocator, handle)
 
 
@@ -300,7 +304,13 @@ def swap_out(engine: Engine, handle: Any) -> None:
 
 
 def make_engine(
-    sizes: tuple[int, ...], dtype: Any, num_pages: int, rows: int, tier: Any, **policies: Any
+    sizes: tuple[int, ...],
+    dtype: Any,
+    num_pages: int,
+    rows: int,
+    tier: Any,
+    longest: int,
+    **policies: Any,
 ) -> Engine:
     config = EngineConfig(
         max_rows=rows,
@@ -308,7 +318,7 @@ def make_engine(
         prefill_chunk=128,
         prefill_rows=4,
         decode_steps=8,
-        max_sequence_tokens=min(MAX_LEN, (num_pages - 1) * PAGE),
+        max_sequence_tokens=longest,
     )
     cache, allocator = make_cache(sizes, num_pages, dtype), BlockAllocator(num_pages, PAGE)
     params, model = make_params(sizes, dtype), model_of(sizes)
@@ -317,7 +327,7 @@ def make_engine(
     return engine
 
 
-def pressure() -> list[dict[str, Any]]:
+def pressure(_: int) -> list[dict[str, Any]]:
     count, rows, new = (6, 4, 32) if ON_CPU else (24, 8, 256)
     rng = np.random.default_rng(1)
     prompts = [rng.integers(0, VOCAB, rng.integers(64, 192)).tolist() for _ in range(count)]
@@ -329,7 +339,8 @@ def pressure() -> list[dict[str, Any]]:
         ("recompute", ample // 3, None, {"preemption": Recompute()}),
     ):
         with jax.default_matmul_precision("highest"):
-            engine = make_engine(SMALL, jnp.float32, pages, rows, tier, **more)
+            engine = make_engine(SMALL, jnp.float32, ample, rows, tier, 192 + new, **more)
+            engine.allocator.allocate_pages(ample - pages)  # the same programs, fewer pages
             before, start = len(COMPILED), time.perf_counter()
             done = engine.generate(prompts, SamplingParams(max_new_tokens=new))
         seconds = time.perf_counter() - start
@@ -359,7 +370,7 @@ def main() -> None:
     count_compilations()
     records = []
     for part in (link, copies, bits, overlap, pressure):
-        found = part(args.rounds) if part in (link, copies, overlap) else part()
+        found = part(args.rounds)
         records += found
         for record in found:
             print({k: v for k, v in record.items() if k not in ("min_s", "max_s")}, flush=True)
