@@ -26,7 +26,7 @@ from ._format import DTYPES, ArraySpec
 __all__ = ["Part", "page_chunks", "parts_of", "prepare_insert"]
 
 _RING = 4  # buffers of a chunk each: see `write_file`
-_BATCH_CHUNKS = 4  # 16 MiB leave an accelerator together
+_BATCH_CHUNKS = 4  # 16 MiB leave an accelerator together; twice that where the loop waits
 _AHEAD = 2  # batches on their way, besides the one that is used
 
 
@@ -104,13 +104,17 @@ def page_chunks(
     """
     leaves, rings = jax.tree.leaves(cache), _Rings(copy)
     ahead: deque[_Batch] = deque()
+    batches: dict[int, list[_Rows]] = {}  # the same for all parts whose pages are equally large
     for part in parts:
         pieces = _pieces(leaves[part.leaf], part)
-        rows = part.spec(0).chunk_rows
-        rows *= _BATCH_CHUNKS if any(_pinned(piece.local) for piece in pieces) else 1
-        for first in range(0, len(pages), rows):
-            here = slice(first, first + rows)
-            ahead.append(_Batch(part, pieces, pages[here], filled[here], page_size))
+        count = part.spec(0).chunk_rows
+        if any(piece.pinned is not None for piece in pieces):
+            count *= 2 * _BATCH_CHUNKS if copy else _BATCH_CHUNKS
+        if count not in batches:
+            places = [slice(first, first + count) for first in range(0, len(pages), count)]
+            batches[count] = [_Rows(pages[at], filled[at], page_size) for at in places]
+        for rows in batches[count]:
+            ahead.append(_Batch(part, pieces, rows))
             if len(ahead) > _AHEAD:
                 yield from ahead.popleft().chunks(rings)
     while ahead:
@@ -133,35 +137,52 @@ class _Rings:
         return next(self._rings[shape, dtype])
 
 
+class _Rows:
+    """Some pages, and how many of their slots are filled."""
+
+    def __init__(self, pages: np.ndarray, filled: np.ndarray, page_size: int):
+        self.pages, self.filled, self.page_size = pages, filled, page_size
+        self._there: dict[Any, tuple[Any, Any]] = {}
+
+    def on(self, device: Any) -> tuple[Any, Any]:
+        """Both as int32 on a device, once for all parts; padded with the null page.
+
+        The length is a power of two, so that few programs are compiled.
+        """
+        if device not in self._there:
+            both = np.zeros((2, 1 << (len(self.pages) - 1).bit_length()), np.int32)
+            both[0, : len(self.pages)], both[1, : len(self.pages)] = self.pages, self.filled
+            self._there[device] = jax.device_put((both[0], both[1]), device)
+        return self._there[device]
+
+
 class _Batch:
     """A few chunks of one part; their way from an accelerator begins when it is made."""
 
-    def __init__(
-        self, part: Part, pieces: list[_Piece], pages: np.ndarray, filled: np.ndarray, size: int
-    ):
-        self._part, self._pieces, self._size = part, pieces, size
-        self._pages, self._filled = pages, filled
-        self._begun = [_begin(piece.local, pages, filled, size) for piece in pieces]
+    def __init__(self, part: Part, pieces: list[_Piece], rows: _Rows):
+        self._part, self._pieces, self._rows = part, pieces, rows
+        self._begun = [piece.begin(rows) for piece in pieces]
 
     def chunks(self, rings: _Rings) -> Iterator[np.ndarray]:
         """Wait for the copies. Afterwards nothing of the batch is left on a device."""
+        arrived = [copy is not None for copy in self._begun]
         sources = [
-            _host_view(piece.local) if copy is None else np.asarray(copy)
+            piece.host_view() if copy is None else np.asarray(jax.block_until_ready(copy))
             for piece, copy in zip(self._pieces, self._begun, strict=True)
         ]
-        arrived = [copy is not None for copy in self._begun]
         self._begun.clear()
         step, dtype = self._part.spec(0).chunk_rows, DTYPES[self._part.dtype]
-        for first in range(0, len(self._pages), step):
-            ids, filled = (a[first : first + step] for a in (self._pages, self._filled))
-            rows = [slice(first, first + len(ids)) if there else ids for there in arrived]
+        every = self._rows
+        for first in range(0, len(every.pages), step):
+            ids, filled = (a[first : first + step] for a in (every.pages, every.filled))
+            places = [slice(first, first + len(ids)) if there else ids for there in arrived]
             if all(arrived) and self._pieces[0].is_whole:
-                yield sources[0][rows[0]]
+                yield sources[0][places[0]]
                 continue
-            out = rings.next((min(step, len(self._pages)), *self._part.shape), dtype)[: len(ids)]
-            for piece, source, at in zip(self._pieces, sources, rows, strict=True):
+            out = rings.next((min(step, len(every.pages)), *self._part.shape), dtype)[: len(ids)]
+            for piece, source, at in zip(self._pieces, sources, places, strict=True):
                 piece.take(source, at, out)
-            yield _without_tails(out, filled, self._size)
+            yield _without_tails(out, filled, every.page_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,16 +192,36 @@ class _Piece:
     Attributes:
       index: which part of a page it is; () is all of it.
       heads: which of its KV heads to take, the first copy of each; None is all.
-      local: the array `[N, ...]` there.
+      local: the array there, `[N, ...]` or, with a layer, `[L, N, ...]`.
+      layer: the layer, or None.
+      pinned: where copies rest on their way from an accelerator; None on a CPU.
     """
 
     index: tuple[slice, ...]
     heads: slice | None
-    local: _Layer | np.ndarray
+    local: Any
+    layer: int | None
+    pinned: Any
 
     @property
     def is_whole(self) -> bool:
         return self.index == () and self.heads is None
+
+    def begin(self, rows: _Rows) -> Any:
+        """Begin to copy pages to page-locked memory; None where the host sees them anyway."""
+        if self.pinned is None:
+            return None
+        ids, ends = rows.on(self.local.device)
+        gathered = _gather(self.local, ids, ends, self.layer, page_size=rows.page_size)
+        try:
+            return jax.device_put(gathered, self.pinned)
+        except jax.errors.JaxRuntimeError:  # none of it is left: NumPy takes the slow way
+            return gathered
+
+    def host_view(self) -> np.ndarray:
+        """The array as NumPy sees it, without a copy."""
+        view = np.asarray(self.local)
+        return view if self.layer is None else view[self.layer]
 
     def take(self, source: np.ndarray, rows: slice | np.ndarray, out: np.ndarray) -> None:
         """Put rows of `source` `[n, ...]` where they belong in `out`."""
@@ -195,7 +236,7 @@ def _pieces(leaf: Any, part: Part) -> list[_Piece]:
     """The part on each device that holds some of its heads first."""
     layer = part.layer
     if not isinstance(leaf, jax.Array):
-        return [_Piece((), None, np.asarray(leaf if layer is None else leaf[layer]))]
+        return [_Piece((), None, leaf, layer, None)]
     if not leaf.is_fully_addressable:
         raise NotImplementedError(
             "the cache is spread over several processes; save a replica in each of them, or gather "
@@ -220,46 +261,9 @@ def _pieces(leaf: Any, part: Part) -> list[_Piece]:
         if shard.replica_id == 0:
             if all(s.indices(n) == (0, n, 1) for s, n in zip(index, part.shape, strict=True)):
                 index = ()
-            pieces.append(_Piece(index, heads, _Layer(shard.data, layer)))
+            local = shard.data
+            pieces.append(_Piece(index, heads, local, layer, pinned_sharding(local)))
     return pieces
-
-
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """A layer of an array on one device; without a layer, all of it."""
-
-    array: Any
-    layer: int | None
-
-
-def _pinned(local: _Layer | np.ndarray) -> Any:
-    """Where copies of it rest on their way from an accelerator; None on a CPU."""
-    return pinned_sharding(local.array) if isinstance(local, _Layer) else None
-
-
-def _host_view(local: _Layer | np.ndarray) -> np.ndarray:
-    """The array as NumPy sees it: on a CPU without a copy."""
-    if not isinstance(local, _Layer):
-        return local
-    view = np.asarray(local.array)
-    return view if local.layer is None else view[local.layer]
-
-
-def _begin(local: _Layer | np.ndarray, pages: np.ndarray, filled: np.ndarray, size: int) -> Any:
-    """Begin to copy pages to page-locked memory; None where the host sees them as they are.
-
-    One program gathers them, for a number of pages that is a power of two, so that few compile.
-    """
-    where = _pinned(local)
-    if where is None or not isinstance(local, _Layer):
-        return None
-    ids, ends = np.zeros((2, 1 << (len(pages) - 1).bit_length()), np.int32)
-    ids[: len(pages)], ends[: len(pages)] = pages, filled
-    gathered = _gather(local.array, ids, ends, local.layer, page_size=size)
-    try:
-        return jax.device_put(gathered, where)
-    except jax.errors.JaxRuntimeError:  # no page-locked memory is left: NumPy takes the slow way
-        return gathered
 
 
 @partial(jax.jit, static_argnames="page_size")
