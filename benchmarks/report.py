@@ -179,23 +179,7 @@ def decode_step() -> Iterator[str]:
 def snapshot() -> Iterator[str]:
     result = load("snapshot")
     found = {(r["case"]["what"], r["system"]): r for r in result["records"]}
-    mib = result["records"][0]["case"]["mib"]
-    yield from heading(
-        f"Snapshots of {mib} MiB of pages, GB/s, best of interleaved rounds (median)",
-        result,
-        ("jax", "safetensors", "isal"),
-    )
-    yield "| | paged-decode | raw | safetensors | of raw | of safetensors |\n"
-    yield "|---|---|---|---|---|---|\n"
-    for case, label in (
-        ("write", "write and sync"),
-        ("read, dropped", "read from the disk"),
-        ("read, cached", "read, file cached"),
-    ):
-        rates = [found[case, name] for name in (OURS, "raw", "safetensors")]
-        cells = [f"{r['best_gb_per_s']:.2f} ({r['gb_per_s']:.2f})" for r in rates]
-        cells += [f"{rates[0]['best_gb_per_s'] / r['best_gb_per_s']:.2f}x" for r in rates[1:]]
-        yield f"| {label} | {' | '.join(cells)} |\n"
+    yield from _snapshot_rates("Snapshots", result, found)
     before, after = found["machine", "load average, before and after"]["load"]
     yield f"\nLoad average of the machine: {before:.1f} before, {after:.1f} after. Other work on "
     yield "its cores slows what uses several threads most; repeat the command on a quiet one.\n"
@@ -214,6 +198,101 @@ def snapshot() -> Iterator[str]:
     yield f"\nPeak memory above the cache: {', '.join(peaks)}. `save_snapshot_async` holds the "
     yield f"loop up for {ours * 1e3:.0f} ms; copying the same pages out takes {copy * 1e3:.0f} ms. "
     yield f"The first load of a process compiles, and takes {first * 1e3:.0f} ms.\n\n"
+
+
+def _snapshot_rates(title: str, result: dict[str, Any], found: dict[Any, Any]) -> Iterator[str]:
+    yield from heading(
+        f"{title} of {result['records'][0]['case']['mib']} MiB of pages, GB/s, best of interleaved "
+        "rounds (median)",
+        result,
+        ("jax", "safetensors", "isal"),
+    )
+    yield "| | paged-decode | raw | safetensors | of raw | of safetensors |\n"
+    yield "|---|---|---|---|---|---|\n"
+    for case, label in (
+        ("write", "write and sync"),
+        ("read, dropped", "read from the disk"),
+        ("read, cached", "read, file cached"),
+    ):
+        rates = [found[case, name] for name in (OURS, "raw", "safetensors")]
+        cells = [f"{r['best_gb_per_s']:.2f} ({r['gb_per_s']:.2f})" for r in rates]
+        cells += [f"{rates[0]['best_gb_per_s'] / r['best_gb_per_s']:.2f}x" for r in rates[1:]]
+        yield f"| {label} | {' | '.join(cells)} |\n"
+
+
+def snapshot_gpu() -> Iterator[str]:
+    result = load("snapshot_gpu")
+    found = {(r["case"]["what"], r["system"]): r for r in result["records"]}
+    yield from _snapshot_rates("Snapshots of a cache on a GPU,", result, found)
+    pause, copy, plain = (
+        _spread_ms(found["pause", name]) for name in (OURS, "copy alone", "copy alone, np.asarray")
+    )
+    first = {
+        what: found[f"first {what} of a process", OURS]["median_s"] for what in ("load", "pause")
+    }
+    yield f"\n`save_snapshot_async` holds the loop up for {pause} ms, "
+    yield f"{first['pause'] * 1e3:.0f} ms the first time; copying the same pages out takes {copy} "
+    yield f"ms through page-locked memory and {plain} ms by `np.asarray`. The first load of a "
+    yield f"process compiles, and takes {first['load'] * 1e3:.0f} ms.\n\n"
+    yield "From pool to pool, each restored from the file that the one before it saved; every bit "
+    yield "is equal, and so is every byte of the files:\n\n"
+    yield "| GPUs | pages of the pool | load | save and sync |\n|---|---|---|---|\n"
+    for r in (r for r in result["records"] if r["case"]["what"] == "moved"):
+        cells = [str(r["case"]["devices"]), str(r["case"]["pages"])]
+        cells += [f"{r[key] * 1e3:.0f} ms" for key in ("load_s", "save_s")]
+        yield f"| {' | '.join(cells)} |\n"
+    yield "\n"
+
+
+def _spread_ms(record: dict[str, Any]) -> str:
+    return f"{record['min_s'] * 1e3:.0f} to {record['max_s'] * 1e3:.0f}"
+
+
+def tier() -> Iterator[str]:
+    result = load("tier_gpu")
+    records = result["records"]
+    yield from heading("Pages to host memory and back, median", result, ("jax",))
+    yield "| | out | GB/s | in | GB/s |\n|---|---|---|---|---|\n"
+    names: dict[str, dict[str, Any]] = {}
+    for r in records:
+        what, case = r["case"]["what"], r["case"]
+        if what in ("link, out", "link, in"):
+            name = f"one array of {r['bytes'] >> 20} MiB"
+        elif what in ("copy out", "copy in") and case["memory"] == "pinned_host":
+            name = f"{case['pages']} pages, {r['bytes'] >> 20} MiB"
+        else:
+            continue
+        names.setdefault(name, {})[what.split()[-1]] = r
+    for name, ways in names.items():
+        cells = [
+            cell
+            for way in ("out", "in")
+            for cell in (f"{ways[way]['median_s'] * 1e3:.2f} ms", f"{ways[way]['gb_per_s']:.1f}")
+        ]
+        yield f"| {name} | {' | '.join(cells)} |\n"
+    plain = next(r for r in records if r["case"]["what"] == "link, np.asarray")
+    yield f"\n`np.asarray` of the array takes {plain['median_s'] * 1e3:.0f} ms "
+    yield f"({plain['gb_per_s']:.1f} GB/s). Pages of {', '.join(_dtypes(records))} came back bit "
+    yield "for bit, although their places were written again while the copy was in flight.\n\n"
+    yield "| | visit | copy | both | hidden |\n|---|---|---|---|---|\n"
+    for r in (r for r in records if r["case"]["what"] == "overlap"):
+        name = "two arrays at a time" if r["system"] == OURS else r["system"]
+        cells = [f"{r[key] * 1e3:.1f} ms" for key in ("visit_s", "copy_s", "both_s")]
+        yield f"| {name} | {' | '.join(cells)} | {r['hidden']:.0%} of the copy |\n"
+    yield "\n| float32, the same requests | pages | seconds | preemptions | swapped in | computed "
+    yield "twice | tokens |\n|---|---|---|---|---|---|---|\n"
+    for r in (r for r in records if r["case"]["what"] == "pressure"):
+        cells = [r["system"], str(r["case"]["pages"]), f"{r['seconds']:.2f}"]
+        cells += [str(r[key]) for key in ("preemptions", "swapped_in_pages", "recomputed_tokens")]
+        equal = "equal" if r["tokens_equal"] else "other"
+        yield f"| {' | '.join(cells)} | {r['tokens']}, {equal} |\n"
+    compiled = sum(r.get("compilations", 0) for r in records)
+    yield f"\nPrograms compiled after the warm-up, in all of this: {compiled}.\n\n"
+
+
+def _dtypes(records: list[dict[str, Any]]) -> list[str]:
+    bits = [r for r in records if r["case"]["what"] == "bits" and r["bits_equal"]]
+    return [r["case"]["dtype"] for r in bits]
 
 
 def _cpu(record: dict[str, Any]) -> str:
@@ -322,7 +401,8 @@ PAGES = {
         snapshot,
     ),
     "docs/attention.md": (hopper,),
-    "docs/snapshots.md": (snapshot,),
+    "docs/snapshots.md": (snapshot, snapshot_gpu),
+    "docs/pressure.md": (tier,),
     "docs/sharding.md": (sharding_cost, sharding_talk, sharding_memory),
 }
 

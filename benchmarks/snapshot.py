@@ -1,27 +1,33 @@
 """Snapshots against the machine's raw rate and against safetensors, same bytes, one run.
 
     pip install paged-decode[bench]
-    python benchmarks/snapshot.py --mib 1024
+    python benchmarks/snapshot.py --mib 1024              # writes results/snapshot.json
+    python benchmarks/snapshot.py --mib 1024 --rounds 3   # on a GPU: results/snapshot_gpu.json
 
 Systems:
 
 - `raw` writes the bytes from one buffer and syncs, or reads them into memory that holds all of
   them (`numpy.fromfile`): what any loader needs that looks at everything before it trusts it;
 - `raw, thrown away` reads them into one buffer of 4 MiB, which keeps nothing;
-- `safetensors` saves the gathered pages and syncs, or loads them to JAX arrays;
+- `safetensors` saves the gathered pages and syncs, or loads them to JAX arrays; from a GPU they
+  come through page-locked memory;
 - `paged-decode` saves a cache whose pages lie in random order, or loads it into a pool whose memory
   is in use already, checksums and bookkeeping included.
 
 Rounds are interleaved. On a machine that others use, compare the best of each, `best_gb_per_s`, and
 the processor time of all threads, `min_cpu_s`; the record `machine` says how busy it was.
 Reads are made twice: with the file in the page cache, and after asking the kernel to drop it.
-`pause` is what `save_snapshot_async` costs the loop, beside copying the pages out and nothing else.
-`memory` is the peak of a process of its own above what it had with pool and allocator made.
+`pause` is what `save_snapshot_async` costs the loop, beside copying the pages out and nothing else;
+on a GPU that is one gather and one copy to page-locked memory, or `np.asarray` of what was
+gathered. `moved` loads the file into pools of other sizes and, where there are two GPUs, with the
+heads over both and back, compares every bit, and saves them to the same bytes again.
+`memory` is the peak of a process of its own above what it had with pool and allocator made (CPU).
 """
 
 from __future__ import annotations
 
 import argparse
+import filecmp
 import os
 import subprocess
 import sys
@@ -30,6 +36,8 @@ import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +57,7 @@ from paged_decode.snapshot._crc import crc32
 
 LAYERS, HEADS, PAGE, DIM = 8, 8, 16, 64
 CHUNK = 1 << 22
+ON_CPU = jax.default_backend() == "cpu"
 
 
 def timed(work: Callable[[], object]) -> tuple[float, float]:
@@ -87,7 +96,7 @@ def make(num_pages: int) -> tuple[KVCache, BlockAllocator, int]:
     """A pool half of which is used, its pages in random order."""
     rng = np.random.default_rng(0)
     shape = (num_pages, HEADS, PAGE, DIM)
-    layers = [jnp.asarray(rng.standard_normal(shape, np.float32)) for _ in range(2 * LAYERS)]
+    layers = [jnp.asarray(rng.random(shape, np.float32)) for _ in range(2 * LAYERS)]
     allocator = BlockAllocator(num_pages, PAGE)
     held = np.array(allocator.allocate_pages(num_pages - 1))
     allocator.free_pages(rng.permutation(held))
@@ -98,10 +107,25 @@ def make(num_pages: int) -> tuple[KVCache, BlockAllocator, int]:
     return cache, allocator, allocator.num_used * cache.page_bytes
 
 
+@jax.jit
+def taken(leaves: list[jax.Array], ids: np.ndarray) -> list[jax.Array]:
+    return [leaf[ids] for leaf in leaves]
+
+
 def gather(cache: KVCache, allocator: BlockAllocator) -> dict[str, np.ndarray]:
+    """The pages in use, in the order of the file, the fastest way to the host."""
     _, where = allocator.export_state()
-    leaves = (*cache.k_pages, *cache.v_pages)
-    return {str(i): np.asarray(leaf)[where.pages] for i, leaf in enumerate(leaves)}
+    leaves = [*cache.k_pages, *cache.v_pages]
+    if ON_CPU:
+        return {str(i): np.asarray(leaf)[where.pages] for i, leaf in enumerate(leaves)}
+    out = taken(leaves, where.pages)
+    out = jax.device_put(out, [a.sharding.with_memory_kind("pinned_host") for a in out])
+    return {str(i): np.asarray(leaf) for i, leaf in enumerate(out)}
+
+
+def gather_plainly(cache: KVCache, allocator: BlockAllocator) -> list[np.ndarray]:
+    _, where = allocator.export_state()
+    return [np.asarray(leaf) for leaf in taken([*cache.k_pages, *cache.v_pages], where.pages)]
 
 
 def synced(path: Path, work: Callable[[], object]) -> None:
@@ -125,6 +149,8 @@ def run(folder: Path, mib: int, rounds: int) -> list[dict]:
     save_snapshot(ours, cache, allocator)
     first = load(ours, cache.num_pages)  # compiles what places the pages
     saved, behind = (ours, cache, allocator), []
+    held_up = timed(lambda: behind.append(save_snapshot_async(*saved)))
+    behind.pop().result()
     for _ in range(rounds):
         note("write", "raw", lambda: raw_write(raw, memoryview(buffer), live))
         note(
@@ -144,6 +170,8 @@ def run(folder: Path, mib: int, rounds: int) -> list[dict]:
             note(case, "safetensors", lambda: safetensors.flax.load_file(theirs))
             times.setdefault((case, "paged-decode"), []).append(load(ours, cache.num_pages))
         note("pause", "copy alone", lambda: gather(cache, allocator))
+        if not ON_CPU:
+            note("pause", "copy alone, np.asarray", lambda: gather_plainly(cache, allocator))
         behind.clear()
         note("pause", "paged-decode", lambda: behind.append(save_snapshot_async(*saved)))
         behind[0].result()
@@ -157,7 +185,39 @@ def run(folder: Path, mib: int, rounds: int) -> list[dict]:
             ),
         )
     times["first load of a process", "paged-decode"] = [first]
-    return [record(case, system, live, both) for (case, system), both in times.items()]
+    times["first pause of a process", "paged-decode"] = [held_up]
+    records = [record(case, system, live, both) for (case, system), both in times.items()]
+    return records + moved(ours, cache.num_pages, live, pages)
+
+
+def moved(path: Path, num_pages: int, live: int, pages: dict[str, np.ndarray]) -> list[dict]:
+    """From pool to pool, and over two devices and back where there are two."""
+    places = [(1, num_pages * 3 // 2), (1, num_pages // 2 + 2)]
+    places += [(2, num_pages), (1, num_pages)] if len(jax.devices()) > 1 and not ON_CPU else []
+    records = []
+    for devices, size in places:
+        target = path.with_name(f"{devices}-{size}.pgd")
+        times = one_move(path, target, size, devices, pages)
+        case = {"what": "moved", "mib": live >> 20, "devices": devices, "pages": size}
+        records.append({"case": case, "system": "paged-decode", "bytes": live, **times})
+        path = target
+    return records
+
+
+def one_move(
+    path: Path, target: Path, num_pages: int, devices: int, pages: dict[str, np.ndarray]
+) -> dict:
+    """Load `path`, save `target`, compare every bit of the cache and of the files."""
+    into = pool(num_pages, devices), BlockAllocator(num_pages, PAGE)
+    start = time.perf_counter()
+    cache = jax.block_until_ready(load_snapshot(path, into=into).cache)
+    loaded = time.perf_counter() - start
+    saved = min(timed(lambda: save_snapshot(target, cache, into[1]))[0] for _ in range(2))
+    there = gather(cache, into[1])
+    same = all(np.array_equal(there[name], pages[name]) for name in pages)
+    if not (same and filecmp.cmp(path, target, shallow=False)):
+        raise SystemExit(f"{devices} devices, {num_pages} pages: the bits are not those saved")
+    return {"load_s": loaded, "save_s": saved, "bits_equal": same}
 
 
 def record(case: str, system: str, live: int, both: list[tuple[float, float]]) -> dict:
@@ -173,18 +233,27 @@ def record(case: str, system: str, live: int, both: list[tuple[float, float]]) -
     }
 
 
-def load(path: Path, num_pages: int) -> tuple[float, float]:
-    """As `timed`, a load into an empty pool."""
-    pool = KVCache.create(
+def pool(num_pages: int, devices: int = 1) -> KVCache:
+    """An empty pool whose memory is in use, its heads over so many devices."""
+    split: dict = {}
+    if devices > 1:
+        mesh = jax.make_mesh((devices,), ("heads",), devices=jax.devices()[:devices])
+        split = {"mesh": mesh, "head_axis": "heads"}
+    cache = KVCache.create(
         num_layers=LAYERS,
         num_pages=num_pages,
         num_kv_heads=HEADS,
         page_size=PAGE,
         head_dim=DIM,
+        **split,
     )
-    pool = jax.block_until_ready(jax.tree.map(lambda a: a + 0, pool))  # its memory is there
-    allocator = BlockAllocator(num_pages, PAGE)
-    return timed(lambda: load_snapshot(path, into=(pool, allocator)).cache)
+    return jax.block_until_ready(jax.tree.map(lambda a: a + 0, cache))
+
+
+def load(path: Path, num_pages: int) -> tuple[float, float]:
+    """As `timed`, a load into an empty pool."""
+    into = pool(num_pages), BlockAllocator(num_pages, PAGE)
+    return timed(lambda: load_snapshot(path, into=into).cache)
 
 
 def status(field: str) -> int:
@@ -239,7 +308,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         before = os.getloadavg()[0]
-        records = run(Path(folder), args.mib, args.rounds) + memory(args.mib)
+        records = run(Path(folder), args.mib, args.rounds)
+        records += memory(args.mib) if ON_CPU else []
     load_averages = [before, os.getloadavg()[0]]
     case = {"what": "machine", "mib": args.mib}
     records.append(
@@ -247,9 +317,13 @@ def main() -> None:
     )
     for r in records:
         print(r["case"]["what"], r["system"], r.get("best_gb_per_s", ""), r.get("peak_bytes", ""))
-    packages = ("numpy", "jax", "jaxlib", "safetensors", "isal")
-    command = f"python benchmarks/snapshot.py --mib {args.mib} --rounds {args.rounds}"
-    write_result("snapshot", records, command=command, packages=packages)
+    write_result(
+        "snapshot" if ON_CPU else "snapshot_gpu",
+        records,
+        command=f"python benchmarks/snapshot.py --mib {args.mib} --rounds {args.rounds}",
+        device=None if ON_CPU else f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
+        packages=("numpy", "jax", "jaxlib", "safetensors", "isal"),
+    )
 
 
 if __name__ == "__main__":

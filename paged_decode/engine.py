@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ._devices import tied
 from ._engine_config import EngineConfig, EngineStats
 from ._engine_scheduling import EngineScheduling
 from ._engine_snapshot import EngineSnapshots
@@ -259,6 +260,9 @@ class Engine(EngineScheduling, EngineSnapshots):
     def warmup(self) -> int:
         """Compile every program that the engine can need; returns how many are new to it."""
         before = self.stats.programs
+        self.cache = tied(self.cache)  # as it is after a swap or `restore`
+        if self.tier is not None:
+            self.cache = self.tier.warmup(self.cache)
         for chunk in self.config.chunk_buckets:
             tokens = np.zeros((self.config.prefill_rows, chunk), np.int32)
             self._run_prefill(tokens, null_batch(*tokens.shape, columns=self._columns))
@@ -270,8 +274,6 @@ class Engine(EngineScheduling, EngineSnapshots):
         while width < 2 * self.config.max_rows:
             self._run_copies(PageCopies(np.zeros(width, np.int32), np.zeros(width, np.int32)))
             width *= 2
-        if self.tier is not None:
-            self.cache = self.tier.warmup(self.cache)
         return self.stats.programs - before
 
     def __repr__(self) -> str:

@@ -30,6 +30,17 @@ jax.config.update("jax_num_cpu_devices", 8)  # for tests of meshes; the others u
 
 
 @pytest.fixture
+def compiled():
+    """A list to which every compilation adds its name."""
+    names: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: names.append(name) if "backend_compile" in name else None
+    )
+    yield names
+    jax.monitoring.clear_event_listeners()
+
+
+@pytest.fixture
 def unchecked():
     """Turn the shape checker off, so that the errors which users see are the ones tested."""
     jaxtyping.config.update("jaxtyping_disable", True)

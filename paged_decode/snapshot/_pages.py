@@ -7,10 +7,12 @@ parts (`kv/k_pages/0` and so on), and one can be saved and the other restored.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import jax
@@ -18,12 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from .._devices import pinned_sharding
 from ._format import DTYPES, ArraySpec
 
 __all__ = ["Part", "page_chunks", "parts_of", "prepare_insert"]
 
 _RING = 4  # buffers of a chunk each: see `write_file`
-_AHEAD = 3  # chunks on their way from an accelerator to the host
+_BATCH_CHUNKS = 4  # 16 MiB leave an accelerator together; twice that where the loop waits
+_AHEAD = 2  # batches on their way, besides the one that is used
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,39 +86,157 @@ def parts_of(cache: Any, num_pages: int) -> list[Part]:
 
 
 def page_chunks(
-    cache: Any, part: Part, pages: np.ndarray, filled: np.ndarray, page_size: int, *, copy: bool
+    cache: Any,
+    parts: list[Part],
+    pages: np.ndarray,
+    filled: np.ndarray,
+    page_size: int,
+    *,
+    copy: bool,
 ) -> Iterator[np.ndarray]:
-    """The pages `[M]` of one part in chunks of the format; slots from `filled` on are zero.
+    """The pages `[M]` of every part, part after part, in chunks of the format.
+
+    Slots from `filled` on are zero: what lies there may be of another prompt. While a chunk is
+    used, the next ones are on their way from an accelerator, those of the next part too.
 
     Args:
-      copy: make every chunk its own memory; else they may lie in a ring of 4 buffers.
+      copy: make every chunk its own memory; else they may lie in rings of 4 buffers.
     """
-    step = part.spec(0).chunk_rows
-    shape, dtype = (min(step, len(pages)), *part.shape), DTYPES[part.dtype]
-    ring = [
-        np.empty(shape, dtype) for _ in range(0 if copy else min(_RING, -(-len(pages) // step)))
-    ]
-    pieces = _pieces(jax.tree.leaves(cache)[part.leaf], part)
-    whole = len(pieces) == 1 and pieces[0][1] is None
-    taken = [_take(local, pages, step, ring if whole else []) for _, _, local in pieces]
-    for turn, first in enumerate(range(0, len(pages), step)):
-        count = min(step, len(pages) - first)
-        if whole:
-            out = next(taken[0])[:count]
-        else:
-            out = np.empty((count, *part.shape), dtype) if copy else ring[turn % _RING][:count]
-            for (index, heads, _), chunks in zip(pieces, taken, strict=True):
-                chunk = next(chunks)[:count]
-                out[(slice(None), *index)] = chunk if heads is None else chunk[:, heads]
-        yield _without_tails(out, filled[first : first + count], page_size)
+    leaves, rings = jax.tree.leaves(cache), _Rings(copy)
+    ahead: deque[_Batch] = deque()
+    batches: dict[int, list[_Rows]] = {}  # the same for all parts whose pages are equally large
+    for part in parts:
+        pieces = _pieces(leaves[part.leaf], part)
+        count = part.spec(0).chunk_rows
+        if any(piece.pinned is not None for piece in pieces):
+            count *= 2 * _BATCH_CHUNKS if copy else _BATCH_CHUNKS
+        if count not in batches:
+            places = [slice(first, first + count) for first in range(0, len(pages), count)]
+            batches[count] = [_Rows(pages[at], filled[at], page_size) for at in places]
+        for rows in batches[count]:
+            ahead.append(_Batch(part, pieces, rows))
+            if len(ahead) > _AHEAD:
+                yield from ahead.popleft().chunks(rings)
+    while ahead:
+        yield from ahead.popleft().chunks(rings)
 
 
-def _pieces(leaf: Any, part: Part) -> list[tuple[tuple[slice, ...], slice | None, Any]]:
-    """`[N, ...]` arrays on one device each, which part of a page they are, and which of their heads
-    to take: None for all, else the first copy of each."""
+class _Rings:
+    """Memory for chunks: 4 buffers of each kind in turn, or new memory each time."""
+
+    def __init__(self, copy: bool):
+        self._copy = copy
+        self._rings: dict[Any, Iterator[np.ndarray]] = {}
+
+    def next(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        if self._copy:
+            return np.empty(shape, dtype)
+        if (shape, dtype) not in self._rings:
+            ring = [np.empty(shape, dtype) for _ in range(_RING)]
+            self._rings[shape, dtype] = cycle(ring)
+        return next(self._rings[shape, dtype])
+
+
+class _Rows:
+    """Some pages, and how many of their slots are filled."""
+
+    def __init__(self, pages: np.ndarray, filled: np.ndarray, page_size: int):
+        self.pages, self.filled, self.page_size = pages, filled, page_size
+        self._there: dict[Any, tuple[Any, Any]] = {}
+
+    def on(self, device: Any) -> tuple[Any, Any]:
+        """Both as int32 on a device, once for all parts; padded with the null page.
+
+        The length is a power of two, so that few programs are compiled.
+        """
+        if device not in self._there:
+            both = np.zeros((2, 1 << (len(self.pages) - 1).bit_length()), np.int32)
+            both[0, : len(self.pages)], both[1, : len(self.pages)] = self.pages, self.filled
+            self._there[device] = jax.device_put((both[0], both[1]), device)
+        return self._there[device]
+
+
+class _Batch:
+    """A few chunks of one part; their way from an accelerator begins when it is made."""
+
+    def __init__(self, part: Part, pieces: list[_Piece], rows: _Rows):
+        self._part, self._pieces, self._rows = part, pieces, rows
+        self._begun = [piece.begin(rows) for piece in pieces]
+
+    def chunks(self, rings: _Rings) -> Iterator[np.ndarray]:
+        """Wait for the copies. Afterwards nothing of the batch is left on a device."""
+        arrived = [copy is not None for copy in self._begun]
+        sources = [
+            piece.host_view() if copy is None else np.asarray(jax.block_until_ready(copy))
+            for piece, copy in zip(self._pieces, self._begun, strict=True)
+        ]
+        self._begun.clear()
+        step, dtype = self._part.spec(0).chunk_rows, DTYPES[self._part.dtype]
+        every = self._rows
+        for first in range(0, len(every.pages), step):
+            ids, filled = (a[first : first + step] for a in (every.pages, every.filled))
+            places = [slice(first, first + len(ids)) if there else ids for there in arrived]
+            if all(arrived) and self._pieces[0].is_whole:
+                yield sources[0][places[0]]
+                continue
+            out = rings.next((min(step, len(every.pages)), *self._part.shape), dtype)[: len(ids)]
+            for piece, source, at in zip(self._pieces, sources, places, strict=True):
+                piece.take(source, at, out)
+            yield _without_tails(out, filled, every.page_size)
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """What one device has of a part.
+
+    Attributes:
+      index: which part of a page it is; () is all of it.
+      heads: which of its KV heads to take, the first copy of each; None is all.
+      local: the array there, `[N, ...]` or, with a layer, `[L, N, ...]`.
+      layer: the layer, or None.
+      pinned: where copies rest on their way from an accelerator; None on a CPU.
+    """
+
+    index: tuple[slice, ...]
+    heads: slice | None
+    local: Any
+    layer: int | None
+    pinned: Any
+
+    @property
+    def is_whole(self) -> bool:
+        return self.index == () and self.heads is None
+
+    def begin(self, rows: _Rows) -> Any:
+        """Begin to copy pages to page-locked memory; None where the host sees them anyway."""
+        if self.pinned is None:
+            return None
+        ids, ends = rows.on(self.local.device)
+        gathered = _gather(self.local, ids, ends, self.layer, page_size=rows.page_size)
+        try:
+            return jax.device_put(gathered, self.pinned)
+        except jax.errors.JaxRuntimeError:  # none of it is left: NumPy takes the slow way
+            return gathered
+
+    def host_view(self) -> np.ndarray:
+        """The array as NumPy sees it, without a copy."""
+        view = np.asarray(self.local)
+        return view if self.layer is None else view[self.layer]
+
+    def take(self, source: np.ndarray, rows: slice | np.ndarray, out: np.ndarray) -> None:
+        """Put rows of `source` `[n, ...]` where they belong in `out`."""
+        if self.is_whole and isinstance(rows, np.ndarray) and source.flags.c_contiguous:
+            np.take(source, rows, axis=0, out=out, mode="clip")
+            return
+        chunk = source[rows]
+        out[(slice(None), *self.index)] = chunk if self.heads is None else chunk[:, self.heads]
+
+
+def _pieces(leaf: Any, part: Part) -> list[_Piece]:
+    """The part on each device that holds some of its heads first."""
     layer = part.layer
     if not isinstance(leaf, jax.Array):
-        return [((), None, leaf if layer is None else leaf[layer])]
+        return [_Piece((), None, leaf, layer, None)]
     if not leaf.is_fully_addressable:
         raise NotImplementedError(
             "the cache is spread over several processes; save a replica in each of them, or gather "
@@ -137,67 +259,35 @@ def _pieces(leaf: Any, part: Part) -> list[tuple[tuple[slice, ...], slice | None
             if first == stop:
                 continue
         if shard.replica_id == 0:
-            pieces.append((index, heads, _Layer(shard.data, layer)))
+            if all(s.indices(n) == (0, n, 1) for s, n in zip(index, part.shape, strict=True)):
+                index = ()
+            local = shard.data
+            pieces.append(_Piece(index, heads, local, layer, pinned_sharding(local)))
     return pieces
 
 
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """A layer of an array on one device; without a layer, all of it."""
-
-    array: Any
-    layer: int | None
-
-
-def _take(local: Any, pages: np.ndarray, step: int, ring: list[np.ndarray]) -> Iterator[np.ndarray]:
-    """Chunks of `step` pages on the host: in the ring, or each in its own memory.
-
-    The last one may be longer than its pages.
-    """
-    if isinstance(local, _Layer) and local.array.device.platform != "cpu":
-        yield from _take_from_device(local, pages, step)
-        return
-    if isinstance(local, _Layer):
-        view = np.asarray(local.array)  # no copy on a CPU
-        view = view if local.layer is None else view[local.layer]
-    else:
-        view = np.asarray(local)
-    for turn, first in enumerate(range(0, len(pages), step)):
-        ids = pages[first : first + step]
-        if ring and view.flags.c_contiguous:
-            yield np.take(view, ids, axis=0, out=ring[turn % _RING][: len(ids)], mode="clip")
-        else:
-            yield view[ids]
+@partial(jax.jit, static_argnames="page_size")
+def _gather(array: Any, ids: Any, filled: Any, layer: Any, *, page_size: int) -> Any:
+    """Pages, zero from `filled` on: on the host that would be a copy more."""
+    bits = _bits(array)
+    pages = bits[ids] if layer is None else bits[layer, ids]
+    if _has_slots(pages, page_size):
+        slot = lax.broadcasted_iota(jnp.int32, pages.shape, 2)
+        ends = filled.reshape(-1, *(1,) * (pages.ndim - 1))
+        pages = jnp.where(slot < ends, pages, pages.dtype.type(0))
+    return pages if bits is array else lax.bitcast_convert_type(pages, array.dtype)
 
 
-def _take_from_device(local: _Layer, pages: np.ndarray, step: int) -> Iterator[np.ndarray]:
-    """One program gathers a chunk; the copies of the next ones run behind it."""
-    ahead: list[Any] = []
-    for first in range(0, len(pages), step):
-        ids = np.zeros(step, np.int32)
-        ids[: len(pages) - first] = pages[first : first + step]
-        chunk = _gather(local.array, ids, local.layer)
-        chunk.copy_to_host_async()
-        ahead.append(chunk)
-        if len(ahead) > _AHEAD:
-            yield np.asarray(ahead.pop(0))
-    for chunk in ahead:
-        yield np.asarray(chunk)
-
-
-@jax.jit
-def _gather(array: Any, ids: Any, layer: int | None) -> Any:
-    return array[ids] if layer is None else array[layer, ids]
+def _has_slots(pages: Any, page_size: int) -> bool:
+    """Whether pages are `[n, Hk, S, ...]`, which has slots to be cleared."""
+    return pages.ndim >= 3 and pages.shape[2] == page_size
 
 
 def _without_tails(chunk: np.ndarray, filled: np.ndarray, page_size: int) -> np.ndarray:
     """Zero what lies behind the tokens of a page `[Hk, S, ...]`: it may be of another prompt."""
-    if chunk.ndim < 3 or chunk.shape[2] != page_size:
+    if not _has_slots(chunk, page_size):
         return chunk
-    partial_pages = np.flatnonzero(filled < page_size).tolist()
-    if partial_pages and not chunk.flags.writeable:  # as it came from the device
-        chunk = chunk.copy()
-    for row in partial_pages:
+    for row in np.flatnonzero(filled < page_size).tolist():
         chunk[row, :, filled[row] :] = np.zeros((), chunk.dtype)
     return chunk
 

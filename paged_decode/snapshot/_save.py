@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -211,12 +212,13 @@ def plan_save(
     sources: list[Iterable[np.ndarray]] = [
         array_chunks(a, s) for a, s in zip(arrays.values(), specs, strict=True)
     ]
-    for part in parts:
-        chunks = page_chunks(
-            cache, part, where.pages[new], where.filled[new], state.page_size, copy=copy
-        )
-        sources.append(list(chunks) if copy else chunks)
-        specs.append(part.spec(count))
+    chunks = page_chunks(
+        cache, parts, where.pages[new], where.filled[new], state.page_size, copy=copy
+    )
+    for spec in (part.spec(count) for part in parts):
+        mine = islice(chunks, spec.num_chunks)  # the sources are asked in the order of the file
+        sources.append(list(mine) if copy else mine)
+        specs.append(spec)
     header = Header(
         page_size=state.page_size,
         pages=state.num_pages,

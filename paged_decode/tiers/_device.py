@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,7 +13,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
+from .._devices import pinned_sharding
+
 __all__ = ["CopyFailed", "CopyPending", "DeviceMover", "PageMover", "fits"]
+
+
+_ARRAY_BYTES = 1 << 24
 
 
 class CopyFailed(RuntimeError):
@@ -48,6 +55,10 @@ class DeviceMover:
     `take` gathers to a buffer of its own on the device, whose way to the host runs beside the
     programs that follow. The programs are one per number of pages, compiled once.
 
+    Layers travel together, up to 16 MiB in one array. From an accelerator a thread sends the
+    arrays, two at a time: a loop on the device that asks the host whether to go on waits in the
+    same queue, then behind two arrays and not behind all of them.
+
     Args:
       memory: "pinned_host" keeps pages in page-locked memory, from where they travel fastest;
         "numpy" in plain memory; None is the first where an accelerator has it.
@@ -57,52 +68,83 @@ class DeviceMover:
         if memory not in (None, "pinned_host", "numpy"):
             raise ValueError(f"memory must be 'pinned_host', 'numpy' or None, got {memory!r}")
         self.memory = memory
+        self._sender = ThreadPoolExecutor(1, "paged-decode-copies")
 
     def take(self, cache: Any, pages: np.ndarray) -> Any:
         leaves = jax.tree.leaves(cache)
         if not leaves[0].is_fully_addressable:
             raise NotImplementedError("a host tier serves a cache of one process, not of several")
         copies = _gather(leaves, pages)
-        if self._pins(copies[0]):
-            return [jax.device_put(c, c.sharding.with_memory_kind("pinned_host")) for c in copies]
-        for each in copies:
-            each.copy_to_host_async()
+        if self.memory == "pinned_host" or pinned_sharding(copies[0]) is not None:
+            return self._sender.submit(_send, copies)
         return copies
 
     def finish(self, copy: Any) -> Any:
-        jax.block_until_ready(copy)
-        return copy if self._pins(copy[0]) else [np.asarray(each) for each in copy]
+        if not isinstance(copy, Future):
+            return [np.asarray(each) for each in copy]
+        pinned = copy.result()
+        return [np.array(each) for each in pinned] if self.memory == "numpy" else pinned
 
     def put(self, cache: Any, rested: Any, pages: np.ndarray) -> Any:
         leaves, tree = jax.tree.flatten(cache)
-        rested = [jax.device_put(r, a.sharding) for r, a in zip(rested, leaves, strict=True)]
-        return jax.tree.unflatten(tree, _scatter(leaves, rested, pages))
-
-    def _pins(self, array: Any) -> bool:
-        if self.memory is not None:
-            return self.memory == "pinned_host"
-        device = next(iter(array.devices()))
-        kinds = {memory.kind for memory in device.addressable_memories()}
-        return device.platform != "cpu" and "pinned_host" in kinds
+        where = [leaves[group[0]].sharding for group in _groups(leaves, len(pages))]
+        return jax.tree.unflatten(tree, _scatter(leaves, jax.device_put(rested, where), pages))
 
 
-def fits(cache: Any, pages: list[Any]) -> bool:
-    """Whether pages `[n, ...]` are of the shapes and dtypes that the cache has."""
-    ours = [(leaf.shape[1:], np.dtype(leaf.dtype)) for leaf in jax.tree.leaves(cache)]
-    return ours == [(page.shape[1:], np.dtype(page.dtype)) for page in pages]
+def fits(cache: Any, rested: list[Any], num_pages: int) -> bool:
+    """Whether arrays are what a `DeviceMover` makes of so many pages of that cache."""
+    leaves = jax.tree.leaves(cache)
+    ours = [
+        ((len(group) * num_pages, *leaves[group[0]].shape[1:]), np.dtype(leaves[group[0]].dtype))
+        for group in _groups(leaves, num_pages)
+    ]
+    return ours == [(each.shape, np.dtype(each.dtype)) for each in rested]
+
+
+def _groups(leaves: Sequence[Any], num_pages: int) -> list[list[int]]:
+    """Which arrays of the cache travel together: neighbours that are alike, up to 16 MiB."""
+    groups: list[list[int]] = []
+    for at, leaf in enumerate(leaves):
+        last = leaves[groups[-1][0]] if groups else None
+        most = _ARRAY_BYTES * leaf.shape[0] // max(1, num_pages * leaf.nbytes)
+        alike = last is not None and (last.shape, last.dtype) == (leaf.shape, leaf.dtype)
+        if alike and len(groups[-1]) < most:
+            groups[-1].append(at)
+        else:
+            groups.append([at])
+    return groups
+
+
+def _send(copies: list[Array]) -> list[Array]:
+    """Copy arrays to page-locked memory, two at a time."""
+    sent: list[Array] = []
+    for each in copies:
+        sent.append(jax.device_put(each, each.sharding.with_memory_kind("pinned_host")))
+        jax.block_until_ready(sent[-2:-1])
+    return jax.block_until_ready(sent)
 
 
 @jax.jit
 def _gather(leaves: list[Array], pages: Int[Array, " C"]) -> list[Array]:
-    return [leaf[pages] for leaf in leaves]
+    """One array `[G * C, ...]` for each group of G leaves."""
+    return [
+        _unbits(jnp.concatenate([_bits(leaves[at])[pages] for at in group]), leaves[group[0]].dtype)
+        for group in _groups(leaves, len(pages))
+    ]
 
 
 @partial(jax.jit, donate_argnums=0)
 def _scatter(leaves: list[Array], new: list[Array], pages: Int[Array, " C"]) -> list[Array]:
     """Pages that are not wanted all go to the null page, which may hold anything."""
+    groups = _groups(leaves, len(pages))
+    values = [
+        value
+        for group, array in zip(groups, new, strict=True)
+        for value in jnp.split(_bits(array), len(group))
+    ]
     return [
-        _unbits(_bits(leaf).at[pages].set(_bits(value)), leaf.dtype)
-        for leaf, value in zip(leaves, new, strict=True)
+        _unbits(_bits(leaf).at[pages].set(value), leaf.dtype)
+        for leaf, value in zip(leaves, values, strict=True)
     ]
 
 

@@ -52,7 +52,7 @@ class DiskTier:
             self._enter(path)
 
     def write(self, keys: Iterable[bytes], tokens: Iterable[np.ndarray], pages: Any) -> bool:
-        """Keep a chunk, `[n, ...]` arrays of n pages; whether it is on the disk now."""
+        """Keep a chunk: n keys, and arrays with their pages. Whether it is on the disk now."""
         keys, tokens = tuple(keys), tuple(tokens)
         if all(key in self._where for key in keys):
             return True

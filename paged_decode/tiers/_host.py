@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .._devices import tied
 from ..allocator import BlockAllocator, Handle
 from ._device import CopyPending, DeviceMover, PageMover, fits
 from ._disk import DiskTier
@@ -118,7 +119,12 @@ class HostTier:
         self._coming: set[bytes] = set()
 
     def warmup(self, cache: Any) -> Any:
-        """Compile every copy; donates the cache, whose null page alone is written."""
+        """Compile every copy; donates the cache, whose null page alone is written.
+
+        The cache that comes back is committed to its device, as after every copy back; JAX
+        compiles programs anew for it: compile your own afterwards, as `Engine.warmup` does.
+        """
+        cache = tied(cache)
         for size in self.buckets:
             null = np.zeros(size, np.int32)
             cache = self.mover.put(cache, self.mover.finish(self.mover.take(cache, null)), null)
@@ -287,7 +293,11 @@ class HostTier:
             return False
         keys, tokens, pages = content
         known = any(k in self._where or k in self._coming for k in keys)
-        if known or not fits(cache, pages) or self._make_room(len(keys), keep) < len(keys):
+        if (
+            known
+            or not fits(cache, pages, len(keys))
+            or self._make_room(len(keys), keep) < len(keys)
+        ):
             return False
         self.num_pages += len(keys)
         self.stats.revived += len(keys)

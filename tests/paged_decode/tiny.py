@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -37,6 +38,7 @@ def make_params(seed: int = 0) -> dict[str, np.ndarray]:
 PARAMS = make_params()
 
 
+@jax.default_matmul_precision("highest")  # a GPU takes fewer bits of a float32 by default
 def model(params, cache, tokens, batch):
     x = jnp.asarray(params["embed"])[tokens] + jnp.asarray(params["place"])[batch.positions]
     for layer in range(LAYERS):

@@ -1,4 +1,7 @@
-"""One file, whatever the devices: heads over 1 to 8 of them, with and without copies, and back."""
+"""One file, whatever the devices: heads over 1 to 8 of them, with and without copies, and back.
+
+On CPUs always; on GPUs where there are two.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 SCRIPT = """
 import sys
 from pathlib import Path
 import jax
+jax.config.update("jax_platforms", sys.argv[2])
 jax.config.update("jax_num_cpu_devices", 8)
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from paged_decode import BlockAllocator, KVCache, load_snapshot, save_snapshot
 
-folder, rng = Path(sys.argv[1]), np.random.default_rng(0)
+folder, rng, COUNT = Path(sys.argv[1]), np.random.default_rng(0), len(jax.devices())
 
 def cache_on(devices, pages, fill=None):
     arrays = [np.zeros((pages, 4, 4, 8), np.float32) if fill is None else fill() for _ in range(4)]
@@ -39,7 +46,9 @@ allocator.free(h)
 save_snapshot(folder / "1", cache_on(1, 20, fresh), allocator)
 want = (folder / "1").read_bytes()
 last = "1"
-for devices, pages in ((2, 30), (4, 12), (1, 25), (4, 20)):
+for devices, pages in ((2, 30), (4, 12), (1, 25), (4, 20), (1, 20)):
+    if devices > COUNT:
+        continue
     other = BlockAllocator(pages, 4)
     restored = load_snapshot(folder / last, into=(cache_on(devices, pages), other))
     other.check_invariants()
@@ -48,7 +57,8 @@ for devices, pages in ((2, 30), (4, 12), (1, 25), (4, 20)):
     save_snapshot(folder / last, restored.cache, other)
     assert (folder / last).read_bytes() == want, last
 
-mesh = jax.make_mesh((4,), ("pages",), devices=jax.devices()[:4])
+few = min(COUNT, 4)
+mesh = jax.make_mesh((few,), ("pages",), devices=jax.devices()[:few])
 pages = jax.device_put(np.zeros((20, 4, 4, 8), np.float32), NamedSharding(mesh, P("pages")))
 try:
     save_snapshot(folder / "x", KVCache((pages,), (pages,)), allocator)
@@ -57,21 +67,21 @@ except NotImplementedError as error:
 else:
     raise SystemExit("pages over devices were saved")
 
-# Hk = 2 on 8 devices: every head has 4 copies; the file has it once.
+# Hk = 2: on 8 devices every head has 4 copies; the file has it once.
 sizes = dict(num_layers=2, num_kv_heads=2, page_size=4, head_dim=8)
 def split(pages, **axes):
-    heads = len(jax.devices()) // axes.pop("others", 1)
-    mesh = jax.make_mesh((heads, len(jax.devices()) // heads), ("heads", "others"))
+    heads = COUNT // axes.pop("others", 1)
+    mesh = jax.make_mesh((heads, COUNT // heads), ("heads", "others"))
     return KVCache.create(num_pages=pages, **sizes, mesh=mesh, **axes)
 
 half = [rng.standard_normal((20, 2, 4, 8)).astype(np.float32) for _ in range(4)]
 one = KVCache(tuple(map(jax.device_put, half[:2])), tuple(map(jax.device_put, half[2:])))
 save_snapshot(folder / "once", one, allocator)
 want = (folder / "once").read_bytes()
-for at, others in enumerate((1, 2, 4, 8)):
+for at, others in enumerate(n for n in (1, 2, 4, 8) if n <= COUNT):
     other = BlockAllocator(24, 4)
     into = split(24, head_axis="heads", others=others)
-    assert into.placement.kv_copies == (4, 2, 1, 1)[at]
+    assert into.placement.kv_copies == max(1, COUNT // others // 2)
     restored = load_snapshot(folder / "once", into=(into, other))
     copies = into.placement.kv_copies
     for leaf in jax.tree.leaves(restored.cache):
@@ -82,14 +92,25 @@ for at, others in enumerate((1, 2, 4, 8)):
 try:
     save_snapshot(folder / "y", split(24, data_axis="heads"), BlockAllocator(24, 4))
 except NotImplementedError as error:
-    assert "8 data shards" in str(error)
+    assert f"{COUNT} data shards" in str(error)
 else:
     raise SystemExit("data shards were saved")
 assert not (folder / "y").exists()
 """
 
 
-def test_heads_over_devices_and_back_give_the_same_bytes(tmp_path):
-    command = [sys.executable, "-W", "error", "-c", SCRIPT, str(tmp_path)]
+def run(*arguments):
+    command = [sys.executable, "-W", "error", "-c", SCRIPT, *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_heads_over_devices_and_back_give_the_same_bytes(tmp_path):
+    run(tmp_path, "cpu")
+
+
+@pytest.mark.gpu
+def test_heads_over_gpus_and_back_give_the_same_bytes(tmp_path):
+    if jax.default_backend() != "gpu" or len(jax.devices()) < 2:
+        pytest.skip("needs two GPUs")
+    run(tmp_path, "cuda")

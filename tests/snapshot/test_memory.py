@@ -14,6 +14,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np
+jax.config.update("jax_platforms", "cpu")  # where the cache is memory of the process
 from paged_decode import (
     BlockAllocator, KVCache, compact_snapshot, load_snapshot, save_snapshot, save_snapshot_async,
 )

@@ -199,6 +199,48 @@ def test_int8_pages_with_their_scales_return_bit_for_bit(tmp_path):
         np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.parametrize("locked", [True, False], ids=["page-locked memory", "none of it left"])
+@pytest.mark.parametrize("where", ["tuple", "stack", "two devices"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_way_from_an_accelerator_gives_the_same_bytes(
+    tmp_path, monkeypatch, dtype, where, locked
+):
+    """Several batches of several chunks; the host's memory is where a CPU has page-locked one."""
+    dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    cache, allocator, _ = busy(dtype=dtype)
+    if where == "stack":
+        cache = {n: jnp.stack(getattr(cache, n)) for n in ("k_pages", "v_pages")}
+    if where == "two devices":
+        if len(jax.devices()) < 2:
+            pytest.skip("needs two devices")
+        mesh = jax.make_mesh((2,), ("heads",), devices=jax.devices()[:2])
+        heads = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "heads"))
+        cache = jax.tree.map(lambda a: jax.device_put(a, heads), cache)
+    monkeypatch.setattr("paged_decode.snapshot._format.CHUNK_BYTES", 2 * HEADS * PAGE * DIM)
+    save_snapshot(tmp_path / "plain", cache, allocator)
+    sent = []
+
+    def pinned(array):
+        sent.append(array)
+        return array.sharding.with_memory_kind("pinned_host")
+
+    put = jax.device_put
+
+    def refused(array, where):
+        if getattr(where, "memory_kind", None) == "pinned_host":
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+        return put(array, where)
+
+    if not locked:
+        monkeypatch.setattr(jax, "device_put", refused)
+    monkeypatch.setattr("paged_decode.snapshot._pages.pinned_sharding", pinned)
+    save_snapshot(tmp_path / "sent", cache, allocator)
+    save_snapshot_async(tmp_path / "behind", cache, allocator).result(60)
+    assert sent
+    for name in ("sent", "behind"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "plain").read_bytes()
+
+
 def test_a_pool_too_small_for_the_sequences_is_refused_and_unchanged(tmp_path):
     cache, allocator, _ = busy()
     save_snapshot(tmp_path / "s", cache, allocator)

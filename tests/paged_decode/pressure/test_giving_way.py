@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
@@ -63,6 +64,18 @@ def test_swapped_samples_get_the_tokens_of_ample_memory_and_compute_nothing_twic
     assert engine.stats.swaps == engine.stats.preemptions > 0
     assert engine.stats.swapped_in_pages > 0
     assert engine.stats.recomputed_tokens == 0
+
+
+@pytest.mark.parametrize("memory", ["numpy", "pinned_host"])
+def test_after_warmup_no_swap_compiles_anything(expected, memory, compiled):
+    """Not the copies, and not the engine's programs on a cache that a copy has written."""
+    jax.clear_caches()
+    engine = tight(DeviceMover(memory))
+    engine.warmup()
+    compiled.clear()
+    assert finished(engine) == expected
+    assert engine.stats.swapped_in_pages > 0
+    assert compiled == []
 
 
 @pytest.mark.parametrize(
