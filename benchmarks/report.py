@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -141,20 +142,50 @@ def decode_grid() -> Iterator[str]:
     yield "\n![TB/s over context](benchmarks/results/decode_grid.png)\n\n"
 
 
+def decode_models() -> Iterator[str]:
+    result = load("decode_grid_models")
+    yield from heading(
+        "Other heads, bfloat16, pages of 16, cold L2, microseconds",
+        result,
+        ("jax", "triton", "flash-attn3-jax", "ejkernel"),
+    )
+    names = [TRITON, PALLAS, "flash-attention-3", "ejkernel", "jax/pallas"]
+    yield f"| query/KV heads/D, rows x tokens | {' | '.join(names)} | best peer / Triton |\n"
+    yield f"|---|{'---|' * len(names)}---|\n"
+    for case, systems in by_point(result["records"]):
+        times = {name: record["median_s"] for name, record in systems.items()}
+        cells = [f"{times[name] * 1e6:.1f}" if name in times else "" for name in names]
+        heads = f"{case['heads']}/{case['kv_heads']}/{case['dim']}"
+        yield f"| {heads}, {case['rows']} x {case['lengths']} | {' | '.join(cells)} | "
+        yield f"{min(peers_of(systems).values()) / times[TRITON]:.2f}x |\n"
+    yield "\n"
+
+
 def hopper() -> Iterator[str]:
     result = load("decode_grid_pallas")
     yield from heading(
-        "`pallas_gpu` beside `triton`, bfloat16, cold L2, microseconds",
+        "`pallas_gpu` beside `triton`, 32/8 heads of 128, bfloat16, cold L2, microseconds",
         result,
         ("jax", "triton"),
     )
-    yield "| rows x tokens, heads, page | `pallas_gpu` | `triton` | `triton` / `pallas_gpu` |\n"
+    points = [
+        (case, systems[TRITON]["median_s"], systems[PALLAS]["median_s"])
+        for case, systems in by_point(result["records"])
+        if PALLAS in systems and case["order"] == "permuted"
+    ]
+    yield "| rows x tokens, page | `pallas_gpu` | `triton` | `triton` / `pallas_gpu` |\n"
     yield "|---|---|---|---|\n"
-    for case, systems in by_point(result["records"]):
-        triton, pallas = (systems[name]["median_s"] for name in (TRITON, PALLAS))
-        heads = f"{case['heads']}/{case['kv_heads']}/{case['dim']}"
-        yield f"| {case['rows']} x {case['lengths']}, {heads}, {case['page_size']} | "
-        yield f"{pallas * 1e6:.1f} | {triton * 1e6:.1f} | {triton / pallas:.2f}x |\n"
+    for case, triton, pallas in points:
+        if (case["lengths"], case["rows"], case["page_size"]) in SHOWN:
+            yield f"| {case['rows']} x {case['lengths']}, {case['page_size']} | "
+            yield f"{pallas * 1e6:.1f} | {triton * 1e6:.1f} | {triton / pallas:.2f}x |\n"
+    yield "\nEvery point of the file:\n\n| pages | points | geometric mean | worst | best |\n"
+    yield "|---|---|---|---|---|\n"
+    for size in (16, 64):
+        ratios = [triton / pallas for case, triton, pallas in points if case["page_size"] == size]
+        mean = statistics.geometric_mean(ratios)
+        yield f"| of {size} tokens | {len(ratios)} | {mean:.3f}x | {min(ratios):.3f}x | "
+        yield f"{max(ratios):.3f}x |\n"
     yield "\n"
 
 
@@ -400,7 +431,7 @@ PAGES = {
         attention_xla,
         snapshot,
     ),
-    "docs/attention.md": (hopper,),
+    "docs/attention.md": (decode_models, hopper),
     "docs/snapshots.md": (snapshot, snapshot_gpu),
     "docs/pressure.md": (tier,),
     "docs/sharding.md": (sharding_cost, sharding_talk, sharding_memory),
