@@ -26,7 +26,7 @@ from ._format import DTYPES, ArraySpec
 __all__ = ["Part", "page_chunks", "parts_of", "prepare_insert"]
 
 _RING = 4  # buffers of a chunk each: see `write_file`
-_BATCH_CHUNKS = 4  # 16 MiB leave an accelerator together; twice that where the loop waits
+_BATCH_CHUNKS = 4  # 16 MiB leave an accelerator together
 _AHEAD = 2  # batches on their way, besides the one that is used
 
 
@@ -97,28 +97,51 @@ def page_chunks(
     """The pages `[M]` of every part, part after part, in chunks of the format.
 
     Slots from `filled` on are zero: what lies there may be of another prompt. While a chunk is
-    used, the next ones are on their way from an accelerator, those of the next part too.
+    used, the next ones are on their way from an accelerator, those of the next part too. A chunk
+    may lie in a ring of 4 buffers.
 
     Args:
-      copy: make every chunk its own memory; else they may lie in rings of 4 buffers.
+      copy: return when nothing more is read from the cache, instead of reading as chunks are asked
+        for. What came from an accelerator stays in page-locked memory until its chunk is asked for.
     """
-    leaves, rings = jax.tree.leaves(cache), _Rings(copy)
+    batches = _batches(cache, parts, pages, filled, page_size)
+    if copy:
+        own = _Rings(copy=True)
+        batches = _popped(deque(batch.out_of_the_cache(own) for batch in batches))
+    rings = _Rings(copy=False)
+    return (chunk for batch in batches for chunk in batch.chunks(rings))
+
+
+def _popped(batches: deque[_Batch]) -> Iterator[_Batch]:
+    """All of them; none is kept longer than it is used."""
+    while batches:
+        yield batches.popleft()
+
+
+def _batches(
+    cache: Any,
+    parts: list[Part],
+    pages: np.ndarray,
+    filled: np.ndarray,
+    page_size: int,
+) -> Iterator[_Batch]:
+    """Batches of 16 MiB from an accelerator, of a chunk from the host; some begin ahead."""
+    leaves = jax.tree.leaves(cache)
     ahead: deque[_Batch] = deque()
-    batches: dict[int, list[_Rows]] = {}  # the same for all parts whose pages are equally large
+    places: dict[int, list[_Rows]] = {}  # the same for all parts whose pages are equally large
     for part in parts:
         pieces = _pieces(leaves[part.leaf], part)
         count = part.spec(0).chunk_rows
         if any(piece.pinned is not None for piece in pieces):
-            count *= 2 * _BATCH_CHUNKS if copy else _BATCH_CHUNKS
-        if count not in batches:
-            places = [slice(first, first + count) for first in range(0, len(pages), count)]
-            batches[count] = [_Rows(pages[at], filled[at], page_size) for at in places]
-        for rows in batches[count]:
+            count *= _BATCH_CHUNKS
+        if count not in places:
+            cuts = [slice(first, first + count) for first in range(0, len(pages), count)]
+            places[count] = [_Rows(pages[at], filled[at], page_size) for at in cuts]
+        for rows in places[count]:
             ahead.append(_Batch(part, pieces, rows))
             if len(ahead) > _AHEAD:
-                yield from ahead.popleft().chunks(rings)
-    while ahead:
-        yield from ahead.popleft().chunks(rings)
+                yield ahead.popleft()
+    yield from ahead
 
 
 class _Rings:
@@ -162,9 +185,21 @@ class _Batch:
     def __init__(self, part: Part, pieces: list[_Piece], rows: _Rows):
         self._part, self._pieces, self._rows = part, pieces, rows
         self._begun = [piece.begin(rows) for piece in pieces]
+        self._taken: list[np.ndarray] | None = None
+
+    def out_of_the_cache(self, rings: _Rings) -> _Batch:
+        """Wait until the pages are in page-locked memory, or take them where there is none."""
+        if all(_is_pinned(copy) for copy in self._begun):
+            jax.block_until_ready(self._begun)
+        else:
+            self._taken = list(self.chunks(rings))
+        return self
 
     def chunks(self, rings: _Rings) -> Iterator[np.ndarray]:
         """Wait for the copies. Afterwards nothing of the batch is left on a device."""
+        if self._taken is not None:
+            yield from self._taken
+            return
         arrived = [copy is not None for copy in self._begun]
         sources = [
             piece.host_view() if copy is None else np.asarray(jax.block_until_ready(copy))
@@ -230,6 +265,10 @@ class _Piece:
             return
         chunk = source[rows]
         out[(slice(None), *self.index)] = chunk if self.heads is None else chunk[:, self.heads]
+
+
+def _is_pinned(copy: Any) -> bool:
+    return copy is not None and copy.sharding.memory_kind == "pinned_host"
 
 
 def _pieces(leaf: Any, part: Part) -> list[_Piece]:

@@ -217,7 +217,7 @@ def plan_save(
     )
     for spec in (part.spec(count) for part in parts):
         mine = islice(chunks, spec.num_chunks)  # the sources are asked in the order of the file
-        sources.append(list(mine) if copy else mine)
+        sources.append(mine)
         specs.append(spec)
     header = Header(
         page_size=state.page_size,

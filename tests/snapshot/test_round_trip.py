@@ -294,7 +294,13 @@ def test_a_foreign_fingerprint_is_taken_only_when_it_is_named(tmp_path):
     other.check_invariants()
 
 
-def test_saving_behind_the_loop_saves_the_state_of_that_moment(tmp_path):
+@pytest.mark.parametrize("locked", [False, True], ids=["", "page-locked memory"])
+def test_saving_behind_the_loop_saves_the_state_of_that_moment(tmp_path, monkeypatch, locked):
+    if locked:
+        monkeypatch.setattr(
+            "paged_decode.snapshot._pages.pinned_sharding",
+            lambda array: array.sharding.with_memory_kind("pinned_host"),
+        )
     cache, allocator, handles = busy()
     was = [content(cache, allocator, h) for h in handles]
     save_snapshot(tmp_path / "now", cache, allocator)
