@@ -259,15 +259,28 @@ def peers_of(systems: dict[str, dict]) -> dict[str, float]:
     }
 
 
-def means(records: list[dict[str, Any]]) -> dict[tuple[str, str], tuple[float, float, int]]:
-    """By kind and peer: geometric mean and worst of its time over ours, and the points."""
+def read_ceiling(records: list[dict[str, Any]]) -> float:
+    """Bytes per second of the fastest plain read of the run."""
+    reads = [r for r in records if r["system"] == "ceiling" and r["case"]["kind"] == "read"]
+    return max(r["bytes"] / r["median_s"] for r in reads)
+
+
+def means(
+    records: list[dict[str, Any]], ceiling: float | None = None
+) -> dict[tuple[str, str], tuple[float, float, int]]:
+    """By kind and peer: geometric mean and worst of its time over ours, and the points.
+
+    With `ceiling` over the time to read K and V at so many bytes per second instead, which no
+    kernel can be faster than.
+    """
     ratios: dict[tuple[str, str], list[float]] = {}
     for case, systems in by_point(records):
         if not (peers := peers_of(systems)):
             continue
         kind = "uniform" if case["lengths"].isdigit() else "ragged"
         for name, value in {**peers, "best": min(peers.values())}.items():
-            ratio = value / systems[OURS]["median_s"]
+            ours = systems[OURS]
+            ratio = value / (ours["bytes"] / ceiling if ceiling else ours["median_s"])
             ratios.setdefault((kind, name), []).append(ratio)
     return {
         key: (math.exp(statistics.fmean(map(math.log, values))), min(values), len(values))
