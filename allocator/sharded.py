@@ -38,15 +38,17 @@ class ShardedAllocator:
       num_pages: N, a multiple of R, with at least 2 pages a shard.
       page_size: S.
       num_shards: R.
-      prefix_cache, fingerprint, digest: of every shard's `BlockAllocator`.
-      hash_key: as there, and the same for all shards.
+      prefix_cache: of every shard's `BlockAllocator`, as are the next three.
+      hash_key: the same for all shards.
+      fingerprint: as there.
+      digest: as there.
       eviction: makes a policy, one for each shard; None makes `LRU()`.
 
     Example:
       >>> allocator = ShardedAllocator(16, 4, num_shards=2)
       >>> handles = [allocator.allocate([5, 6, 7]), allocator.allocate([8, 9])]
-      >>> [allocator.sequence(h).pages for h in handles]
-      [(1,), (9,)]
+      >>> allocator.sequence(handles[0]).pages, allocator.sequence(handles[1]).pages
+      ((1,), (9,))
     """
 
     def __init__(

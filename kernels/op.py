@@ -138,8 +138,8 @@ def append_and_attend(
       seq_lens: int32 `[B]`, tokens of each row, the new ones included.
       slots: int32 `[B]` or `[B, T]` as for `append_kv`: which of the tokens are new, `slots >= S`;
         where those lie, the page table says. None: all are.
-      layer, starts, scale, sliding_window, soft_cap, sinks, return_lse, implementation, placement:
-        as in `paged_attention`.
+
+    All other arguments are those of `paged_attention`.
 
     Returns:
       `(out, k_pages, v_pages)`, or `(out, lse, k_pages, v_pages)`.

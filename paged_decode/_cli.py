@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status, 1 for an error that a message explains."""
     parser = argparse.ArgumentParser(
         prog="paged-decode",
-        description="Tools for paged KV caches: backends, snapshots, experiments under memory pressure.",
+        description="Tools for paged KV caches: backends, snapshots, memory pressure.",
     )
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:

@@ -40,7 +40,8 @@ class ReplicatedAllocator(BlockAllocator):
     before the batch is handed out, so with `every=1` no step runs on tables that differ.
 
     Args:
-      num_pages, page_size, options: as in `BlockAllocator`.
+      num_pages: as in `BlockAllocator`, whose other options may follow.
+      page_size: as there.
       every: batches between two comparisons. One costs an exchange of 16 bytes.
 
     Raises (from `batch` and `advance`):
