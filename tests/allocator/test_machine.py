@@ -263,6 +263,7 @@ class TestPrograms(Programs.TestCase):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")  # TestPrograms checks shapes
 class TestManyPrograms(Programs.TestCase):
     """Other programs every time."""
 

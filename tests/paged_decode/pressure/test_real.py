@@ -128,7 +128,7 @@ for _name in ("allocate", "append", "reserve", "truncate", "commit", "fork", "fr
     "count",
     [2000, pytest.param(100_000, marks=[pytest.mark.long, pytest.mark.timeout(2400)])],
 )
-def test_every_invariant_holds_at_every_event_of_a_random_run(count):
+def test_every_invariant_holds_at_every_event_of_a_random_run(count, unchecked):
     Checked.calls = 0
     rng = np.random.default_rng(0)
 
