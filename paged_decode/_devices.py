@@ -1,4 +1,4 @@
-"""Where arrays lie: in page-locked memory beside an accelerator, or tied to their devices.
+"""Arrays on devices: where they lie, and their numbers as bits.
 
 Copies through page-locked memory run at the rate of the link and beside the device's programs;
 `np.asarray` and `copy_to_host_async` of an array on a GPU wait for the device and take ten times as
@@ -10,8 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
-__all__ = ["pinned_sharding", "tied"]
+__all__ = ["bits", "pinned_sharding", "tied", "unbits"]
 
 
 def pinned_sharding(array: Any) -> Any:
@@ -33,12 +35,25 @@ def tied(cache: Any) -> Any:
     leaves, tree = jax.tree.flatten(cache)
     if all(leaf.committed for leaf in leaves):
         return cache
-    return jax.tree.unflatten(tree, _placed(tuple(leaf.sharding for leaf in leaves))(leaves))
-
-
-def _placed(shardings: tuple[Any, ...]) -> Any:
-    return jax.jit(_same, donate_argnums=0, out_shardings=list(shardings))
+    shardings = [leaf.sharding for leaf in leaves]
+    place = jax.jit(_same, donate_argnums=0, out_shardings=shardings)
+    return jax.tree.unflatten(tree, place(leaves))
 
 
 def _same(leaves: list[Any]) -> list[Any]:
     return leaves
+
+
+def bits(array: Any) -> Any:
+    """Small floats as integers: a CPU widens them on the way, which quietens a signalling NaN.
+
+    Others stay as they are, because XLA for CPU copies the whole pool for the change of type.
+    """
+    if array.dtype.itemsize >= 4 or jnp.issubdtype(array.dtype, jnp.integer):
+        return array
+    return lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}"))
+
+
+def unbits(array: Any, dtype: Any) -> Any:
+    """What `bits` was made of."""
+    return array if array.dtype == dtype else lax.bitcast_convert_type(array, dtype)

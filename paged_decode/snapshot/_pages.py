@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .._devices import pinned_sharding
+from .._devices import bits, pinned_sharding, unbits
 from ._format import DTYPES, ArraySpec
 
 __all__ = ["Part", "page_chunks", "parts_of", "prepare_insert"]
@@ -308,13 +308,12 @@ def _pieces(leaf: Any, part: Part) -> list[_Piece]:
 @partial(jax.jit, static_argnames="page_size")
 def _gather(array: Any, ids: Any, filled: Any, layer: Any, *, page_size: int) -> Any:
     """Pages, zero from `filled` on: on the host that would be a copy more."""
-    bits = _bits(array)
-    pages = bits[ids] if layer is None else bits[layer, ids]
+    pages = bits(array)[ids if layer is None else (layer, ids)]
     if _has_slots(pages, page_size):
         slot = lax.broadcasted_iota(jnp.int32, pages.shape, 2)
         ends = filled.reshape(-1, *(1,) * (pages.ndim - 1))
         pages = jnp.where(slot < ends, pages, pages.dtype.type(0))
-    return pages if bits is array else lax.bitcast_convert_type(pages, array.dtype)
+    return unbits(pages, array.dtype)
 
 
 def _has_slots(pages: Any, page_size: int) -> bool:
@@ -405,18 +404,8 @@ def _shard_on(leaf: Any, device: Any) -> tuple[tuple[slice, ...], Any]:
 @partial(jax.jit, donate_argnums=0, static_argnames="stacked")
 def _insert(leaf: Any, values: list[Any], ids: Any, *, stacked: bool) -> Any:
     """Bits are moved, never numbers."""
-    out = _bits(leaf)
+    out = bits(leaf)
     for layer, value in enumerate(values):
         at = out.at[layer, ids] if stacked else out.at[ids]
-        out = at.set(_bits(value), unique_indices=True, mode="promise_in_bounds")
-    return out if out.dtype == leaf.dtype else lax.bitcast_convert_type(out, leaf.dtype)
-
-
-def _bits(array: Any) -> Any:
-    """Small floats as integers: a CPU widens them on the way, which quietens a signalling NaN.
-
-    Others stay as they are, because XLA for CPU copies the whole pool for the change of type.
-    """
-    if array.dtype.itemsize >= 4 or jnp.issubdtype(array.dtype, jnp.integer):
-        return array
-    return lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}"))
+        out = at.set(bits(value), unique_indices=True, mode="promise_in_bounds")
+    return unbits(out, leaf.dtype)

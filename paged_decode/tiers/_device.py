@@ -10,10 +10,9 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Int
 
-from .._devices import pinned_sharding
+from .._devices import bits, pinned_sharding, unbits
 
 __all__ = ["CopyFailed", "CopyPending", "DeviceMover", "PageMover", "fits"]
 
@@ -128,7 +127,7 @@ def _send(copies: list[Array]) -> list[Array]:
 def _gather(leaves: list[Array], pages: Int[Array, " C"]) -> list[Array]:
     """One array `[G * C, ...]` for each group of G leaves."""
     return [
-        _unbits(jnp.concatenate([_bits(leaves[at])[pages] for at in group]), leaves[group[0]].dtype)
+        unbits(jnp.concatenate([bits(leaves[at])[pages] for at in group]), leaves[group[0]].dtype)
         for group in _groups(leaves, len(pages))
     ]
 
@@ -140,20 +139,9 @@ def _scatter(leaves: list[Array], new: list[Array], pages: Int[Array, " C"]) -> 
     values = [
         value
         for group, array in zip(groups, new, strict=True)
-        for value in jnp.split(_bits(array), len(group))
+        for value in jnp.split(bits(array), len(group))
     ]
     return [
-        _unbits(_bits(leaf).at[pages].set(value), leaf.dtype)
+        unbits(bits(leaf).at[pages].set(value), leaf.dtype)
         for leaf, value in zip(leaves, values, strict=True)
     ]
-
-
-def _bits(array: Array) -> Array:
-    """Small floats as integers: a CPU computes in wider ones, which would change some NaNs."""
-    if array.dtype.itemsize >= 4 or jnp.issubdtype(array.dtype, jnp.integer):
-        return array
-    return lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}"))
-
-
-def _unbits(array: Array, dtype: Any) -> Array:
-    return array if array.dtype == dtype else lax.bitcast_convert_type(array, dtype)

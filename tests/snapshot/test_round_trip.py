@@ -20,6 +20,7 @@ from paged_decode import (
     verify_snapshot,
 )
 
+from ..devices import first_devices
 from .small import (
     DIM,
     HEADS,
@@ -199,6 +200,11 @@ def test_int8_pages_with_their_scales_return_bit_for_bit(tmp_path):
         np.testing.assert_array_equal(got, expected)
 
 
+def page_locked(array):
+    """Where a CPU has page-locked memory: in the host's."""
+    return array.sharding.with_memory_kind("pinned_host")
+
+
 @pytest.mark.parametrize("locked", [True, False], ids=["page-locked memory", "none of it left"])
 @pytest.mark.parametrize("where", ["tuple", "stack", "two devices"])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -211,9 +217,7 @@ def test_the_way_from_an_accelerator_gives_the_same_bytes(
     if where == "stack":
         cache = {n: jnp.stack(getattr(cache, n)) for n in ("k_pages", "v_pages")}
     if where == "two devices":
-        if len(jax.devices()) < 2:
-            pytest.skip("needs two devices")
-        mesh = jax.make_mesh((2,), ("heads",), devices=jax.devices()[:2])
+        mesh = jax.make_mesh((2,), ("heads",), devices=first_devices(2))
         heads = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "heads"))
         cache = jax.tree.map(lambda a: jax.device_put(a, heads), cache)
     monkeypatch.setattr("paged_decode.snapshot._format.CHUNK_BYTES", 2 * HEADS * PAGE * DIM)
@@ -222,7 +226,7 @@ def test_the_way_from_an_accelerator_gives_the_same_bytes(
 
     def pinned(array):
         sent.append(array)
-        return array.sharding.with_memory_kind("pinned_host")
+        return page_locked(array)
 
     put = jax.device_put
 
@@ -297,10 +301,7 @@ def test_a_foreign_fingerprint_is_taken_only_when_it_is_named(tmp_path):
 @pytest.mark.parametrize("locked", [False, True], ids=["", "page-locked memory"])
 def test_saving_behind_the_loop_saves_the_state_of_that_moment(tmp_path, monkeypatch, locked):
     if locked:
-        monkeypatch.setattr(
-            "paged_decode.snapshot._pages.pinned_sharding",
-            lambda array: array.sharding.with_memory_kind("pinned_host"),
-        )
+        monkeypatch.setattr("paged_decode.snapshot._pages.pinned_sharding", page_locked)
     cache, allocator, handles = busy()
     was = [content(cache, allocator, h) for h in handles]
     save_snapshot(tmp_path / "now", cache, allocator)
