@@ -278,10 +278,10 @@ def means(
         if not (peers := peers_of(systems)):
             continue
         kind = "uniform" if case["lengths"].isdigit() else "ragged"
+        ours = systems[OURS]
+        seconds = ours["bytes"] / ceiling if ceiling else ours["median_s"]
         for name, value in {**peers, "best": min(peers.values())}.items():
-            ours = systems[OURS]
-            ratio = value / (ours["bytes"] / ceiling if ceiling else ours["median_s"])
-            ratios.setdefault((kind, name), []).append(ratio)
+            ratios.setdefault((kind, name), []).append(value / seconds)
     return {
         key: (math.exp(statistics.fmean(map(math.log, values))), min(values), len(values))
         for key, values in sorted(ratios.items(), reverse=True)

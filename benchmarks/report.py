@@ -34,6 +34,16 @@ def heading(title: str, result: dict[str, Any], packages: tuple[str, ...]) -> It
     yield f"**{title}** ({made})\n\n"
 
 
+def head(*columns: str) -> str:
+    """The first two lines of a table."""
+    return f"{line(*columns)}|{'---|' * len(columns)}\n"
+
+
+def line(*cells: str) -> str:
+    """One line of a table."""
+    return f"| {' | '.join(cells)} |\n"
+
+
 def cpu_decode() -> Iterator[str]:
     result = load("cpu_decode")
     yield from heading(
@@ -41,8 +51,7 @@ def cpu_decode() -> Iterator[str]:
         result,
         ("jax", "torch", "transformers"),
     )
-    yield "| batch | paged-decode | transformers, its best of four ways | ratio |\n"
-    yield "|---|---|---|---|\n"
+    yield head("batch", "paged-decode", "transformers, its best of four ways", "ratio")
     records = [r for r in result["records"] if r["case"]["phase"] == "decode"]
     for batch in sorted({r["case"]["batch"] for r in records}):
         here = [r for r in records if r["case"]["batch"] == batch]
@@ -51,8 +60,8 @@ def cpu_decode() -> Iterator[str]:
         name = best["system"].split("/", 1)[1]
         ratio = ours["tokens_per_s"] / best["tokens_per_s"]
         label = "1" if batch == 1 else f"{batch}, ragged"
-        yield f"| {label} | {ours['tokens_per_s']:.1f} | {best['tokens_per_s']:.1f} ({name}) | "
-        yield f"{ratio:.2f}x |\n"
+        best_rate = f"{best['tokens_per_s']:.1f} ({name})"
+        yield line(label, f"{ours['tokens_per_s']:.1f}", best_rate, f"{ratio:.2f}x")
     yield "\n"
 
 
@@ -63,12 +72,12 @@ def allocator_step() -> Iterator[str]:
         result,
         ("python", "numpy"),
     )
-    yield "| system | median | min |\n|---|---|---|\n"
+    yield head("system", "median", "min")
     for record in result["records"]:
         case = record["case"]
         if case["call"] == "advance" and case.get("page_crossings"):
             name = f"{record['system']}, handles in a {case['handles']}"
-            yield f"| {name} | {record['median_s'] * 1e6:.0f} | {record['min_s'] * 1e6:.0f} |\n"
+            yield line(name, *(f"{record[key] * 1e6:.0f}" for key in ("median_s", "min_s")))
     yield "\n"
 
 
@@ -80,12 +89,11 @@ def attention_xla() -> Iterator[str]:
         ("jax",),
     )
     systems = list(dict.fromkeys(r["system"] for r in result["records"]))
-    yield f"| case | {' | '.join(systems)} |\n|---|{'---|' * len(systems)}\n"
+    yield head("case", *systems)
     names = list(dict.fromkeys(r["case"]["name"] for r in result["records"]))
     for name in names:
         times = {r["system"]: r["median_s"] for r in result["records"] if r["case"]["name"] == name}
-        cells = (f"{times[s] * 1e6:.0f}" if s in times else "" for s in systems)
-        yield f"| {name} | {' | '.join(cells)} |\n"
+        yield line(name, *(f"{times[s] * 1e6:.0f}" if s in times else "" for s in systems))
     yield "\n"
 
 
@@ -120,27 +128,25 @@ def decode_grid() -> Iterator[str]:
         if case["order"] == "permuted"
     }
     names = ["flashinfer", "flash-attention-3", "ejkernel", "jax/pallas"]
-    yield f"| rows x tokens, page | ours | TB/s | {' | '.join(names)} | best peer / ours |\n"
-    yield f"|---|---|---|{'---|' * len(names)}---|\n"
+    yield head("rows x tokens, page", "ours", "TB/s", *names, "best peer / ours")
     for key in SHOWN:
         systems = points[key]
         ours, peers = systems["paged-decode/triton"], peers_of(systems)
         cells = [f"{peers[name] * 1e6:.1f}" if name in peers else "" for name in names]
         rate = ours["bytes"] / ours["median_s"] / 1e12
-        yield f"| {key[1]} x {key[0]}, {key[2]} | {ours['median_s'] * 1e6:.1f} | {rate:.2f} | "
-        yield f"{' | '.join(cells)} | {min(peers.values()) / ours['median_s']:.2f}x |\n"
+        cells = [f"{ours['median_s'] * 1e6:.1f}", f"{rate:.2f}", *cells]
+        best = f"{min(peers.values()) / ours['median_s']:.2f}x"
+        yield line(f"{key[1]} x {key[0]}, {key[2]}", *cells, best)
     yield "\nGeometric mean (worst point) of a peer's time over ours, every point of the file:\n\n"
-    yield "| batches | points | best peer | flashinfer | flash-attention-3 | ejkernel |\n"
-    yield "|---|---|---|---|---|---|\n"
+    yield head("batches", "points", "best peer", "flashinfer", "flash-attention-3", "ejkernel")
     found = means(result["records"])
     most = means(result["records"], read_ceiling(result["records"]))
     peers = ("best", "flashinfer", "flash-attention-3", "ejkernel")
     for kind in ("uniform", "ragged"):
         cells = ["{:.2f}x ({:.2f}x)".format(*found[kind, name][:2]) for name in peers]
-        yield f"| {kind} | {found[kind, 'best'][2]} | {' | '.join(cells)} |\n"
+        yield line(kind, str(found[kind, "best"][2]), *cells)
         cells = [f"{most[kind, name][0]:.2f}x" for name in peers]
-        yield f"| {kind}, at the read ceiling from the first to the last byte | | "
-        yield f"{' | '.join(cells)} |\n"
+        yield line(f"{kind}, at the read ceiling from the first to the last byte", "", *cells)
     yield "\n![TB/s over context](benchmarks/results/decode_grid.png)\n\n"
 
 
@@ -152,14 +158,13 @@ def decode_models() -> Iterator[str]:
         ("jax", "triton", "flash-attn3-jax", "ejkernel"),
     )
     names = [TRITON, PALLAS, "flash-attention-3", "ejkernel", "jax/pallas"]
-    yield f"| query/KV heads/D, rows x tokens | {' | '.join(names)} | best peer / Triton |\n"
-    yield f"|---|{'---|' * len(names)}---|\n"
+    yield head("query/KV heads/D, rows x tokens", *names, "best peer / Triton")
     for case, systems in by_point(result["records"]):
         times = {name: record["median_s"] for name, record in systems.items()}
         cells = [f"{times[name] * 1e6:.1f}" if name in times else "" for name in names]
         heads = f"{case['heads']}/{case['kv_heads']}/{case['dim']}"
-        yield f"| {heads}, {case['rows']} x {case['lengths']} | {' | '.join(cells)} | "
-        yield f"{min(peers_of(systems).values()) / times[TRITON]:.2f}x |\n"
+        best = f"{min(peers_of(systems).values()) / times[TRITON]:.2f}x"
+        yield line(f"{heads}, {case['rows']} x {case['lengths']}", *cells, best)
     yield "\n"
 
 
@@ -175,19 +180,18 @@ def hopper() -> Iterator[str]:
         for case, systems in by_point(result["records"])
         if PALLAS in systems and case["order"] == "permuted"
     ]
-    yield "| rows x tokens, page | `pallas_gpu` | `triton` | `triton` / `pallas_gpu` |\n"
-    yield "|---|---|---|---|\n"
+    yield head("rows x tokens, page", "`pallas_gpu`", "`triton`", "`triton` / `pallas_gpu`")
     for case, triton, pallas in points:
         if (case["lengths"], case["rows"], case["page_size"]) in SHOWN:
-            yield f"| {case['rows']} x {case['lengths']}, {case['page_size']} | "
-            yield f"{pallas * 1e6:.1f} | {triton * 1e6:.1f} | {triton / pallas:.2f}x |\n"
-    yield "\nEvery point of the file:\n\n| pages | points | geometric mean | worst | best |\n"
-    yield "|---|---|---|---|---|\n"
+            times = [f"{seconds * 1e6:.1f}" for seconds in (pallas, triton)]
+            name = f"{case['rows']} x {case['lengths']}, {case['page_size']}"
+            yield line(name, *times, f"{triton / pallas:.2f}x")
+    yield "\nEvery point of the file:\n\n"
+    yield head("pages", "points", "geometric mean", "worst", "best")
     for size in (16, 64):
         ratios = [triton / pallas for case, triton, pallas in points if case["page_size"] == size]
-        mean = statistics.geometric_mean(ratios)
-        yield f"| of {size} tokens | {len(ratios)} | {mean:.3f}x | {min(ratios):.3f}x | "
-        yield f"{max(ratios):.3f}x |\n"
+        found = (statistics.geometric_mean(ratios), min(ratios), max(ratios))
+        yield line(f"of {size} tokens", str(len(ratios)), *(f"{ratio:.3f}x" for ratio in found))
     yield "\n"
 
 
@@ -198,21 +202,21 @@ def decode_step() -> Iterator[str]:
         result,
         ("jax", "triton"),
     )
-    yield "| pages | append | stepped by the host | looped on the device |\n|---|---|---|---|\n"
+    yield head("pages", "append", "stepped by the host", "looped on the device")
     cells: dict[tuple[str, str], dict[bool, str]] = {}
     for record in result["records"]:
         case, over = record["case"], record["median_s"] / record["floor_s"]
         cell = f"{record['median_s'] * 1e6:.0f} ({over:.2f}x)"
         cells.setdefault((case["layout"], case["append"]), {})[case["device_loop"]] = cell
     for (layout, append), found in cells.items():
-        yield f"| {layout} | {append} | {found[False]} | {found[True]} |\n"
+        yield line(layout, append, found[False], found[True])
     yield "\n"
 
 
 def snapshot() -> Iterator[str]:
     result = load("snapshot")
-    found = {(r["case"]["what"], r["system"]): r for r in result["records"]}
-    yield from _snapshot_rates("Snapshots", result, found)
+    found = _by_what(result)
+    yield from _snapshot_rates("Snapshots", result)
     before, after = found["machine", "load average, before and after"]["load"]
     yield f"\nLoad average of the machine: {before:.1f} before, {after:.1f} after. Other work on "
     yield "its cores slows what uses several threads most; repeat the command on a quiet one.\n"
@@ -233,15 +237,19 @@ def snapshot() -> Iterator[str]:
     yield f"The first load of a process compiles, and takes {first * 1e3:.0f} ms.\n\n"
 
 
-def _snapshot_rates(title: str, result: dict[str, Any], found: dict[Any, Any]) -> Iterator[str]:
+def _by_what(result: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    return {(r["case"]["what"], r["system"]): r for r in result["records"]}
+
+
+def _snapshot_rates(title: str, result: dict[str, Any]) -> Iterator[str]:
+    found = _by_what(result)
     yield from heading(
         f"{title} of {result['records'][0]['case']['mib']} MiB of pages, GB/s, best of interleaved "
         "rounds (median)",
         result,
         ("jax", "safetensors", "isal"),
     )
-    yield "| | paged-decode | raw | safetensors | of raw | of safetensors |\n"
-    yield "|---|---|---|---|---|---|\n"
+    yield head("", "paged-decode", "raw", "safetensors", "of raw", "of safetensors")
     for case, label in (
         ("write", "write and sync"),
         ("read, dropped", "read from the disk"),
@@ -250,13 +258,13 @@ def _snapshot_rates(title: str, result: dict[str, Any], found: dict[Any, Any]) -
         rates = [found[case, name] for name in (OURS, "raw", "safetensors")]
         cells = [f"{r['best_gb_per_s']:.2f} ({r['gb_per_s']:.2f})" for r in rates]
         cells += [f"{rates[0]['best_gb_per_s'] / r['best_gb_per_s']:.2f}x" for r in rates[1:]]
-        yield f"| {label} | {' | '.join(cells)} |\n"
+        yield line(label, *cells)
 
 
 def snapshot_gpu() -> Iterator[str]:
     result = load("snapshot_gpu")
-    found = {(r["case"]["what"], r["system"]): r for r in result["records"]}
-    yield from _snapshot_rates("Snapshots of a cache on a GPU,", result, found)
+    found = _by_what(result)
+    yield from _snapshot_rates("Snapshots of a cache on a GPU,", result)
     pause, copy, plain = (
         _spread_ms(found["pause", name]) for name in (OURS, "copy alone", "copy alone, np.asarray")
     )
@@ -269,11 +277,11 @@ def snapshot_gpu() -> Iterator[str]:
     yield f"process compiles, and takes {first['load'] * 1e3:.0f} ms.\n\n"
     yield "From pool to pool, each restored from the file that the one before it saved; every bit "
     yield "is equal, and so is every byte of the files:\n\n"
-    yield "| GPUs | pages of the pool | load | save and sync |\n|---|---|---|---|\n"
+    yield head("GPUs", "pages of the pool", "load", "save and sync")
     for r in (r for r in result["records"] if r["case"]["what"] == "moved"):
         cells = [str(r["case"]["devices"]), str(r["case"]["pages"])]
         cells += [f"{r[key] * 1e3:.0f} ms" for key in ("load_s", "save_s")]
-        yield f"| {' | '.join(cells)} |\n"
+        yield line(*cells)
     yield "\n"
 
 
@@ -285,7 +293,7 @@ def tier() -> Iterator[str]:
     result = load("tier_gpu")
     records = result["records"]
     yield from heading("Pages to host memory and back, median", result, ("jax",))
-    yield "| | out | GB/s | in | GB/s |\n|---|---|---|---|---|\n"
+    yield head("", "out", "GB/s", "in", "GB/s")
     names: dict[str, dict[str, Any]] = {}
     for r in records:
         what, case = r["case"]["what"], r["case"]
@@ -302,23 +310,24 @@ def tier() -> Iterator[str]:
             for way in ("out", "in")
             for cell in (f"{ways[way]['median_s'] * 1e3:.2f} ms", f"{ways[way]['gb_per_s']:.1f}")
         ]
-        yield f"| {name} | {' | '.join(cells)} |\n"
+        yield line(name, *cells)
     plain = next(r for r in records if r["case"]["what"] == "link, np.asarray")
     yield f"\n`np.asarray` of the array takes {plain['median_s'] * 1e3:.0f} ms "
     yield f"({plain['gb_per_s']:.1f} GB/s). Pages of {', '.join(_dtypes(records))} came back bit "
     yield "for bit, although their places were written again while the copy was in flight.\n\n"
-    yield "| | visit | copy | both | hidden |\n|---|---|---|---|---|\n"
+    yield head("", "visit", "copy", "both", "hidden")
     for r in (r for r in records if r["case"]["what"] == "overlap"):
         name = "two arrays at a time" if r["system"] == OURS else r["system"]
         cells = [f"{r[key] * 1e3:.1f} ms" for key in ("visit_s", "copy_s", "both_s")]
-        yield f"| {name} | {' | '.join(cells)} | {r['hidden']:.0%} of the copy |\n"
-    yield "\n| float32, the same requests | pages | seconds | preemptions | swapped in | computed "
-    yield "twice | tokens |\n|---|---|---|---|---|---|---|\n"
+        yield line(name, *cells, f"{r['hidden']:.0%} of the copy")
+    yield "\n"
+    what = ("pages", "seconds", "preemptions", "swapped in", "computed twice", "tokens")
+    yield head("float32, the same requests", *what)
     for r in (r for r in records if r["case"]["what"] == "pressure"):
         cells = [r["system"], str(r["case"]["pages"]), f"{r['seconds']:.2f}"]
         cells += [str(r[key]) for key in ("preemptions", "swapped_in_pages", "recomputed_tokens")]
         equal = "equal" if r["tokens_equal"] else "other"
-        yield f"| {' | '.join(cells)} | {r['tokens']}, {equal} |\n"
+        yield line(*cells, f"{r['tokens']}, {equal}")
     compiled = sum(r.get("compilations", 0) for r in records)
     yield f"\nPrograms compiled after the warm-up, in all of this: {compiled}.\n\n"
 
@@ -338,21 +347,20 @@ def sharding_cost() -> Iterator[str]:
     yield from heading(
         "A decode step on a mesh against the same step without, time ratio", result, ("jax",)
     )
-    yield "| devices of one CPU | rows | what | ratio |\n|---|---|---|---|\n"
+    yield head("devices of one CPU", "rows", "what", "ratio")
     for record in records:
         case = record["case"]
         if "ratio" not in record or record["system"].endswith("no mesh"):
             continue
         what = record["system"].removeprefix(f"{OURS}, ").replace(OURS, case["measure"])
-        yield f"| {case['devices']} | {case['B']} | {what} | {record['ratio']:.3f} |\n"
+        yield line(str(case["devices"]), str(case["B"]), what, f"{record['ratio']:.3f}")
     yield "\n"
 
 
 def sharding_talk() -> Iterator[str]:
     result, slices = load("sharding"), load("sharding_tpu")
     yield from heading("Sums over devices in one decode step", result, ("jax",))
-    yield "| model | devices | rows a shard | all-reduces | bytes of their results |\n"
-    yield "|---|---|---|---|---|\n"
+    yield head("model", "devices", "rows a shard", "all-reduces", "bytes of their results")
     groups: dict[tuple[Any, ...], list[int]] = {}
     for record in (r for r in result["records"] if r["case"]["measure"] == "talk"):
         case, (calls, total) = record["case"], _only_sums(record)
@@ -360,16 +368,15 @@ def sharding_talk() -> Iterator[str]:
         groups.setdefault(key, []).append(case["devices"])
     for (model, dtype, rows, calls, total), devices in groups.items():
         span = f"{min(devices)} to {max(devices)}"
-        yield f"| {model}, {dtype} | {span} | {rows} | {calls} | {total / 1e6:.1f} MB |\n"
+        yield line(f"{model}, {dtype}", span, str(rows), str(calls), f"{total / 1e6:.1f} MB")
     yield "\n"
     yield from heading("The same, compiled for slices of TPUs", slices, ("jax", "libtpu"))
-    yield "| slice | head shards x data shards | rows a shard | all-reduces | bytes |\n"
-    yield "|---|---|---|---|---|\n"
+    yield head("slice", "head shards x data shards", "rows a shard", "all-reduces", "bytes")
     for record in slices["records"]:
         case, (calls, total) = record["case"], _only_sums(record)
         shards, rows = f"{case['head_shards']} x {case['data_shards']}", case["rows_per_shard"]
-        yield f"| {case['slice']}, {case['model']}, {case['dtype']} | {shards} | {rows} "
-        yield f"| {calls} | {total / 1e6:.1f} MB |\n"
+        name = f"{case['slice']}, {case['model']}, {case['dtype']}"
+        yield line(name, shards, str(rows), str(calls), f"{total / 1e6:.1f} MB")
     yield "\n"
 
 
@@ -386,8 +393,14 @@ def sharding_memory() -> Iterator[str]:
     rows = "{B} rows of {tokens}".format(**records[0]["read_case"])
     yield "**Memory of GPUs with 80 GB**, of which 90 % are used, in bfloat16: arithmetic from the "
     yield "models' sizes, nothing of it was run.\n\n"
-    yield "| model | GPUs | weights on each | KV of a token on each | tokens that fit | bytes that "
-    yield f"each reads in a step, {rows} |\n|---|---|---|---|---|---|\n"
+    yield head(
+        "model",
+        "GPUs",
+        "weights on each",
+        "KV of a token on each",
+        "tokens that fit",
+        f"bytes that each reads in a step, {rows}",
+    )
     for r in records:
         cells = [r["case"]["model"], str(r["case"]["devices"])]
         cells.append(f"{r['weight_bytes_per_device'] / 1e9:.1f} GB")
@@ -395,7 +408,7 @@ def sharding_memory() -> Iterator[str]:
         fits = r["tokens_that_fit"]
         cells.append(f"{fits:,}" if fits else "does not fit")
         cells.append(f"{r['read_bytes_per_step'] / 1e9:.1f} GB" if fits else "")
-        yield f"| {' | '.join(cells)} |\n"
+        yield line(*cells)
     yield "\n"
 
 
@@ -414,12 +427,11 @@ def tpu_static() -> Iterator[str]:
             name = record["system"].split(",")[0]  # the better of a peer's blocks
             found[name] = min(record["bundles_per_page"], found.get(name, float("inf")))
     names = ["paged-decode/pallas_tpu", "jax/paged_attention", "jax/ragged_paged_attention"]
-    yield f"| shape | TPU | ours | {' | '.join(names[1:])} | ours / best |\n"
-    yield "|---|---|---|---|---|---|\n"
+    yield head("shape", "TPU", "ours", *names[1:], "ours / best")
     for (shape, generation), found in sorted(rows.items()):
         cells = [f"{found[name]:.0f}" if name in found else "does not compile" for name in names]
         best = min(found[name] for name in names[1:] if name in found)
-        yield f"| {shape} | {generation} | {' | '.join(cells)} | {found[names[0]] / best:.2f}x |\n"
+        yield line(shape, generation, *cells, f"{found[names[0]] / best:.2f}x")
     yield "\n"
 
 
