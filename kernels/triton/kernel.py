@@ -54,6 +54,12 @@ def _even_items(lanes, PROCESSORS: tl.constexpr, LEAST: tl.constexpr):
 
 
 @triton.jit
+def _cuts(tiles, size, eighths):
+    """Programs for rows of so many tiles, about `size` for each; config.py tells of `eighths`."""
+    return tl.maximum((tiles * 8 + eighths * size - 1) // (size * 8), 1)
+
+
+@triton.jit
 def _find_place(
     item,
     seq_lens,
@@ -92,7 +98,7 @@ def _find_place(
     most = tl.max(tiles, 0)
     if total == most * ROWS:
         size = tl.maximum(tl.cdiv(total * KV_HEADS, EVEN_ITEMS), MIN_TILES)
-        parts = tl.maximum((most * 8 + 4 * size - 1) // (size * 8), 1)
+        parts = _cuts(most, size, 4)
         row = item // parts
         base = row * parts
         parts = tl.where(row < ROWS, parts, 0)
@@ -103,8 +109,7 @@ def _find_place(
         even = most.to(tl.int64) * live * 4 <= (total + live - 1).to(tl.int64) * 5
         goal = tl.where(even, goal, RAGGED_ITEMS)
         size = tl.maximum(tl.cdiv(total * KV_HEADS, goal), MIN_TILES)
-        extra = tl.where(even, 4, EIGHTHS) * size - 1
-        cuts = tl.where(rows < ROWS, tl.maximum((tiles * 8 + extra) // (size * 8), 1), 0)
+        cuts = tl.where(rows < ROWS, _cuts(tiles, size, tl.where(even, 4, EIGHTHS)), 0)
         # The longest programs first: cut rows, then by halves. One scan counts all four kinds.
         kind = (tiles * 2 <= size).to(tl.int64) + (tiles * 4 <= size).to(tl.int64) + 1
         shift = tl.where(cuts > 1, 0, kind) * 16
