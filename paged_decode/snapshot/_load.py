@@ -170,7 +170,8 @@ def load_snapshot(
     stack. Cached pages that have no room are left out, the ones evicted first before others.
 
     Nothing is changed before the whole file, parents included, is read and found sound and every
-    page lies ready beside the cache; then one program per device writes the pages.
+    page lies ready beside the cache; then one program per layer writes the pages. A device that has
+    no room for all of them gets them in batches, once they are checked.
 
     Args:
       path: the file; its parents lie in the same folder.

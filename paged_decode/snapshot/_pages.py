@@ -26,7 +26,7 @@ from ._format import DTYPES, ArraySpec
 __all__ = ["Part", "page_chunks", "parts_of", "prepare_insert"]
 
 _RING = 4  # buffers of a chunk each: see `write_file`
-_BATCH_CHUNKS = 4  # 16 MiB leave an accelerator together
+_BATCH_CHUNKS = 8  # 32 MiB leave an accelerator together, or arrive there
 _AHEAD = 2  # batches on their way, besides the one that is used
 
 
@@ -106,16 +106,24 @@ def page_chunks(
     """
     batches = _batches(cache, parts, pages, filled, page_size)
     if copy:
-        own = _Rings(copy=True)
-        batches = _popped(deque(batch.out_of_the_cache(own) for batch in batches))
+        batches = _out_of_the_cache(batches)
     rings = _Rings(copy=False)
     return (chunk for batch in batches for chunk in batch.chunks(rings))
 
 
-def _popped(batches: deque[_Batch]) -> Iterator[_Batch]:
-    """All of them; none is kept longer than it is used."""
-    while batches:
-        yield batches.popleft()
+def _out_of_the_cache(batches: Iterator[_Batch]) -> Iterator[_Batch]:
+    """Take all of them, those on the host by two threads; none is kept longer than it is used."""
+    own, taken, jobs = _Rings(copy=True), deque[_Batch](), []
+    with ThreadPoolExecutor(2) as threads:
+        for batch in batches:
+            taken.append(batch)
+            if batch.is_on_host:
+                jobs.append(threads.submit(batch.out_of_the_cache, own))
+            else:
+                batch.out_of_the_cache(own)
+        for job in jobs:
+            job.result()
+    return (taken.popleft() for _ in range(len(taken)))
 
 
 def _batches(
@@ -125,7 +133,7 @@ def _batches(
     filled: np.ndarray,
     page_size: int,
 ) -> Iterator[_Batch]:
-    """Batches of 16 MiB from an accelerator, of a chunk from the host; some begin ahead."""
+    """Batches of 32 MiB from an accelerator, of a chunk from the host; some begin ahead."""
     leaves = jax.tree.leaves(cache)
     ahead: deque[_Batch] = deque()
     places: dict[int, list[_Rows]] = {}  # the same for all parts whose pages are equally large
@@ -187,13 +195,16 @@ class _Batch:
         self._begun = [piece.begin(rows) for piece in pieces]
         self._taken: list[np.ndarray] | None = None
 
-    def out_of_the_cache(self, rings: _Rings) -> _Batch:
+    @property
+    def is_on_host(self) -> bool:
+        return all(copy is None for copy in self._begun)
+
+    def out_of_the_cache(self, rings: _Rings) -> None:
         """Wait until the pages are in page-locked memory, or take them where there is none."""
         if all(_is_pinned(copy) for copy in self._begun):
             jax.block_until_ready(self._begun)
         else:
             self._taken = list(self.chunks(rings))
-        return self
 
     def chunks(self, rings: _Rings) -> Iterator[np.ndarray]:
         """Wait for the copies. Afterwards nothing of the batch is left on a device."""
@@ -339,22 +350,28 @@ def prepare_insert(
     """Bring staged pages `[M, ...]` of every part to the devices, and compile what places them.
 
     The function that comes back takes the M page ids, writes the pages there and returns the
-    cache; it donates the cache. All that can fail without the cache being touched fails here.
+    cache; it donates the cache. All that can fail without the cache being touched fails here,
+    unless a device has no room for all pages: then most are brought in batches later.
     """
     leaves, tree = jax.tree.flatten(cache)
-    runs = [_compile(leaves, parts, staged, device) for device in _devices(leaves)]
+    devices = _devices(leaves)
+    fills = [fill for device in devices for fill in _compile(leaves, parts, staged, device)]
 
     def insert(pages: list[int]) -> Any:
         ids = np.array(pages, np.int32)
         with ThreadPoolExecutor(2) as threads:  # on a CPU a program runs in the calling thread
-            results = [list(threads.map(lambda job: job[0](*job[1:], ids), run)) for run in runs]
-        if len(runs) == 1:
-            return jax.tree.unflatten(tree, results[0])
-        filled = [
-            jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, list(local))
-            for leaf, local in zip(leaves, zip(*results, strict=True), strict=True)
-        ]
-        return jax.tree.unflatten(tree, filled)
+            filled = list(threads.map(lambda fill: fill(ids), fills))
+        if len(devices) == 1:
+            return jax.tree.unflatten(tree, filled)
+        return jax.tree.unflatten(
+            tree,
+            [
+                jax.make_array_from_single_device_arrays(
+                    leaf.shape, leaf.sharding, filled[at :: len(leaves)]
+                )
+                for at, leaf in enumerate(leaves)
+            ],
+        )
 
     return insert
 
@@ -367,32 +384,84 @@ def _devices(leaves: list[Any]) -> list[Any]:
     return [shard.device for shard in first.addressable_shards]
 
 
+@dataclass(frozen=True, slots=True)
+class _Fill:
+    """Fills one leaf on one device with a batch of pages after the other.
+
+    Attributes:
+      local: the leaf there.
+      layers: its pages on the host, a layer each, with what the device has of a page.
+      batches: equally many pages each, so that there is one program; the last may repeat some.
+      ready: the pages of the first batch, if they are on the device.
+    """
+
+    program: Any
+    local: Any
+    device: Any
+    layers: list[_Layer]
+    batches: list[slice]
+    ready: list[Any] | None
+
+    def __call__(self, ids: np.ndarray) -> Any:
+        leaf, values = self.local, self.ready
+        for rows in self.batches:
+            if values is None:
+                jax.block_until_ready(leaf)  # the batch before makes room for this one
+                values = _bring(self.layers, rows, self.device)
+            leaf, values = self.program(leaf, values, ids[rows]), None
+        return leaf
+
+
+_Layer = tuple[np.ndarray, tuple[Any, ...]]
+
+
+def _bring(layers: list[_Layer], rows: slice, device: Any) -> list[Any]:
+    return [jax.device_put(pages[(rows, *index)], device) for pages, index in layers]
+
+
 def _compile(
     leaves: list[Any], parts: list[Part], staged: list[np.ndarray], device: Any
-) -> list[tuple[Any, Any, list[Any]]]:
-    """For each leaf the program that fills it on one device, its shard there, and its pages.
-
-    Leaves that are alike, as all layers are, share one program.
-    """
+) -> list[_Fill]:
+    """What fills each leaf on one device; leaves that are alike, as layers are, share a program."""
     shards = [_shard_on(leaf, device) for leaf in leaves]
-    values: list[list[Any]] = [[] for _ in leaves]
-    for part, pages in zip(parts, staged, strict=True):
-        index = shards[part.leaf][0][1 if part.layer is None else 2 :]
-        if part.copies > 1:
-            heads = np.arange(part.copies * part.shape[0])[index[0]] // part.copies
-            index = (heads, *index[1:])
-        values[part.leaf].append(jax.device_put(pages[(slice(None), *index)], device))
     stacked = {part.leaf: part.layer is not None for part in parts}
-    ids = np.zeros(len(staged[0]) if staged else 0, np.int32)
+    count = len(staged[0]) if staged else 0
+    page_bytes = sum(
+        local.nbytes // local.shape[stacked[at]] for at, (_, local) in enumerate(shards)
+    )
+    at_once = _has_room(device, count * page_bytes)
     programs: dict[Any, Any] = {}
-    runs = []
-    for at, ((_, local), pages) in enumerate(zip(shards, values, strict=True)):
-        alike = (local.shape, local.dtype, stacked[at])
+    fills = []
+    for at, (index, local) in enumerate(shards):
+        mine = [(part, pages) for part, pages in zip(parts, staged, strict=True) if part.leaf == at]
+        layers = [(pages, _of_page(index[1 + stacked[at] :], part)) for part, pages in mine]
+        batch = max(1, _BATCH_CHUNKS * mine[0][0].spec(0).chunk_rows // len(layers))
+        size = count if at_once else min(count, batch)
+        alike, ready = (local.shape, local.dtype, stacked[at]), None
+        if at_once or alike not in programs:
+            ready = _bring(layers, slice(size), device)
         if alike not in programs:
-            lowered = _insert.lower(local, pages, ids, stacked=stacked[at])
-            programs[alike] = lowered.compile()
-        runs.append((programs[alike], local, pages))
-    return runs
+            ids = np.zeros(size, np.int32)
+            programs[alike] = _insert.lower(local, ready, ids, stacked=stacked[at]).compile()
+        begins = (min(begin, count - size) for begin in range(0, count, max(1, size)))
+        batches = [slice(begin, begin + size) for begin in begins]
+        fills.append(_Fill(programs[alike], local, device, layers, batches, ready))
+    return fills
+
+
+def _of_page(index: tuple[Any, ...], part: Part) -> tuple[Any, ...]:
+    """What of a saved page a device holds that has `index` of it with all copies of its heads."""
+    if part.copies == 1:
+        return index
+    return np.arange(part.copies * part.shape[0])[index[0]] // part.copies, *index[1:]
+
+
+def _has_room(device: Any, nbytes: int) -> bool:
+    """Whether so many bytes fit the device, with an eighth of what is free left."""
+    stats = None if device is None else device.memory_stats()  # None on a CPU
+    if not stats or "bytes_limit" not in stats:
+        return True
+    return nbytes <= (stats["bytes_limit"] - stats["bytes_in_use"]) * 7 // 8
 
 
 def _shard_on(leaf: Any, device: Any) -> tuple[tuple[slice, ...], Any]:

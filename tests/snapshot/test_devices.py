@@ -23,6 +23,11 @@ jax.config.update("jax_num_cpu_devices", 8)
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from paged_decode import BlockAllocator, KVCache, load_snapshot, save_snapshot
+from paged_decode.snapshot import _format, _pages
+
+if sys.argv[3] == "batches":
+    _format.CHUNK_BYTES, _pages._BATCH_CHUNKS = 2048, 1
+    _pages._has_room = lambda device, nbytes: False
 
 folder, rng, COUNT = Path(sys.argv[1]), np.random.default_rng(0), len(jax.devices())
 
@@ -105,12 +110,14 @@ def run(*arguments):
     assert done.returncode == 0, done.stderr
 
 
-def test_heads_over_devices_and_back_give_the_same_bytes(tmp_path):
-    run(tmp_path, "cpu")
+@pytest.mark.parametrize("pages", ["at once", "batches"])
+def test_heads_over_devices_and_back_give_the_same_bytes(tmp_path, pages):
+    run(tmp_path, "cpu", pages)
 
 
 @pytest.mark.gpu
-def test_heads_over_gpus_and_back_give_the_same_bytes(tmp_path):
+@pytest.mark.parametrize("pages", ["at once", "batches"])
+def test_heads_over_gpus_and_back_give_the_same_bytes(tmp_path, pages):
     if jax.default_backend() != "gpu" or len(jax.devices()) < 2:
         pytest.skip("needs two GPUs")
-    run(tmp_path, "cuda")
+    run(tmp_path, "cuda", pages)

@@ -352,10 +352,15 @@ class Failing:
         return self.function(*args, **kwargs)
 
 
-@pytest.mark.parametrize("name", ["stage", "put", "compile", "allocate", "run", "import"])
+@pytest.mark.parametrize(
+    "name", ["stage", "put", "put a first batch", "compile", "allocate", "run", "import"]
+)
 def test_a_load_that_fails_anywhere_changes_nothing(tmp_path, states, monkeypatch, name):
     from paged_decode import BlockAllocator
     from paged_decode.snapshot import _load, _pages
+
+    if name == "put a first batch":
+        monkeypatch.setattr(_pages, "_has_room", lambda device, nbytes: False)
 
     cache, allocator, *_ = states
     save_snapshot(tmp_path / "s", cache, allocator)
@@ -365,6 +370,7 @@ def test_a_load_that_fails_anywhere_changes_nothing(tmp_path, states, monkeypatc
     place = {
         "stage": (_load, "fresh_arrays"),
         "put": (_pages.jax, "device_put"),
+        "put a first batch": (_pages.jax, "device_put"),
         "compile": (_pages, "_compile"),
         "allocate": (BlockAllocator, "allocate_pages"),
         "run": (_load, "prepare_insert"),

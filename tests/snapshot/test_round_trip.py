@@ -19,6 +19,7 @@ from paged_decode import (
     save_snapshot_async,
     verify_snapshot,
 )
+from paged_decode.snapshot._pages import _has_room
 
 from ..devices import first_devices
 from .small import (
@@ -243,6 +244,52 @@ def test_the_way_from_an_accelerator_gives_the_same_bytes(
     assert sent
     for name in ("sent", "behind"):
         assert (tmp_path / name).read_bytes() == (tmp_path / "plain").read_bytes()
+
+
+@pytest.mark.parametrize("where", ["tuple", "stack"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_without_room_beside_the_pool_pages_arrive_in_batches(tmp_path, monkeypatch, dtype, where):
+    dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    cache, allocator, _ = busy(dtype=dtype)
+    monkeypatch.setattr("paged_decode.snapshot._format.CHUNK_BYTES", cache.page_bytes)
+    save_snapshot(tmp_path / "a", cache, allocator)
+    there, other = make_cache(40, dtype, seed=5), make_allocator(40)
+    if where == "stack":
+        there = {n: jnp.stack(getattr(there, n)) for n in ("k_pages", "v_pages")}
+    arrived, put = [], jax.device_put
+
+    def watched(array, device):
+        arrived.append(len(array))
+        return put(array, device)
+
+    monkeypatch.setattr("paged_decode.snapshot._pages._BATCH_CHUNKS", 1)
+    monkeypatch.setattr("paged_decode.snapshot._pages._has_room", lambda device, nbytes: False)
+    monkeypatch.setattr(jax, "device_put", watched)
+    restored = load_snapshot(tmp_path / "a", into=(there, other))
+    monkeypatch.setattr(jax, "device_put", put)
+    batch = 2 if where == "stack" else 4
+    assert set(arrived) == {batch} and len(arrived) > 2 * LAYERS
+    assert restored.pages_loaded % 4  # the last batch repeats some
+    other.check_invariants()
+    save_snapshot(tmp_path / "b", restored.cache, other)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("stats", "room"),
+    [
+        (None, True),
+        ({}, True),
+        ({"bytes_limit": 1000, "bytes_in_use": 200}, True),
+        ({"bytes_limit": 1000, "bytes_in_use": 201}, False),
+    ],
+)
+def test_an_eighth_of_what_is_free_is_left_when_all_pages_are_brought_at_once(stats, room):
+    class Device:
+        def memory_stats(self):
+            return stats
+
+    assert _has_room(Device(), 700) is room
 
 
 def test_a_pool_too_small_for_the_sequences_is_refused_and_unchanged(tmp_path):
