@@ -22,12 +22,15 @@ on a GPU that is one gather and one copy to page-locked memory, or `np.asarray` 
 gathered. `moved` loads the file into pools of other sizes and, where there are two GPUs, with the
 heads over both and back, compares every bit, and saves them to the same bytes again.
 `memory` is the peak of a process of its own above what it had with pool and allocator made (CPU).
+`first pause` is of a process of its own, too (GPU): it compiles, and takes page-locked memory from
+the system, unless that is `reserved`, as docs/snapshots.md shows.
 """
 
 from __future__ import annotations
 
 import argparse
 import filecmp
+import gc
 import os
 import subprocess
 import sys
@@ -45,6 +48,7 @@ import numpy as np
 import safetensors.flax
 import safetensors.numpy
 from _result import spread, write_result
+from jax.sharding import SingleDeviceSharding
 
 from paged_decode import (
     BlockAllocator,
@@ -57,14 +61,22 @@ from paged_decode.snapshot._crc import crc32
 
 LAYERS, HEADS, PAGE, DIM = 8, 8, 16, 64
 CHUNK = 1 << 22
+PEAKS = ("save", "save_async", "load")
+FIRST_PAUSES = ("first pause, plain", "first pause, reserved")
 ON_CPU = jax.default_backend() == "cpu"
 
 
 def timed(work: Callable[[], object]) -> tuple[float, float]:
-    """Seconds, and seconds of processor time of all threads."""
+    """Seconds until the result is there, and seconds of processor time of all threads.
+
+    Giving back what the work made, such as a pool, is nobody's time; JAX does some of it later.
+    """
+    gc.collect()
     start, used = time.perf_counter(), time.process_time()
-    jax.block_until_ready(work())
-    return time.perf_counter() - start, time.process_time() - used
+    result = jax.block_until_ready(work())
+    times = time.perf_counter() - start, time.process_time() - used
+    del result
+    return times
 
 
 def raw_write(path: Path, buffer: memoryview, total: int) -> None:
@@ -149,8 +161,6 @@ def run(folder: Path, mib: int, rounds: int) -> list[dict]:
     save_snapshot(ours, cache, allocator)
     first = load(ours, cache.num_pages)  # compiles what places the pages
     saved, behind = (ours, cache, allocator), []
-    held_up = timed(lambda: behind.append(save_snapshot_async(*saved)))
-    behind.pop().result()
     for _ in range(rounds):
         note("write", "raw", lambda: raw_write(raw, memoryview(buffer), live))
         note(
@@ -172,9 +182,8 @@ def run(folder: Path, mib: int, rounds: int) -> list[dict]:
         note("pause", "copy alone", lambda: gather(cache, allocator))
         if not ON_CPU:
             note("pause", "copy alone, np.asarray", lambda: gather_plainly(cache, allocator))
-        behind.clear()
         note("pause", "paged-decode", lambda: behind.append(save_snapshot_async(*saved)))
-        behind[0].result()
+        behind.pop().result()
     for name, function in (("zlib.crc32", zlib.crc32), ("crc32 in use", crc32)):
         data = memoryview(np.concatenate([p.reshape(-1) for p in pages.values()]).tobytes())
         note(
@@ -185,7 +194,6 @@ def run(folder: Path, mib: int, rounds: int) -> list[dict]:
             ),
         )
     times["first load of a process", "paged-decode"] = [first]
-    times["first pause of a process", "paged-decode"] = [held_up]
     records = [record(case, system, live, both) for (case, system), both in times.items()]
     return records + moved(ours, cache.num_pages, live, pages)
 
@@ -285,12 +293,41 @@ def peak_above(what: str, mib: int) -> tuple[int, int]:
         return live, status("VmHWM") - before
 
 
+def first_pause(what: str, mib: int) -> tuple[int, float]:
+    """Live bytes, and the pause of the first snapshot of this process."""
+    cache, allocator, live = make(2 * mib * 2**20 // (2 * LAYERS * HEADS * PAGE * DIM * 4))
+    if what == "first pause, reserved":
+        pinned = SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+        jax.block_until_ready(jax.device_put(np.zeros(live, np.uint8), pinned))
+    jax.block_until_ready(cache)
+    with tempfile.TemporaryDirectory() as folder:
+        behind: list = []
+        saved = Path(folder) / "s", cache, allocator
+        pause, _ = timed(lambda: behind.append(save_snapshot_async(*saved)))
+        behind[0].result()
+    return live, pause
+
+
+def alone(what: str, mib: int) -> list[str]:
+    """What this command prints for one measurement in a process of its own."""
+    command = [sys.executable, __file__, "--alone", what, "--mib", str(mib)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+
+
+def first_pauses(mib: int) -> list[dict]:
+    records = []
+    for what in FIRST_PAUSES:
+        live, pause = alone(what, mib)
+        case = {"what": what, "mib": int(live) >> 20}
+        over = {"bytes": int(live), "seconds": float(pause)}
+        records.append({"case": case, "system": "paged-decode", **over})
+    return records
+
+
 def memory(mib: int) -> list[dict]:
     records = []
-    for what in ("save", "save_async", "load"):
-        command = [sys.executable, __file__, "--peak", what, "--mib", str(mib)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        live, peak = map(int, done.stdout.split())
+    for what in PEAKS:
+        live, peak = map(int, alone(what, mib))
         case = {"what": f"memory, {what}", "mib": live >> 20}
         over = {"bytes": live, "peak_bytes": peak, "peak_over_live_bytes": peak - live}
         records.append({"case": case, "system": "paged-decode", **over})
@@ -301,15 +338,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mib", type=int, default=1024, help="bytes in use")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--peak", choices=("save", "save_async", "load"), help=argparse.SUPPRESS)
+    parser.add_argument("--alone", choices=PEAKS + FIRST_PAUSES, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.peak:
-        print(*peak_above(args.peak, args.mib))
+    if args.alone:
+        print(*(peak_above if args.alone in PEAKS else first_pause)(args.alone, args.mib))
         return
     with tempfile.TemporaryDirectory() as folder:
         before = os.getloadavg()[0]
         records = run(Path(folder), args.mib, args.rounds)
-        records += memory(args.mib) if ON_CPU else []
+        records += memory(args.mib) if ON_CPU else first_pauses(args.mib)
     load_averages = [before, os.getloadavg()[0]]
     case = {"what": "machine", "mib": args.mib}
     records.append(
