@@ -77,6 +77,14 @@ class AllocatorState:
         np.minimum.at(settled, self.table, self.slots_below(self.computed))
         return settled == self.page_size
 
+    @property
+    def empty_slots(self) -> np.ndarray:
+        """bool `[M, S]`: slots that hold no token of a sequence or of the prefix cache."""
+        filled = np.zeros(self.num_pages, np.int64)
+        np.maximum.at(filled, self.table, self.slots_below(self.lengths))
+        filled[self.entry_pages] = self.page_size
+        return np.arange(self.page_size) >= filled[:, None]
+
     def slots_below(self, lengths: np.ndarray) -> np.ndarray:
         """int64 `[len(table)]`: slots of each page that lie below `lengths` `[Q]`."""
         counts = -(-self.lengths // self.page_size)
@@ -117,11 +125,18 @@ class AllocatorState:
         smaller = replace(
             self,
             entry_pages=page_place[pages],
-            entry_parents=np.where(parents < 0, parents, entry_place[parents]).astype(np.int32),
+            entry_parents=_renumbered(parents, entry_place),
             evictable=entry_place[self.evictable[keep[self.evictable]]].astype(np.int32),
             tokens=self.tokens[kept],
         )
         return smaller, kept
+
+
+def _renumbered(parents: np.ndarray, entry_place: np.ndarray) -> np.ndarray:
+    """Parents of entries that moved to these places; those below 0 are salts, which did not."""
+    moved = parents.astype(np.int32)
+    moved[parents >= 0] = entry_place[parents[parents >= 0]]
+    return moved
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,10 +192,7 @@ def collect_state(
         tokens=pool.tokens[pages],
     )
     where = _locate(pool, state, pages, committed_only)
-    named = np.zeros(len(pages), np.int64)
-    np.maximum.at(named, state.table, state.slots_below(length))
-    named[state.entry_pages] = page_size
-    state.tokens[np.arange(page_size) >= named[:, None]] = 0
+    state.tokens[state.empty_slots] = 0
     return state, where
 
 
@@ -329,10 +341,35 @@ def _check_entries(state: AllocatorState) -> None:
         (column[pages][owned] == depth[owned]).all() and (salt[pages][owned] == root[owned]).all(),
         "an entry is published for another place or salt than its page has in a sequence",
     )
+    _check_prefixes(state)
+    _require(not state.tokens[state.empty_slots].any(), "a slot that holds nothing has a token")
     _require(
         np.array_equal(np.sort(state.evictable), np.flatnonzero(~owned)),
         "the order of eviction does not name exactly the entries without an owner, once each",
     )
+
+
+def _check_prefixes(state: AllocatorState) -> None:
+    """What can be found by its tokens: each prefix once, and none that its page does not follow."""
+    prefixes: dict[tuple[int, bytes], int] = {}  # what a page is found by: parent and tokens
+    for parent, page in zip(state.entry_parents.tolist(), state.entry_pages.tolist(), strict=True):
+        prefixes.setdefault((parent, state.tokens[page].tobytes()), len(prefixes))
+    _require(len(prefixes) == len(state.entry_pages), "two entries are of one prefix")
+    entry_of = dict(zip(state.entry_pages.tolist(), range(len(prefixes)), strict=True))
+    tokens = [row.tobytes() for row in state.tokens]
+    begin = 0
+    for count, salt in zip(
+        (-(-state.lengths // state.page_size)).tolist(), state.salts.tolist(), strict=True
+    ):
+        before: int | None = -1 - salt
+        for page in state.table[begin : begin + count].tolist():
+            found = None if before is None else prefixes.get((before, tokens[page]))
+            _require(
+                entry_of.get(page, found) == found,
+                "an entry follows other tokens than its page does in a sequence",
+            )
+            before = found
+        begin += count
 
 
 def adopt_state(
