@@ -63,10 +63,11 @@ class SamplingParams:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         object.__setattr__(self, "stop_tokens", tuple(int(t) for t in self.stop_tokens))
-        if len(self.stop_tokens) > MAX_STOP_TOKENS or any(t < 0 for t in self.stop_tokens):
+        in_range = all(0 <= t < 2**31 for t in self.stop_tokens)
+        if len(self.stop_tokens) > MAX_STOP_TOKENS or not in_range:
             raise ValueError(
-                f"stop_tokens must be at most {MAX_STOP_TOKENS} ids, none negative, "
-                f"got {self.stop_tokens}"
+                f"stop_tokens must be at most {MAX_STOP_TOKENS} ids, none negative, all below "
+                f"2**31, got {self.stop_tokens}"
             )
 
 

@@ -17,6 +17,7 @@ from ._state import pack_bytes, require_split, unpack_bytes
 
 __all__ = ["ENGINE", "EngineState", "PendingEvent", "engine_arrays", "engine_from"]
 
+MAX_ID = 2**53
 REASONS = (None, "stop", "length", "capacity", "cancelled")
 
 ENGINE = {
@@ -157,9 +158,11 @@ def engine_from(arrays: Mapping[str, np.ndarray], pages: AllocatorState) -> Engi
     events = list(_events(columns))
     ids = [s.request_id for s in samples] + [p.event.request_id for p in events]
     _require(
-        0 <= next_id < 2**63 and all(0 <= i < next_id for i in ids),
-        "a request id is not below next_id",
+        0 <= next_id <= MAX_ID and all(0 <= i < next_id for i in ids),
+        "a request id is not below next_id, or that is above 2**53",
     )
+    names = {(s.request_id, s.index) for s in samples}
+    _require(len(names) == count, "a sample of a request is there twice")
     firsts = _link_siblings(samples, columns["sibling_of"].tolist())
     _require(0 <= running <= len(firsts), f"{running} of {len(firsts)} requests cannot run")
     state = EngineState(firsts[:running], firsts[running:], events, next_id)
@@ -199,8 +202,7 @@ def _samples(columns: Mapping[str, np.ndarray]) -> Iterator[Sample]:
             None,
             preemptions=int(columns["preemptions"][row]),
         )
-        ended = sample.left < 1 or any(t in params.stop_tokens for t in tokens[sample.prompt_len :])
-        _require(not ended, f"request {sample.request_id} has ended already")
+        _require(sample.left >= 1, f"request {sample.request_id} has ended already")
         yield sample
 
 
@@ -259,7 +261,15 @@ def _link_siblings(samples: list[Sample], sibling_of: list[int]) -> list[Sample]
             parent in places and samples[parent] is firsts[-1],
             "a sibling does not follow the request that it waits for",
         )
-        firsts[-1].siblings.append(samples[at])
+        first, sibling = samples[parent], samples[at]
+        _require(
+            first.request_id == sibling.request_id
+            and first.prompt_len == len(first.tokens) == sibling.prompt_len
+            and first.tokens == sibling.tokens
+            and first.cache_salt == sibling.cache_salt,
+            "a sibling is no further sample of the prompt that it waits for",
+        )
+        first.siblings.append(sibling)
     return firsts
 
 

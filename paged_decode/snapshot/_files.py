@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import stat
 import time
@@ -114,7 +115,7 @@ def replacing(path: str | os.PathLike[str], files: Files) -> Iterator[int]:
     """
     target = _checked_target(path)
     _sweep(target)
-    sibling = target.with_name(f".{target.name[:100]}.{os.getpid()}-{secrets.token_hex(8)}.tmp")
+    sibling = target.with_name(f"{_sibling_front(target)}{os.getpid()}-{secrets.token_hex(8)}.tmp")
     renamed = False
     try:
         file = files.create(sibling)
@@ -153,14 +154,17 @@ def _sweep(target: Path) -> None:
     """Remove siblings that a killed writer left: old, and locked by nobody."""
     if fcntl is None:
         return
+    ours = re.compile(re.escape(_sibling_front(target)) + r"[0-9]+-[0-9a-f]{16}\.tmp")
     with suppress(OSError):
-        for path in target.parent.glob(f".{_escaped(target.name[:100])}.*-*.tmp"):
-            with suppress(OSError):
-                _remove_if_abandoned(path)
+        for name in os.listdir(target.parent):
+            if ours.fullmatch(name):
+                with suppress(OSError):
+                    _remove_if_abandoned(target.parent / name)
 
 
-def _escaped(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+def _sibling_front(target: Path) -> str:
+    """How names of siblings begin: as much of the target's as leaves room for the rest."""
+    return f".{os.fsdecode(os.fsencode(target.name)[:100])}."
 
 
 def _remove_if_abandoned(path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import reprlib
 import struct
 import zlib
 from collections.abc import Mapping
@@ -31,6 +32,8 @@ MAX_HEADER_BYTES = 1 << 20
 MAX_DIMENSION = 1 << 31
 MAX_AXES = 8
 MAX_NAME_BYTES = 255
+MAX_METADATA = 4096  # keys
+MAX_PARENTS = 256
 
 DTYPES = {
     str(np.dtype(t)): np.dtype(t).newbyteorder("<")
@@ -164,12 +167,16 @@ def check_metadata(metadata: Any, error: type[Exception]) -> None:
     """Refuse what is not a map of text to text, integers of 64 bits, floats, booleans or None."""
     if not isinstance(metadata, Mapping):
         raise error(f"metadata must be a map, got {type(metadata).__name__}")
+    if len(metadata) > MAX_METADATA:
+        raise error(f"metadata may have {MAX_METADATA} keys, got {len(metadata)}")
     for key, value in metadata.items():
         known = type(value) in (str, int, float, bool, type(None))
         if not _is(key, str) or not known:
-            raise error(f"metadata must map str to str, int, float, bool or None, got {key!r}")
+            raise error(
+                f"metadata must map str to str, int, float, bool or None, got {_shown(key)}"
+            )
         if _is(value, int) and not -(2**63) <= value < 2**63:
-            raise error(f"metadata {key!r} does not fit 64 bits with a sign")
+            raise error(f"metadata {_shown(key)} does not fit 64 bits with a sign")
 
 
 # ---- reading
@@ -178,6 +185,15 @@ def check_metadata(metadata: Any, error: type[Exception]) -> None:
 def _is(value: Any, kind: type) -> bool:
     """Exactly that type: True is no int here."""
     return type(value) is kind
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 80
+
+
+def _shown(value: Any) -> str:
+    """What a file claims, for a message: as `repr`, but short and not deep."""
+    return _short.repr(value)
 
 
 def _require(holds: bool, message: str) -> None:
@@ -220,7 +236,7 @@ def decode_header(front: bytes) -> Header:
     fields = _unpack(body)
     keys = ["arrays", "fingerprint", "metadata", "page_size", "pages", "parent"]
     _require(_is(fields, dict), f"the header is no map but {type(fields).__name__}")
-    _require(list(fields) == keys, f"the header's keys are {list(fields)}, not {keys}")
+    _require(list(fields) == keys, f"the header's keys are {_shown(list(fields))}, not {keys}")
     page_size = _integer("page_size", fields["page_size"], 1, MAX_DIMENSION)
     _require(page_size & (page_size - 1) == 0, f"page_size {page_size} is no power of two")
     _require(_is(fields["fingerprint"], bytes), "fingerprint is not bytes")
@@ -256,7 +272,7 @@ def _unpack(body: bytes) -> Any:
             max_str_len=limit,
             max_bin_len=limit,
             max_array_len=min(limit, 1 << 16),
-            max_map_len=min(limit, 1 << 12),
+            max_map_len=min(limit, MAX_METADATA),
             max_ext_len=0,
         )
         again = msgpack.packb(fields)
@@ -268,7 +284,7 @@ def _unpack(body: bytes) -> Any:
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> int:
-    _require(_is(value, int), f"{name} is not an integer but {value!r}")
+    _require(_is(value, int), f"{name} is not an integer but {_shown(value)}")
     _require(low <= value <= high, f"{name} is {value}, outside {low}..{high}")
     return value
 
@@ -281,7 +297,7 @@ def _parent(value: Any) -> Parent | None:
     _require(_is(ident, bytes) and len(ident) == 16, "the parent's id is not 16 bytes")
     _require(
         _is(name, str) and 0 < len(name.encode()) <= MAX_NAME_BYTES and is_plain_name(name),
-        f"the parent's name {name!r} is not the name of a file in the same folder",
+        f"the parent's name {_shown(name)} is not the name of a file in the same folder",
     )
     return Parent(ident, name, _integer("the parent's pages", pages, 0, MAX_DIMENSION))
 
@@ -308,7 +324,7 @@ def _array(entry: Any) -> tuple[ArraySpec, tuple[int, ...]]:
         _is(name, str) and 0 < len(name.encode()) <= MAX_NAME_BYTES,
         f"an array's name is not text of 1 to {MAX_NAME_BYTES} bytes",
     )
-    _require(_is(dtype, str) and dtype in DTYPES, f"{name}: unknown dtype {dtype!r}")
+    _require(_is(dtype, str) and dtype in DTYPES, f"{name}: unknown dtype {_shown(dtype)}")
     _require(
         _is(shape, list) and 1 <= len(shape) <= MAX_AXES,
         f"{name}: the shape is not a list of 1 to {MAX_AXES} axes",

@@ -16,7 +16,7 @@ from ._engine import ENGINE, EngineState, engine_from
 from ._files import Files, OSFiles
 from ._format import DTYPES, ArraySpec, Header, Parent, Scalar
 from ._pages import Part, parts_of, prepare_insert
-from ._reader import Chain, Progress, chunk_bytes, fresh_arrays, read_all
+from ._reader import Chain, Progress, SnapshotFile, chunk_bytes, fresh_arrays, read_all
 from ._save import Snapshot
 from ._state import STATE, require_shapes, state_from
 from ._writer import array_chunks, write_file
@@ -99,32 +99,27 @@ class Opened:
             raise
 
     def _check(self) -> None:
-        file, header = self.chain.files[0], self.chain.header
-        self.kv = [s for s in header.arrays if s.name.startswith("kv/")]
-        extra = any(s.name.startswith("engine/") for s in header.arrays)
-        known = len(self.kv) + len(ENGINE) * extra + len(STATE) + (header.parent is not None)
-        require_shapes(file.specs, STATE)
-        if known != len(header.arrays):
-            raise SnapshotCorrupt("there are arrays that the format does not have")
-        if file.specs["page/tokens"].shape != (header.pages, header.page_size):
-            raise SnapshotCorrupt("page/tokens is not [pages, page_size]")
-        for older in self.chain.files:
-            self._check_pages(older.header, {s.name: s for s in older.header.arrays})
-        self.state = state_from({name: file.array(name) for name in STATE}, header.page_size)
-        self.engine: EngineState | None = None
-        if extra:
-            require_shapes(file.specs, ENGINE)
-            self.engine = engine_from({name: file.array(name) for name in ENGINE}, self.state)
+        self.kv = [s for s in self.chain.header.arrays if s.name.startswith("kv/")]
+        for older in reversed(self.chain.files):  # the newest is the last
+            self._check_pages(older.path, older.header)
+            try:
+                self.state, self.engine = _bookkeeping(older)
+            except SnapshotCorrupt as error:
+                if str(older.path) in str(error):
+                    raise
+                raise SnapshotCorrupt(f"{older.path}: {error}") from None
 
-    def _check_pages(self, header: Header, specs: Mapping[str, ArraySpec]) -> None:
+    def _check_pages(self, path: Path, header: Header) -> None:
         own = header.pages if header.parent is None else None
-        kv = [s for s in specs.values() if s.name.startswith("kv/")]
+        kv = [s for s in header.arrays if s.name.startswith("kv/")]
         if [(s.name, s.dtype, s.shape[1:]) for s in kv] != [
             (s.name, s.dtype, s.shape[1:]) for s in self.kv
         ]:
-            raise SnapshotMismatch("a parent has other arrays of keys and values than its delta")
+            raise SnapshotMismatch(
+                f"{path}, a parent, has other arrays of keys and values than its delta"
+            )
         if header.page_size != self.chain.header.page_size:
-            raise SnapshotMismatch("a parent has another page size than its delta")
+            raise SnapshotMismatch(f"{path}, a parent, has another page size than its delta")
         counts = {s.shape[0] for s in kv}
         if own is not None and counts - {own}:
             raise SnapshotCorrupt(f"an array of keys and values has not one row for {own} pages")
@@ -157,6 +152,22 @@ class Opened:
         self.chain.close()
 
 
+def _bookkeeping(file: SnapshotFile) -> tuple[AllocatorState, EngineState | None]:
+    """What one file says besides its pages, all of it checked."""
+    names = [s.name for s in file.header.arrays]
+    extra = any(name.startswith("engine/") for name in names)
+    require_shapes(file.specs, STATE)
+    if extra:
+        require_shapes(file.specs, ENGINE)
+    kv = sum(name.startswith("kv/") for name in names)
+    if kv + len(STATE) + len(ENGINE) * extra + (file.header.parent is not None) != len(names):
+        raise SnapshotCorrupt("there are arrays that the format does not have")
+    state = state_from({name: file.array(name) for name in STATE}, file.header.page_size)
+    if not extra:
+        return state, None
+    return state, engine_from({name: file.array(name) for name in ENGINE}, state)
+
+
 def load_snapshot(
     path: str | os.PathLike[str],
     *,
@@ -169,7 +180,7 @@ def load_snapshot(
     fragmented, on one device or many (heads split, as the cache is), its layers a tuple or a
     stack. Cached pages that have no room are left out, the ones evicted first before others.
 
-    Nothing is changed before the whole file, parents included, is read and found sound and every
+    Nothing is changed before the file, and what it needs of its parents, is found sound and every
     page lies ready beside the cache; then one program per layer writes the pages. A device that has
     no room for all of them gets them in batches, once they are checked.
 
@@ -214,7 +225,15 @@ def place_snapshot(
         pages_loaded=len(pages),
         pages_dropped=opened.state.num_pages - len(pages),
         metadata=opened.chain.header.metadata,
-        snapshot=Snapshot(file.path, file.id, len(stamps), len(stamps), allocator, stamps),
+        snapshot=Snapshot(
+            path=Path(os.path.abspath(file.path)),
+            id=file.id,
+            pages=len(stamps),
+            written_pages=len(stamps),
+            _allocator=allocator,
+            _stamps=stamps,
+            _parents=tuple(os.path.realpath(f.path) for f in opened.chain.files[1:]),
+        ),
     )
 
 
@@ -303,10 +322,17 @@ def compact_snapshot(
     """Fold a delta and its parents to one whole snapshot, in place of `path` or at `out`.
 
     Deltas of `path` name its old content: after folding in place they are refused.
+
+    Raises:
+      ValueError: `out` is one of the parents, which other deltas may need.
+      SnapshotCorrupt, SnapshotVersion, SnapshotMismatch, OSError: as `load_snapshot`.
     """
     target = path if out is None else out
     with Opened(path) as opened:
         header, chain = opened.chain.header, opened.chain
+        real = os.path.realpath(target)
+        if any(os.path.realpath(parent.path) == real for parent in chain.files[1:]):
+            raise ValueError(f"{target} is a parent of {path}, which could not be read then")
         specs, sources = [], []
         for spec in header.arrays:
             if spec.name == "pages/source":

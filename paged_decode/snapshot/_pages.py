@@ -21,7 +21,8 @@ import numpy as np
 from jax import lax
 
 from .._devices import bits, pinned_sharding, unbits
-from ._format import DTYPES, ArraySpec
+from ..cache import KVCache
+from ._format import DTYPES, MAX_NAME_BYTES, ArraySpec
 
 __all__ = ["Part", "page_chunks", "parts_of", "prepare_insert"]
 
@@ -49,7 +50,9 @@ def parts_of(cache: Any, num_pages: int) -> list[Part]:
     """The page arrays of a cache, in the order of its tree.
 
     Raises:
-      ValueError: a leaf has no axis of `num_pages`, or it cannot be told which one it is.
+      ValueError: a leaf has no axis of `num_pages`, or it cannot be told which one it is; names
+        that the format does not have.
+      TypeError: a leaf is no array.
       NotImplementedError: a dtype that the format does not have; pages that are not those of one
         pool.
     """
@@ -61,14 +64,23 @@ def parts_of(cache: Any, num_pages: int) -> list[Part]:
         )
     copies = 1 if placement is None else placement.kv_copies
     leaves, _ = jax.tree_util.tree_flatten_with_path(cache)
+    if not leaves:
+        raise ValueError("the cache has no arrays")
     parts: list[Part] = []
     for at, (path, leaf) in enumerate(leaves):
         name = "kv/" + jax.tree_util.keystr(path, simple=True, separator="/")
+        if not hasattr(leaf, "dtype"):
+            raise TypeError(f"{name} is no array but {type(leaf).__name__}")
         dtype = str(np.dtype(leaf.dtype))
         shape: tuple[int, ...] = tuple(leaf.shape)
         if dtype not in DTYPES:
             raise NotImplementedError(f"{name}: snapshots do not hold {dtype}")
         stacked = len(shape) > 4 or shape[:1] != (num_pages,)
+        if shape[:2] == (num_pages, num_pages) and not isinstance(cache, KVCache):
+            raise ValueError(
+                f"{name} has shape {list(shape)}: either of its first two axes may be that of the "
+                f"allocator's N = {num_pages} pages; give the pool another size"
+            )
         if shape[int(stacked) : int(stacked) + 1] != (num_pages,):
             raise ValueError(
                 f"{name} has shape {list(shape)}: expected [N, ...] or, stacked, [L, N, ...] with "
@@ -82,6 +94,11 @@ def parts_of(cache: Any, num_pages: int) -> list[Part]:
             parts += [Part(n, at, layer, page, dtype, copies) for n, layer in names]
         else:
             parts.append(Part(name, at, None, page, dtype, copies))
+    names = [part.name for part in parts]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two arrays of the cache have the same path: {sorted(names)}")
+    if long := [name for name in names if len(name.encode()) > MAX_NAME_BYTES]:
+        raise ValueError(f"the path of an array may have {MAX_NAME_BYTES} bytes: {long[0]}")
     return parts
 
 

@@ -19,6 +19,7 @@ from ._crc import crc32
 from ._files import open_for_reading
 from ._format import (
     DTYPES,
+    MAX_PARENTS,
     PREFIX,
     ArraySpec,
     Header,
@@ -48,7 +49,6 @@ Read = Callable[[], None]
 
 _THREADS = 2  # one waits for the disk or for memory while the other computes a checksum
 _PIECE_BYTES = 1 << 20  # so few that the checksum finds them in the cache of its core
-_MAX_PARENTS = 256
 
 
 class SnapshotFile:
@@ -187,8 +187,8 @@ class Chain:
         wanted = child.header.parent
         if wanted is None:
             return None
-        if len(self.files) > _MAX_PARENTS:
-            raise SnapshotCorrupt(f"{child.path}: more than {_MAX_PARENTS} parents; compact it")
+        if len(self.files) > MAX_PARENTS:
+            raise SnapshotCorrupt(f"{self.files[0].path} has more than {MAX_PARENTS} parents")
         path = child.path.parent / wanted.name
         try:
             parent = SnapshotFile(path)
@@ -197,15 +197,23 @@ class Chain:
                 f"{child.path} is a delta of {wanted.name}, which is not in {path.parent}; "
                 "put it there, or compact the chain where it is whole"
             ) from None
-        if parent.id != wanted.id or parent.header.pages != wanted.pages:
+        if parent.id != wanted.id:
             parent.close()
             raise SnapshotMismatch(
                 f"{child.path} is a delta of {wanted.name} with id {wanted.id.hex()}, but the "
                 f"file of that name has id {parent.id.hex()}: it was replaced since"
             )
+        if parent.header.pages != wanted.pages:
+            parent.close()
+            raise SnapshotCorrupt(
+                f"{child.path}: its parent {wanted.name} has {parent.header.pages} pages, not "
+                f"{wanted.pages}"
+            )
         return parent
 
     def _place_pages(self) -> np.ndarray:
+        for file in self.files:  # before a number of pages is believed
+            _require_tokens(file)
         place = np.zeros((0, 2), np.int64)
         for at in reversed(range(len(self.files))):
             file, own = self.files[at], self.files[at].specs.get("pages/source")
@@ -255,6 +263,15 @@ class Chain:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+
+
+def _require_tokens(file: SnapshotFile) -> None:
+    """Every file, a parent too, has the tokens of all its pages: so many there can be."""
+    found, header = file.specs.get("page/tokens"), file.header
+    if found is None:
+        raise SnapshotCorrupt(f"{file.path}: array page/tokens is missing")
+    if (found.dtype, found.shape) != ("int32", (header.pages, header.page_size)):
+        raise SnapshotCorrupt(f"{file.path}: page/tokens is not int32 [pages, page_size]")
 
 
 def _pick(

@@ -9,14 +9,24 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
 from ..allocator import BlockAllocator, Handle
+from ..errors import SnapshotError
 from ._files import Files, OSFiles
-from ._format import MAX_NAME_BYTES, Header, Parent, Scalar, is_plain_name
+from ._format import (
+    MAX_NAME_BYTES,
+    MAX_PARENTS,
+    Header,
+    Parent,
+    Scalar,
+    check_metadata,
+    is_plain_name,
+)
 from ._pages import page_chunks, parts_of
-from ._reader import Progress
+from ._reader import Progress, SnapshotFile
 from ._state import array_specs, state_arrays
 from ._writer import array_chunks, write_file
 
@@ -39,6 +49,7 @@ class Snapshot:
     written_pages: int
     _allocator: BlockAllocator
     _stamps: np.ndarray
+    _parents: tuple[str, ...]  # real paths of the files that it is a delta of, the newest first
 
     def __repr__(self) -> str:
         return (
@@ -67,13 +78,16 @@ def save_snapshot(
 
     Args:
       path: to be replaced; a symbolic link is followed.
-      cache: a `KVCache`, or any pytree of arrays `[N, ...]` or stacked `[L, N, ...]`.
+      cache: a `KVCache`, or any pytree of arrays `[N, ...]` of up to four axes, or stacked
+        `[L, N, ...]`. A third axis of a page array (`[N, Hk, S, ...]`) as long as a page is that of
+        its slots.
       allocator: its bookkeeping.
       handles: the sequences to save, in this order; None is all, as in `allocator.handles`.
       cached: save cached pages without an owner, too.
       metadata: text to text, int, float, bool or None; yours.
       parent: write a delta: pages that have not changed since this snapshot (of the same
-        allocator, in the same folder) are left out.
+        allocator, in the same folder) are left out. It must be there still, and have fewer than 256
+        parents.
       progress: called with bytes done and bytes in all.
       files: the file operations; for tests.
 
@@ -119,7 +133,8 @@ def save_snapshot_async(
     """`save_snapshot`, but return as soon as the pages are copied out; a thread writes them.
 
     Call it between two steps: what it saves is the state of that moment, and the next step may
-    donate the cache. The copies take as much host memory as the live pages.
+    donate the cache. The copies take as much host memory as the live pages. Saves of one process
+    to one path are written in the order of the calls.
 
     Args:
       options: as in `save_snapshot`.
@@ -140,6 +155,7 @@ class PendingSnapshot:
         self._result: Snapshot | None = None
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(job, files, progress))
+        _pending[os.path.realpath(job.path)] = self
         self._thread.start()
 
     def _run(self, job: SaveJob, files: Files, progress: Progress | None) -> None:
@@ -165,6 +181,10 @@ class PendingSnapshot:
         return self._result
 
 
+_pending: WeakValueDictionary[str, PendingSnapshot] = WeakValueDictionary()
+"""By real path, what this process writes behind the loop."""
+
+
 @dataclass(frozen=True, slots=True)
 class SaveJob:
     """Everything that a file will hold, settled; only writing is left."""
@@ -175,11 +195,21 @@ class SaveJob:
     allocator: BlockAllocator
     stamps: np.ndarray
     written_pages: int
+    parents: tuple[str, ...]
+    earlier: PendingSnapshot | None  # is written to the same path; the later state must win
 
     def write(self, files: Files, progress: Progress | None) -> Snapshot:
+        if self.earlier is not None:
+            self.earlier._thread.join()
         ident = write_file(self.path, self.header, self.sources, files=files, progress=progress)
         return Snapshot(
-            self.path, ident, self.header.pages, self.written_pages, self.allocator, self.stamps
+            path=self.path,
+            id=ident,
+            pages=self.header.pages,
+            written_pages=self.written_pages,
+            _allocator=self.allocator,
+            _stamps=self.stamps,
+            _parents=self.parents,
         )
 
 
@@ -197,14 +227,19 @@ def plan_save(
     extra: Mapping[str, np.ndarray] | None = None,
 ) -> SaveJob:
     """Take the state of this moment; with `copy`, the pages too."""
+    path = Path(os.path.abspath(path))  # wherever the process goes while a thread writes
+    metadata = {} if metadata is None else metadata
+    check_metadata(metadata, ValueError)
     parts = parts_of(cache, allocator.num_pages)
     state, where = allocator.export_state(
         None if handles is None else list(handles), cached=cached, committed_only=committed_only
     )
     arrays = state_arrays(state) | dict(extra or {})
     new = np.ones(state.num_pages, bool)
+    parents: tuple[str, ...] = ()
     if parent is not None:
-        known = _positions(_checked_parent(parent, path, allocator), where.stamps)
+        parents = _checked_parents(parent, path, allocator)
+        known = _positions(parent._stamps, where.stamps)
         new = known < 0
         arrays["pages/source"] = np.where(new, new.cumsum() - 1, -1 - known).astype(np.int32)
     count = int(new.sum())
@@ -223,27 +258,41 @@ def plan_save(
         page_size=state.page_size,
         pages=state.num_pages,
         fingerprint=allocator.fingerprint,
-        metadata={} if metadata is None else metadata,
+        metadata=dict(metadata),
         parent=None if parent is None else Parent(parent.id, parent.path.name, parent.pages),
         arrays=tuple(specs),
     )
-    return SaveJob(Path(path), header, sources, allocator, where.stamps, count)
+    earlier = _pending.get(os.path.realpath(path))
+    return SaveJob(path, header, sources, allocator, where.stamps, count, parents, earlier)
 
 
-def _checked_parent(
-    parent: Snapshot, path: str | os.PathLike[str], allocator: BlockAllocator
-) -> np.ndarray:
-    """The stamps of a parent that a file at `path` may have."""
+def _checked_parents(parent: Snapshot, path: Path, allocator: BlockAllocator) -> tuple[str, ...]:
+    """The real paths of what a delta at `path` would need; ValueError if it could not be read."""
     if parent._allocator is not allocator:
         raise ValueError("parent is a snapshot of another allocator; save a whole snapshot")
-    name, here = parent.path.name, Path(path)
-    if os.path.realpath(parent.path) == os.path.realpath(here):
-        raise ValueError(f"a delta cannot replace its parent {parent.path}; give it its own name")
-    if parent.path.parent.resolve() != here.parent.resolve():
+    name, here = parent.path.name, os.path.realpath(path)
+    parents = (os.path.realpath(parent.path), *parent._parents)
+    if len(parents) > MAX_PARENTS:
+        raise ValueError(
+            f"a delta has at most {MAX_PARENTS} parents; save a whole snapshot now and then"
+        )
+    if here in parents:
+        raise ValueError(f"a delta cannot replace its parent {here}; give it its own name")
+    if parent.path.parent.resolve() != Path(here).parent:
         raise ValueError(f"a delta must lie in the folder of its parent, {parent.path.parent}")
     if not is_plain_name(name) or len(name.encode()) > MAX_NAME_BYTES:
         raise ValueError(f"the parent's name {name!r} cannot be stored; rename the file")
-    return parent._stamps
+    try:
+        with SnapshotFile(parent.path) as file:
+            there = file.id == parent.id
+    except (OSError, SnapshotError):
+        there = False
+    if not there:
+        raise ValueError(
+            f"{parent.path} is no longer the snapshot that the delta needs: it was removed or "
+            "replaced; save a whole snapshot"
+        )
+    return parents
 
 
 def _positions(stamps: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -81,6 +81,7 @@ def test_a_row_does_not_depend_on_its_neighbours():
         ("seed", True, TypeError),
         ("stop_tokens", tuple(range(9)), ValueError),
         ("stop_tokens", (-1,), ValueError),
+        ("stop_tokens", (2**31,), ValueError),
     ],
 )
 def test_parameters_out_of_range_are_refused_by_name(unchecked, field, value, error):

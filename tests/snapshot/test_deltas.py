@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,8 +17,10 @@ from paged_decode import (
     inspect_snapshot,
     load_snapshot,
     save_snapshot,
+    save_snapshot_async,
     verify_snapshot,
 )
+from paged_decode.snapshot import OSFiles
 
 from ..paged_decode.tiny import make_engine, prompts
 from .small import assert_same_content, content, make_allocator, make_cache
@@ -175,3 +178,85 @@ def test_an_engine_saves_deltas_between_its_steps(tmp_path):
     again = make_engine(80)
     again.restore(tmp_path / "4")
     assert list(again.stream()) == list(twin.stream())
+
+
+def test_a_delta_cannot_replace_any_file_that_it_needs(tmp_path):
+    cache, allocator, _, (first, second, third) = chain(tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    for name in ("0", "1", "2"):
+        with pytest.raises(ValueError, match="cannot replace its parent"):
+            save_snapshot(tmp_path / name, cache, allocator, parent=third)
+    with pytest.raises(ValueError, match="is a parent of"):
+        compact_snapshot(tmp_path / "2", tmp_path / "0")
+    os.symlink(tmp_path / "1", tmp_path / "link")
+    with pytest.raises(ValueError, match="is a parent of"):
+        compact_snapshot(tmp_path / "2", tmp_path / "link")
+    os.unlink(tmp_path / "link")
+    assert before == {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+
+def test_a_delta_that_nothing_could_read_is_not_written(tmp_path, monkeypatch):
+    cache, allocator, _, (first, second, third) = chain(tmp_path)
+    monkeypatch.setattr("paged_decode.snapshot._save.MAX_PARENTS", 2)
+    save_snapshot(tmp_path / "3", cache, allocator, parent=second)
+    with pytest.raises(ValueError, match="at most 2 parents"):
+        save_snapshot(tmp_path / "4", cache, allocator, parent=third)
+    restored = load_snapshot(tmp_path / "2", into=(make_cache(60), other := make_allocator(60)))
+    with pytest.raises(ValueError, match="at most 2 parents"):
+        save_snapshot(tmp_path / "4", restored.cache, other, parent=restored.snapshot)
+    compact_snapshot(tmp_path / "1")
+    with pytest.raises(ValueError, match="removed or replaced"):
+        save_snapshot(tmp_path / "4", cache, allocator, parent=second)
+    os.unlink(tmp_path / "0")
+    with pytest.raises(ValueError, match="removed or replaced"):
+        save_snapshot(tmp_path / "4", cache, allocator, parent=first)
+    assert not (tmp_path / "4").exists()
+
+
+def test_paths_are_those_of_the_call_wherever_the_process_goes_then(tmp_path, monkeypatch):
+    cache, allocator = make_cache(40), make_allocator(40)
+    allocator.allocate(range(10))
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    base = save_snapshot("base", cache, allocator)
+    files = SlowFiles()
+    pending = save_snapshot_async("behind", cache, allocator, parent=base, files=files)
+    monkeypatch.chdir(tmp_path / "b")
+    files.go.set()
+    assert pending.result(60).path == tmp_path / "a" / "behind"
+    verify_snapshot(tmp_path / "a" / "behind")
+    with pytest.raises(ValueError, match="folder of its parent"):
+        save_snapshot("delta", cache, allocator, parent=base)
+    save_snapshot(tmp_path / "a" / "delta", cache, allocator, parent=base)
+    verify_snapshot(tmp_path / "a" / "delta")
+
+
+class SlowFiles(OSFiles):
+    """Makes no file before `go` is set."""
+
+    def __init__(self):
+        self.go = threading.Event()
+
+    def create(self, path):
+        self.go.wait(60)
+        return super().create(path)
+
+
+def test_saves_to_one_path_are_written_in_the_order_of_the_calls(tmp_path):
+    cache, allocator = make_cache(40), make_allocator(40)
+    handle = allocator.allocate(range(10))
+    metadata = {"turn": 0}
+    slow = SlowFiles()
+    pending = [save_snapshot_async(tmp_path / "s", cache, allocator, metadata=metadata, files=slow)]
+    for turn in (1, 2):
+        metadata["turn"] = turn
+        allocator.advance([handle], [turn])
+        pending.append(save_snapshot_async(tmp_path / "s", cache, allocator, metadata=metadata))
+    assert not any(p.done for p in pending)
+    assert len(os.listdir(tmp_path)) == 0
+    slow.go.set()
+    save_snapshot(tmp_path / "s", cache, allocator, metadata={"turn": 3})
+    assert all(p.done for p in pending)
+    assert inspect_snapshot(tmp_path / "s").metadata == {"turn": 3}
+    assert len({p.result(60).id for p in pending}) == 3

@@ -239,3 +239,15 @@ def test_what_does_not_fit_an_engine_changes_nothing(tmp_path):
     with pytest.raises(KeyError, match="99"):
         engine.save(tmp_path / "none", requests=[99])
     assert not (tmp_path / "none").exists()
+
+
+def test_a_fork_may_stop_at_a_token_that_it_began_with(tmp_path):
+    engine = make_engine()
+    first = engine.submit([5, 6, 7], SamplingParams(max_new_tokens=20))
+    tokens = [e.token for e in engine.step()] + [e.token for e in engine.step()]
+    stop = SamplingParams(max_new_tokens=20, stop_tokens=(tokens[0], tokens[-1]))
+    engine.fork(first, stop)
+    engine.save(tmp_path / "s")
+    other = make_engine()
+    other.restore(tmp_path / "s")
+    assert list(map(key, other.stream())) == list(map(key, engine.stream()))

@@ -146,6 +146,29 @@ def test_a_writer_killed_at_each_operation_leaves_the_old_file_or_the_new_one(
     assert sorted(os.listdir(tmp_path)) == ["n", "s"]
 
 
+def test_only_what_a_save_left_is_swept(tmp_path, states):
+    cache, allocator, *_ = states
+    others = [".s.my-notes.tmp", ".s.v2.1-0123456789abcdef.tmp", ".s.1-2.tmp", ".s.tmp"]
+    left = [".s.1-0123456789abcdef.tmp", ".s.77-00000000deadbeef.tmp"]
+    for name in (*others, *left):
+        (tmp_path / name).write_bytes(b"")
+        os.utime(tmp_path / name, (time.time() - 3600,) * 2)
+    save_snapshot(tmp_path / "s", cache, allocator)
+    assert sorted(os.listdir(tmp_path)) == sorted([*others, "s"])
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "\u6f22" * 80, "a*[b]?" * 20], ids=ascii)
+def test_every_name_that_the_system_takes_can_be_saved_and_swept(tmp_path, states, name):
+    cache, allocator, *_ = states
+    for _ in range(2):
+        with pytest.raises(Killed):
+            save_snapshot(tmp_path / name, cache, allocator, files=FailingFiles(3, Killed()))
+        for left in os.listdir(tmp_path):
+            os.utime(tmp_path / left, (time.time() - 3600,) * 2)
+        save_snapshot(tmp_path / name, cache, allocator)
+        assert os.listdir(tmp_path) == [name]
+
+
 class PowerLoss(OSFiles):
     """Keeps what is not synced apart, and at the n-th sync loses or garbles some of it."""
 

@@ -200,6 +200,13 @@ def deep(levels: int) -> bytes:
     return b"\x91" * levels + b"\xc0"
 
 
+def nested(levels: int) -> list:
+    value: list = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
 HEADERS = {
     "no map": (b"\x93\x01\x02\x03", "no map but list"),
     "empty map": (b"\x80", "keys are"),
@@ -252,6 +259,8 @@ FIELDS = {
     "pages 2^64-1": (lambda f: f | {"pages": 2**64 - 1}, "pages is 18446744073709551615"),
     "pages -1": (lambda f: f | {"pages": -1}, "pages is -1"),
     "one page more": (lambda f: f | {"pages": f["pages"] + 1}, "page/tokens is not"),
+    "2^31 pages": (lambda f: f | {"pages": 2**31}, "page/tokens is not"),
+    "4097 keys": (lambda f: f | {"metadata": {str(i): 1 for i in range(4097)}}, "max_map_len"),
     "parent short": (lambda f: f | {"parent": [b"x" * 16, "p"]}, "parent is not"),
     "parent id": (lambda f: f | {"parent": [b"x", "p", 1]}, "id is not 16 bytes"),
     "parent pages": (lambda f: f | {"parent": [b"x" * 16, "p", True]}, "pages is not an integer"),
@@ -260,6 +269,10 @@ FIELDS = {
 FIELDS |= {
     f"page_size {value!r}": (lambda f, v=value: f | {"page_size": v}, "page_size is not an integer")
     for value in (True, 4.0, "4", None)
+}
+FIELDS |= {
+    f"{key} 1000 deep": (lambda f, k=key: f | {k: nested(1000)}, f"{key} is not")
+    for key in ("page_size", "pages", "parent", "fingerprint")
 }
 FIELDS |= {
     f"parent {name!r}": (lambda f, n=name: f | {"parent": [b"x" * 16, n, 1]}, "same folder")
@@ -368,6 +381,15 @@ STATES = {
     "parent unknown salt": (put("entry/parent", 0, -9), "neither an earlier entry"),
     "entry at another place": (put("entry/parent", 1, -1), "another place or salt"),
     "entry under another salt": (put("entry/parent", 0, -2), "another place or salt"),
+    "entry after other tokens": (
+        lambda a: (swap("entry/page", 0, 2)(a), put("entry/evictable", 0, 0)(a)),
+        "follows other tokens",
+    ),
+    "two entries of one prefix": (
+        replace("page/tokens", np.zeros((9, 4)), np.int32),
+        "two entries are of one prefix",
+    ),
+    "token in an empty slot": (put("page/tokens", (2, 3), 9), "slot that holds nothing"),
     "evictable twice": (put("entry/evictable", 0, 4), "order of eviction|not name exactly"),
     "evictable but used": (put("entry/evictable", 0, 0), "order of eviction"),
     "evictable missing": (replace("entry/evictable", []), "order of eviction"),
@@ -413,6 +435,8 @@ def engine_sample(tmp_path_factory):
 
 ENGINES = {
     "request not below next_id": (put("engine/next_id", 0, 1), "not below next_id"),
+    "next_id too large": (put("engine/next_id", 0, 2**53 + 1), "above 2"),
+    "sample twice": (put("engine/sample", -1, 0), "sample of a request is there twice"),
     "next_id twice": (replace("engine/next_id", [9, 9]), "not one value"),
     "running more": (put("engine/running", 0, 5), "requests run, but there are"),
     "running -1": (put("engine/running", 0, -1), "cannot run"),
@@ -451,6 +475,26 @@ def test_requests_that_contradict_themselves_are_refused(refused, engine_sample,
     refused(build(fields, arrays), text)
 
 
+@pytest.mark.parametrize(
+    ("name", "at", "value"),
+    [
+        ("engine/tokens", -1, 9),
+        ("engine/salt_bytes", -1, ord("t")),
+        ("engine/request", 1, 1),
+        ("engine/prompt_length", 1, 2),
+    ],
+)
+def test_a_sibling_is_a_further_sample_of_the_same_prompt(tmp_path, refused, name, at, value):
+    engine = make_engine()
+    engine.submit([1, 2, 3], SamplingParams(max_new_tokens=9), cache_salt="s", n=2)
+    engine.submit([5], SamplingParams(max_new_tokens=9))
+    engine.cancel(1)
+    engine.save(tmp_path / "s")
+    fields, arrays, _ = independent_reader.read(tmp_path / "s")
+    put(name, at, value)(arrays)
+    refused(build(fields, arrays), "no further sample")
+
+
 def test_a_hostile_name_is_only_looked_for_beside_the_file(tmp_path, sample):
     _, fields, arrays = sample
     arrays = dict(arrays, **{"pages/source": np.arange(9, dtype=np.int32)})
@@ -473,3 +517,28 @@ def test_pages_of_a_parent_that_are_not_there_are_refused(tmp_path, source):
     path.write_bytes(build(fields, arrays, lambda f: f | {"parent": [ident, "p", 0]}))
     with pytest.raises(SnapshotCorrupt, match="names a page that is not there"):
         verify_snapshot(path)
+
+
+@pytest.mark.parametrize("name", ["sequence/length", "page/tokens"])
+def test_a_parent_is_held_to_the_same_rules(tmp_path, refused, name):
+    cache, allocator = make_cache(9), make_allocator(9)
+    allocator.allocate(range(8))
+    save_snapshot(tmp_path / "p", cache, allocator)
+    fields, arrays, _ = independent_reader.read(tmp_path / "p")
+    (tmp_path / "p").write_bytes(build(fields, arrays | {name: -1 - arrays[name]}))
+    ident = independent_reader.read(tmp_path / "p")[2]
+    kv = {n: a[:0] for n, a in arrays.items() if n.startswith("kv/")}
+    delta = arrays | kv | {"pages/source": np.array([-1, -2], np.int32)}
+    refused(build(fields, delta, lambda f: f | {"parent": [ident, "p", 2]}), "length is|negative")
+
+
+def test_a_parent_cannot_claim_pages_that_it_does_not_have(tmp_path, refused):
+    cache, allocator = make_cache(9), make_allocator(9)
+    save_snapshot(tmp_path / "p", cache, allocator)
+    fields, arrays, _ = independent_reader.read(tmp_path / "p")
+    (tmp_path / "p").write_bytes(build(fields, arrays, lambda f: f | {"pages": 2**31}))
+    ident = independent_reader.read(tmp_path / "p")[2]
+    delta = arrays | {"pages/source": np.zeros(0, np.int32)}
+    refused(
+        build(fields, delta, lambda f: f | {"parent": [ident, "p", 2**31]}), "page/tokens is not"
+    )

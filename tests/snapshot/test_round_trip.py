@@ -316,6 +316,65 @@ def test_a_pool_too_small_for_the_cached_pages_leaves_out_the_first_to_be_evicte
     plain.check_invariants()
 
 
+def test_cached_pages_are_left_out_under_whatever_salts(tmp_path):
+    cache, allocator = make_cache(24), make_allocator(24)
+    for salt in "abcd":
+        allocator.allocate([1], cache_salt=salt)
+    for salt in "ef":
+        cold = allocator.allocate([1, 2, 3, 4], cache_salt=salt)
+        allocator.commit(cold, 4)
+        allocator.free(cold)
+    save_snapshot(tmp_path / "s", cache, allocator)
+    for usable, dropped in ((6, 0), (5, 1), (4, 2)):
+        other = make_allocator(usable + 1)
+        restored = load_snapshot(tmp_path / "s", into=(make_cache(usable + 1), other))
+        other.check_invariants()
+        assert (restored.pages_loaded, restored.pages_dropped) == (usable, dropped)
+        hits = [other.match_prefix([1, 2, 3, 4, 0], cache_salt=salt) for salt in "ef"]
+        assert hits == [4 * (dropped < 1), 4 * (dropped < 2)]
+
+
+def test_metadata_is_that_of_the_call(tmp_path):
+    cache, allocator, _ = busy()
+    metadata = {"turn": 1}
+
+    def progress(done, total):
+        metadata["turn"], metadata["more"] = 2, "x" * 1000
+
+    pending = save_snapshot_async(
+        tmp_path / "s", cache, allocator, metadata=metadata, progress=progress
+    )
+    pending.result(60)
+    assert len(metadata) == 2 and inspect_snapshot(tmp_path / "s").metadata == {"turn": 1}
+
+
+@pytest.mark.parametrize(
+    ("tree", "error", "text"),
+    [
+        ({}, ValueError, "no arrays"),
+        ({"k": 1.0}, TypeError, "no array but float"),
+        ({"a/b": 0, "a": {"b": 0}}, ValueError, "same path"),
+        ({"x" * 253: 0}, ValueError, "may have 255 bytes"),
+        ({"k": (24, 24, 4)}, ValueError, "either of its first two axes"),
+        ({"k": (3, 4)}, ValueError, "expected"),
+    ],
+    ids=["empty", "float", "one path twice", "long path", "two axes of N", "no axis of N"],
+)
+def test_a_tree_that_cannot_be_read_again_is_not_saved(tmp_path, tree, error, text):
+    def array(leaf):
+        if isinstance(leaf, float):
+            return leaf
+        return jnp.zeros(leaf or (24, HEADS, PAGE, DIM))
+
+    tree = jax.tree.map(array, tree, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    with pytest.raises(error, match=text):
+        save_snapshot(tmp_path / "s", tree, make_allocator(24))
+    with pytest.raises(ValueError, match="4096 keys"):
+        metadata = {str(i): i for i in range(4097)}
+        save_snapshot(tmp_path / "s", make_cache(24), make_allocator(24), metadata=metadata)
+    assert not (tmp_path / "s").exists()
+
+
 def test_all_differences_are_listed_at_once(tmp_path):
     cache, allocator, _ = busy()
     save_snapshot(tmp_path / "s", cache, allocator)
