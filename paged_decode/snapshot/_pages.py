@@ -76,7 +76,7 @@ def parts_of(cache: Any, num_pages: int) -> list[Part]:
         if dtype not in DTYPES:
             raise NotImplementedError(f"{name}: snapshots do not hold {dtype}")
         stacked = len(shape) > 4 or shape[:1] != (num_pages,)
-        if shape[:2] == (num_pages, num_pages) and not isinstance(cache, KVCache):
+        if not stacked and shape[1:2] == shape[:1] and not isinstance(cache, KVCache):
             raise ValueError(
                 f"{name} has shape {list(shape)}: either of its first two axes may be that of the "
                 f"allocator's N = {num_pages} pages; give the pool another size"
