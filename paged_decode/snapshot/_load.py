@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -324,15 +325,16 @@ def compact_snapshot(
     Deltas of `path` name its old content: after folding in place they are refused.
 
     Raises:
-      ValueError: `out` is one of the parents, which other deltas may need.
-      SnapshotCorrupt, SnapshotVersion, SnapshotMismatch, OSError: as `load_snapshot`.
+      SnapshotCorrupt, SnapshotVersion, SnapshotMismatch, OSError: as `load_snapshot`; OSError also
+        if `out` is one of the parents, or cannot be written.
     """
     target = path if out is None else out
     with Opened(path) as opened:
         header, chain = opened.chain.header, opened.chain
         real = os.path.realpath(target)
         if any(os.path.realpath(parent.path) == real for parent in chain.files[1:]):
-            raise ValueError(f"{target} is a parent of {path}, which could not be read then")
+            text = f"this is a parent of {path}; it and others may need it: name another file"
+            raise OSError(errno.EINVAL, text, str(target))
         specs, sources = [], []
         for spec in header.arrays:
             if spec.name == "pages/source":

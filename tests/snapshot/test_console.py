@@ -20,6 +20,8 @@ def test_inspect_verify_and_compact_a_chain(tmp_path, capsys):
     assert "kv/k_pages/0" in shown and "9x2x4x3" in shown and "float32" in shown
     assert main(["snapshot", "verify", str(tmp_path / "b")]) == 0
     assert "every checksum compared" in capsys.readouterr().out
+    assert main(["snapshot", "compact", str(tmp_path / "b"), "-o", str(tmp_path / "a")]) == 1
+    assert "is a parent of" in capsys.readouterr().err
     assert main(["snapshot", "compact", str(tmp_path / "b"), "-o", str(tmp_path / "c")]) == 0
     assert inspect_snapshot(tmp_path / "c").parent is None
     assert main(["snapshot", "compact", str(tmp_path / "b")]) == 0
