@@ -65,9 +65,19 @@ class AllocatorState:
         return int(self.table.max(initial=-1)) + 1
 
     @property
+    def page_counts(self) -> np.ndarray:
+        """int64 `[Q]`: pages of each sequence."""
+        return -(-self.lengths // self.page_size)
+
+    @property
+    def tables(self) -> list[np.ndarray]:
+        """The pages of each sequence in order."""
+        return np.split(self.table, self.page_counts.cumsum())[:-1]
+
+    @property
     def columns(self) -> np.ndarray:
         """int64 `[len(table)]`: the place of every page of `table` in its sequence."""
-        counts = -(-self.lengths // self.page_size)
+        counts = self.page_counts
         return np.arange(len(self.table)) - np.repeat(counts.cumsum() - counts, counts)
 
     @property
@@ -87,13 +97,12 @@ class AllocatorState:
 
     def slots_below(self, lengths: np.ndarray) -> np.ndarray:
         """int64 `[len(table)]`: slots of each page that lie below `lengths` `[Q]`."""
-        counts = -(-self.lengths // self.page_size)
-        left = np.repeat(lengths, counts) - self.columns * self.page_size
+        left = np.repeat(lengths, self.page_counts) - self.columns * self.page_size
         return left.clip(0, self.page_size)
 
     def sequence_tokens(self, index: int) -> np.ndarray:
         """int32 `[length]`: the tokens of one sequence."""
-        ends = (-(-self.lengths // self.page_size)).cumsum()
+        ends = self.page_counts.cumsum()
         begin = int(ends[index - 1]) if index else 0
         pages = self.table[begin : ends[index]]
         return self.tokens[pages].reshape(-1)[: self.lengths[index]]
@@ -248,7 +257,14 @@ def _locate(
 
 def check_state(state: AllocatorState) -> None:
     """Raise PageTableError with the first rule that the state breaks; types are taken on trust."""
-    for rule in (_check_sequences, _check_numbering, _check_sharing, _check_entries):
+    for rule in (
+        _check_sequences,
+        _check_numbering,
+        _check_sharing,
+        _check_entries,
+        _check_prefixes,
+        _check_slots,
+    ):
         rule(state)
 
 
@@ -281,7 +297,7 @@ def _check_sequences(state: AllocatorState) -> None:
     _require(
         ((state.salts >= 0) & (state.salts < len(keys))).all(), "a sequence names no known salt"
     )
-    total = int((-(-lengths // state.page_size)).sum())
+    total = int(state.page_counts.sum())
     _require(
         len(state.table) == total,
         f"the page table has {len(state.table)} entries, but the lengths need {total}",
@@ -315,7 +331,7 @@ def _check_numbering(state: AllocatorState) -> None:
 
 def _check_sharing(state: AllocatorState) -> None:
     """An owned page has one place and one salt, whoever its owners are."""
-    owner = np.repeat(np.arange(len(state.lengths)), -(-state.lengths // state.page_size))
+    owner = np.repeat(np.arange(len(state.lengths)), state.page_counts)
     pairs = owner * (state.num_pages + 1) + state.table
     _require(len(np.unique(pairs)) == len(pairs), "a sequence holds a page twice")
     for what, values in (("place", state.columns), ("salt", state.salts[owner])):
@@ -331,7 +347,7 @@ def _check_entries(state: AllocatorState) -> None:
     _require(known.all(), "an entry's parent is neither an earlier entry nor a known salt")
     column, salt = np.full((2, state.num_pages), -1, np.int64)
     column[state.table] = state.columns
-    salt[state.table] = np.repeat(state.salts, -(-state.lengths // state.page_size))
+    salt[state.table] = np.repeat(state.salts, state.page_counts)
     depth = np.zeros(len(pages), np.int64)
     root = np.zeros(len(pages), np.int64)
     for at, parent in enumerate(parents.tolist()):
@@ -341,8 +357,6 @@ def _check_entries(state: AllocatorState) -> None:
         (column[pages][owned] == depth[owned]).all() and (salt[pages][owned] == root[owned]).all(),
         "an entry is published for another place or salt than its page has in a sequence",
     )
-    _check_prefixes(state)
-    _require(not state.tokens[state.empty_slots].any(), "a slot that holds nothing has a token")
     _require(
         np.array_equal(np.sort(state.evictable), np.flatnonzero(~owned)),
         "the order of eviction does not name exactly the entries without an owner, once each",
@@ -357,19 +371,19 @@ def _check_prefixes(state: AllocatorState) -> None:
     _require(len(prefixes) == len(state.entry_pages), "two entries are of one prefix")
     entry_of = dict(zip(state.entry_pages.tolist(), range(len(prefixes)), strict=True))
     tokens = [row.tobytes() for row in state.tokens]
-    begin = 0
-    for count, salt in zip(
-        (-(-state.lengths // state.page_size)).tolist(), state.salts.tolist(), strict=True
-    ):
+    for salt, table in zip(state.salts.tolist(), state.tables, strict=True):
         before: int | None = -1 - salt
-        for page in state.table[begin : begin + count].tolist():
+        for page in table.tolist():
             found = None if before is None else prefixes.get((before, tokens[page]))
             _require(
                 entry_of.get(page, found) == found,
                 "an entry follows other tokens than its page does in a sequence",
             )
             before = found
-        begin += count
+
+
+def _check_slots(state: AllocatorState) -> None:
+    _require(not state.tokens[state.empty_slots].any(), "a slot that holds nothing has a token")
 
 
 def adopt_state(
@@ -380,16 +394,14 @@ def adopt_state(
     Everything was checked. Until the end each page keeps the owner that its pin was, so that none
     of them can become free half way.
     """
-    counts = -(-state.lengths // state.page_size)
-    table.ensure_rows(len(counts))
-    table.ensure_columns(int(counts.max(initial=0)))
+    table.ensure_rows(len(state.lengths))
+    table.ensure_columns(int(state.page_counts.max(initial=0)))
     keys = [Namespace(key, pool.cache.root_digest(key)) for key in state.salt_keys]
     pool.pinned[pages] = False
     pool.tokens[pages] = state.tokens
     rows = []
-    for q, held in enumerate(
-        np.split(pages[state.table], counts.cumsum()[:-1]) if counts.size else []
-    ):
+    for q, places in enumerate(state.tables):
+        held = pages[places]
         space = keys[state.salts[q]]
         row = table.open(space, salt_of(space.key), held)
         pool.refs[held] += 1

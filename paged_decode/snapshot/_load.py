@@ -93,17 +93,15 @@ class Opened:
         self.chain = Chain(path)
         try:
             self._check()
-        except BaseException as error:
+        except BaseException:
             self.chain.close()
-            if type(error) is SnapshotCorrupt and str(path) not in str(error):
-                raise SnapshotCorrupt(f"{path}: {error}") from None
             raise
 
     def _check(self) -> None:
         self.kv = [s for s in self.chain.header.arrays if s.name.startswith("kv/")]
         for older in reversed(self.chain.files):  # the newest is the last
-            self._check_pages(older.path, older.header)
             try:
+                self._check_pages(older.path, older.header)
                 self.state, self.engine = _bookkeeping(older)
             except SnapshotCorrupt as error:
                 if str(older.path) in str(error):

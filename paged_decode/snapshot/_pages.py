@@ -441,7 +441,12 @@ def _compile(
 ) -> list[_Fill]:
     """What fills each leaf on one device; leaves that are alike, as layers are, share a program."""
     shards = [_shard_on(leaf, device) for leaf in leaves]
-    stacked = {part.leaf: part.layer is not None for part in parts}
+    layers: list[list[_Layer]] = [[] for _ in leaves]
+    for part, pages in zip(parts, staged, strict=True):
+        index = shards[part.leaf][0][1 if part.layer is None else 2 :]
+        layers[part.leaf].append((pages, _of_page(index, part)))
+    one = {part.leaf: part for part in parts}  # of its layers, which are alike
+    stacked = {at: part.layer is not None for at, part in one.items()}
     count = len(staged[0]) if staged else 0
     page_bytes = sum(
         local.nbytes // local.shape[stacked[at]] for at, (_, local) in enumerate(shards)
@@ -449,20 +454,18 @@ def _compile(
     at_once = _has_room(device, count * page_bytes)
     programs: dict[Any, Any] = {}
     fills = []
-    for at, (index, local) in enumerate(shards):
-        mine = [(part, pages) for part, pages in zip(parts, staged, strict=True) if part.leaf == at]
-        layers = [(pages, _of_page(index[1 + stacked[at] :], part)) for part, pages in mine]
-        batch = max(1, _BATCH_CHUNKS * mine[0][0].spec(0).chunk_rows // len(layers))
+    for at, (_, local) in enumerate(shards):
+        batch = max(1, _BATCH_CHUNKS * one[at].spec(0).chunk_rows // len(layers[at]))
         size = count if at_once else min(count, batch)
         alike, ready = (local.shape, local.dtype, stacked[at]), None
         if at_once or alike not in programs:
-            ready = _bring(layers, slice(size), device)
+            ready = _bring(layers[at], slice(size), device)
         if alike not in programs:
             ids = np.zeros(size, np.int32)
             programs[alike] = _insert.lower(local, ready, ids, stacked=stacked[at]).compile()
         begins = (min(begin, count - size) for begin in range(0, count, max(1, size)))
         batches = [slice(begin, begin + size) for begin in begins]
-        fills.append(_Fill(programs[alike], local, device, layers, batches, ready))
+        fills.append(_Fill(programs[alike], local, device, layers[at], batches, ready))
     return fills
 
 
