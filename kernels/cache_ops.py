@@ -9,9 +9,19 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
 from . import dispatch
-from .checks import AnyArray, check_axes, check_float, check_index, check_twins, concrete
-from .op import check_layer
+from .checks import (
+    AnyArray,
+    check_axes,
+    check_float,
+    check_index,
+    check_live,
+    check_twins,
+    concrete,
+    narrow,
+)
+from .op import check_layer, known_layer
 from .placement import Placement
+from .write import write_tokens
 
 __all__ = ["append_kv", "copy_pages"]
 Pages = Num[AnyArray, "N Hk S D"] | Num[AnyArray, "L N Hk S D"]
@@ -41,7 +51,8 @@ def append_kv(
       slots: int32, `page * S + offset`. Padding points into the null page, slots `0 .. S-1`. Slots
         outside the pool write nothing under `jit`. Two equal slots outside the null page are
         the caller's fault: which one stays is undefined.
-      layer: which layer of a stacked pool, a Python int or an int32 scalar (it may be traced).
+      layer: which layer of a stacked pool, a Python int or an int32 scalar; it may be traced, and
+        outside the pool nothing is written then.
       placement: how the pool lies on a mesh; with a data axis, slots are local to a row's shard.
 
     Returns:
@@ -91,41 +102,17 @@ def _append(
     placement: Placement | None,
     platform: str,
 ) -> tuple[Array, Array]:
-    args = (k_pages, v_pages, k, v, slots) + (() if layer is None else (jnp.asarray(layer),))
-    write = _write_on_tpu if platform == "tpu" and layer is not None else _write
+    args = [k_pages, v_pages, k, v, slots]
+    if layer is not None:
+        layer, outside = known_layer(layer, k_pages.shape[0])
+        args = [k_pages, v_pages, k, v, jnp.where(outside, -1, slots), layer]
+    write = partial(write_tokens, platform=platform)
     if placement is None:
         return write(*args)
     pages = "N, Hk, S, D" if layer is None else "L, N, Hk, S, D"
     new, place = ("B, T, Hk, D", "B, T") if slots.ndim == 2 else ("B, Hk, D", "B")
     inputs = (pages, pages, new, new, place, "")[: len(args)]
     return placement.run(write, inputs, (pages, pages), *args)
-
-
-def _write(
-    k_pages: Array, v_pages: Array, k: Array, v: Array, slots: Array, layer: Array | None = None
-) -> tuple[Array, Array]:
-    page_size = k_pages.shape[-2]
-    page, offset = slots // page_size, slots % page_size
-    where = (page, slice(None), offset) if layer is None else (layer, page, slice(None), offset)
-
-    def write(pages: Array, new: Array) -> Array:
-        at = pages.at[where]
-        return at.set(new.astype(pages.dtype), mode="drop", wrap_negative_indices=False)
-
-    return write(k_pages, k), write(v_pages, v)
-
-
-def _write_on_tpu(
-    k_pages: Array, v_pages: Array, k: Array, v: Array, slots: Array, layer: Array
-) -> tuple[Array, Array]:
-    """XLA for TPU copies a stacked pool before it scatters into it; this kernel does not."""
-    from .pallas_tpu import write
-
-    if not write.serves(k_pages):
-        return _write(k_pages, v_pages, k, v, slots, layer)
-    k, v = (new.reshape(-1, *new.shape[-2:]) for new in (k, v))
-    slots = jnp.clip(slots.reshape(-1), -1, jnp.iinfo(jnp.int32).max).astype(jnp.int32)
-    return write.write_tokens(k_pages, v_pages, k, v, slots, layer.astype(jnp.int32))
 
 
 def copy_pages(
@@ -189,6 +176,8 @@ def _copy(
 
 
 def _copy_local(k_pages: Array, v_pages: Array, src: Array, dst: Array) -> tuple[Array, Array]:
+    src, dst = narrow(src, k_pages.shape[-4]), narrow(dst, k_pages.shape[-4])
+
     def copy(pages: Array) -> Array:
         read = pages.at[..., src, :, :, :].get(mode="fill", wrap_negative_indices=False)
         return pages.at[..., dst, :, :, :].set(read, mode="drop", wrap_negative_indices=False)
@@ -199,6 +188,8 @@ def _copy_local(k_pages: Array, v_pages: Array, src: Array, dst: Array) -> tuple
 def _check_pools(k_pages: Any, v_pages: Any, axes: str) -> None:
     check_axes("k_pages", k_pages, axes)
     check_twins("v_pages", v_pages, "k_pages", k_pages)
+    check_live("k_pages", k_pages)
+    check_live("v_pages", v_pages)
     if not jnp.issubdtype(k_pages.dtype, jnp.floating):
         raise NotImplementedError(
             f"pages of dtype {k_pages.dtype} would need scales, which this operation does not take"

@@ -12,16 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array
+from jaxtyping import Array, Int, Int32
 
 __all__ = [
     "AnyArray",
     "check_axes",
     "check_float",
     "check_index",
+    "check_live",
     "check_number",
     "check_twins",
     "concrete",
+    "narrow",
 ]
 
 AnyArray = Array | np.ndarray
@@ -73,6 +75,15 @@ def check_twins(name: str, array: Any, twin_name: str, twin: Any) -> None:
         )
 
 
+def check_live(name: str, array: Any) -> None:
+    """Raise RuntimeError, as JAX does, if `array` was donated: the message says what to use."""
+    if isinstance(array, jax.Array) and not isinstance(array, Tracer) and array.is_deleted():
+        raise RuntimeError(
+            f"{name} was deleted: it was donated to an earlier call; use the array that this call "
+            "returned"
+        )
+
+
 def check_number(name: str, value: Any, *, positive: bool = False) -> float:
     """`value` as a finite Python float; it is compiled into the kernel, so it cannot be traced."""
     if isinstance(value, bool) or not isinstance(value, Real | np.number):
@@ -90,3 +101,13 @@ def concrete(array: Any) -> np.ndarray | None:
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         return None
     return np.asarray(array)
+
+
+def narrow(ids: Int[Array, "*axes"], end: int) -> Int32[Array, "*axes"]:
+    """Traced ids as int32, where those that do not fit stay outside `0 .. end-1`.
+
+    A cast keeps the low 32 bits, and so does JAX when it indexes with int64: another page's number.
+    """
+    if ids.dtype == jnp.int32:
+        return ids
+    return jnp.clip(ids, -1, min(end, jnp.iinfo(jnp.int32).max)).astype(jnp.int32)

@@ -43,7 +43,8 @@ def decode_attention(
       sliding_window: an int W, the W newest tokens with the query's own; or `(left, right)`, left
         + 1 tokens. **EasyDeL's int w means (w, w)**, one token more than an int here.
       logits_soft_cap: c > 0; logits become `c * tanh(logits / c)`.
-      softmax_aux: sinks `[K]`, `[Hk, K]` or `[Hq, K]`, in the denominator only.
+      softmax_aux: sinks `[K]`, `[Hk, K]` or `[Hq, K]`, in the denominator only; one axis of length
+        Hq > 1 is refused, as in `paged_attention`.
       return_lse: also return the natural-log sums without sinks, float32 `[B, Hq]`, with the T
         axis of `query` where it has one.
       implementation: as in `paged_attention`.

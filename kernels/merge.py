@@ -1,12 +1,14 @@
 """Exact merge of attention over disjoint parts of the tokens, and sinks as one more part."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .checks import AnyArray, check_float
 
-__all__ = ["merge_attention", "sink_mass"]
+__all__ = ["check_sinks", "merge_attention", "sink_mass"]
 
 
 def merge_attention(
@@ -25,7 +27,8 @@ def merge_attention(
     Args:
       outs: `[K, ..., Hq, D]`, partial outputs **without sinks**.
       lses: float32 `[K, ..., Hq]`, their natural-log sums; -inf marks a part that saw nothing.
-      sinks: `[M]`, `[Hk, M]` or `[Hq, M]` logits that join the denominator once, after the merge.
+      sinks: `[M]`, `[Hk, M]` or `[Hq, M]` logits that join the denominator once, after the merge;
+        one axis of length Hq > 1 is refused, as in `paged_attention`.
 
     Returns:
       `(out, lse)`, out of the dtype of `outs`, lse float32 without sinks: merging is associative.
@@ -48,6 +51,8 @@ def merge_attention(
             f"{outs.shape} and {lses.shape}"
         )
     heads = outs.shape[-2]
+    if sinks is not None:
+        check_sinks(sinks, heads)
     lses = lses.astype(jnp.float32)
     top = jnp.max(lses, axis=0)
     sink = jnp.full(heads, -jnp.inf, jnp.float32) if sinks is None else sink_mass(sinks, heads)
@@ -64,14 +69,29 @@ def merge_attention(
     return out.astype(outs.dtype), jax.nn.logsumexp(lses, axis=0)
 
 
+def check_sinks(sinks: Any, heads: int, kv_heads: int | None = None) -> None:
+    """Raise unless `sinks` are `[K]`, `[Hk, K]` or `[Hq, K]`, and cannot mean two things."""
+    check_float("sinks", sinks)
+    rows = sinks.shape[0] if sinks.ndim == 2 else heads
+    known = heads % max(rows, 1) == 0 if kv_heads is None else rows in (kv_heads, heads)
+    if sinks.ndim not in (1, 2) or 0 in sinks.shape or not known:
+        given = "" if kv_heads is None else f"Hk = {kv_heads}, "
+        raise ValueError(
+            f"sinks must be [K], [Hk, K] or [Hq, K] with {given}Hq = {heads}, K >= 1; got shape "
+            f"{sinks.shape}"
+        )
+    if sinks.ndim == 1 and sinks.shape[0] == heads > 1:
+        raise ValueError(
+            f"sinks of shape [{heads}] with Hq = {heads} may be one sink for each head, or {heads} "
+            "that all heads share; for the first pass sinks[:, None], for the second "
+            f"jnp.broadcast_to(sinks, (Hq, {heads}))"
+        )
+
+
 def sink_mass(sinks: Float[AnyArray, "*heads K"], heads: int) -> Float[Array, " Hq"]:
     """Log of the denominator mass of all sinks of each query head, float32 `[Hq]`.
 
     However many sinks a head has, they act as one logit: `logsumexp` over K.
     """
-    if sinks.ndim not in (1, 2) or heads % (sinks.shape[0] if sinks.ndim == 2 else 1):
-        raise ValueError(
-            f"sinks must be [K], [Hk, K] or [Hq, K] with Hq = {heads}; got shape {sinks.shape}"
-        )
     mass = jnp.atleast_1d(jax.nn.logsumexp(sinks.astype(jnp.float32), axis=-1))
     return jnp.repeat(mass, heads // mass.shape[0])

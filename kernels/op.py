@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int, Int32, Num
 
 from . import dispatch
 from .checks import (
@@ -15,11 +15,13 @@ from .checks import (
     check_axes,
     check_float,
     check_index,
+    check_live,
     check_number,
     check_twins,
     concrete,
+    narrow,
 )
-from .merge import sink_mass
+from .merge import check_sinks, sink_mass
 from .placement import Placement
 from .record import AttentionCall
 
@@ -67,7 +69,8 @@ def paged_attention(
         causal attention.
       soft_cap: c > 0; logits become `c * tanh(logits / c)`.
       sinks: extra logits of the denominator, neither scaled nor capped: `[K]` for all heads,
-        `[Hk, K]` or `[Hq, K]`.
+        `[Hk, K]` or `[Hq, K]`. One axis of length Hq > 1 is refused: checkpoints with one sink for
+        each head (gpt-oss) have it, and mean `[Hq, 1]`.
       return_lse: also return the natural log of the softmax denominator **without sinks**, so
         that parts over disjoint tokens merge exactly (`merge_attention`).
       implementation: a backend name, or several to try in order; None: the platform's own list.
@@ -79,8 +82,9 @@ def paged_attention(
 
     Raises:
       TypeError: an array or option of the wrong type, such as float lengths.
-      ValueError: shapes that disagree; and, where values are concrete, lengths beyond the table
-        or page ids outside the pool. Under `jit` such a row comes out as NaN.
+      ValueError: shapes that disagree; and, where values are concrete, lengths outside `0 .. P * S`
+        or page ids outside the pool. Under `jit` such a row comes out as NaN, and so do all rows of
+        a call whose traced `layer` is outside the pool.
       NotImplementedError: differentiation; this op is for inference.
       ExceptionGroup: no backend serves the call; it holds every backend's reason.
 
@@ -108,7 +112,7 @@ def append_and_attend(
     page_table: Int[AnyArray, "B P"],
     seq_lens: Int[AnyArray, " B"],
     *,
-    slots: Int[AnyArray, " B"] | Int[AnyArray, "B T"] | None = None,
+    slots: Int[AnyArray, " B"] | Int[AnyArray, "B T"] | Literal["all"] | None = None,
     layer: int | Int[AnyArray, ""] | None = None,
     starts: Int[AnyArray, " B"] | None = None,
     scale: float | None = None,
@@ -137,7 +141,9 @@ def append_and_attend(
       page_table: int32 `[B, P]`. The pages that are written belong to one row only.
       seq_lens: int32 `[B]`, tokens of each row, the new ones included.
       slots: int32 `[B]` or `[B, T]` as for `append_kv`: which of the tokens are new, `slots >= S`;
-        where those lie, the page table says. None: all are.
+        where those lie, the page table says. "all": every one is. None says the same where T = 1;
+        with T > 1 it is refused, because a row that brings fewer than T tokens would have older
+        ones of its own overwritten by its padding.
 
     All other arguments are those of `paged_attention`.
 
@@ -165,13 +171,28 @@ def append_and_attend(
     for name, new in (("k", k), ("v", v)):
         check_float(name, new)
         check_axes(name, new, axes, **{axis: sizes[axis] for axis in axes.split(", ")})
-    if slots is not None:
-        check_index("slots", slots)
-        check_axes("slots", slots, axes.removesuffix(", Hk, D"), B=sizes["B"], T=sizes["T"])
+    slots = _new_slots(slots, axes.removesuffix(", Hk, D"), sizes)
     out, lse, k_pages, v_pages = _append_and_attend(
         k_pages, v_pages, k, v, slots, q, *arrays[3:], **options
     )
     return (out, lse, k_pages, v_pages) if return_lse else (out, k_pages, v_pages)
+
+
+def _new_slots(slots: Any, axes: str, sizes: dict[str, int]) -> Any:
+    """`slots` as an array of these axes, or None where all tokens are new."""
+    if slots is None and axes == "B, T" and sizes["T"] > 1:
+        raise ValueError(
+            f"slots must say which of the T = {sizes['T']} tokens of each row are new: a row that "
+            "brings fewer would have older tokens overwritten; pass slots [B, T], such as those of "
+            'a DecodeBatch, or slots="all" where every row brings T new tokens'
+        )
+    if slots is None or (isinstance(slots, str) and slots == "all"):
+        return None
+    if isinstance(slots, str):
+        raise ValueError(f'slots must be an array or "all"; got {slots!r}')
+    check_index("slots", slots)
+    check_axes("slots", slots, axes, B=sizes["B"], T=sizes["T"])
+    return slots
 
 
 def _checked(
@@ -193,14 +214,13 @@ def _checked(
     _check_arrays(q, k_pages, v_pages, layer, placement)
     rows, heads, dim = q.shape[0], q.shape[-2], q.shape[-1]
     pages, kv_heads, page_size = k_pages.shape[-4:-1]
-    _check_tables(page_table, seq_lens, starts, rows)
+    _check_tables(page_table, seq_lens, starts, rows, page_size)
     if placement is not None:
         pages //= placement.data_shards  # ids are local to a shard
     _check_values(page_table, seq_lens, starts, pages, page_size)
     if sinks is not None:
-        _check_sinks(sinks, kv_heads, heads)
+        check_sinks(sinks, heads, kv_heads)
     window = _window(sliding_window)
-    layer = 0 if layer is None else layer
     return (q, k_pages, v_pages, page_table, seq_lens, layer, starts, sinks), dict(
         scale=dim**-0.5 if scale is None else check_number("scale", scale),
         # A window as wide as the table hides nothing; without it no sum can overflow int32.
@@ -215,7 +235,7 @@ def _checked(
 # The arrays of an `AttentionCall` and their axes, which say how each is split on a mesh.
 _AXES = dict(
     q="B, T, Hq, D",
-    k_pages="L, N, Hk, S, D",
+    k_pages="L, N, Hk, S, D",  # without L where the pool has no layer axis
     v_pages="L, N, Hk, S, D",
     layer="",
     page_table="B, P",
@@ -238,7 +258,7 @@ def _attend(
     v_pages: Array,
     page_table: Array,
     seq_lens: Array,
-    layer: Array,
+    layer: Array | None,
     starts: Array | None,
     sinks: Array | None,
     *,
@@ -274,7 +294,7 @@ def _append_and_attend(
     q: Array,
     page_table: Array,
     seq_lens: Array,
-    layer: Array,
+    layer: Array | None,
     starts: Array | None,
     sinks: Array | None,
     *,
@@ -286,30 +306,35 @@ def _append_and_attend(
     shape = (*arrays["q"].shape[:2], *k.shape[-2:])
     new = [x.reshape(shape).astype(k_pages.dtype) for x in (k, v)]
     if slots is not None:
-        new.append(slots.reshape(shape[:2]).astype(jnp.int32))
+        slot_end = k_pages.shape[-4] * k_pages.shape[-2]
+        new.append(narrow(slots.reshape(shape[:2]), slot_end))
 
     @jax.custom_jvp
     def run(arrays: dict[str, Array], new: list[Array]) -> tuple[Array, Array, Array, Array]:
         def local(*own: Array) -> tuple[Array, Array, Array, Array]:
-            call = _record(arrays, own[: len(arrays)], options)
-            return dispatch.append_and_attend(call, *own[len(arrays) :], names=implementation)
+            call, newest = _record(arrays, own[: len(arrays)], options), own[len(arrays) :]
+            out, lse, *pages = dispatch.append_and_attend(call, *newest, names=implementation)
+            pages = [p.reshape(p.shape[not call.stacked :]) for p in pages]
+            # Else XLA lets a later write into these pages begin before the loop that reads them,
+            # and copies the pool for it (openxla/xla 45912).
+            return jax.lax.optimization_barrier((out, lse, *pages))
 
         return _placed(placement, local, arrays, new)
 
     run.defjvp(_no_derivative)
-    out, lse, new_k_pages, new_v_pages = run(arrays, new)
-    return (
-        out.reshape(q.shape),
-        lse.reshape(q.shape[:-1]),
-        new_k_pages.reshape(k_pages.shape),
-        new_v_pages.reshape(v_pages.shape),
-    )
+    out, lse, *pages = run(arrays, new)
+    return out.reshape(q.shape), lse.reshape(q.shape[:-1]), *pages
 
 
 def _record(names: dict[str, Array], own: tuple[Array, ...], options: Any) -> AttentionCall:
     """The call of one device, from its parts of the arrays; what was not given is None."""
-    given = dict(zip(names, own, strict=True))
-    return AttentionCall(**dict.fromkeys(_AXES) | given, **options)
+    given: dict[str, Any] = dict.fromkeys(_AXES) | dict(zip(names, own, strict=True))
+    stacked = given["layer"] is not None
+    if not stacked:
+        given["layer"] = jnp.int32(0)
+        for name in ("k_pages", "v_pages"):
+            given[name] = given[name].reshape(1, *given[name].shape)
+    return AttentionCall(**given, stacked=stacked, **options)
 
 
 def _placed(
@@ -322,8 +347,10 @@ def _placed(
     args = (*arrays.values(), *new)
     if placement is None:
         return local(*args)
-    inputs = [*(_AXES[name] for name in arrays), *_NEW_AXES[: len(new)]]
-    written = (_AXES["k_pages"], _AXES["v_pages"]) if new else ()
+    pages = _AXES["k_pages"].removeprefix("" if "layer" in arrays else "L, ")
+    axes = _AXES | dict(k_pages=pages, v_pages=pages)
+    inputs = [*(axes[name] for name in arrays), *_NEW_AXES[: len(new)]]
+    written = (pages, pages) if new else ()
     return placement.run(local, inputs, ("B, T, Hq, D", "B, T, Hq", *written), *args)
 
 
@@ -333,22 +360,27 @@ def _canonical(
     v_pages: Array,
     page_table: Array,
     seq_lens: Array,
-    layer: Array,
+    layer: Array | None,
     starts: Array | None,
     sinks: Array | None,
 ) -> dict[str, Array]:
-    """The arrays of the record; what is not given is left out, so that no backend computes it."""
-    stacked = (-1, *k_pages.shape[-4:])
-    arrays = dict(
-        q=q if q.ndim == 4 else q[:, None],
-        k_pages=k_pages.reshape(stacked),
-        v_pages=v_pages.reshape(stacked),
-        layer=jnp.asarray(layer).astype(jnp.int32),
-        page_table=page_table.astype(jnp.int32),
-        seq_lens=seq_lens.astype(jnp.int32),
-    )
+    """The arrays of the record; what is not given is left out, so that no backend computes it.
+
+    Here every number is brought into the range of int32. A length outside `0 .. P * S` becomes
+    `P * S + 1`, and so do all of a call whose layer is outside the pool: too long for the table, so
+    every backend gives NaN and writes nothing.
+    """
+    pages, page_size = k_pages.shape[-4], k_pages.shape[-2]
+    capacity = page_table.shape[1] * page_size
+    wrong = (seq_lens < 0) | (seq_lens > capacity)
+    lens = jnp.where(wrong, capacity + 1, seq_lens).astype(jnp.int32)
+    arrays = dict(q=q if q.ndim == 4 else q[:, None], k_pages=k_pages, v_pages=v_pages)
+    if layer is not None:
+        arrays["layer"], outside = known_layer(layer, k_pages.shape[0])
+        lens = jnp.where(outside, capacity + 1, lens)
+    arrays |= dict(page_table=narrow(page_table, pages), seq_lens=lens)
     if starts is not None:
-        arrays["starts"] = starts.astype(jnp.int32)
+        arrays["starts"] = narrow(starts, capacity + 1)
     if sinks is not None:
         arrays["sink"] = sink_mass(sinks, q.shape[-2])
     return arrays
@@ -376,6 +408,8 @@ def _check_arrays(
         check_axes("k_pages", k_pages, "L, N, Hk, S, D")
         check_layer(layer, k_pages.shape[0])
     check_twins("v_pages", v_pages, "k_pages", k_pages)
+    check_live("k_pages", k_pages)
+    check_live("v_pages", v_pages)
     if 0 in k_pages.shape:
         raise ValueError(f"k_pages must have no empty axis; got shape {k_pages.shape}")
     heads, kv_heads = q.shape[-2], k_pages.shape[-3]
@@ -405,11 +439,23 @@ def check_layer(layer: Any, layers: int) -> None:
         raise ValueError(f"layer must be in 0 .. {layers - 1}; got {int(value)}")
 
 
-def _check_tables(page_table: Any, seq_lens: Any, starts: Any, rows: int) -> None:
+def known_layer(layer: Int[Array, ""], layers: int) -> tuple[Int32[Array, ""], Bool[Array, ""]]:
+    """`layer` as int32 in `0 .. layers-1`, and whether the one given was outside.
+
+    A traced number cannot raise, and no backend may follow one that leads out of the pool.
+    """
+    inside = jnp.clip(layer, 0, layers - 1)
+    return inside.astype(jnp.int32), inside != layer
+
+
+def _check_tables(page_table: Any, seq_lens: Any, starts: Any, rows: int, page_size: int) -> None:
     check_index("page_table", page_table)
     check_axes("page_table", page_table, "B, P", B=rows)
-    if page_table.shape[1] == 0:
-        raise ValueError("page_table must be [B, P] with P >= 1; got P = 0")
+    if page_table.shape[1] == 0 or (page_table.shape[1] + 1) * page_size >= 2**31:
+        raise ValueError(
+            f"page_table must be [B, P] with P >= 1 and (P + 1) * S < 2**31, so that positions fit "
+            f"int32; got P = {page_table.shape[1]} and S = {page_size}"
+        )
     check_index("seq_lens", seq_lens)
     check_axes("seq_lens", seq_lens, "B", B=rows)
     if starts is not None:
@@ -440,16 +486,6 @@ def _check_values(page_table: Any, seq_lens: Any, starts: Any, pages: int, page_
         raise ValueError(
             f"page_table must hold page ids in 0 .. N-1 = {pages - 1} as far as seq_lens reaches; "
             f"got {table[row, column]} in row {row}, column {column} (length {lens[row]})"
-        )
-
-
-def _check_sinks(sinks: Any, kv_heads: int, heads: int) -> None:
-    check_float("sinks", sinks)
-    rows = sinks.shape[0] if sinks.ndim == 2 else kv_heads
-    if sinks.ndim not in (1, 2) or rows not in (kv_heads, heads) or sinks.shape[-1] == 0:
-        raise ValueError(
-            f"sinks must be [K], [Hk, K] or [Hq, K] with Hk = {kv_heads}, Hq = {heads}, K >= 1; "
-            f"got shape {sinks.shape}"
         )
 
 

@@ -131,12 +131,21 @@ class Placement:
         )
         return mapped(*args)
 
+    def untyped(self, tree: Any) -> Any:
+        """Arrays of a program without this mesh in their types, which Explicit axes put there.
+
+        Rows that were split over such an axis are gathered; over automatic axes nothing moves.
+        """
+        if AxisType.Explicit not in self.mesh.axis_types:
+            return tree
+        nowhere = NamedSharding(self.mesh, PartitionSpec())
+        return jax.tree.map(lambda a: jax.sharding.reshard(a, nowhere), tree)
+
     def whole(self, tree: Any) -> Any:
         """The same values on every device, as any process of several can read them."""
-        kinds = {kind for kind in self.mesh.axis_types}
-        put = jax.sharding.reshard if kinds == {AxisType.Explicit} else jax.device_put
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
-        return jax.tree.map(lambda a: put(a, everywhere), tree)
+        if set(self.mesh.axis_types) == {AxisType.Explicit}:
+            return self.untyped(tree)
+        return jax.device_put(self.untyped(tree), NamedSharding(self.mesh, PartitionSpec()))
 
     def check(self, rows: int, heads: int | None = None) -> None:
         """Raise ValueError unless so many rows, and query heads, can be split."""

@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, Num
 
+from .write import write_tokens
+
 __all__ = ["AttentionCall"]
 
 
@@ -29,6 +31,7 @@ class AttentionCall:
       window: newest tokens that a query sees, itself included; None: all.
       soft_cap: logits become `soft_cap * tanh(logits / soft_cap)`; None: unchanged.
       platform: where it will run, "cpu", "gpu" or "tpu".
+      stacked: whether the caller's pages have a layer axis; without, L is 1.
     """
 
     q: Float[Array, "B T Hq D"]
@@ -43,6 +46,7 @@ class AttentionCall:
     window: int | None
     soft_cap: float | None
     platform: str
+    stacked: bool = True
 
     @property
     def page_size(self) -> int:
@@ -99,16 +103,23 @@ class AttentionCall:
         position = self.seq_lens[:, None] - tokens + jnp.arange(tokens, dtype=jnp.int32)
         column = position // page_size
         page = jnp.take_along_axis(self.page_table, jnp.clip(column, 0, width - 1), axis=1)
-        nowhere = (position < 0) | (self.seq_lens[:, None] > width * page_size) | (page < 0)
+        nowhere = (position < 0) | (self.seq_lens[:, None] > width * page_size)
+        nowhere |= (page < 0) | (page >= pages)
         if slots is not None:
             nowhere |= slots < page_size
-        page = jnp.where(nowhere, pages, page)
-        where = (self.layer, page, slice(None), position % page_size)
-
-        def write(old: Array, new: Array) -> Array:
-            return old.at[where].set(new, mode="drop", wrap_negative_indices=False)
-
-        return replace(self, k_pages=write(self.k_pages, k), v_pages=write(self.v_pages, v))
+        where = jnp.where(nowhere, -1, page * page_size + position % page_size)
+        shape = self.k_pages.shape if self.stacked else self.k_pages.shape[1:]
+        written = write_tokens(
+            self.k_pages.reshape(shape),
+            self.v_pages.reshape(shape),
+            k,
+            v,
+            where,
+            self.layer if self.stacked else None,
+            platform=self.platform,
+        )
+        k_pages, v_pages = (pages.reshape(self.k_pages.shape) for pages in written)
+        return replace(self, k_pages=k_pages, v_pages=v_pages)
 
     def decode_refusal(self, *, mixed: bool = False) -> str | None:
         """Why a kernel of one query token a row, of the pages' dtype unless `mixed`, cannot serve.

@@ -48,7 +48,7 @@ def prefill(
     No logits come back: the newest token of a prompt is left to `decode`, so that sampling has
     one home and forks of a prompt need nothing special.
     """
-    return model(params, cache, tokens, batch)[1]
+    return _call(model, params, cache, tokens, batch)[1]
 
 
 @partial(jax.jit, static_argnames=("model", "page_size", "steps", "top"), donate_argnames="cache")
@@ -85,7 +85,9 @@ def decode(
         i, cache, tokens, alive, out = state
         lens = jnp.where(alive, batch.seq_lens + out.counts, 0)
         now = _one_token_batch(batch.page_table, lens, page_size)
-        logits, cache = model(params, cache, tokens[:, None], now)
+        logits, cache = _call(model, params, cache, tokens[:, None], now)
+        if cache.placement is not None:
+            logits = cache.placement.untyped(logits)
         chosen = sample(logits, replace(rows, index=rows.index + out.counts))
         stopped = jnp.any(rows.stop_tokens == chosen[:, None], axis=-1)
         counts = out.counts + alive.astype(jnp.int32)
@@ -101,6 +103,35 @@ def decode(
     state = (jnp.int32(0), cache, tokens, budget > 0, out)
     _, cache, _, _, out = lax.while_loop(living, step, state)
     return cache, out if cache.placement is None else cache.placement.whole(out)
+
+
+def _call(
+    model: Model, params: Any, cache: KVCache, tokens: Int[Array, "B T"], batch: DecodeBatch
+) -> tuple[Array, KVCache]:
+    """What the model returns, checked while it is traced: its slips compile without a word."""
+    out = model(params, cache, tokens, batch)
+    if not isinstance(out, tuple | list) or len(out) != 2 or not isinstance(out[1], KVCache):
+        kinds = [type(each).__name__ for each in (out if isinstance(out, tuple | list) else [out])]
+        raise TypeError(f"the model must return (logits, cache); got {', '.join(kinds)}")
+    logits, after = out
+    shape, dtype = getattr(logits, "shape", None), getattr(logits, "dtype", None)
+    if shape is None or not jnp.issubdtype(dtype, jnp.floating):
+        kind = type(logits).__name__ if dtype is None else f"dtype {dtype}"
+        raise TypeError(f"the model's logits must be a floating-point array [B, V]; got {kind}")
+    if len(shape) != 2 or shape[0] != len(tokens) or shape[1] == 0:
+        cure = ": return those of column T-1, logits[:, -1]" if len(shape) == 3 else ""
+        raise ValueError(
+            f"the model's logits must be [B, V] with B = {len(tokens)}; got shape {shape}{cure}"
+        )
+    old, new = jax.tree.leaves(cache), jax.tree.leaves(after)
+    if [(a.shape, a.dtype) for a in old] != [(a.shape, a.dtype) for a in new]:
+        raise ValueError("the model must return a cache of the shapes and dtypes that it was given")
+    if all(a is b for a, b in zip(old, new, strict=True)):
+        raise ValueError(
+            "the model returned the cache that it was given, without the new keys and values: "
+            "return what cache.append or cache.append_and_attend returned last"
+        )
+    return logits, after
 
 
 def null_batch(rows: int, chunk: int, *, columns: int) -> DecodeBatch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 
@@ -148,6 +150,7 @@ class KVCache:
         slots: Int[AnyArray, "B T"] | Int[AnyArray, " B"],
     ) -> KVCache:
         """Write new keys and values of one layer to their slots; in place under donation."""
+        layer = self._known(layer)
         pools = self.k_pages[layer], self.v_pages[layer]
         new = self._with_copies(k), self._with_copies(v)
         pools = append_kv(*pools, *new, slots, placement=self.placement)
@@ -155,6 +158,7 @@ class KVCache:
 
     def attend(self, layer: int, q: AnyArray, batch: DecodeBatch, **options: Any) -> Any:
         """`paged_attention` of `q` over one layer, through the batch's page table."""
+        layer = self._known(layer)
         return paged_attention(
             q,
             self.k_pages[layer],
@@ -181,6 +185,7 @@ class KVCache:
         Returns:
           `(out, cache)`, where out is `(out, lse)` with `return_lse`.
         """
+        layer = self._known(layer)
         *out, k_pages, v_pages = append_and_attend(
             q,
             self._with_copies(k),
@@ -194,6 +199,17 @@ class KVCache:
             **options,
         )
         return (out[0] if len(out) == 1 else tuple(out)), self._with_layer(layer, k_pages, v_pages)
+
+    def _known(self, layer: int) -> int:
+        """The number of a layer of ours; to a tuple, -1 would be the last one."""
+        if isinstance(layer, bool | np.bool_ | Tracer) or not hasattr(layer, "__index__"):
+            raise TypeError(
+                f"layer must be a Python int, because layers are a tuple; got {layer!r}: unroll "
+                "them, or scan over one stacked pool with append_and_attend(..., layer=layer)"
+            )
+        if not 0 <= (index := operator.index(layer)) < self.num_layers:
+            raise ValueError(f"layer must be in 0 .. {self.num_layers - 1}; got {index}")
+        return index
 
     def _with_copies(self, new: AnyArray) -> AnyArray:
         """New keys or values with every head as often as the mesh holds it."""

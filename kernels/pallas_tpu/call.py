@@ -148,14 +148,13 @@ def _cores() -> int:
 
 def static_of(call: AttentionCall, config: Config, steps: int, append: bool) -> Static:
     """What is compiled into the kernel for `call`."""
-    layers, pages, kv_heads, page_size, dim = call.k_pages.shape
+    _, pages, kv_heads, page_size, dim = call.k_pages.shape
     compute = _compute(call)
     return Static(
         kv_heads=kv_heads,
         group=-(-call.group // 8) * 8 if compute == jnp.float32 else call.group,
         dim=dim,
         page_size=page_size,
-        layers=layers,
         pages=pages,
         columns=call.page_table.shape[1],
         fetch=config.fetch,

@@ -38,7 +38,6 @@ class Static:
     group: int
     dim: int
     page_size: int
-    layers: int
     pages: int
     columns: int
     fetch: int
@@ -180,10 +179,9 @@ def _copies(
     refs: Refs, static: Static, page: Scalar, slot: Scalar, place: Scalar
 ) -> tuple[Any, Any]:
     """One page of all KV heads on its way into a buffer, keys and values."""
-    layer = jnp.clip(refs.layer[0], 0, static.layers - 1)
     return tuple(
         pltpu.make_async_copy(
-            pages.at[layer, page], buffer.at[slot, place], refs.sems.at[kind, slot]
+            pages.at[refs.layer[0], page], buffer.at[slot, place], refs.sems.at[kind, slot]
         )
         for kind, (pages, buffer) in enumerate(
             ((refs.k_pages, refs.k_buf), (refs.v_pages, refs.v_buf))

@@ -39,11 +39,14 @@ def write_tokens(
     *,
     interpret: Any = False,
 ) -> tuple[Array, Array]:
-    """The pages with k and v in their slots of one layer; slots outside the pool write nothing."""
+    """The pages with k and v in their slots of one layer; slots outside the pool write nothing.
+
+    The layer is one of the pool's: the caller has made sure.
+    """
     count = slots.shape[0]
     if count == 0:
         return k_pages, v_pages
-    layers, pages, heads, size, dim = k_pages.shape
+    _, pages, heads, size, dim = k_pages.shape
     strip = min(32 // k_pages.dtype.itemsize, size)
     outside = (slots < 0) | (slots >= pages * size)
     slots = jnp.where(outside, jnp.int32(pages * size), slots)
@@ -54,7 +57,7 @@ def write_tokens(
     run = jnp.cumsum(new.astype(jnp.int32)) - 1
     tile = jnp.where(slots < pages * size, tile, -1)
     tiles = jnp.full(count + AHEAD, -1, jnp.int32).at[run].set(tile)
-    static = _Static(count, strip, size // strip, layers)
+    static = _Static(count, strip, size // strip)
     arrays = [(x[order].astype(k_pages.dtype))[:, :, None] for x in (k, v)]
     scalars = (run, tiles, slots % strip, layer.reshape(1).astype(jnp.int32))
     with jax.enable_x64(False):
@@ -66,7 +69,6 @@ class _Static:
     count: int  # tokens
     strip: int  # tokens of a tile
     strips: int  # tiles of a page and head
-    layers: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +130,9 @@ def _copies(refs: _Refs, static: _Static, run: Scalar, write: bool) -> list[Any]
     tile, place = refs.tiles[run], lax.rem(jnp.int32(run), RING)
     page, strip = lax.div(tile, static.strips), lax.rem(tile, static.strips)
     rows = pl.ds(pl.multiple_of(strip * static.strip, static.strip), static.strip)
-    layer = jnp.clip(refs.layer[0], 0, static.layers - 1)
     copies = []
     for kind, pages in enumerate(refs.pages):
-        ends = pages.at[layer, page, :, rows], refs.ring.at[kind, place]
+        ends = pages.at[refs.layer[0], page, :, rows], refs.ring.at[kind, place]
         source, target = reversed(ends) if write else ends
         copies.append(pltpu.make_async_copy(source, target, refs.sems.at[int(write), place]))
     return copies

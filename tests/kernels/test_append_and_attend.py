@@ -61,7 +61,9 @@ def take_newest(inputs: Inputs) -> tuple[np.ndarray, np.ndarray, Inputs]:
 
 
 def run(backend, k, v, inputs: Inputs, **more):
+    """All tokens are new, unless `slots` say more."""
     pages = (jnp.array(inputs.k_pages), jnp.array(inputs.v_pages))
+    more = dict(slots="all") | more
     return append_and_attend(
         inputs.q,
         k,
@@ -141,6 +143,53 @@ def test_a_row_that_breaks_the_contract_is_nan_and_writes_nothing(backend):
     ends = [(int(table[row, (lens[row] - 1) // 16]), int(lens[row] - 1) % 16) for row in good]
     assert written == set(ends)
     assert np.isnan(np.asarray(v_pages)).sum() == np.isnan(np.asarray(k_pages)).sum()
+
+
+@pytest.mark.parametrize("tokens", [None, 3], ids=["T=1", "T=3"])
+@pytest.mark.parametrize("layer", [-1, 2, 2**32 + 1])
+def test_a_traced_layer_outside_the_pool_is_nan_and_writes_nothing(backend, layer, tokens):
+    whole = build(replace(CASES["one token"], tokens=tokens))
+    k, v, hollow = take_newest(whole)
+    stacked = Inputs(
+        hollow.q,
+        *(np.stack([np.nan_to_num(p)] * 2) for p in (hollow.k_pages, hollow.v_pages)),
+        *(hollow.page_table, hollow.seq_lens, hollow.options),
+    )
+    with jax.enable_x64(True):
+        wide = np.int64(layer)
+        call = jax.jit(lambda layer: run(backend, k, v, stacked, layer=layer))
+        out, lse, *pages = call(wide)
+    assert np.isnan(out).all() and np.isnan(lse).all()
+    same_bits(pages, (stacked.k_pages, stacked.v_pages))
+
+
+def test_numbers_beyond_int32_write_nowhere(backend):
+    whole = build(CASES["one token"])
+    k, v, hollow = take_newest(whole)
+    hollow = replace(
+        hollow, **{n: np.nan_to_num(getattr(hollow, n)) for n in ("k_pages", "v_pages")}
+    )
+    table, lens = hollow.page_table.astype(np.int64), hollow.seq_lens.astype(np.int64)
+    table[2] += 2**32
+    lens[3] += 2**32
+    lens[4], lens[5] = -(2**31), -(2**32) + 48
+    with jax.enable_x64(True):
+        call = jax.jit(lambda t, n: run(backend, k, v, replace(hollow, page_table=t, seq_lens=n)))
+        out, _, *pages = call(table, lens)
+    assert np.isnan(np.asarray(out)[2:]).all() and np.isfinite(np.asarray(out)[:2]).all()
+    for got, old, new in zip(pages, (hollow.k_pages, hollow.v_pages), (k, v), strict=True):
+        want = old.copy()
+        want[hollow.page_table[1, 0], :, 0] = new[1]  # the only row that may write
+        same_bits(got, want)
+
+
+def test_several_tokens_without_slots_ask_which_of_them_are_new(unchecked, backend):
+    whole = build(CASES["three tokens"])
+    k, v, hollow = take_newest(whole)
+    with pytest.raises(ValueError, match='slots must say which of the T = 3 tokens .* slots="all"'):
+        run(backend, k, v, hollow, slots=None)
+    with pytest.raises(ValueError, match='slots must be an array or "all"; got'):
+        run(backend, k, v, hollow, slots="some")
 
 
 def test_donated_pages_are_updated_in_place(backend):

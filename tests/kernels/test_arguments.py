@@ -7,7 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paged_decode.kernels import backend_status, decode_attention, paged_attention
+from paged_decode.kernels import (
+    backend_status,
+    decode_attention,
+    merge_attention,
+    paged_attention,
+)
 from paged_decode.kernels import dispatch as dispatching
 from paged_decode.kernels.dispatch import Backend
 from paged_decode.kernels.record import AttentionCall
@@ -72,7 +77,12 @@ WRONG = [
         ValueError,
         r"\[B, P\] with B = 2; got shape \(3, 2\)",
     ),
-    (dict(page_table=np.zeros((2, 0), I32)), ValueError, r"P >= 1; got P = 0"),
+    (dict(page_table=np.zeros((2, 0), I32)), ValueError, r"P >= 1 .* got P = 0"),
+    (
+        dict(page_table=np.broadcast_to(np.int32(0), (2, 2**29 - 1))),
+        ValueError,
+        r"\(P \+ 1\) \* S < 2\*\*31, .* got P = 536870911 and S = 4",
+    ),
     (dict(page_table=np.zeros((2, 3), bool)), TypeError, r"page_table must be an array of int32"),
     (dict(page_table=np.zeros((2, 3))), TypeError, r"page_table must be .* got dtype float64"),
     (dict(page_table=[[1, 2], [3, 4]]), TypeError, r"page_table must be .* got list"),
@@ -121,6 +131,11 @@ WRONG = [
         r"\[Hq, K\] with Hk = 2, Hq = 4, K >= 1",
     ),
     (dict(sinks=np.zeros((2, 0), np.float32)), ValueError, r"K >= 1; got shape \(2, 0\)"),
+    (
+        dict(sinks=np.zeros(4, np.float32)),
+        ValueError,
+        r"one sink for each head, or 4 that all heads share; for the first pass sinks\[:, None\]",
+    ),
     (dict(sinks=np.zeros((), np.float32)), ValueError, r"sinks must be \[K\], \[Hk, K\]"),
     (dict(sinks=np.zeros(2, I32)), TypeError, r"sinks must be a floating-point array"),
     (
@@ -137,6 +152,24 @@ WRONG = [
 def test_a_bad_argument_is_named_with_its_axes(unchecked, bad, error, message):
     with pytest.raises(error, match=message):
         paged_attention(**GOOD | bad)
+
+
+def test_both_cures_of_sinks_with_two_meanings_give_what_they_say():
+    sinks = np.array([0.5, 1.0, -1.0, 2.0], np.float32)
+    for cure, same in (
+        (sinks[:, None], sinks.reshape(4, 1)),
+        (jnp.broadcast_to(sinks, (4, 4)), np.log(np.exp(sinks).sum(keepdims=True))),
+    ):
+        got, want = (paged_attention(**GOOD, sinks=s) for s in (cure, same))
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+    with pytest.raises(ValueError, match="one sink for each head, or 4"):
+        merge_attention(np.zeros((2, 4, 8), np.float32), np.zeros((2, 4), np.float32), sinks=sinks)
+    with pytest.raises(ValueError, match="one sink for each head, or 4"):
+        decode_attention(**DENSE, softmax_aux=sinks)
+    one = GOOD | dict(
+        q=GOOD["q"][:, :1], k_pages=GOOD["k_pages"][:, :1], v_pages=GOOD["v_pages"][:, :1]
+    )
+    paged_attention(**one, sinks=sinks[:1])  # of one head there is only one meaning
 
 
 def test_options_that_are_compiled_in_cannot_be_traced(unchecked):

@@ -61,6 +61,38 @@ def test_under_jit_a_slot_outside_the_pool_writes_nothing(slot):
     same_bits(got, (k_pages, v_pages))
 
 
+@pytest.mark.parametrize("layer", [-1, LAYERS, 2**32])
+def test_under_jit_a_layer_outside_the_pool_writes_nothing(layer):
+    k_pages, v_pages = pools(layers=LAYERS)
+    with jax.enable_x64(True):
+        write = jax.jit(lambda *args, layer: append_kv(*args, layer=layer))
+        args = (*device(k_pages, v_pages, *news(1)), np.array([4], np.int32))
+        got = write(*args, layer=np.int64(layer))
+    same_bits(got, (k_pages, v_pages))
+
+
+@pytest.mark.parametrize("far", [2**32, -(2**32)])
+def test_under_jit_ids_beyond_int32_never_wrap(far):
+    k_pages, v_pages = pools()
+    with jax.enable_x64(True):
+        slots = np.array([4 + SIZE * far, 9], np.int64)  # the page id itself is beyond
+        got = jax.jit(append_kv)(*device(k_pages, v_pages, *news(2)), slots)
+        ids = np.array([1 + far, 2], np.int64)
+        copied = jax.jit(copy_pages)(*device(k_pages, v_pages), np.array([3, 4]), ids)
+        filled = jax.jit(copy_pages)(*device(k_pages, v_pages), ids, np.array([3, 4]))
+    for pool, new, one, two, three in zip(
+        (k_pages, v_pages), news(2), got, copied, filled, strict=True
+    ):
+        written = pool.copy()
+        written[2, :, 1] = new[1]
+        same_bits(one, written)
+        written = pool.copy()
+        written[2] = pool[4]
+        same_bits(two, written)
+        assert np.isnan(three[3]).all()  # as any page that is not there
+        same_bits(three[4], pool[2])
+
+
 @pytest.mark.parametrize("layers", [None, LAYERS])
 def test_copy_pages_reads_all_before_it_writes_any(layers):
     k_pages, v_pages = pools(layers=layers)
@@ -78,22 +110,29 @@ def test_copying_no_pages_changes_nothing():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])  # jax 0.10.2 copies bf16 pools on CPU
-def test_writes_are_in_place_when_the_pool_is_donated(dtype):
+def test_copies_are_in_place_when_the_pool_is_donated(dtype):
     pages = jax.ShapeDtypeStruct((4000, HEADS, SIZE, DIM), dtype)
-    new = jax.ShapeDtypeStruct((3, HEADS, DIM), jnp.float32)
     ids = jax.ShapeDtypeStruct((3,), jnp.int32)
     pool_bytes = 2 * np.prod(pages.shape) * jnp.dtype(dtype).itemsize
-    for write, args in ((append_kv, (new, new, ids)), (copy_pages, (ids, ids))):
-        compiled = jax.jit(write, donate_argnums=(0, 1)).lower(pages, pages, *args).compile()
-        memory = compiled.memory_analysis()
-        assert memory.alias_size_in_bytes == pool_bytes
-        assert memory.temp_size_in_bytes < pool_bytes / 100
+    compiled = jax.jit(copy_pages, donate_argnums=(0, 1)).lower(pages, pages, ids, ids).compile()
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes == pool_bytes
+    assert memory.temp_size_in_bytes < pool_bytes / 100
 
 
 def test_outside_jit_a_write_consumes_the_given_arrays():
     k_pages, v_pages = device(*pools())
     append_kv(k_pages, v_pages, *news(1), np.array([4], np.int32))
     assert k_pages.is_deleted() and v_pages.is_deleted()
+
+
+def test_pages_that_were_given_away_are_named():
+    k_pages, v_pages = device(*pools())
+    append_kv(k_pages, v_pages, *news(1), np.array([4], np.int32))
+    with pytest.raises(RuntimeError, match="k_pages was deleted: .* use the array that this call"):
+        append_kv(k_pages, v_pages, *news(1), np.array([4], np.int32))
+    with pytest.raises(RuntimeError, match="k_pages was deleted"):
+        copy_pages(k_pages, v_pages, np.array([1], np.int32), np.array([2], np.int32))
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,51 @@ def test_under_jit_a_broken_row_is_nan_and_the_others_keep_their_bits(backend, f
     same_bits((broken[others], broken_lse[others]), (out[others], lse[others]))
 
 
+@every_backend
+@pytest.mark.parametrize("layer", [-1, 2, 2**31 - 1, -(2**31)])
+def test_a_traced_layer_outside_the_pool_is_nan(backend, layer):
+    call, (q, k, v, table, lens) = arrays(Case((7, 16, 2)))
+    k, v = (jnp.stack([pages, pages]) for pages in (k, v))
+
+    @jax.jit
+    def compiled(layer):
+        options = dict(layer=layer, return_lse=True, implementation=backend)
+        return paged_attention(q, k, v, table, lens, **options)
+
+    out, lse = compiled(jnp.int32(layer))
+    assert np.isnan(out).all() and np.isnan(lse).all()
+    same_values(compiled(jnp.int32(1)), call(backend)(q, k[1], v[1], table, lens))
+
+
+@every_backend
+@pytest.mark.parametrize("far", [2**32, -(2**32), 2**33 + 7])
+def test_numbers_beyond_int32_are_outside_and_never_wrap(backend, far):
+    """Of rows 0 to 2 the page id, the length and the first token are `far` off; row 3 is well."""
+    call, (q, k, v, table, lens) = arrays(Case((7, 16, 2, 5)))
+    starts = np.zeros(4, np.int64)
+    wide = np.array(table, np.int64), np.array(lens, np.int64), starts
+    wide[0][0, 1] += far
+    wide[1][1] += far
+    starts[2] += abs(far)
+    with jax.enable_x64(True):
+        options = dict(return_lse=True, implementation=backend)
+        compiled = jax.jit(lambda t, n, s: paged_attention(q, k, v, t, n, starts=s, **options))
+        out, lse = compiled(*wide)
+    assert np.isnan(out[:2]).all() and np.isnan(lse[:2]).all()
+    assert (np.asarray(out[2]) == 0).all() and (np.asarray(lse[2]) == -np.inf).all()
+    want = call(backend)(q, k, v, table, lens)
+    same_values([x[3] for x in (out, lse)], [x[3] for x in want])
+
+
+@every_backend
+@pytest.mark.parametrize("length", [-1, -(2**31), 2**31 - 1])
+def test_under_jit_a_length_outside_the_table_is_nan(backend, length):
+    call, (q, k, v, table, lens) = arrays(Case((7, 16, 2), tokens=2))
+    out, lse = jax.jit(call(backend))(q, k, v, table, lens.at[1].set(length))
+    assert np.isnan(out[1]).all() and np.isnan(lse[1]).all()
+    assert np.isfinite(np.asarray(out)[[0, 2]]).all()
+
+
 def test_memory_does_not_grow_with_the_width_of_the_table():
     call, (q, k, v, _, lens) = arrays(Case((7, 16, 2), page_size=16, columns=1))
 
