@@ -6,11 +6,10 @@ from collections.abc import Callable, MutableSequence, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
+from .allocator.arguments import Ints, as_prompt
 from .sampling import SamplingParams
 
-__all__ = ["Completion", "Sample", "TokenEvent", "as_prompt", "common_pages", "gather"]
+__all__ = ["Completion", "Sample", "TokenEvent", "common_pages", "gather", "prompt_ids"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,16 +106,11 @@ class Sample:
         )
 
 
-def as_prompt(prompt: Sequence[int], vocab_size: int | None = None) -> list[int]:
+def prompt_ids(prompt: Ints, vocab_size: int | None = None) -> list[int]:
     """Check a prompt and make it a list of ints."""
-    end = 2**31 if vocab_size is None else vocab_size
-    ids = np.asarray(prompt)
-    if ids.ndim != 1 or ids.size == 0:
-        raise ValueError(f"prompt must be a non-empty sequence of ids, got shape {ids.shape}")
-    if ids.dtype.kind not in "iu":
-        raise TypeError(f"prompt must hold integer ids, got dtype {ids.dtype}")
-    if ids.min() < 0 or ids.max() >= end:
-        raise ValueError(f"prompt ids must be in [0, {end}), got {ids.min()}..{ids.max()}")
+    ids = as_prompt("prompt", prompt)
+    if vocab_size is not None and ids.max() >= vocab_size:
+        raise ValueError(f"prompt must be ids below vocab_size {vocab_size}, got {ids.max()}")
     return ids.tolist()
 
 

@@ -29,7 +29,7 @@ from ._engine_scheduling import EngineScheduling
 from ._engine_snapshot import EngineSnapshots
 from ._outbox import Outbox
 from ._programs import DecodeOut, Model, decode, null_batch, prefill
-from ._requests import Completion, Sample, TokenEvent, as_prompt, gather
+from ._requests import Completion, Sample, TokenEvent, gather, prompt_ids
 from .allocator import BlockAllocator, ShardedAllocator
 from .cache import DecodeBatch, KVCache, PageCopies
 from .errors import SequenceTooLong
@@ -141,7 +141,7 @@ class Engine(EngineScheduling, EngineSnapshots):
           TypeError, ValueError: the prompt, n or the salt is not what it should be.
         """
         params = params or SamplingParams()
-        tokens = as_prompt(prompt, self.config.vocab_size)
+        tokens = prompt_ids(prompt, self.config.vocab_size)
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
             raise ValueError(f"n must be a positive int, got {n!r}")
         if len(tokens) + 1 > self.max_sequence_tokens:
