@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from .allocator.arguments import as_count, as_counts
 
@@ -59,10 +58,9 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
-            value: Any = getattr(self, name)
-            open_ended = value is None and name in _OPTIONAL
-            if not open_ended:
-                object.__setattr__(self, name, as_count(name, value, least, 2**31 - 1))
+            if getattr(self, name) is not None or name not in _OPTIONAL:
+                value = as_count(name, getattr(self, name), least, 2**31 - 1)
+                object.__setattr__(self, name, value)
         for name, last, least in (
             ("row_buckets", self.max_rows, (1, self.max_rows)),
             ("chunk_buckets", self.prefill_chunk, (self.prefill_chunk,)),
