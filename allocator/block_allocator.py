@@ -380,17 +380,25 @@ class BlockAllocator(AllocatorView):
         self._pool.stamp(np.array([tail]))  # its last slots may be written again
 
     @atomic
-    def free(self, handles: Ints) -> None:
+    def free(self, handles: Ints, *, withdraw: bool = False) -> None:
         """End sequences; their handles are stale afterwards.
 
         Pages without another owner become free, or evictable where they are in the prefix cache.
+
+        Args:
+          handles: B distinct handles.
+          withdraw: take their pages out of the prefix cache first, because what they hold may be
+            wrong. Another owner keeps a page, and publishes it again when it fills one more.
 
         Raises:
           StaleHandle: one of them is not live; nothing is freed.
           ValueError: one of them is named twice; nothing is freed.
         """
         for row in self._table.resolve(handles).tolist():
-            self._pool.release(self._table.close(row))
+            pages = self._table.close(row)
+            for page in pages[self._cache.published[pages]].tolist() if withdraw else ():
+                self._pool.unpublish(page)
+            self._pool.release(pages)
 
     @atomic
     def reset_prefix_cache(self) -> bool:

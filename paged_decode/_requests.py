@@ -23,7 +23,8 @@ class TokenEvent:
       token: its id; None if the sample ended without another token.
       finish_reason: None while it goes on; "stop" (a stop token, which is `token`), "length"
         (max_new_tokens), "capacity" (the pool or the page table cannot hold more of it and
-        nothing was left to preempt), "cancelled".
+        nothing was left to preempt), "cancelled", "invalid_logits" (the model's logits for the next
+        token had a NaN, or nothing but -inf: its weights or its pages are broken).
       top_logits: the largest logits of this step as (id, logit) pairs, if the engine keeps them.
     """
 

@@ -339,7 +339,11 @@ class Engine(EngineScheduling, EngineSnapshots):
         return self._run_decode(newest, batch, budgets, samplers)
 
     def _book(self, rows: list[Sample], out: DecodeOut) -> None:
-        """Enter what the device wrote and generated."""
+        """Enter what the device wrote and generated.
+
+        The token that a row with invalid logits had read is not entered: what the device wrote for
+        it may be NaN, as may be what prefill wrote before, so none of the row's pages stays cached.
+        """
         counts = out.counts[: len(rows)]
         handles = [s.handle for s in rows]
         newest = np.array([s.tokens[-1] for s in rows], np.int32)
@@ -356,8 +360,11 @@ class Engine(EngineScheduling, EngineSnapshots):
                 self._outbox.add(sample, sample.tokens[-1], reason, tuple(top))
             sample.computed = len(sample.tokens) - 1
         self.allocator.commit(handles, [s.computed for s in rows])
-        for sample in rows:
-            if sample.ending(self.max_sequence_tokens) is not None:
+        for sample, invalid in zip(rows, out.invalid[: len(rows)], strict=True):
+            if invalid:
+                self._outbox.add(sample, None, "invalid_logits")
+                self._drop(sample, withdraw=True)
+            elif sample.ending(self.max_sequence_tokens) is not None:
                 self._drop(sample)
 
     def _batch(
