@@ -380,25 +380,29 @@ class BlockAllocator(AllocatorView):
         self._pool.stamp(np.array([tail]))  # its last slots may be written again
 
     @atomic
-    def free(self, handles: Ints, *, withdraw: bool = False) -> None:
+    def free(self, handles: Ints) -> None:
         """End sequences; their handles are stale afterwards.
 
         Pages without another owner become free, or evictable where they are in the prefix cache.
-
-        Args:
-          handles: B distinct handles.
-          withdraw: take their pages out of the prefix cache first, because what they hold may be
-            wrong. Another owner keeps a page, and publishes it again when it fills one more.
 
         Raises:
           StaleHandle: one of them is not live; nothing is freed.
           ValueError: one of them is named twice; nothing is freed.
         """
         for row in self._table.resolve(handles).tolist():
-            pages = self._table.close(row)
-            for page in pages[self._cache.published[pages]].tolist() if withdraw else ():
+            self._pool.release(self._table.close(row))
+
+    @atomic
+    def withdraw(self, handles: Ints) -> None:
+        """Take the pages of sequences out of the prefix cache: what they hold may be wrong.
+
+        Their owners keep them. One that lives on publishes its own again when it fills one more,
+        so free the broken ones next.
+        """
+        for row in self._table.resolve(handles).tolist():
+            pages = self._table.pages(row)
+            for page in pages[self._cache.published[pages]].tolist():
                 self._pool.unpublish(page)
-            self._pool.release(pages)
 
     @atomic
     def reset_prefix_cache(self) -> bool:

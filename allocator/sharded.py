@@ -268,11 +268,17 @@ class ShardedAllocator:
         groups, _ = self._groups(handles)
         return sum(self.shards[i].trim(own) for i, (_, own) in groups.items())
 
-    def free(self, handles: Ints, *, withdraw: bool = False) -> None:
-        """As `BlockAllocator.free`; nothing is freed if one handle is stale or named twice."""
+    def free(self, handles: Ints) -> None:
+        """End sequences; nothing is freed if one handle is stale or named twice."""
         groups, _ = self._groups(handles)
         for i, (_, own) in groups.items():
-            self.shards[i].free(own, withdraw=withdraw)
+            self.shards[i].free(own)
+
+    def withdraw(self, handles: Ints) -> None:
+        """As `BlockAllocator.withdraw`; none is if one handle is stale or named twice."""
+        groups, _ = self._groups(handles)
+        for i, (_, own) in groups.items():
+            self.shards[i].withdraw(own)
 
     def batch(
         self,

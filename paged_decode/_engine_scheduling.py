@@ -145,10 +145,10 @@ class EngineScheduling:
         self.stats.preemptions += 1
         self._waiting.appendleft(sample)
 
-    def _drop(self: Any, sample: Sample, *, withdraw: bool = False) -> None:
-        """Remove a sample from the queues and free its pages, which nobody finds if withdrawn."""
+    def _drop(self: Any, sample: Sample) -> None:
+        """Remove a sample from the queues and free its pages."""
         if sample.handle is not None:
-            self.allocator.free([sample.handle], withdraw=withdraw)
+            self.allocator.free([sample.handle])
             self._running.remove(sample)
         else:
             self._waiting.remove(sample)

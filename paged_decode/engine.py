@@ -363,7 +363,8 @@ class Engine(EngineScheduling, EngineSnapshots):
         for sample, invalid in zip(rows, out.invalid[: len(rows)], strict=True):
             if invalid:
                 self._outbox.add(sample, None, "invalid_logits")
-                self._drop(sample, withdraw=True)
+                self.allocator.withdraw([sample.handle])
+                self._drop(sample)
             elif sample.ending(self.max_sequence_tokens) is not None:
                 self._drop(sample)
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import pytest
-
 from paged_decode.allocator import ShardedAllocator, StaleHandle
 
 from .test_scenarios import S, computed, counts, make, pages, refuses
 
 
+def end(allocator, handle) -> None:
+    allocator.withdraw(handle)
+    allocator.free(handle)
+
+
 def test_withdrawn_pages_are_free_and_not_found():
     allocator = make()
-    allocator.free(computed(allocator, range(9)), withdraw=True)
+    end(allocator, computed(allocator, range(9)))
     assert allocator.match_prefix(range(9)) == 0
     assert counts(allocator) == (8, 0, 0)
 
@@ -25,7 +28,7 @@ def test_without_it_they_stay_cached():
 def test_a_page_found_in_the_cache_is_withdrawn_like_any_other():
     allocator = make()
     allocator.free(computed(allocator, range(9)))
-    allocator.free([allocator.allocate(range(9))], withdraw=True)
+    end(allocator, allocator.allocate(range(9)))
     assert allocator.match_prefix(range(9)) == 0
     assert counts(allocator) == (8, 0, 0)
 
@@ -35,7 +38,7 @@ def test_another_owner_keeps_its_pages_and_publishes_them_with_the_next_one():
     stays = computed(allocator, range(9))
     held = pages(allocator, stays)
     (ends,) = allocator.fork(stays)
-    allocator.free([ends], withdraw=True)
+    end(allocator, ends)
     assert pages(allocator, stays) == held
     assert allocator.match_prefix(range(9)) == 0
     counts(allocator)
@@ -51,24 +54,34 @@ def test_only_pages_that_the_sequence_holds_are_withdrawn():
     allocator = make(12)
     first, second = allocator.allocate(range(9)), allocator.allocate(range(9))
     allocator.commit([first, second], 9)
-    allocator.free(second, withdraw=True)
+    end(allocator, second)
     assert allocator.match_prefix(range(9)) == 2 * S
-    allocator.free(first, withdraw=True)
+    end(allocator, first)
     assert counts(allocator) == (12, 0, 0)
 
 
 def test_a_stale_handle_among_them_withdraws_nothing():
     allocator = make()
     handle = computed(allocator, range(9))
-    refuses(allocator, StaleHandle, allocator.free, [handle, 7 << 32], withdraw=True)
+    refuses(allocator, StaleHandle, allocator.withdraw, [handle, 7 << 32])
     assert allocator.match_prefix(range(9)) == 2 * S
 
 
-@pytest.mark.parametrize("withdraw, found", [(True, 0), (False, 2 * S)])
-def test_a_shard_withdraws_too(withdraw, found):
+def test_who_lives_on_publishes_its_pages_again_with_the_next_one():
+    allocator = make()
+    handle = computed(allocator, range(9))
+    allocator.withdraw(handle)
+    assert allocator.match_prefix(range(9)) == 0
+    assert counts(allocator) == (5, 0, 3)
+    allocator.append([handle], [[9, 10, 11]])
+    allocator.commit([handle], 12)
+    assert allocator.match_prefix(range(13)) == 3 * S
+
+
+def test_a_shard_withdraws_too():
     allocator = ShardedAllocator(16, S, num_shards=2)
     handle = allocator.allocate(range(9))
     allocator.commit(handle, 9)
-    allocator.free(handle, withdraw=withdraw)
-    assert allocator.match_prefix(range(9)) == found
+    end(allocator, handle)
+    assert allocator.match_prefix(range(9)) == 0
     allocator.check_invariants()

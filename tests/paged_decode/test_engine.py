@@ -7,6 +7,7 @@ import pytest
 
 from paged_decode import EngineConfig, OutOfPages, SamplingParams, SequenceTooLong
 from paged_decode._programs import decode, null_batch, prefill
+from paged_decode.policies import SLRU, Watermark
 from paged_decode.sampling import SamplingRows
 
 from .tiny import MAX_LEN, dense_greedy, dense_logits, make_engine, model, prompts
@@ -383,6 +384,11 @@ def test_integers_of_every_kind_are_taken_and_bools_are_none(unchecked):
         for bad in (True, 2.5, "2"):
             with pytest.raises(TypeError, match=f"{name} must be"):
                 EngineConfig(**{name: bad})
+    for policy, name in ((Watermark, "pages_per_sample"), (SLRU, "protect")):
+        assert type(getattr(policy(np.int64(3)), name)) is int
+        for bad in (True, 2.5):
+            with pytest.raises(TypeError, match=f"{name} must be an integer"):
+                policy(bad)
     engine = make_engine()
     first = engine.submit(np.array([1, 2], np.uint8), n=np.int64(2), priority=np.int32(-3))
     for call in (engine.cancel, lambda request: engine.fork(request, GREEDY)):

@@ -199,6 +199,18 @@ def test_the_smallest_temperature_is_greedy_and_the_largest_uniform():
         assert got[1] == 0
 
 
+@pytest.mark.parametrize(
+    "heat, logits", [(3e38, [1e38, -INF, -3e38, 0.0]), (2e-38, [3e-38, -INF, 0.0, 1.5e-38])]
+)
+def test_frequencies_are_right_at_both_ends_of_float32(heat, logits):
+    params = [SamplingParams(temperature=heat, seed=i) for i in range(4096)]
+    rows = SamplingRows.create(params, [0] * 4096, 4096)
+    got = np.asarray(draw(np.tile(np.float32(logits), (4096, 1)), rows))
+    want = np.exp((np.array(logits) - max(logits)) / heat)
+    got = np.bincount(got, minlength=4) / 4096
+    np.testing.assert_allclose(got, want / want.sum(), atol=0.03)
+
+
 def test_a_huge_temperature_does_not_change_whom_top_k_keeps():
     """Divided by 1e38 all logits of a model are equal."""
     params = [SamplingParams(temperature=1e38, top_k=2, seed=i) for i in range(256)]
