@@ -4,7 +4,7 @@ from typing import SupportsIndex
 
 import numpy as np
 
-from .arguments import Ints, as_count, as_ints, as_rows, as_step_tokens, as_tokens
+from .arguments import Ints, as_count, as_ints, as_prompt, as_rows, as_step_tokens
 from .batch import DecodeBatch, PageCopies
 from .errors import PageTableError, SequenceTooLong
 from .framing import check_span, empty_page_table, frame_rows, frame_span, slots_of
@@ -82,7 +82,7 @@ class BlockAllocator(AllocatorView):
         A multiple of S and at most `len(tokens) - 1`: the last token is always left to compute,
         because its logits are wanted.
         """
-        prompt = self._prompt(tokens)
+        prompt = as_prompt("tokens", tokens)
         return len(self._match(self._cache.namespace(cache_salt), prompt)) * self.page_size
 
     @atomic
@@ -96,7 +96,7 @@ class BlockAllocator(AllocatorView):
         Args:
           partial: add one of a last page that is not full, which the prefix cache never has.
         """
-        prompt = self._prompt(tokens)
+        prompt = as_prompt("tokens", tokens)
         parent = self._cache.namespace(cache_salt).digest
         found = list(self._cache.digests(parent, self._full_pages(prompt, len(prompt))))
         rest = prompt[len(found) * self.page_size :]
@@ -127,7 +127,7 @@ class BlockAllocator(AllocatorView):
           OutOfPages: not now. `needed` counts new pages, found ones that were evictable, and
             `keep_free`.
         """
-        prompt = self._prompt(tokens)
+        prompt = as_prompt("tokens", tokens)
         keep_free = as_count("keep_free", keep_free)
         namespace = self._cache.namespace(cache_salt)
         num_pages = self._pool.pages_for(len(prompt))
@@ -393,6 +393,18 @@ class BlockAllocator(AllocatorView):
             self._pool.release(self._table.close(row))
 
     @atomic
+    def withdraw(self, handles: Ints) -> None:
+        """Take the pages of sequences out of the prefix cache: what they hold may be wrong.
+
+        Their owners keep them. One that lives on publishes its own again when it fills one more,
+        so free the broken ones next.
+        """
+        for row in self._table.resolve(handles).tolist():
+            pages = self._table.pages(row)
+            for page in pages[self._cache.published[pages]].tolist():
+                self._pool.unpublish(page)
+
+    @atomic
     def reset_prefix_cache(self) -> bool:
         """Empty the prefix cache; False, and no change, while any page has an owner."""
         if self._pool.num_used:
@@ -447,14 +459,6 @@ class BlockAllocator(AllocatorView):
         return [self._table.handle(row) for row in rows]
 
     # ---- steps that several calls share ----
-
-    def _prompt(self, tokens: Ints) -> np.ndarray:
-        prompt = as_tokens("tokens", tokens)
-        if prompt.ndim != 1 or prompt.size == 0:
-            raise ValueError(
-                f"tokens must have shape [T] with T >= 1, got shape {list(prompt.shape)}"
-            )
-        return prompt
 
     def _full_pages(self, prompt: np.ndarray, num_tokens: int) -> np.ndarray:
         full = num_tokens // self.page_size

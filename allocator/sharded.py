@@ -274,6 +274,12 @@ class ShardedAllocator:
         for i, (_, own) in groups.items():
             self.shards[i].free(own)
 
+    def withdraw(self, handles: Ints) -> None:
+        """As `BlockAllocator.withdraw`; none is if one handle is stale or named twice."""
+        groups, _ = self._groups(handles)
+        for i, (_, own) in groups.items():
+            self.shards[i].withdraw(own)
+
     def batch(
         self,
         handles: Ints,

@@ -94,6 +94,8 @@ class Screen:
         for question, ids, reason in zip(self.questions, self.tokens, self.reasons, strict=True):
             text = self.words.decode(ids).replace("\n", " ")
             shown = text if reason else text[-90:]
+            if reason == "invalid_logits":
+                shown = f"[red]{reason}[/red] {text}"
             table.add_row(question, str(len(ids)), shown or "[dim]waiting[/dim]")
         return Group(table, self.bars)
 

@@ -151,10 +151,12 @@ def main() -> None:
             "finish_reason": completion.finish_reason,
         }
         if args.top_logits:
-            result[f"last_prompt_top{args.top_logits}"] = completion.top_logits[0]
+            result[f"last_prompt_top{args.top_logits}"] = next(iter(completion.top_logits), ())
         results.append(result)
         if words is not None:
             print(f"> {case['name']}\n{words.decode(completion.tokens)}\n")
+        if completion.finish_reason == "invalid_logits":
+            print(f"{case['name']}: the model gave no valid logits", file=sys.stderr)
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n")
     elif words is None:

@@ -75,10 +75,9 @@ def check_sinks(sinks: Any, heads: int, kv_heads: int | None = None) -> None:
     rows = sinks.shape[0] if sinks.ndim == 2 else heads
     known = heads % max(rows, 1) == 0 if kv_heads is None else rows in (kv_heads, heads)
     if sinks.ndim not in (1, 2) or 0 in sinks.shape or not known:
-        given = "" if kv_heads is None else f"Hk = {kv_heads}, "
+        sizes = f"Hq = {heads}" if kv_heads is None else f"Hk = {kv_heads}, Hq = {heads}, K >= 1"
         raise ValueError(
-            f"sinks must be [K], [Hk, K] or [Hq, K] with {given}Hq = {heads}, K >= 1; got shape "
-            f"{sinks.shape}"
+            f"sinks must be [K], [Hk, K] or [Hq, K] with {sizes}; got shape {sinks.shape}"
         )
     if sinks.ndim == 1 and sinks.shape[0] == heads > 1:
         raise ValueError(

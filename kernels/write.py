@@ -1,6 +1,5 @@
 """Where new tokens are written without a kernel of ours: one scatter, in place under donation."""
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int32, Num
 
 from .checks import narrow

@@ -4,12 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .allocator.arguments import as_count, as_counts
+
 __all__ = ["EngineConfig", "EngineStats"]
+
+_LEAST = dict(
+    max_rows=1,
+    decode_steps=1,
+    prefill_chunk=1,
+    prefill_rows=1,
+    max_sequence_tokens=2,
+    top_logits=0,
+    vocab_size=1,
+    max_preemptions=0,
+)
+_OPTIONAL = ("max_sequence_tokens", "vocab_size")  # may be None
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """The few shapes that the engine compiles for, and its limits.
+
+    Integers may be Python's or NumPy's; they are kept as Python ints.
 
     Attributes:
       max_rows: samples that hold pages at once.
@@ -41,17 +57,15 @@ class EngineConfig:
     max_preemptions: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("max_rows", "decode_steps", "prefill_chunk", "prefill_rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("top_logits", "max_preemptions"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name, least in _LEAST.items():
+            if getattr(self, name) is not None or name not in _OPTIONAL:
+                value = as_count(name, getattr(self, name), least, 2**31 - 1)
+                object.__setattr__(self, name, value)
         for name, last, least in (
             ("row_buckets", self.max_rows, (1, self.max_rows)),
             ("chunk_buckets", self.prefill_chunk, (self.prefill_chunk,)),
         ):
-            sizes = tuple(sorted(set(getattr(self, name) or least)))
+            sizes = tuple(sorted(set(as_counts(name, getattr(self, name)) or least)))
             if sizes[0] < 1 or sizes[-1] != last:
                 raise ValueError(f"{name} must be positive and end with {last}, got {sizes}")
             object.__setattr__(self, name, sizes)

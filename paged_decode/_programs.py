@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from .cache import DecodeBatch, KVCache
-from .sampling import SamplingRows, sample
+from .sampling import SamplingRows, draw
 
 __all__ = ["DecodeOut", "Model", "decode", "null_batch", "prefill"]
 
@@ -25,11 +25,13 @@ Model = Callable[[Any, KVCache, Array, DecodeBatch], tuple[Array, KVCache]]
 
 
 class DecodeOut(NamedTuple):
-    """What k steps produced: int32 tokens `[K, B]`, how many are real per row `[B]`, and the
-    largest logits of every step, ids and values `[K, B, top]` (top may be 0)."""
+    """What k steps produced: int32 tokens `[K, B]`, how many are real per row `[B]`, which rows
+    then had logits of which no token can be chosen, bool `[B]`, and the largest logits of every
+    step, ids and values `[K, B, top]` (top may be 0)."""
 
     tokens: Any
     counts: Any
+    invalid: Any
     top_ids: Any
     top_logits: Any
 
@@ -67,13 +69,15 @@ def decode(
 ) -> tuple[KVCache, DecodeOut]:
     """Run up to `steps` tokens per row without the host. Donates the cache.
 
-    Row b stops after `budget[b]` tokens (0 pads the batch) or with a stop token, and the loop ends
-    with its last living row. Every page that the steps may write must be in the table before.
+    Row b stops after `budget[b]` tokens (0 pads the batch), with a stop token, or before a token
+    that cannot be chosen, and the loop ends with its last living row. Every page that the steps
+    may write must be in the table before.
     """
     size = tokens.shape[0]
     out = DecodeOut(
         tokens=jnp.zeros((steps, size), jnp.int32),
         counts=jnp.zeros(size, jnp.int32),
+        invalid=jnp.zeros(size, bool),
         top_ids=jnp.zeros((steps, size, top), jnp.int32),
         top_logits=jnp.zeros((steps, size, top), jnp.float32),
     )
@@ -88,13 +92,15 @@ def decode(
         logits, cache = _call(model, params, cache, tokens[:, None], now)
         if cache.placement is not None:
             logits = cache.placement.untyped(logits)
-        chosen = sample(logits, replace(rows, index=rows.index + out.counts))
+        chosen, invalid = draw(logits, replace(rows, index=rows.index + out.counts))
+        invalid, alive = alive & invalid, alive & ~invalid
         stopped = jnp.any(rows.stop_tokens == chosen[:, None], axis=-1)
         counts = out.counts + alive.astype(jnp.int32)
         values, ids = lax.top_k(logits.astype(jnp.float32), top)
         out = DecodeOut(
             tokens=out.tokens.at[i].set(chosen),
             counts=counts,
+            invalid=out.invalid | invalid,
             top_ids=out.top_ids.at[i].set(ids.astype(jnp.int32)),
             top_logits=out.top_logits.at[i].set(values),
         )

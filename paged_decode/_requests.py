@@ -6,11 +6,10 @@ from collections.abc import Callable, MutableSequence, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
+from .allocator.arguments import Ints, as_prompt
 from .sampling import SamplingParams
 
-__all__ = ["Completion", "Sample", "TokenEvent", "as_prompt", "common_pages", "gather"]
+__all__ = ["Completion", "Sample", "TokenEvent", "common_pages", "gather", "prompt_ids"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +23,8 @@ class TokenEvent:
       token: its id; None if the sample ended without another token.
       finish_reason: None while it goes on; "stop" (a stop token, which is `token`), "length"
         (max_new_tokens), "capacity" (the pool or the page table cannot hold more of it and
-        nothing was left to preempt), "cancelled".
+        nothing was left to preempt), "cancelled", "invalid_logits" (the model's logits for the next
+        token had a NaN, or nothing but -inf: its weights or its pages are broken).
       top_logits: the largest logits of this step as (id, logit) pairs, if the engine keeps them.
     """
 
@@ -107,16 +107,11 @@ class Sample:
         )
 
 
-def as_prompt(prompt: Sequence[int], vocab_size: int | None = None) -> list[int]:
+def prompt_ids(prompt: Ints, vocab_size: int | None = None) -> list[int]:
     """Check a prompt and make it a list of ints."""
-    end = 2**31 if vocab_size is None else vocab_size
-    ids = np.asarray(prompt)
-    if ids.ndim != 1 or ids.size == 0:
-        raise ValueError(f"prompt must be a non-empty sequence of ids, got shape {ids.shape}")
-    if ids.dtype.kind not in "iu":
-        raise TypeError(f"prompt must hold integer ids, got dtype {ids.dtype}")
-    if ids.min() < 0 or ids.max() >= end:
-        raise ValueError(f"prompt ids must be in [0, {end}), got {ids.min()}..{ids.max()}")
+    ids = as_prompt("prompt", prompt)
+    if vocab_size is not None and ids.max() >= vocab_size:
+        raise ValueError(f"prompt must be ids below vocab_size {vocab_size}, got {ids.max()}")
     return ids.tolist()
 
 

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import numpy as np
@@ -29,8 +29,9 @@ from ._engine_scheduling import EngineScheduling
 from ._engine_snapshot import EngineSnapshots
 from ._outbox import Outbox
 from ._programs import DecodeOut, Model, decode, null_batch, prefill
-from ._requests import Completion, Sample, TokenEvent, as_prompt, gather
+from ._requests import Completion, Sample, TokenEvent, gather, prompt_ids
 from .allocator import BlockAllocator, ShardedAllocator
+from .allocator.arguments import Ints, as_count, as_int
 from .cache import DecodeBatch, KVCache, PageCopies
 from .errors import SequenceTooLong
 from .policies import (
@@ -45,6 +46,8 @@ from .sampling import SamplingParams, SamplingRows
 from .tiers import HostTier
 
 __all__ = ["Completion", "Engine", "EngineConfig", "EngineStats", "TokenEvent"]
+
+MAX_SAMPLES = 2**16  # of one request: each keeps a copy of the prompt on the host
 
 
 class Engine(EngineScheduling, EngineSnapshots):
@@ -121,29 +124,29 @@ class Engine(EngineScheduling, EngineSnapshots):
 
     def submit(
         self,
-        prompt: Sequence[int],
+        prompt: Ints,
         params: SamplingParams | None = None,
         *,
-        n: int = 1,
+        n: SupportsIndex = 1,
         cache_salt: str | bytes | None = None,
         on_token: Callable[[TokenEvent], None] | None = None,
-        priority: int = 0,
+        priority: SupportsIndex = 0,
     ) -> int:
         """Queue one prompt for n samples and return the request's id.
 
-        Sample i uses seed + i. The samples share the prompt's pages. `on_token` is called with
-        every event of the request after the visit that made it; if it raises, its request is
-        cancelled, `step` raises what it raised, and the next `step` returns the events.
-        `priority` is for policies, such as `LowestPriority`; a snapshot does not keep it.
+        Sample i uses seed + i, and n is at most 2**16. The samples share the prompt's pages.
+        `on_token` is called with every event of the request after the visit that made it; if it
+        raises, its request is cancelled, `step` raises what it raised, and the next `step` returns
+        the events. `priority` is for policies, such as `LowestPriority`; a snapshot does not keep
+        it.
 
         Raises:
           SequenceTooLong: the prompt and one token can never fit.
           TypeError, ValueError: the prompt, n or the salt is not what it should be.
         """
         params = params or SamplingParams()
-        tokens = as_prompt(prompt, self.config.vocab_size)
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise ValueError(f"n must be a positive int, got {n!r}")
+        tokens = prompt_ids(prompt, self.config.vocab_size)
+        n, priority = as_count("n", n, 1, MAX_SAMPLES), as_int("priority", priority)
         if len(tokens) + 1 > self.max_sequence_tokens:
             raise SequenceTooLong(
                 f"a prompt of {len(tokens)} tokens and one generated token need "
@@ -161,7 +164,7 @@ class Engine(EngineScheduling, EngineSnapshots):
         self._waiting.append(first)
         return first.request_id
 
-    def fork(self, request_id: int, params: SamplingParams) -> int:
+    def fork(self, request_id: SupportsIndex, params: SamplingParams) -> int:
         """Branch a request that is decoding: a new request goes on from its tokens so far.
 
         The pages are shared until one of the two writes. The new request's `max_new_tokens` counts
@@ -172,6 +175,7 @@ class Engine(EngineScheduling, EngineSnapshots):
           OutOfPages: never; the copy is paid when it is written.
           ValueError: all rows are taken.
         """
+        request_id = as_int("request_id", request_id)
         parent = next((s for s in self._running if s.request_id == request_id and s.decoding), None)
         if parent is None:
             raise KeyError(f"request {request_id} is not decoding")
@@ -187,7 +191,7 @@ class Engine(EngineScheduling, EngineSnapshots):
         self._next_id += 1
         return child.request_id
 
-    def cancel(self, request_id: int) -> None:
+    def cancel(self, request_id: SupportsIndex) -> None:
         """End a request in whatever state it is and give its pages back.
 
         Its last event, reason "cancelled", comes with the next step.
@@ -195,6 +199,7 @@ class Engine(EngineScheduling, EngineSnapshots):
         Raises:
           KeyError: no such request is waiting or running.
         """
+        request_id = as_int("request_id", request_id)
         found = [s for s in (*self._running, *self._waiting) if s.request_id == request_id]
         if not found:
             raise KeyError(f"request {request_id} is not in the engine")
@@ -233,10 +238,10 @@ class Engine(EngineScheduling, EngineSnapshots):
 
     def generate(
         self,
-        prompts: Iterable[Sequence[int]],
+        prompts: Iterable[Ints],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        n: int = 1,
+        n: SupportsIndex = 1,
         cache_salt: str | bytes | None = None,
     ) -> list[Completion]:
         """Submit prompts together, run until all have ended, and return their completions.
@@ -334,7 +339,11 @@ class Engine(EngineScheduling, EngineSnapshots):
         return self._run_decode(newest, batch, budgets, samplers)
 
     def _book(self, rows: list[Sample], out: DecodeOut) -> None:
-        """Enter what the device wrote and generated."""
+        """Enter what the device wrote and generated.
+
+        The token that a row with invalid logits had read is not entered: what the device wrote for
+        it may be NaN, as may be what prefill wrote before, so none of the row's pages stays cached.
+        """
         counts = out.counts[: len(rows)]
         handles = [s.handle for s in rows]
         newest = np.array([s.tokens[-1] for s in rows], np.int32)
@@ -351,8 +360,12 @@ class Engine(EngineScheduling, EngineSnapshots):
                 self._outbox.add(sample, sample.tokens[-1], reason, tuple(top))
             sample.computed = len(sample.tokens) - 1
         self.allocator.commit(handles, [s.computed for s in rows])
-        for sample in rows:
-            if sample.ending(self.max_sequence_tokens) is not None:
+        for sample, invalid in zip(rows, out.invalid[: len(rows)], strict=True):
+            if invalid:
+                self._outbox.add(sample, None, "invalid_logits")
+                self.allocator.withdraw([sample.handle])
+                self._drop(sample)
+            elif sample.ending(self.max_sequence_tokens) is not None:
                 self._drop(sample)
 
     def _batch(

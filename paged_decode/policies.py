@@ -20,7 +20,9 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, SupportsIndex, runtime_checkable
+
+from .allocator.arguments import as_count
 
 __all__ = [
     "FIFO",
@@ -184,10 +186,8 @@ class LFU:
 class SLRU:
     """Pages used once go before pages used `protect` times, each group by least recent use."""
 
-    def __init__(self, protect: int = 2):
-        if protect < 2:
-            raise ValueError(f"protect must be at least 2 uses, got {protect}")
-        self.protect = protect
+    def __init__(self, protect: SupportsIndex = 2):
+        self.protect = as_count("protect", protect, 2)
 
     def rank(self, page: CachedPage) -> tuple[float | int, ...]:
         return page.uses >= self.protect, page.last_used
@@ -317,10 +317,8 @@ class AdmissionPolicy(Protocol):
 class Watermark:
     """So many pages per running sample, so that the admitted do not push each other out at once."""
 
-    def __init__(self, pages_per_sample: int = 1):
-        if pages_per_sample < 0:
-            raise ValueError(f"pages_per_sample must be 0 or more, got {pages_per_sample}")
-        self.pages_per_sample = pages_per_sample
+    def __init__(self, pages_per_sample: SupportsIndex = 1):
+        self.pages_per_sample = as_count("pages_per_sample", pages_per_sample)
 
     def keep_free(self, sample: Any, running: Sequence[Any], page_size: int) -> int:
         return self.pages_per_sample * len(running)

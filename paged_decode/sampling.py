@@ -11,22 +11,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-__all__ = ["MAX_STOP_TOKENS", "SamplingParams", "SamplingRows", "sample"]
+from .allocator.arguments import as_count, as_counts
+
+__all__ = ["MAX_STOP_TOKENS", "SamplingParams", "SamplingRows", "draw", "sample"]
 
 MAX_STOP_TOKENS = 8  # width of the device's stop table; a wider one would compile anew
+
+_TINY = float(np.finfo(np.float32).tiny)  # devices flush what is smaller to zero
+_HUGE = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How one request is sampled and when it ends.
 
+    Numbers may be Python's or NumPy's; they are kept as Python ints and floats.
+
     Attributes:
       max_new_tokens: upper bound of generated tokens, at least 1.
-      temperature: 0 is greedy; otherwise logits are divided by it.
+      temperature: 0 is greedy; otherwise logits are divided by it. Taken as float32, at least
+        2**-126, which is greedy but for equal logits; its largest makes all but equally likely.
       top_k: keep the k most likely tokens (ties with the k-th stay in); 0 keeps all.
-      top_p: keep the smallest set of most likely tokens whose probability reaches it, in (0, 1].
+      top_p: of those, keep the smallest set of most likely tokens whose probability reaches it, in
+        (0, 1]; of equal ones the lower ids. Taken as float32; 1 keeps all.
       seed: 0 <= seed < 2**32. Token i of a request depends on (seed, i) and the logits alone,
         never on what else is in the batch, so preemption and batching change nothing.
       stop_tokens: at most 8 ids; the request ends with the first of them, which is kept.
@@ -48,27 +57,36 @@ class SamplingParams:
     stop_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("max_new_tokens", 1, 2**31),
-            ("top_k", 0, 2**31),
-            ("seed", 0, 2**32),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | np.integer):
-                raise TypeError(f"{name} must be an int, got {value!r}")
-            if not low <= value < high:
-                raise ValueError(f"{name} must be in [{low}, {high}), got {value}")
+        top = 2**31 - 1
+        stops = as_counts("stop_tokens", self.stop_tokens, 0, top)
+        checked = dict(
+            max_new_tokens=as_count("max_new_tokens", self.max_new_tokens, 1, top),
+            temperature=_as_float("temperature", self.temperature),
+            top_k=as_count("top_k", self.top_k, 0, top),
+            top_p=_as_float("top_p", self.top_p),
+            seed=as_count("seed", self.seed, 0, 2**32 - 1),
+            stop_tokens=stops,
+        )
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"temperature must be finite and at least 0, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        object.__setattr__(self, "stop_tokens", tuple(int(t) for t in self.stop_tokens))
-        in_range = all(0 <= t < 2**31 for t in self.stop_tokens)
-        if len(self.stop_tokens) > MAX_STOP_TOKENS or not in_range:
-            raise ValueError(
-                f"stop_tokens must be at most {MAX_STOP_TOKENS} ids, none negative, all below "
-                f"2**31, got {self.stop_tokens}"
-            )
+        if len(stops) > MAX_STOP_TOKENS:
+            raise ValueError(f"stop_tokens must be at most {MAX_STOP_TOKENS} ids, got {len(stops)}")
+
+
+def _as_float(name: str, value: Any) -> float:
+    """One Python float, of whatever kind of number; a bool or text is a TypeError."""
+    kind = getattr(value, "dtype", None)
+    several = getattr(value, "ndim", 0) > 0
+    if isinstance(value, bool) or kind == np.bool_ or several or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must fit a float, got an integer beyond it") from None
 
 
 @jax.tree_util.register_dataclass
@@ -77,7 +95,7 @@ class SamplingRows:
     """`SamplingParams` of B rows as arrays, plus where each row is in its stream.
 
     Attributes:
-      temperature, top_p: float32 `[B]`.
+      temperature, top_p: float32 `[B]`; 0 or normal numbers.
       top_k, index: int32 `[B]`; `index` counts the tokens generated so far.
       seed: uint32 `[B]`.
       stop_tokens: int32 `[B, 8]`, padded with -1.
@@ -104,27 +122,47 @@ class SamplingRows:
             stop_tokens=np.full((rows, MAX_STOP_TOKENS), -1, np.int32),
         )
         for row, (p, index) in enumerate(zip(params, indices, strict=True)):
-            out.temperature[row], out.top_p[row], out.top_k[row] = p.temperature, p.top_p, p.top_k
+            out.temperature[row] = p.temperature and min(max(p.temperature, _TINY), _HUGE)
+            out.top_p[row], out.top_k[row] = max(p.top_p, _TINY), p.top_k
             out.seed[row], out.index[row] = p.seed, index
             out.stop_tokens[row, : len(p.stop_tokens)] = p.stop_tokens
         return out
 
 
 def sample(logits: Float[Array, "B V"], rows: SamplingRows) -> Int[Array, " B"]:
-    """Draw one token per row; a batch in which every row is greedy pays for an argmax only."""
+    """Draw one token per row; a batch in which every row is greedy pays for an argmax only.
+
+    A logit of -inf is never drawn, one of +inf always is. A row without a choice, which has a NaN
+    or nothing but -inf, gets token 0; `draw` tells which ones these are.
+    """
+    return draw(logits, rows)[0]
+
+
+def draw(
+    logits: Float[Array, "B V"], rows: SamplingRows
+) -> tuple[Int[Array, " B"], Bool[Array, " B"]]:
+    """`sample`, and which rows have no token to choose: their model or its cache is broken."""
     logits = logits.astype(jnp.float32)
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)  # the place of a NaN, if there is one
+    top = jnp.take_along_axis(logits, greedy[:, None], axis=-1)
+    invalid = (jnp.isnan(top) | (top == -jnp.inf))[:, 0]
 
     def drawn() -> Array:
-        heat = jnp.where(rows.temperature > 0, rows.temperature, jnp.float32(1))
-        scaled = logits / heat[:, None]
-        narrow = jnp.any((rows.temperature > 0) & ((rows.top_k > 0) | (rows.top_p < 1)))
-        scaled = lax.cond(narrow, lambda: _restrict(scaled, rows), lambda: scaled)
-        noisy = scaled + jax.vmap(_gumbel, (0, 0, None))(rows.seed, rows.index, logits.shape[-1])
-        choice = jnp.argmax(noisy, axis=-1).astype(jnp.int32)
-        return jnp.where(rows.temperature > 0, choice, greedy)
+        hot = rows.temperature > 0
+        heat = jnp.where(hot, rows.temperature, jnp.float32(1))[:, None]
+        narrow = hot & ((rows.top_k > 0) | (rows.top_p < 1))
+        scaled = _cooled(logits, top, heat)
+        scaled = lax.cond(
+            jnp.any(narrow),
+            lambda: jnp.where(~narrow[:, None] | _kept(logits, top, heat, rows), scaled, -jnp.inf),
+            lambda: scaled,
+        )
+        noise = jax.vmap(_gumbel, (0, 0, None))(rows.seed, rows.index, logits.shape[-1])
+        choice = jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32)
+        return jnp.where(hot, choice, greedy)
 
-    return lax.cond(jnp.any(rows.temperature > 0), drawn, lambda: greedy)
+    chosen = lax.cond(jnp.any(rows.temperature > 0), drawn, lambda: greedy)
+    return jnp.where(invalid, 0, chosen), invalid
 
 
 def _gumbel(seed: Array, index: Array, width: int) -> Array:
@@ -132,14 +170,33 @@ def _gumbel(seed: Array, index: Array, width: int) -> Array:
     return jax.random.gumbel(key, (width,), jnp.float32)
 
 
-def _restrict(scaled: Array, rows: SamplingRows) -> Array:
-    """Set what top-k and then top-p exclude to -inf."""
-    width = scaled.shape[-1]
-    ordered = -jnp.sort(-scaled, axis=-1)
-    rank = jnp.arange(width, dtype=jnp.int32)[None]
-    keep = (rank < rows.top_k[:, None]) | (rows.top_k[:, None] == 0)
-    mass = jax.nn.softmax(jnp.where(keep, ordered, -jnp.inf), axis=-1)
-    before = jnp.cumsum(mass, axis=-1) - mass  # probability of everything likelier
-    keep &= (before < rows.top_p[:, None]) | (rank == 0)
-    floor = jnp.min(jnp.where(keep, ordered, jnp.inf), axis=-1)
-    return jnp.where(scaled >= floor[:, None], scaled, -jnp.inf)
+def _cooled(logits: Array, top: Array, heat: Array) -> Array:
+    """(logits - top) / heat for any float32: 0 at the top, never NaN or above 0.
+
+    Above a heat of 1 a quarter of everything is taken: differences do not overflow, nor is a
+    divisor above 2**126, where a GPU's division may give NaN.
+    """
+    part = jnp.where(heat >= 1, jnp.float32(0.25), jnp.float32(1))
+    return jnp.where(logits == top, 0, (logits * part - top * part) / (heat * part))
+
+
+def _kept(logits: Array, top: Array, heat: Array, rows: SamplingRows) -> Array:
+    """Bool `[B, V]`: what top-k and then top-p leave.
+
+    Ranks are those of the logits, because heat can make different ones equal.
+    """
+    width = logits.shape[-1]
+    ordered = -jnp.sort(-logits, axis=-1)
+    last = jnp.where(rows.top_k > 0, jnp.minimum(rows.top_k, width), width) - 1
+    within = ordered >= jnp.take_along_axis(ordered, last[:, None], axis=-1)
+    weight = jnp.where(within, jnp.exp(_cooled(ordered, top, heat)), 0)
+    reached = jnp.cumsum(weight, axis=-1)
+    before = jnp.pad(reached[:, :-1], ((0, 0), (1, 0)))  # weight of everything likelier
+    goal = rows.top_p[:, None] * reached[:, -1:]
+    short = within & ((before < goal) | (rows.top_p[:, None] >= 1))
+    count = jnp.sum(short, axis=-1, keepdims=True, dtype=jnp.int32)
+    floor = jnp.take_along_axis(ordered, jnp.maximum(count - 1, 0), axis=-1)
+    above = jnp.sum(ordered > floor, axis=-1, keepdims=True, dtype=jnp.int32)
+    tie = logits == floor
+    place = jnp.cumsum(tie, axis=-1, dtype=jnp.int32)  # of equal ones the lower ids stay
+    return (logits > floor) | (tie & (place <= count - above))

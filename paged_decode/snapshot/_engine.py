@@ -18,7 +18,7 @@ from ._state import pack_bytes, require_split, unpack_bytes
 __all__ = ["ENGINE", "EngineState", "PendingEvent", "engine_arrays", "engine_from"]
 
 MAX_ID = 2**53
-REASONS = (None, "stop", "length", "capacity", "cancelled")
+REASONS = (None, "stop", "length", "capacity", "cancelled", "invalid_logits")
 
 ENGINE = {
     "engine/next_id": ("int64", 1),

@@ -208,9 +208,11 @@ class Programs(RuleBasedStateMachine):
         self.computed[handle] = min(length, self.computed[handle])
 
     @precondition(has_sequences)
-    @rule(mask=MASK)
-    def free(self, mask):
+    @rule(mask=MASK, withdraw=st.booleans())
+    def free(self, mask, withdraw):
         handles = self.some(mask)[:2]
+        if withdraw:
+            self.allocator.withdraw(handles)
         self.allocator.free(handles)
         for handle in handles:
             del self.model[handle], self.salts[handle], self.computed[handle]
@@ -288,7 +290,7 @@ def draw(rng: np.random.Generator, rule: str) -> dict[str, object]:
         "trim": dict(mask=mask),
         "fork": dict(choice=choice, n=n % 4),
         "truncate": dict(choice=choice, percent=choice),
-        "free": dict(mask=mask),
+        "free": dict(mask=mask, withdraw=choice < 30),
         "reset": dict(),
         "pin": dict(k=n % 3),
         "unpin": dict(k=n % 3),

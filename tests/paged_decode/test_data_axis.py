@@ -87,6 +87,12 @@ def test_the_engine_over_data_shards_gives_the_tokens_of_one_device(data, heads)
     assert engine.stats.programs == programs
     assert engine.stats.prefix_hit_tokens and allocator.stats().copies
     assert all(shard.stats().peak_used for shard in allocator.shards)
+    bad = next(t for t in range(tiny.VOCAB) if all(t not in c.tokens for c in done))
+    fine = [p for p in prompts[:-1] if bad not in p][:3]
+    engine.params = engine.params | dict(embed=engine.params["embed"].at[bad].set(jnp.nan))
+    done = engine.generate([fine[0], [1, 2, bad], *fine[1:]], SamplingParams(max_new_tokens=10))
+    assert [c.finish_reason for c in done] == ["length", "invalid_logits", "length", "length"]
+    assert [c.tokens for c in done if c.tokens] == [tiny.dense_greedy(p, 10) for p in fine]
     assert engine.idle and allocator.num_used == 0
     allocator.check_invariants()
 

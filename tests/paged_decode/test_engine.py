@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from paged_decode import OutOfPages, SamplingParams, SequenceTooLong
+from paged_decode import EngineConfig, OutOfPages, SamplingParams, SequenceTooLong
 from paged_decode._programs import decode, null_batch, prefill
+from paged_decode.policies import SLRU, Watermark
 from paged_decode.sampling import SamplingRows
 
 from .tiny import MAX_LEN, dense_greedy, dense_logits, make_engine, model, prompts
@@ -350,11 +351,14 @@ def test_bad_requests_are_refused_and_queue_nothing(unchecked):
         ([-1], ValueError),
         ([2**31], ValueError),
         ([61], ValueError),
+        ([True, 2], TypeError),
+        ({1, 2}, TypeError),
+        ("12", TypeError),
     ):
         with pytest.raises(error, match="prompt"):
             engine.submit(prompt)
-    for n in (0, -1, True, 1.5):
-        with pytest.raises(ValueError, match="n must be a positive int"):
+    for n, error in ((0, ValueError), (2**16 + 1, ValueError), (True, TypeError), (1.5, TypeError)):
+        with pytest.raises(error, match="^n must be (from 1 to 65536|an integer), got"):
             engine.submit([1], n=n)
     with pytest.raises(TypeError, match="salt"):
         engine.submit([1], cache_salt=7)
@@ -363,6 +367,58 @@ def test_bad_requests_are_refused_and_queue_nothing(unchecked):
     assert engine.idle
     with pytest.raises(KeyError):
         engine.fork(0, GREEDY)
+
+
+def test_integers_of_every_kind_are_taken_and_bools_are_none(unchecked):
+    sizes = dict(max_rows=4, decode_steps=2, prefill_chunk=8, prefill_rows=1, max_preemptions=3)
+    sizes |= dict(top_logits=1, vocab_size=61, max_sequence_tokens=32)
+    plain = EngineConfig(**sizes, row_buckets=(2, 4), chunk_buckets=(8,))
+    config = EngineConfig(
+        **{name: np.int64(value) for name, value in sizes.items()},
+        row_buckets=np.array([4, 2]),
+        chunk_buckets={np.uint8(8)},
+    )
+    assert config == plain
+    assert {type(getattr(config, name)) for name in sizes} == {int}
+    for name in (*sizes, "row_buckets", "chunk_buckets"):
+        for bad in (True, 2.5, "2"):
+            with pytest.raises(TypeError, match=f"{name} must be"):
+                EngineConfig(**{name: bad})
+    for policy, name in ((Watermark, "pages_per_sample"), (SLRU, "protect")):
+        assert type(getattr(policy(np.int64(3)), name)) is int
+        for bad in (True, 2.5):
+            with pytest.raises(TypeError, match=f"{name} must be an integer"):
+                policy(bad)
+    engine = make_engine()
+    first = engine.submit(np.array([1, 2], np.uint8), n=np.int64(2), priority=np.int32(-3))
+    for call in (engine.cancel, lambda request: engine.fork(request, GREEDY)):
+        for bad, error in ((True, TypeError), (0.0, TypeError), (-1, KeyError), (9, KeyError)):
+            with pytest.raises(error):
+                call(bad)
+    with pytest.raises(TypeError, match="priority must be an integer"):
+        engine.submit([1], priority=1.5)
+    engine.cancel(np.int64(first))
+    assert len(engine.step()) == 2
+    assert_empty(engine)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("max_rows", 0),
+        ("decode_steps", 2**31),
+        ("max_sequence_tokens", 0),
+        ("max_sequence_tokens", 1),
+        ("top_logits", -1),
+        ("vocab_size", 0),
+        ("row_buckets", (0, 8)),
+        ("row_buckets", (4,)),
+        ("chunk_buckets", (-1, 128)),
+    ],
+)
+def test_limits_out_of_range_are_refused_by_name(field, value):
+    with pytest.raises(ValueError, match=field):
+        EngineConfig(**{field: value})
 
 
 def test_cache_and_allocator_must_agree():
