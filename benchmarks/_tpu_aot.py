@@ -207,7 +207,7 @@ def _program(case: Case, placement: Any) -> tuple[Callable[..., Any], list[str]]
     import numpy as np
 
     from paged_decode.kernels import append_and_attend, append_kv, paged_attention
-    from paged_decode.kernels.cache_ops import _write
+    from paged_decode.kernels.write import write_tokens
 
     options: Any = dict(placement=placement, sliding_window=case.window, soft_cap=case.soft_cap)
     options |= dict(implementation="pallas_tpu", return_lse=True)
@@ -219,13 +219,13 @@ def _program(case: Case, placement: Any) -> tuple[Callable[..., Any], list[str]]
         k: Any, v: Any, q: Any, new: Any, table: Any, lens: Any, layer: Any, more: Any
     ) -> Any:
         *results, k, v = append_and_attend(
-            q, new, new, k, v, table, lens, layer=layer, **more, **options
+            q, new, new, k, v, table, lens, slots="all", layer=layer, **more, **options
         )
         return k, v, results
 
     def write(k: Any, v: Any, new: Any, slots: Any, layer: Any) -> Any:
         if case.system == "xla/scan":
-            return *_write(k, v, new, new, slots, layer), None
+            return *write_tokens(k, v, new, new, slots, layer, platform="gpu"), None  # scatters
         return *append_kv(k, v, new, new, slots, layer=layer, placement=placement), None
 
     def scan(k: Any, v: Any, q: Any, new: Any, slots: Any, table: Any, lens: Any) -> Any:

@@ -121,7 +121,7 @@ def _call(
         raise TypeError(f"the model must return (logits, cache); got {', '.join(kinds)}")
     logits, after = out
     shape, dtype = getattr(logits, "shape", None), getattr(logits, "dtype", None)
-    if shape is None or not jnp.issubdtype(dtype, jnp.floating):
+    if shape is None or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         kind = type(logits).__name__ if dtype is None else f"dtype {dtype}"
         raise TypeError(f"the model's logits must be a floating-point array [B, V]; got {kind}")
     if len(shape) != 2 or shape[0] != len(tokens) or shape[1] == 0:
