@@ -15,7 +15,9 @@ from .pool import PagePool, check_pool_size
 from .prefix import CacheEntry, Digest, Namespace, PrefixCache
 from .publication import plan_publication, publish
 from .sequences import Handle, as_handles
-from .state import AllocatorState, adopt_state, check_state
+from .state import AllocatorState
+from .state_rules import check_state
+from .transfer import adopt_state
 from .view import AllocatorView
 
 __all__ = ["BlockAllocator"]

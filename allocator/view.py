@@ -10,8 +10,9 @@ from .invariants import require_consistent
 from .locking import atomic
 from .pool import PagePool
 from .sequences import Handle, SequenceInfo, SequenceTable
-from .state import AllocatorState, StatePages, collect_state
+from .state import AllocatorState
 from .stats import AllocatorStats, collect_stats, page_states
+from .transfer import StatePages, collect_state
 
 __all__ = ["AllocatorView"]
 
