@@ -1,5 +1,6 @@
 """The bookkeeping as plain arrays, of no pool in particular."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -73,6 +74,12 @@ class AllocatorState:
         return np.arange(len(self.table)) - np.repeat(counts.cumsum() - counts, counts)
 
     @property
+    def contents(self) -> list[int]:
+        """For each of the M pages a number: the same for pages with the same tokens."""
+        known: dict[bytes, int] = {}
+        return [known.setdefault(row.tobytes(), len(known)) for row in self.tokens]
+
+    @property
     def settled(self) -> np.ndarray:
         """bool `[M]`: pages that are computed to the end, whichever owner one asks."""
         settled = np.full(self.num_pages, self.page_size)
@@ -82,22 +89,25 @@ class AllocatorState:
     @property
     def empty_slots(self) -> np.ndarray:
         """bool `[M, S]`: slots that hold no token of a sequence or of the prefix cache."""
-        filled = np.zeros(self.num_pages, np.int64)
+        if self.num_pages == 0:  # a file without pages may claim any S, and pays for none
+            return np.zeros(self.tokens.shape, bool)
+        filled = np.zeros(self.num_pages, np.int32)
         np.maximum.at(filled, self.table, self.slots_below(self.lengths))
         filled[self.entry_pages] = self.page_size
-        return np.arange(self.page_size) >= filled[:, None]
+        return np.arange(self.page_size, dtype=np.int32) >= filled[:, None]
 
     def slots_below(self, lengths: np.ndarray) -> np.ndarray:
         """int64 `[len(table)]`: slots of each page that lie below `lengths` `[Q]`."""
         left = np.repeat(lengths, self.page_counts) - self.columns * self.page_size
         return left.clip(0, self.page_size)
 
-    def sequence_tokens(self, index: int) -> np.ndarray:
-        """int32 `[length]`: the tokens of one sequence."""
-        ends = self.page_counts.cumsum()
-        begin = int(ends[index - 1]) if index else 0
-        pages = self.table[begin : ends[index]]
-        return self.tokens[pages].reshape(-1)[: self.lengths[index]]
+    def sequence_tokens(self) -> Iterator[np.ndarray]:
+        """int32 `[length]` for every sequence: its tokens, and no other slot of a long page."""
+        for pages, length in zip(self.tables, self.lengths.tolist(), strict=True):
+            full, rest = divmod(length, self.page_size)
+            tokens = self.tokens[pages[:full]].reshape(-1)
+            tail = self.tokens[pages[full], :rest] if rest else tokens[:0]
+            yield np.concatenate([tokens, tail])
 
     def fit(self, num_pages: int) -> "tuple[AllocatorState, np.ndarray]":
         """Leave out the cached pages that are evicted first, until M is at most `num_pages`.
@@ -112,10 +122,10 @@ class AllocatorState:
             return self, np.arange(self.num_pages)
         keep = np.ones(len(self.entry_pages), bool)
         keep[self.evictable[:surplus]] = False
-        for entry in range(len(keep)):
-            parent = self.entry_parents[entry]
-            keep[entry] &= parent < 0 or keep[parent]
-        return self._with_entries(keep)
+        kept = keep.tolist()
+        for entry, parent in enumerate(self.entry_parents.tolist()):
+            kept[entry] = kept[entry] and (parent < 0 or kept[parent])
+        return self._with_entries(np.array(kept, bool))
 
     def _with_entries(self, keep: np.ndarray) -> "tuple[AllocatorState, np.ndarray]":
         entry_place = keep.cumsum() - 1

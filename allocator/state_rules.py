@@ -121,16 +121,16 @@ def _check_entries(state: AllocatorState) -> None:
 
 def _check_prefixes(state: AllocatorState) -> None:
     """What can be found by its tokens: each prefix once, and none that its page does not follow."""
-    prefixes: dict[tuple[int, bytes], int] = {}  # what a page is found by: parent and tokens
+    contents = state.contents
+    prefixes: dict[tuple[int, int], int] = {}  # what a page is found by: parent and content
     for parent, page in zip(state.entry_parents.tolist(), state.entry_pages.tolist(), strict=True):
-        prefixes.setdefault((parent, state.tokens[page].tobytes()), len(prefixes))
+        prefixes.setdefault((parent, contents[page]), len(prefixes))
     _require(len(prefixes) == len(state.entry_pages), "two entries are of one prefix")
     entry_of = dict(zip(state.entry_pages.tolist(), range(len(prefixes)), strict=True))
-    tokens = [row.tobytes() for row in state.tokens]
     for salt, table in zip(state.salts.tolist(), state.tables, strict=True):
         before: int | None = -1 - salt
         for page in table.tolist():
-            found = None if before is None else prefixes.get((before, tokens[page]))
+            found = None if before is None else prefixes.get((before, contents[page]))
             _require(
                 entry_of.get(page, found) == found,
                 "an entry follows other tokens than its page does in a sequence",

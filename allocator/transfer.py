@@ -40,8 +40,8 @@ def collect_state(
     """Export the sequences of these rows, and the pages that are only cached if `cached`."""
     length, page_size = table.length[row], pool.page_size
     counts = -(-length // page_size)
-    used = np.arange(table.page_table.shape[1]) < counts[:, None]
-    owned = table.page_table[row][used]
+    column = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+    owned = table.page_table[np.repeat(row, counts), column]
     _, first = np.unique(owned, return_index=True)
     entries, parents = _reachable(pool, None if cached else set(owned.tolist()))
     listed = np.array([entry.page for entry in entries], np.int32)
@@ -143,14 +143,31 @@ def adopt_state(
         rows.append(row)
     if caching:
         _publish_entries(pool, state, keys, pages)
-    for row, computed in zip(rows, state.computed.tolist(), strict=True):
-        table.computed[row] = computed
-        if caching:
-            publish(pool, table, plan_publication(pool, table, row, computed // state.page_size))
+    table.computed[rows] = state.computed
+    if caching:
+        _publish_rows(pool, table, rows)
     pool.release(pages[: state.num_owned])
     pool.release(pages[state.entry_pages[state.evictable]][::-1])
     pool.peak_used = max(pool.peak_used, pool.num_used)
     return rows
+
+
+def _publish_rows(pool: PagePool, table: SequenceTable, rows: list[int]) -> None:
+    """Publish the full, computed pages of each row; a page that rows share is digested once."""
+    known: dict[tuple[int | bytes, int], CacheEntry] = {}  # by the entry before it, and the page
+    for row in rows:
+        full = int(table.computed[row]) // pool.page_size
+        pages, chain = table.pages(row)[:full].tolist(), table.chains[row]
+        link: int | bytes = table.namespaces[row].key
+        for page in pages:
+            entry = known.get((link, page))
+            if entry is None:
+                break
+            chain.append(entry)
+            link, table.borrows[row] = entry.serial, table.borrows[row] or entry.page != page
+        publish(pool, table, plan_publication(pool, table, row, full))
+        links = [table.namespaces[row].key, *(entry.serial for entry in chain)]
+        known.update(zip(zip(links, pages, strict=False), chain, strict=True))
 
 
 def _publish_entries(

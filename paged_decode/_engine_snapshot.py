@@ -177,7 +177,8 @@ def _adopt(
     for sample, handle in zip(state.running, handles, strict=True):
         sample.handle = handle
         sample.computed = engine.allocator.sequence(handle).computed
-    engine._running.extend(state.running)
+    room = max(0, engine.config.max_rows - len(engine._running))
+    engine._running.extend(state.running[:room])
     engine._waiting.extend(state.waiting)
     for pending in state.events:
         old = pending.event
@@ -186,8 +187,9 @@ def _adopt(
     engine._next_id = max([engine._next_id, *(i + 1 for i in ids.values())])
     if fresh:
         engine._next_id = max(engine._next_id, state.next_id)
-    while len(engine._running) > engine.config.max_rows:
-        engine._preempt(engine._running[-1])
+    for sample in reversed(state.running[room:]):  # one at a time: each looks through the running
+        engine._running.append(sample)
+        engine._preempt(sample)
     return ids
 
 

@@ -278,11 +278,15 @@ def _require_agreement(state: EngineState, pages: AllocatorState) -> None:
         len(pages.lengths) == len(state.running),
         f"{len(state.running)} requests run, but there are {len(pages.lengths)} sequences",
     )
-    for q, sample in enumerate(state.running):
-        salt = pages.salt_keys[pages.salts[q]]
+    lengths = [len(sample.tokens) - 1 for sample in state.running]
+    same = pages.lengths.tolist() == lengths  # so that no sequence has more tokens than the file
+    _require(same, "a request has another number of tokens than its sequence")
+    for sample, salt, tokens in zip(
+        state.running, pages.salts.tolist(), pages.sequence_tokens(), strict=True
+    ):
         _require(
-            pages.sequence_tokens(q).tolist() == sample.tokens[:-1]
-            and salt_key(sample.cache_salt) == salt,
+            tokens.tolist() == sample.tokens[:-1]
+            and salt_key(sample.cache_salt) == pages.salt_keys[salt],
             f"request {sample.request_id} has other tokens or another salt than its sequence",
         )
 

@@ -241,16 +241,18 @@ class Chain:
         for at, file in enumerate(self.files):
             mine = np.flatnonzero(place[:, 0] == at)
             rows = place[mine, 1]
-            if len(mine) == 0:
-                continue
             spec = file.specs[name]
+            if len(mine) == 0 or spec.row_bytes == 0:
+                continue
             whole = len(rows) == spec.shape[0] == len(out) and (rows == np.arange(len(rows))).all()
             if whole:
                 yield from file.reads(name, out)
                 continue
             chunk_of = rows // spec.chunk_rows
-            for chunk in np.unique(chunk_of).tolist():
-                here = chunk_of == chunk
+            order = chunk_of.argsort(kind="stable")
+            begins = np.flatnonzero(np.diff(chunk_of[order]))
+            for here in np.split(order, begins + 1):
+                chunk = int(chunk_of[here[0]])
                 first = chunk * spec.chunk_rows
                 yield partial(_pick, file, spec, chunk, rows[here] - first, mine[here], out)
 
