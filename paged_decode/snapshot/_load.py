@@ -109,7 +109,6 @@ class Opened:
                 raise SnapshotCorrupt(f"{older.path}: {error}") from None
 
     def _check_pages(self, path: Path, header: Header) -> None:
-        own = header.pages if header.parent is None else None
         kv = [s for s in header.arrays if s.name.startswith("kv/")]
         if [(s.name, s.dtype, s.shape[1:]) for s in kv] != [
             (s.name, s.dtype, s.shape[1:]) for s in self.kv
@@ -119,11 +118,6 @@ class Opened:
             )
         if header.page_size != self.chain.header.page_size:
             raise SnapshotMismatch(f"{path}, a parent, has another page size than its delta")
-        counts = {s.shape[0] for s in kv}
-        if own is not None and counts - {own}:
-            raise SnapshotCorrupt(f"an array of keys and values has not one row for {own} pages")
-        if len(counts) > 1:
-            raise SnapshotCorrupt("the arrays of keys and values differ in their number of pages")
 
     def info(self) -> SnapshotInfo:
         file, header, state = self.chain.files[0], self.chain.header, self.state

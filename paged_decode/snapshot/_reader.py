@@ -221,6 +221,7 @@ class Chain:
                 raise SnapshotCorrupt(f"{file.path}: a delta, and only a delta, has pages/source")
             if own is None:
                 rows = np.arange(file.header.pages)
+                _require_rows(file, len(rows))
                 place = np.stack([np.full_like(rows, at), rows], axis=1)
                 continue
             if (own.dtype, own.shape) != ("int32", (file.header.pages,)):
@@ -229,6 +230,7 @@ class Chain:
             new = source >= 0
             if (source < -len(place)).any() or (source[new] != np.arange(new.sum())).any():
                 raise SnapshotCorrupt(f"{file.path}: pages/source names a page that is not there")
+            _require_rows(file, int(new.sum()))
             here = np.stack([np.full_like(source, at), source], axis=1)
             if len(place):
                 here[~new] = place[-1 - source[~new]]
@@ -274,6 +276,18 @@ def _require_tokens(file: SnapshotFile) -> None:
         raise SnapshotCorrupt(f"{file.path}: array page/tokens is missing")
     if (found.dtype, found.shape) != ("int32", (header.pages, header.page_size)):
         raise SnapshotCorrupt(f"{file.path}: page/tokens is not int32 [pages, page_size]")
+
+
+def _require_rows(file: SnapshotFile, pages: int) -> None:
+    """Every array of keys and values has a row for each of the pages that lie in this file."""
+    kv = [spec for spec in file.header.arrays if spec.name.startswith("kv/")]
+    if file.header.pages and not kv:
+        raise SnapshotCorrupt(f"{file.path}: there are pages, but no array of keys and values")
+    for spec in kv:
+        if spec.shape[0] != pages:
+            raise SnapshotCorrupt(
+                f"{file.path}: {spec.name} has {spec.shape[0]} rows for {pages} pages in this file"
+            )
 
 
 def _pick(

@@ -352,7 +352,7 @@ STATES = {
     ),
     "one page less": (
         lambda a: a.update({"kv/k_pages/0": a["kv/k_pages/0"][:-1]}),
-        "not one row for 9 pages",
+        "kv/k_pages/0 has 8 rows for 9 pages",
     ),
 }
 
