@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from ._requests import Sample, TokenEvent
+from ._text import printable
 from .allocator import BlockAllocator
 from .errors import SequenceTooLong, SnapshotMismatch
 from .snapshot import OSFiles, PendingSnapshot, Snapshot
@@ -93,7 +94,7 @@ class EngineSnapshots:
         with Opened(path) as opened:
             state = opened.engine
             if state is None:
-                raise SnapshotMismatch(f"{path} holds no requests; use load_snapshot")
+                raise SnapshotMismatch(f"{printable(path)} holds no requests; use load_snapshot")
             _require_fit(self, state)
             try:
                 placed = place_snapshot(opened, self.cache, self.allocator, accept_fingerprint)

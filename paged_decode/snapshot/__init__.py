@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from .._text import printable
 from ..allocator import BlockAllocator, Handle
 from ..errors import SnapshotMismatch
 from ._files import Files, OSFiles
@@ -64,7 +65,9 @@ def import_sequence(
     with Opened(path) as opened:
         count = len(opened.state.lengths)
         if count != 1:
-            raise SnapshotMismatch(f"{path} holds {count} sequences, not one; use load_snapshot")
+            raise SnapshotMismatch(
+                f"{printable(path)} holds {count} sequences, not one; use load_snapshot"
+            )
         cache, allocator = into
         restored = place_snapshot(opened, cache, allocator, accept_fingerprint)
     return restored.cache, restored.handles[0]

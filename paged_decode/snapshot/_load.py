@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from .._text import printable, shown
 from ..allocator import AllocatorState, BlockAllocator, Handle
 from ..errors import OutOfPages, SnapshotCorrupt, SnapshotMismatch
 from ._engine import ENGINE, EngineState, engine_from
 from ._files import Files, OSFiles
 from ._format import DTYPES, ArraySpec, Header, Parent, Scalar
-from ._pages import Part, parts_of, prepare_insert
+from ._pages import prepare_insert
+from ._parts import Part, parts_of
 from ._reader import Chain, Progress, SnapshotFile, chunk_bytes, fresh_arrays, read_all
 from ._save import Snapshot
 from ._state import STATE, require_shapes, state_from
@@ -101,23 +103,24 @@ class Opened:
         self.kv = [s for s in self.chain.header.arrays if s.name.startswith("kv/")]
         for older in reversed(self.chain.files):  # the newest is the last
             try:
-                self._check_pages(older.path, older.header)
+                self._check_pages(older)
                 self.state, self.engine = _bookkeeping(older)
             except SnapshotCorrupt as error:
-                if str(older.path) in str(error):
+                if str(error).startswith(str(older)):
                     raise
-                raise SnapshotCorrupt(f"{older.path}: {error}") from None
+                raise SnapshotCorrupt(f"{older}: {error}") from None
 
-    def _check_pages(self, path: Path, header: Header) -> None:
+    def _check_pages(self, file: SnapshotFile) -> None:
+        header = file.header
         kv = [s for s in header.arrays if s.name.startswith("kv/")]
         if [(s.name, s.dtype, s.shape[1:]) for s in kv] != [
             (s.name, s.dtype, s.shape[1:]) for s in self.kv
         ]:
             raise SnapshotMismatch(
-                f"{path}, a parent, has other arrays of keys and values than its delta"
+                f"{file}, a parent, has other arrays of keys and values than its delta"
             )
         if header.page_size != self.chain.header.page_size:
-            raise SnapshotMismatch(f"{path}, a parent, has another page size than its delta")
+            raise SnapshotMismatch(f"{file}, a parent, has another page size than its delta")
 
     def info(self) -> SnapshotInfo:
         file, header, state = self.chain.files[0], self.chain.header, self.state
@@ -219,13 +222,13 @@ def place_snapshot(
         pages_dropped=opened.state.num_pages - len(pages),
         metadata=opened.chain.header.metadata,
         snapshot=Snapshot(
-            path=Path(os.path.abspath(file.path)),
+            path=file.path.absolute(),
             id=file.id,
             pages=len(stamps),
             written_pages=len(stamps),
             _allocator=allocator,
             _stamps=stamps,
-            _parents=tuple(os.path.realpath(f.path) for f in opened.chain.files[1:]),
+            _parents=tuple(str(f.real) for f in opened.chain.files[1:]),
         ),
     )
 
@@ -258,12 +261,13 @@ def _require_match(
     problems += _differences(opened.kv, parts)
     if header.fingerprint not in (allocator.fingerprint, accept):
         problems.append(
-            f"the fingerprint is {header.fingerprint!r} in the file, {allocator.fingerprint!r} "
+            f"the fingerprint is {shown(header.fingerprint)} in the file, "
+            f"{shown(allocator.fingerprint)} "
             "here: keys and values of another model (pass accept_fingerprint to take them all "
             "the same)"
         )
     if problems:
-        raise SnapshotMismatch(f"{opened.chain.files[0].path}: " + "; ".join(problems))
+        raise SnapshotMismatch(f"{opened.chain.files[0]}: " + "; ".join(problems))
 
 
 def _differences(theirs: list[ArraySpec], ours: list[Part]) -> list[str]:
@@ -273,7 +277,7 @@ def _differences(theirs: list[ArraySpec], ours: list[Part]) -> list[str]:
     problems = []
     for what, names in (("only here", missing), ("only in the file", unknown)):
         if names:
-            problems.append(f"{len(names)} arrays are {what}, such as {min(names)}")
+            problems.append(f"{len(names)} arrays are {what}, such as {printable(min(names))}")
     groups: dict[str, list[str]] = {}
     for name in saved.keys() & here.keys():
         if saved[name] != here[name]:
@@ -281,7 +285,7 @@ def _differences(theirs: list[ArraySpec], ours: list[Part]) -> list[str]:
             difference = f"{shape} of {dtype} in the file, {wanted} of {kind} here"
             groups.setdefault(difference, []).append(name)
     for difference, names in groups.items():
-        problems.append(f"a page of {min(names)} ({len(names)} alike) is {difference}")
+        problems.append(f"a page of {printable(min(names))} ({len(names)} alike) is {difference}")
     return problems
 
 
@@ -324,8 +328,8 @@ def compact_snapshot(
     with Opened(path) as opened:
         header, chain = opened.chain.header, opened.chain
         real = os.path.realpath(target)
-        if any(os.path.realpath(parent.path) == real for parent in chain.files[1:]):
-            text = f"this is a parent of {path}; it and others may need it: name another file"
+        if any(str(parent.real) == real for parent in chain.files[1:]):
+            text = f"this is a parent of {printable(path)}; others may need it: name another file"
             raise OSError(errno.EINVAL, text, str(target))
         specs, sources = [], []
         for spec in header.arrays:
