@@ -127,6 +127,34 @@ class AllocatorState:
             kept[entry] = kept[entry] and (parent < 0 or kept[parent])
         return self._with_entries(np.array(kept, bool))
 
+    def under(self, salt: bytes) -> "tuple[AllocatorState, np.ndarray]":
+        """Put every sequence and entry under the salt with that key, whatever theirs were.
+
+        Of entries that are of one prefix then, the first stays; what followed another follows it.
+
+        Returns:
+          The state without pages that neither a sequence nor an entry needs any more, and int64
+          `[M']`: which of the old pages its pages are.
+        """
+        contents, first, parent_of = self.contents, {}, []
+        stands_for: list[int] = []  # which entry stays in the place of each
+        for entry, (parent, page) in enumerate(
+            zip(self.entry_parents.tolist(), self.entry_pages.tolist(), strict=True)
+        ):
+            parent_of.append(-1 if parent < 0 else stands_for[parent])
+            stands_for.append(first.setdefault((parent_of[-1], contents[page]), entry))
+        merged = replace(
+            self,
+            salts=np.zeros_like(self.salts),
+            salt_keys=(salt,),
+            entry_parents=np.array(parent_of, np.int32),
+        )
+        return merged._with_entries(np.array(stands_for, np.int64) == np.arange(len(stands_for)))
+
+    def without_entries(self) -> "tuple[AllocatorState, np.ndarray]":
+        """The sequences alone; returns as `under`."""
+        return self._with_entries(np.zeros(len(self.entry_pages), bool))
+
     def _with_entries(self, keep: np.ndarray) -> "tuple[AllocatorState, np.ndarray]":
         entry_place = keep.cumsum() - 1
         parents, pages = self.entry_parents[keep], self.entry_pages[keep]

@@ -53,7 +53,7 @@ def collect_state(
     state = AllocatorState(
         page_size=page_size,
         lengths=length,
-        computed=table.computed[row],
+        computed=np.where(table.private(row), 0, table.computed[row]),
         cached=table.cached[row],
         salts=np.array([salts.index(table.namespaces[r].key) for r in row], np.int32),
         table=place[owned],
@@ -121,7 +121,13 @@ def _locate(
 
 
 def adopt_state(
-    pool: PagePool, table: SequenceTable, state: AllocatorState, pages: np.ndarray, *, caching: bool
+    pool: PagePool,
+    table: SequenceTable,
+    state: AllocatorState,
+    pages: np.ndarray,
+    *,
+    caching: bool,
+    private: bool,
 ) -> list[int]:
     """Make sequences and cache entries of pinned pages, which are pinned no more; returns rows.
 
@@ -140,11 +146,13 @@ def adopt_state(
         row = table.open(space, salt_of(space.key), held)
         pool.refs[held] += 1
         table.length[row], table.cached[row] = state.lengths[q], state.cached[q]
+        if private:
+            table.make_private(row)
         rows.append(row)
     if caching:
         _publish_entries(pool, state, keys, pages)
     table.computed[rows] = state.computed
-    if caching:
+    if caching and not private:
         _publish_rows(pool, table, rows)
     pool.release(pages[: state.num_owned])
     pool.release(pages[state.entry_pages[state.evictable]][::-1])

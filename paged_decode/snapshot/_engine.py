@@ -18,6 +18,8 @@ from ._state import pack_bytes, require_split, unpack_bytes
 __all__ = ["ENGINE", "EngineState", "PendingEvent", "engine_arrays", "engine_from"]
 
 MAX_ID = 2**53
+_MAX_COUNT = 2**63 - 1
+_MAX_TEMPERATURE = float(np.finfo(np.float32).max)  # what the device can be told
 REASONS = (None, "stop", "length", "capacity", "cancelled")
 
 ENGINE = {
@@ -75,7 +77,11 @@ class EngineState:
 
 
 def engine_arrays(state: EngineState) -> dict[str, np.ndarray]:
-    """The state under the names and dtypes of `ENGINE`."""
+    """The state under the names and dtypes of `ENGINE`; ValueError if no reader would take it."""
+    if state.next_id > MAX_ID:
+        raise ValueError(
+            f"request ids are at most 2**53 in a snapshot, the next is {state.next_id}"
+        )
     samples, params = state.samples, [s.params for s in state.samples]
     place = {id(s): at for at, s in enumerate(samples)}
     sibling_of = np.full(len(samples), -1)
@@ -95,7 +101,7 @@ def engine_arrays(state: EngineState) -> dict[str, np.ndarray]:
         [s.prompt_len for s in samples],
         [len(s.tokens) for s in samples],
         [t for s in samples for t in s.tokens],
-        [s.preemptions for s in samples],
+        [min(s.preemptions, _MAX_COUNT) for s in samples],
         [p.max_new_tokens for p in params],
         [p.temperature for p in params],
         [p.top_k for p in params],
@@ -213,7 +219,7 @@ def _params(columns: Mapping[str, np.ndarray], row: int) -> SamplingParams:
     try:
         return SamplingParams(
             max_new_tokens=int(columns["max_new_tokens"][row]),
-            temperature=float(columns["temperature"][row]),
+            temperature=_at_most(float(columns["temperature"][row]), _MAX_TEMPERATURE),
             top_k=int(columns["top_k"][row]),
             top_p=float(columns["top_p"][row]),
             seed=int(columns["seed"][row]),
@@ -221,6 +227,10 @@ def _params(columns: Mapping[str, np.ndarray], row: int) -> SamplingParams:
         )
     except (TypeError, ValueError) as error:
         raise SnapshotCorrupt(f"sampling of request {row}: {error}") from None
+
+
+def _at_most(value: float, most: float) -> float:
+    return most if most < value < np.inf else value
 
 
 def _events(columns: Mapping[str, np.ndarray]) -> Iterator[PendingEvent]:

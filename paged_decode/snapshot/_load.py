@@ -6,6 +6,7 @@ import errno
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from .._text import printable, shown
 from ..allocator import AllocatorState, BlockAllocator, Handle
+from ..allocator.prefix import salt_key
 from ..errors import OutOfPages, SnapshotCorrupt, SnapshotMismatch
 from ._engine import ENGINE, EngineState, engine_from
 from ._files import Files, OSFiles
@@ -25,7 +27,9 @@ from ._state import STATE, require_shapes, state_from
 from ._writer import array_chunks, write_file
 
 __all__ = [
+    "AS_SAVED",
     "Restored",
+    "SavedSalt",
     "SnapshotInfo",
     "compact_snapshot",
     "inspect_snapshot",
@@ -75,7 +79,7 @@ class Restored:
       cache: use it instead of the one that was passed in.
       handles: of the sequences, in the order of the file.
       pages_loaded: pages taken from the pool.
-      pages_dropped: cached pages that had no room.
+      pages_dropped: cached pages that had no room, or were not wanted on the terms of the call.
       metadata: the user's.
       snapshot: name it as `parent` of a delta.
     """
@@ -86,6 +90,30 @@ class Restored:
     pages_dropped: int
     metadata: Mapping[str, Scalar]
     snapshot: Snapshot
+
+
+class SavedSalt(Enum):
+    """The salts that the file names."""
+
+    AS_SAVED = "as saved"
+
+
+AS_SAVED = SavedSalt.AS_SAVED
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """On which terms a file is taken: arguments of `load_snapshot`, checked."""
+
+    accept_fingerprint: bytes | None = None
+    cache_salt: str | bytes | SavedSalt | None = AS_SAVED
+    prefix_cache: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.cache_salt, SavedSalt):
+            salt_key(self.cache_salt)
+        if not isinstance(self.prefix_cache, bool):
+            raise TypeError(f"prefix_cache must be a bool, got {self.prefix_cache!r}")
 
 
 class Opened:
@@ -169,6 +197,8 @@ def load_snapshot(
     *,
     into: tuple[Any, BlockAllocator],
     accept_fingerprint: bytes | None = None,
+    cache_salt: str | bytes | SavedSalt | None = AS_SAVED,
+    prefix_cache: bool = True,
 ) -> Restored:
     """Add the sequences and cached pages of a snapshot to a cache and its allocator.
 
@@ -180,35 +210,43 @@ def load_snapshot(
     page lies ready beside the cache; then one program per layer writes the pages. A device that has
     no room for all of them gets them in batches, once they are checked.
 
+    A file chooses its salts, so any prompt that begins with its tokens may be answered from its
+    pages. If it is not from you, and the allocator serves others, say `cache_salt` or
+    `prefix_cache=False`.
+
     Args:
       path: the file; its parents lie in the same folder.
       into: the cache, which is donated, and its allocator.
       accept_fingerprint: take a snapshot with exactly this fingerprint, although the allocator has
         another one.
+      cache_salt: put every sequence and cached page under this salt (None is one, too), whatever
+        the file says; of two pages of one prefix the first stays. As it is, the file's own hold.
+      prefix_cache: False takes the sequences alone, and they are private: nothing that they hold is
+        found by others, now or when they grow or are forked.
 
     Raises:
+      ValueError, TypeError: `cache_salt` is none, or `prefix_cache` no bool.
       SnapshotCorrupt, SnapshotVersion: the file is not a sound snapshot.
       SnapshotMismatch: it does not fit this cache, model or parent; all differences are listed.
       OutOfPages: the sequences need more pages than are free and evictable.
       OSError: the file cannot be read.
     """
+    terms = Terms(accept_fingerprint, cache_salt, prefix_cache)
     with Opened(path) as opened:
         cache, allocator = into
-        return place_snapshot(opened, cache, allocator, accept_fingerprint)
+        return place_snapshot(opened, cache, allocator, terms)
 
 
-def place_snapshot(
-    opened: Opened, cache: Any, allocator: BlockAllocator, accept_fingerprint: bytes | None
-) -> Restored:
+def place_snapshot(opened: Opened, cache: Any, allocator: BlockAllocator, terms: Terms) -> Restored:
     """The second half of `load_snapshot`."""
     parts = parts_of(cache, allocator.num_pages)
-    _require_match(opened, parts, allocator, accept_fingerprint)
-    state, kept = _fit(opened.state, allocator)
+    _require_match(opened, parts, allocator, terms.accept_fingerprint)
+    state, kept = _fit(terms, opened.state, allocator)
     insert = prepare_insert(cache, parts, stage_pages(opened.chain, parts, kept))
     pages = allocator.allocate_pages(state.num_pages)
     try:
         cache = insert(pages) if pages else cache
-        handles = allocator.import_state(state, pages)
+        handles = allocator.import_state(state, pages, private=not terms.prefix_cache)
     except BaseException:
         allocator.free_pages(pages)
         raise
@@ -244,11 +282,22 @@ def stage_pages(chain: Chain, parts: list[Part], kept: np.ndarray) -> list[np.nd
     return staged
 
 
-def _fit(state: AllocatorState, allocator: BlockAllocator) -> tuple[AllocatorState, np.ndarray]:
+def _fit(
+    terms: Terms, state: AllocatorState, allocator: BlockAllocator
+) -> tuple[AllocatorState, np.ndarray]:
+    """What is taken on these terms and has room, and which of the file's pages that are."""
     free, evictable = allocator.num_free, allocator.num_evictable
     if state.num_owned > free + evictable:
         raise OutOfPages(state.num_owned, free, evictable)
-    return state.fit(free if allocator.prefix_cache else 0)
+    kept = np.arange(state.num_pages)
+    if not terms.prefix_cache:
+        state, some = state.without_entries()
+        kept = kept[some]
+    if not isinstance(terms.cache_salt, SavedSalt):
+        state, some = state.under(salt_key(terms.cache_salt))
+        kept = kept[some]
+    state, some = state.fit(free if allocator.prefix_cache else 0)
+    return state, kept[some]
 
 
 def _require_match(
