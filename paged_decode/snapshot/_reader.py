@@ -62,9 +62,9 @@ class SnapshotFile:
       OSError: it cannot be opened or read.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
+    def __init__(self, path: str | os.PathLike[str], *, follow: bool = True):
         self.path, self.real = Path(path), Path(os.path.realpath(path))
-        self._file = open_for_reading(path)
+        self._file = open_for_reading(path, follow=follow)
         try:
             self._open()
         except BaseException as error:

@@ -296,6 +296,7 @@ class HostTier:
         known = any(k in self._where or k in self._coming for k in keys)
         if (
             known
+            or len(keys) > self.capacity_pages
             or not fits(cache, pages, len(keys))
             or self._make_room(len(keys), keep) < len(keys)
         ):
