@@ -13,8 +13,10 @@ from .errors import (
 from .policy import LRU, CacheWatcher, EvictionPolicy
 from .sequences import Handle, SequenceInfo
 from .sharded import ShardedAllocator
-from .state import AllocatorState, StatePages, check_state
+from .state import AllocatorState
+from .state_rules import check_state
 from .stats import AllocatorStats, PageState
+from .transfer import StatePages
 
 __all__ = [
     "LRU",

@@ -15,7 +15,9 @@ from .pool import PagePool, check_pool_size
 from .prefix import CacheEntry, Digest, Namespace, PrefixCache
 from .publication import plan_publication, publish
 from .sequences import Handle, as_handles
-from .state import AllocatorState, adopt_state, check_state
+from .state import AllocatorState
+from .state_rules import check_state
+from .transfer import adopt_state
 from .view import AllocatorView
 
 __all__ = ["BlockAllocator"]
@@ -310,8 +312,8 @@ class BlockAllocator(AllocatorView):
     def commit(self, handles: Ints, computed: Ints) -> None:
         """State that the keys and values of the first computed[b] tokens are written.
 
-        Full pages among them enter the prefix cache. A number that is not larger than what was
-        committed before changes nothing.
+        Full pages among them enter the prefix cache, unless the sequence is private. A number that
+        is not larger than what was committed before changes nothing.
 
         Args:
           handles: B distinct handles.
@@ -329,7 +331,11 @@ class BlockAllocator(AllocatorView):
         computed = np.maximum(computed, table.computed[row])
         full, before = computed // self.page_size, table.computed[row] // self.page_size
         fuller = (full > before).nonzero()[0] if self.prefix_cache else ()
-        plans = [plan_publication(self._pool, table, int(row[at]), int(full[at])) for at in fuller]
+        plans = [
+            plan_publication(self._pool, table, int(row[at]), int(full[at]))
+            for at in fuller
+            if table.namespaces[row[at]].digest  # else the row is private
+        ]
         table.computed[row] = computed
         for plan in plans:
             publish(self._pool, table, plan)
@@ -342,7 +348,7 @@ class BlockAllocator(AllocatorView):
 
         Every page that holds tokens is shared, a partial last page too; whoever writes to that one
         first gets a copy of it then (copy-on-write), and the last owner keeps it. Reserved pages
-        stay with the parent. Salt, `computed` and `cached` are inherited.
+        stay with the parent. Salt, `computed`, `cached` and `private` are inherited.
         """
         table, parent = self._table, self._table.resolve_one(handle)
         n = as_count("n", n)
@@ -434,13 +440,17 @@ class BlockAllocator(AllocatorView):
         self._pool.unpin(ids)
 
     @atomic
-    def import_state(self, state: AllocatorState, pages: Ints) -> list[Handle]:
+    def import_state(
+        self, state: AllocatorState, pages: Ints, *, private: bool = False
+    ) -> list[Handle]:
         """Make the sequences and cached pages of `export_state` live here; returns handles.
 
         Args:
           state: from this or another allocator, or from a file: all of it is checked.
           pages: int `[M]`, from `allocate_pages`, filled with the keys and values of the state's
             pages. They belong to the sequences and the prefix cache afterwards.
+          private: the sequences never publish what they hold, now or later; the state has no
+            cached pages then.
 
         Raises:
           PageTableError: the state or the pages break a rule; the message says which.
@@ -455,7 +465,11 @@ class BlockAllocator(AllocatorView):
         if state.page_size != self.page_size:
             raise PageTableError(f"page size {state.page_size} is not this pool's {self.page_size}")
         check_state(state)
-        rows = adopt_state(self._pool, self._table, state, ids, caching=self.prefix_cache)
+        if private and len(state.entry_pages):
+            raise ValueError("a state with cached pages cannot be private; drop its entries first")
+        rows = adopt_state(
+            self._pool, self._table, state, ids, caching=self.prefix_cache, private=private
+        )
         return [self._table.handle(row) for row in rows]
 
     # ---- steps that several calls share ----

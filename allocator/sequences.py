@@ -41,6 +41,7 @@ class SequenceInfo:
       capacity: tokens that its pages can hold; more than length where pages are reserved.
       pages: its page ids in order, reserved ones included.
       cache_salt: the salt that it was allocated with.
+      private: what it holds is never published, nor what its forks hold.
     """
 
     length: int
@@ -49,6 +50,7 @@ class SequenceInfo:
     capacity: int
     pages: tuple[int, ...]
     cache_salt: str | bytes | None
+    private: bool
 
 
 class SequenceTable:
@@ -165,6 +167,16 @@ class SequenceTable:
             field[child] = field[row]
         self.chains[child] = list(self.chains[row])
         return child
+
+    def make_private(self, row: int) -> None:
+        """From now on the row publishes nothing, and neither do its forks; what it has published
+        stays. A private row is one whose chain of digests has no beginning."""
+        self.namespaces[row] = Namespace(self.namespaces[row].key, b"")
+        self.chains[row], self.borrows[row] = [], False
+
+    def private(self, rows: np.ndarray) -> np.ndarray:
+        """bool `[n]`: which of the live rows are private."""
+        return np.array([not self.namespaces[row].digest for row in rows.tolist()], bool)
 
     def close(self, row: int) -> np.ndarray:
         """End a sequence; its handle is stale from now on. Returns the pages it held."""

@@ -10,8 +10,9 @@ from .invariants import require_consistent
 from .locking import atomic
 from .pool import PagePool
 from .sequences import Handle, SequenceInfo, SequenceTable
-from .state import AllocatorState, StatePages, collect_state
+from .state import AllocatorState
 from .stats import AllocatorStats, collect_stats, page_states
+from .transfer import StatePages, collect_state
 
 __all__ = ["AllocatorView"]
 
@@ -87,6 +88,7 @@ class AllocatorView:
             capacity=len(pages) * self.page_size,
             pages=pages,
             cache_salt=self._table.salts[row],
+            private=not self._table.namespaces[row].digest,
         )
 
     @atomic
@@ -107,7 +109,8 @@ class AllocatorView:
         """Sequences, page table, tokens and prefix cache as plain arrays, and where they lie.
 
         Reserved pages and pages of `allocate_pages` are not part of it. Entries whose parent was
-        evicted cannot be found and are left out.
+        evicted cannot be found and are left out. A private sequence is exported with no token
+        computed: its tokens are kept, and whoever imports it computes keys and values of its own.
 
         Args:
           handles: the sequences to export, in this order; None is `self.handles`.

@@ -8,15 +8,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from ._requests import Sample, TokenEvent
+from ._text import printable
 from .allocator import BlockAllocator
 from .errors import SequenceTooLong, SnapshotMismatch
-from .snapshot import OSFiles, PendingSnapshot, Snapshot
+from .snapshot import AS_SAVED, OSFiles, PendingSnapshot, SavedSalt, Snapshot
 from .snapshot._engine import (
     EngineState,
     PendingEvent,
     engine_arrays,
 )
-from .snapshot._load import Opened, place_snapshot
+from .snapshot._load import Opened, Terms, place_snapshot
 from .snapshot._save import plan_save
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["EngineSnapshots"]
 
 OnToken = Callable[[TokenEvent], None]
+_MOST_KEPT_ID = 2**52  # half of what the format holds: no engine counts through the other half
 
 
 class EngineSnapshots:
@@ -72,6 +74,8 @@ class EngineSnapshots:
         *,
         on_token: OnToken | Mapping[int, OnToken] | None = None,
         accept_fingerprint: bytes | None = None,
+        cache_salt: str | bytes | SavedSalt | None = AS_SAVED,
+        prefix_cache: bool = True,
     ) -> dict[int, int]:
         """Take up the requests of `save`; those that run here already go on.
 
@@ -80,28 +84,35 @@ class EngineSnapshots:
 
         Args:
           on_token: called with every event; or one per saved request id.
-          accept_fingerprint: as in `load_snapshot`.
+          accept_fingerprint, cache_salt, prefix_cache: as in `load_snapshot`. A salt is that of
+            the requests, too. Without the prefix cache the requests that run keep their pages for
+            themselves; what is computed here is found again as ever.
 
         Returns:
-          The new id of every saved request id; equal, if this engine had no request before.
+          The new id of every saved request id; equal, if this engine had no request before (and
+          those of the file are below 2**52).
 
         Raises:
           SnapshotMismatch: the file is not of an engine, or does not fit; else as
             `load_snapshot`. Nothing has changed.
           SequenceTooLong: a request does not fit this engine's `max_sequence_tokens`.
         """
+        terms = Terms(accept_fingerprint, cache_salt, prefix_cache)
         with Opened(path) as opened:
             state = opened.engine
             if state is None:
-                raise SnapshotMismatch(f"{path} holds no requests; use load_snapshot")
+                raise SnapshotMismatch(f"{printable(path)} holds no requests; use load_snapshot")
             _require_fit(self, state)
             try:
-                placed = place_snapshot(opened, self.cache, self.allocator, accept_fingerprint)
+                placed = place_snapshot(opened, self.cache, self.allocator, terms)
             except BaseException:
                 if self.cache.is_deleted:
                     self._lose_cache()
                 raise
         self.cache = placed.cache
+        if not isinstance(cache_salt, SavedSalt):
+            for sample in state.samples:
+                sample.cache_salt = cache_salt
         return _adopt(self, state, placed.handles, on_token)
 
 
@@ -162,11 +173,7 @@ def _adopt(
     on_token: OnToken | Mapping[int, OnToken] | None,
 ) -> dict[int, int]:
     """Everything is in the pool: from here on nothing can fail."""
-    fresh = engine._next_id == 0
-    shift = 0 if fresh else engine._next_id
-    known = [s.request_id for s in state.samples] + [e.event.request_id for e in state.events]
-    least = 0 if fresh else min(known, default=0)
-    ids = {old: old - least + shift for old in sorted(set(known))}
+    ids = _new_ids(engine, state)
 
     def callback(old: int) -> OnToken | None:
         return on_token.get(old) if isinstance(on_token, Mapping) else on_token
@@ -177,18 +184,51 @@ def _adopt(
     for sample, handle in zip(state.running, handles, strict=True):
         sample.handle = handle
         sample.computed = engine.allocator.sequence(handle).computed
-    engine._running.extend(state.running)
-    engine._waiting.extend(state.waiting)
+    _seat(engine, state)
     for pending in state.events:
         old = pending.event
         event = replace(old, request_id=ids[old.request_id])
         engine._outbox.put_back(_stub(event, callback(old.request_id)), event, pending.shown)
-    engine._next_id = max([engine._next_id, *(i + 1 for i in ids.values())])
-    if fresh:
-        engine._next_id = max(engine._next_id, state.next_id)
-    while len(engine._running) > engine.config.max_rows:
-        engine._preempt(engine._running[-1])
     return ids
+
+
+def _new_ids(engine: Engine, state: EngineState) -> dict[int, int]:
+    """The new id of every request; those of an engine that had none stay, if room is left above."""
+    known = {s.request_id for s in state.samples} | {e.event.request_id for e in state.events}
+    if engine._next_id == 0 and state.next_id <= _MOST_KEPT_ID:
+        engine._next_id = state.next_id
+        return {old: old for old in sorted(known)}
+    ids = {old: engine._next_id + place for place, old in enumerate(sorted(known))}
+    engine._next_id += len(ids)
+    return ids
+
+
+def _seat(engine: Engine, state: EngineState) -> None:
+    """Rows for those that ran, as far as there are any; the others wait as if they had given way.
+
+    So does who is yet to compute tokens on a page that another sequence has as well: a file may
+    say so, and two rows cannot write one slot.
+    """
+    engine._waiting.extend(state.waiting)
+    alone = [s for s in state.running if _owns_what_it_writes(engine, s)]
+    seated = alone[: max(0, engine.config.max_rows - len(engine._running))]
+    engine._running.extend(seated)
+    rows = {id(s) for s in seated}
+    for sample in reversed(state.running):  # one at a time: each looks through the running
+        if id(sample) not in rows:
+            engine._running.append(sample)
+            engine._preempt(sample)
+    for sample in seated:
+        if sample.decoding and sample.siblings:
+            engine._fork_siblings(sample)
+
+
+def _owns_what_it_writes(engine: Engine, sample: Sample) -> bool:
+    info = engine.allocator.sequence(sample.handle)
+    if info.computed == info.length:
+        return True
+    pages = info.pages[info.computed // engine.allocator.page_size :]
+    return all(engine.allocator.ref_count(page) == 1 for page in pages)
 
 
 def _stub(event: TokenEvent, on_token: OnToken | None) -> Sample:

@@ -9,11 +9,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ._text import printable, shown
 from .snapshot import SnapshotInfo, compact_snapshot, inspect_snapshot, verify_snapshot
 
 __all__ = ["add"]
 
 _PROGRESS_BYTES = 64 << 20  # files below it are done before a bar can be read
+_WIDE = 80  # characters of a name that a file chose
 
 
 def add(subparsers: Any) -> None:
@@ -40,7 +42,7 @@ def _inspect(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     with _Progress("verify") as progress:
         info = verify_snapshot(args.file, progress=progress)
-    print(f"{args.file}: sound, {_size(info.file_bytes)}, every checksum compared")
+    _say(f"{printable(args.file)}: sound, {_size(info.file_bytes)}, every checksum compared")
     return 0
 
 
@@ -48,7 +50,8 @@ def _compact(args: argparse.Namespace) -> int:
     before = inspect_snapshot(args.file)
     with _Progress("compact") as progress:
         info = compact_snapshot(args.file, args.output, progress=progress)
-    print(f"{info.path}: {_size(before.file_bytes)} and its parents -> {_size(info.file_bytes)}")
+    sizes = f"{_size(before.file_bytes)} and its parents -> {_size(info.file_bytes)}"
+    _say(f"{printable(info.path)}: {sizes}")
     return 0
 
 
@@ -76,25 +79,30 @@ class _Progress:
 
 
 def _show(info: SnapshotInfo) -> None:
-    parent = "none: whole" if info.parent is None else f"{info.parent.name} {info.parent.id.hex()}"
+    parent = "none: whole"
+    if info.parent is not None:
+        parent = f"{printable(info.parent.name, _WIDE)} {info.parent.id.hex()}"
     rows = {
-        "file": f"{info.path}, {_size(info.file_bytes)}",
+        "file": f"{printable(info.path)}, {_size(info.file_bytes)}",
         "id": info.id.hex(),
         "parent": parent,
         "pages": f"{info.pages} of {info.page_size} tokens, {info.own_pages} in this file",
         "sequences": f"{info.sequences} with {info.tokens} tokens",
         "cached pages": str(info.cached_pages),
         "requests": "no engine" if info.requests is None else str(info.requests),
-        "fingerprint": info.fingerprint.hex() or "none",
+        "fingerprint": printable(info.fingerprint.hex() or "none", _WIDE),
     }
-    rows |= {f"metadata {key!r}": repr(value) for key, value in info.metadata.items()}
+    rows |= {f"metadata {shown(key)}": shown(value) for key, value in info.metadata.items()}
     width = max(map(len, rows))
     for name, value in rows.items():
-        print(f"{name:<{width}}  {value}")
-    print()
+        _say(f"{name:<{width}}  {value}")
+    _say("")
     _table(
         ("array", "dtype", "shape", "size"),
-        [(s.name, s.dtype, "x".join(map(str, s.shape)), _size(s.nbytes)) for s in info.arrays],
+        [
+            (printable(s.name, _WIDE), s.dtype, "x".join(map(str, s.shape)), _size(s.nbytes))
+            for s in info.arrays
+        ],
     )
 
 
@@ -102,9 +110,15 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
     rows = [head, *rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     for at, row in enumerate(rows):
-        print("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip())
+        _say("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip())
         if at == 0:
-            print("  ".join("-" * w for w in widths))
+            _say("  ".join("-" * w for w in widths))
+
+
+def _say(line: str) -> None:
+    """Print a line; what the terminal has no letters for is escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(line.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def _size(size: int | float) -> str:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from .._text import printable
 from ..allocator import BlockAllocator, Handle
 from ..errors import SnapshotMismatch
 from ._files import Files, OSFiles
 from ._load import (
+    AS_SAVED,
     Opened,
     Restored,
+    SavedSalt,
     SnapshotInfo,
+    Terms,
     compact_snapshot,
     inspect_snapshot,
     load_snapshot,
@@ -21,10 +25,12 @@ from ._load import (
 from ._save import PendingSnapshot, Snapshot, save_snapshot, save_snapshot_async
 
 __all__ = [
+    "AS_SAVED",
     "Files",
     "OSFiles",
     "PendingSnapshot",
     "Restored",
+    "SavedSalt",
     "Snapshot",
     "SnapshotInfo",
     "compact_snapshot",
@@ -54,17 +60,22 @@ def import_sequence(
     *,
     into: tuple[Any, BlockAllocator],
     accept_fingerprint: bytes | None = None,
+    cache_salt: str | bytes | SavedSalt | None = AS_SAVED,
+    prefix_cache: bool = True,
 ) -> tuple[Any, Handle]:
     """Load a snapshot of one sequence; returns the cache (the one passed in is donated) and its
-    handle.
+    handle. Arguments as in `load_snapshot`.
 
     Raises:
       SnapshotMismatch: the file holds no or several sequences; else as `load_snapshot`.
     """
+    terms = Terms(accept_fingerprint, cache_salt, prefix_cache)
     with Opened(path) as opened:
         count = len(opened.state.lengths)
         if count != 1:
-            raise SnapshotMismatch(f"{path} holds {count} sequences, not one; use load_snapshot")
+            raise SnapshotMismatch(
+                f"{printable(path)} holds {count} sequences, not one; use load_snapshot"
+            )
         cache, allocator = into
-        restored = place_snapshot(opened, cache, allocator, accept_fingerprint)
+        restored = place_snapshot(opened, cache, allocator, terms)
     return restored.cache, restored.handles[0]

@@ -18,6 +18,7 @@ from ._state import pack_bytes, require_split, unpack_bytes
 __all__ = ["ENGINE", "EngineState", "PendingEvent", "engine_arrays", "engine_from"]
 
 MAX_ID = 2**53
+_MAX_COUNT = 2**63 - 1
 REASONS = (None, "stop", "length", "capacity", "cancelled", "invalid_logits")
 
 ENGINE = {
@@ -75,7 +76,11 @@ class EngineState:
 
 
 def engine_arrays(state: EngineState) -> dict[str, np.ndarray]:
-    """The state under the names and dtypes of `ENGINE`."""
+    """The state under the names and dtypes of `ENGINE`; ValueError if no reader would take it."""
+    if state.next_id > MAX_ID:
+        raise ValueError(
+            f"request ids are at most 2**53 in a snapshot, the next is {state.next_id}"
+        )
     samples, params = state.samples, [s.params for s in state.samples]
     place = {id(s): at for at, s in enumerate(samples)}
     sibling_of = np.full(len(samples), -1)
@@ -95,7 +100,7 @@ def engine_arrays(state: EngineState) -> dict[str, np.ndarray]:
         [s.prompt_len for s in samples],
         [len(s.tokens) for s in samples],
         [t for s in samples for t in s.tokens],
-        [s.preemptions for s in samples],
+        [min(s.preemptions, _MAX_COUNT) for s in samples],
         [p.max_new_tokens for p in params],
         [p.temperature for p in params],
         [p.top_k for p in params],
@@ -278,11 +283,15 @@ def _require_agreement(state: EngineState, pages: AllocatorState) -> None:
         len(pages.lengths) == len(state.running),
         f"{len(state.running)} requests run, but there are {len(pages.lengths)} sequences",
     )
-    for q, sample in enumerate(state.running):
-        salt = pages.salt_keys[pages.salts[q]]
+    lengths = [len(sample.tokens) - 1 for sample in state.running]
+    same = pages.lengths.tolist() == lengths  # so that no sequence has more tokens than the file
+    _require(same, "a request has another number of tokens than its sequence")
+    for sample, salt, tokens in zip(
+        state.running, pages.salts.tolist(), pages.sequence_tokens(), strict=True
+    ):
         _require(
-            pages.sequence_tokens(q).tolist() == sample.tokens[:-1]
-            and salt_key(sample.cache_salt) == salt,
+            tokens.tolist() == sample.tokens[:-1]
+            and salt_key(sample.cache_salt) == pages.salt_keys[salt],
             f"request {sample.request_id} has other tokens or another salt than its sequence",
         )
 

@@ -177,9 +177,13 @@ def _remove_if_abandoned(path: Path) -> None:
         os.close(file)
 
 
-def open_for_reading(path: str | os.PathLike[str]) -> int:
-    """A descriptor of a regular file; a pipe or device is refused instead of waited for."""
-    file = os.open(path, os.O_RDONLY | _BINARY | getattr(os, "O_NONBLOCK", 0))
+def open_for_reading(path: str | os.PathLike[str], *, follow: bool = True) -> int:
+    """A descriptor of a regular file; a pipe or device is refused instead of waited for.
+
+    So is a symbolic link, unless links are to be followed.
+    """
+    flags = os.O_RDONLY | _BINARY | getattr(os, "O_NONBLOCK", 0)
+    file = os.open(path, flags if follow else flags | getattr(os, "O_NOFOLLOW", 0))
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
         raise OSError(22, "a snapshot is a regular file, this is none", str(path))

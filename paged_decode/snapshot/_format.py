@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import reprlib
 import struct
 import zlib
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ import ml_dtypes
 import msgpack
 import numpy as np
 
+from .._text import printable, shown
 from ..errors import SnapshotCorrupt, SnapshotVersion
 
 __all__ = ["ArraySpec", "Header", "Parent", "decode_header", "encode_header", "split_prefix"]
@@ -172,11 +172,11 @@ def check_metadata(metadata: Any, error: type[Exception]) -> None:
     for key, value in metadata.items():
         known = type(value) in (str, int, float, bool, type(None))
         if not _is(key, str) or not known:
-            raise error(
-                f"metadata must map str to str, int, float, bool or None, got {_shown(key)}"
-            )
+            raise error(f"metadata must map str to str, int, float, bool or None, got {shown(key)}")
+        if not all(is_text(text) for text in (key, value) if _is(text, str)):
+            raise error(f"metadata {shown(key)} is not valid Unicode, or its value is not")
         if _is(value, int) and not -(2**63) <= value < 2**63:
-            raise error(f"metadata {_shown(key)} does not fit 64 bits with a sign")
+            raise error(f"metadata {shown(key)} does not fit 64 bits with a sign")
 
 
 # ---- reading
@@ -185,15 +185,6 @@ def check_metadata(metadata: Any, error: type[Exception]) -> None:
 def _is(value: Any, kind: type) -> bool:
     """Exactly that type: True is no int here."""
     return type(value) is kind
-
-
-_short = reprlib.Repr()
-_short.maxstring = _short.maxother = 80
-
-
-def _shown(value: Any) -> str:
-    """What a file claims, for a message: as `repr`, but short and not deep."""
-    return _short.repr(value)
 
 
 def _require(holds: bool, message: str) -> None:
@@ -236,7 +227,7 @@ def decode_header(front: bytes) -> Header:
     fields = _unpack(body)
     keys = ["arrays", "fingerprint", "metadata", "page_size", "pages", "parent"]
     _require(_is(fields, dict), f"the header is no map but {type(fields).__name__}")
-    _require(list(fields) == keys, f"the header's keys are {_shown(list(fields))}, not {keys}")
+    _require(list(fields) == keys, f"the header's keys are {shown(list(fields))}, not {keys}")
     page_size = _integer("page_size", fields["page_size"], 1, MAX_DIMENSION)
     _require(page_size & (page_size - 1) == 0, f"page_size {page_size} is no power of two")
     _require(_is(fields["fingerprint"], bytes), "fingerprint is not bytes")
@@ -284,7 +275,7 @@ def _unpack(body: bytes) -> Any:
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> int:
-    _require(_is(value, int), f"{name} is not an integer but {_shown(value)}")
+    _require(_is(value, int), f"{name} is not an integer but {shown(value)}")
     _require(low <= value <= high, f"{name} is {value}, outside {low}..{high}")
     return value
 
@@ -296,15 +287,29 @@ def _parent(value: Any) -> Parent | None:
     ident, name, pages = value
     _require(_is(ident, bytes) and len(ident) == 16, "the parent's id is not 16 bytes")
     _require(
-        _is(name, str) and 0 < len(name.encode()) <= MAX_NAME_BYTES and is_plain_name(name),
-        f"the parent's name {_shown(name)} is not the name of a file in the same folder",
+        _is(name, str) and is_plain_name(name),
+        f"the parent's name {shown(name)} is not the name of a file in the same folder",
     )
     return Parent(ident, name, _integer("the parent's pages", pages, 0, MAX_DIMENSION))
 
 
+def is_name(name: str) -> bool:
+    """Whether the format can hold it: 1 to 255 bytes of UTF-8."""
+    return is_text(name) and 0 < len(name.encode()) <= MAX_NAME_BYTES
+
+
+def is_text(text: str) -> bool:
+    """Whether it is valid Unicode: a path that is not UTF-8 and half of a pair are not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def is_plain_name(name: str) -> bool:
     """Whether it names a file in the same folder, on every system."""
-    return name not in (".", "..") and not set(name) & {"/", "\\", ":", "\0"}
+    return is_name(name) and name not in (".", "..") and not set(name) & {"/", "\\", ":", "\0"}
 
 
 def _directory(value: Any) -> tuple[tuple[ArraySpec, ...], tuple[tuple[int, ...], ...]]:
@@ -321,20 +326,21 @@ def _array(entry: Any) -> tuple[ArraySpec, tuple[int, ...]]:
     )
     name, dtype, shape, crcs = entry
     _require(
-        _is(name, str) and 0 < len(name.encode()) <= MAX_NAME_BYTES,
+        _is(name, str) and is_name(name),
         f"an array's name is not text of 1 to {MAX_NAME_BYTES} bytes",
     )
-    _require(_is(dtype, str) and dtype in DTYPES, f"{name}: unknown dtype {_shown(dtype)}")
+    title = printable(name)
+    _require(_is(dtype, str) and dtype in DTYPES, f"{title}: unknown dtype {shown(dtype)}")
     _require(
         _is(shape, list) and 1 <= len(shape) <= MAX_AXES,
-        f"{name}: the shape is not a list of 1 to {MAX_AXES} axes",
+        f"{title}: the shape is not a list of 1 to {MAX_AXES} axes",
     )
     for size in shape:
-        _integer(f"{name}: an axis", size, 0, MAX_DIMENSION)
+        _integer(f"{title}: an axis", size, 0, MAX_DIMENSION)
     spec = ArraySpec(name, dtype, tuple(shape))
-    _require(_is(crcs, bytes), f"{name}: the checksums are not bytes")
+    _require(_is(crcs, bytes), f"{title}: the checksums are not bytes")
     _require(
         len(crcs) == 4 * spec.num_chunks,
-        f"{name}: {len(crcs)} bytes of checksums for {spec.num_chunks} chunks",
+        f"{title}: {len(crcs)} bytes of checksums for {spec.num_chunks} chunks",
     )
     return spec, struct.unpack(f"<{spec.num_chunks}I", crcs)

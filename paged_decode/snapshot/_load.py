@@ -6,24 +6,30 @@ import errno
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .._text import printable, shown
 from ..allocator import AllocatorState, BlockAllocator, Handle
+from ..allocator.prefix import salt_key
 from ..errors import OutOfPages, SnapshotCorrupt, SnapshotMismatch
 from ._engine import ENGINE, EngineState, engine_from
 from ._files import Files, OSFiles
 from ._format import DTYPES, ArraySpec, Header, Parent, Scalar
-from ._pages import Part, parts_of, prepare_insert
+from ._pages import prepare_insert
+from ._parts import Part, parts_of
 from ._reader import Chain, Progress, SnapshotFile, chunk_bytes, fresh_arrays, read_all
 from ._save import Snapshot
 from ._state import STATE, require_shapes, state_from
 from ._writer import array_chunks, write_file
 
 __all__ = [
+    "AS_SAVED",
     "Restored",
+    "SavedSalt",
     "SnapshotInfo",
     "compact_snapshot",
     "inspect_snapshot",
@@ -73,7 +79,7 @@ class Restored:
       cache: use it instead of the one that was passed in.
       handles: of the sequences, in the order of the file.
       pages_loaded: pages taken from the pool.
-      pages_dropped: cached pages that had no room.
+      pages_dropped: cached pages that had no room, or were not wanted on the terms of the call.
       metadata: the user's.
       snapshot: name it as `parent` of a delta.
     """
@@ -84,6 +90,30 @@ class Restored:
     pages_dropped: int
     metadata: Mapping[str, Scalar]
     snapshot: Snapshot
+
+
+class SavedSalt(Enum):
+    """The salts that the file names."""
+
+    AS_SAVED = "as saved"
+
+
+AS_SAVED = SavedSalt.AS_SAVED
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """On which terms a file is taken: arguments of `load_snapshot`, checked."""
+
+    accept_fingerprint: bytes | None = None
+    cache_salt: str | bytes | SavedSalt | None = AS_SAVED
+    prefix_cache: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.cache_salt, SavedSalt):
+            salt_key(self.cache_salt)
+        if not isinstance(self.prefix_cache, bool):
+            raise TypeError(f"prefix_cache must be a bool, got {self.prefix_cache!r}")
 
 
 class Opened:
@@ -101,29 +131,24 @@ class Opened:
         self.kv = [s for s in self.chain.header.arrays if s.name.startswith("kv/")]
         for older in reversed(self.chain.files):  # the newest is the last
             try:
-                self._check_pages(older.path, older.header)
+                self._check_pages(older)
                 self.state, self.engine = _bookkeeping(older)
             except SnapshotCorrupt as error:
-                if str(older.path) in str(error):
+                if str(error).startswith(str(older)):
                     raise
-                raise SnapshotCorrupt(f"{older.path}: {error}") from None
+                raise SnapshotCorrupt(f"{older}: {error}") from None
 
-    def _check_pages(self, path: Path, header: Header) -> None:
-        own = header.pages if header.parent is None else None
+    def _check_pages(self, file: SnapshotFile) -> None:
+        header = file.header
         kv = [s for s in header.arrays if s.name.startswith("kv/")]
         if [(s.name, s.dtype, s.shape[1:]) for s in kv] != [
             (s.name, s.dtype, s.shape[1:]) for s in self.kv
         ]:
             raise SnapshotMismatch(
-                f"{path}, a parent, has other arrays of keys and values than its delta"
+                f"{file}, a parent, has other arrays of keys and values than its delta"
             )
         if header.page_size != self.chain.header.page_size:
-            raise SnapshotMismatch(f"{path}, a parent, has another page size than its delta")
-        counts = {s.shape[0] for s in kv}
-        if own is not None and counts - {own}:
-            raise SnapshotCorrupt(f"an array of keys and values has not one row for {own} pages")
-        if len(counts) > 1:
-            raise SnapshotCorrupt("the arrays of keys and values differ in their number of pages")
+            raise SnapshotMismatch(f"{file}, a parent, has another page size than its delta")
 
     def info(self) -> SnapshotInfo:
         file, header, state = self.chain.files[0], self.chain.header, self.state
@@ -172,6 +197,8 @@ def load_snapshot(
     *,
     into: tuple[Any, BlockAllocator],
     accept_fingerprint: bytes | None = None,
+    cache_salt: str | bytes | SavedSalt | None = AS_SAVED,
+    prefix_cache: bool = True,
 ) -> Restored:
     """Add the sequences and cached pages of a snapshot to a cache and its allocator.
 
@@ -183,35 +210,43 @@ def load_snapshot(
     page lies ready beside the cache; then one program per layer writes the pages. A device that has
     no room for all of them gets them in batches, once they are checked.
 
+    A file chooses its salts, so any prompt that begins with its tokens may be answered from its
+    pages. If it is not from you, and the allocator serves others, say `cache_salt` or
+    `prefix_cache=False`.
+
     Args:
       path: the file; its parents lie in the same folder.
       into: the cache, which is donated, and its allocator.
       accept_fingerprint: take a snapshot with exactly this fingerprint, although the allocator has
         another one.
+      cache_salt: put every sequence and cached page under this salt (None is one, too), whatever
+        the file says; of two pages of one prefix the first stays. As it is, the file's own hold.
+      prefix_cache: False takes the sequences alone, and they are private: nothing that they hold is
+        found by others, now or when they grow or are forked.
 
     Raises:
+      ValueError, TypeError: `cache_salt` is none, or `prefix_cache` no bool.
       SnapshotCorrupt, SnapshotVersion: the file is not a sound snapshot.
       SnapshotMismatch: it does not fit this cache, model or parent; all differences are listed.
       OutOfPages: the sequences need more pages than are free and evictable.
       OSError: the file cannot be read.
     """
+    terms = Terms(accept_fingerprint, cache_salt, prefix_cache)
     with Opened(path) as opened:
         cache, allocator = into
-        return place_snapshot(opened, cache, allocator, accept_fingerprint)
+        return place_snapshot(opened, cache, allocator, terms)
 
 
-def place_snapshot(
-    opened: Opened, cache: Any, allocator: BlockAllocator, accept_fingerprint: bytes | None
-) -> Restored:
+def place_snapshot(opened: Opened, cache: Any, allocator: BlockAllocator, terms: Terms) -> Restored:
     """The second half of `load_snapshot`."""
     parts = parts_of(cache, allocator.num_pages)
-    _require_match(opened, parts, allocator, accept_fingerprint)
-    state, kept = _fit(opened.state, allocator)
+    _require_match(opened, parts, allocator, terms.accept_fingerprint)
+    state, kept = _fit(terms, opened.state, allocator)
     insert = prepare_insert(cache, parts, stage_pages(opened.chain, parts, kept))
     pages = allocator.allocate_pages(state.num_pages)
     try:
         cache = insert(pages) if pages else cache
-        handles = allocator.import_state(state, pages)
+        handles = allocator.import_state(state, pages, private=not terms.prefix_cache)
     except BaseException:
         allocator.free_pages(pages)
         raise
@@ -225,13 +260,13 @@ def place_snapshot(
         pages_dropped=opened.state.num_pages - len(pages),
         metadata=opened.chain.header.metadata,
         snapshot=Snapshot(
-            path=Path(os.path.abspath(file.path)),
+            path=file.path.absolute(),
             id=file.id,
             pages=len(stamps),
             written_pages=len(stamps),
             _allocator=allocator,
             _stamps=stamps,
-            _parents=tuple(os.path.realpath(f.path) for f in opened.chain.files[1:]),
+            _parents=tuple(str(f.real) for f in opened.chain.files[1:]),
         ),
     )
 
@@ -247,11 +282,22 @@ def stage_pages(chain: Chain, parts: list[Part], kept: np.ndarray) -> list[np.nd
     return staged
 
 
-def _fit(state: AllocatorState, allocator: BlockAllocator) -> tuple[AllocatorState, np.ndarray]:
+def _fit(
+    terms: Terms, state: AllocatorState, allocator: BlockAllocator
+) -> tuple[AllocatorState, np.ndarray]:
+    """What is taken on these terms and has room, and which of the file's pages that are."""
     free, evictable = allocator.num_free, allocator.num_evictable
     if state.num_owned > free + evictable:
         raise OutOfPages(state.num_owned, free, evictable)
-    return state.fit(free if allocator.prefix_cache else 0)
+    kept = np.arange(state.num_pages)
+    if not terms.prefix_cache:
+        state, some = state.without_entries()
+        kept = kept[some]
+    if not isinstance(terms.cache_salt, SavedSalt):
+        state, some = state.under(salt_key(terms.cache_salt))
+        kept = kept[some]
+    state, some = state.fit(free if allocator.prefix_cache else 0)
+    return state, kept[some]
 
 
 def _require_match(
@@ -264,12 +310,13 @@ def _require_match(
     problems += _differences(opened.kv, parts)
     if header.fingerprint not in (allocator.fingerprint, accept):
         problems.append(
-            f"the fingerprint is {header.fingerprint!r} in the file, {allocator.fingerprint!r} "
+            f"the fingerprint is {shown(header.fingerprint)} in the file, "
+            f"{shown(allocator.fingerprint)} "
             "here: keys and values of another model (pass accept_fingerprint to take them all "
             "the same)"
         )
     if problems:
-        raise SnapshotMismatch(f"{opened.chain.files[0].path}: " + "; ".join(problems))
+        raise SnapshotMismatch(f"{opened.chain.files[0]}: " + "; ".join(problems))
 
 
 def _differences(theirs: list[ArraySpec], ours: list[Part]) -> list[str]:
@@ -279,7 +326,7 @@ def _differences(theirs: list[ArraySpec], ours: list[Part]) -> list[str]:
     problems = []
     for what, names in (("only here", missing), ("only in the file", unknown)):
         if names:
-            problems.append(f"{len(names)} arrays are {what}, such as {min(names)}")
+            problems.append(f"{len(names)} arrays are {what}, such as {printable(min(names))}")
     groups: dict[str, list[str]] = {}
     for name in saved.keys() & here.keys():
         if saved[name] != here[name]:
@@ -287,7 +334,7 @@ def _differences(theirs: list[ArraySpec], ours: list[Part]) -> list[str]:
             difference = f"{shape} of {dtype} in the file, {wanted} of {kind} here"
             groups.setdefault(difference, []).append(name)
     for difference, names in groups.items():
-        problems.append(f"a page of {min(names)} ({len(names)} alike) is {difference}")
+        problems.append(f"a page of {printable(min(names))} ({len(names)} alike) is {difference}")
     return problems
 
 
@@ -330,8 +377,8 @@ def compact_snapshot(
     with Opened(path) as opened:
         header, chain = opened.chain.header, opened.chain
         real = os.path.realpath(target)
-        if any(os.path.realpath(parent.path) == real for parent in chain.files[1:]):
-            text = f"this is a parent of {path}; it and others may need it: name another file"
+        if any(str(parent.real) == real for parent in chain.files[1:]):
+            text = f"this is a parent of {printable(path)}; others may need it: name another file"
             raise OSError(errno.EINVAL, text, str(target))
         specs, sources = [], []
         for spec in header.arrays:

@@ -1,8 +1,6 @@
 """Pages between the device and the host, whatever shape the cache has.
 
-A cache is a pytree of arrays `[N, ...]` with a page per index of axis 0, or stacked `[L, N, ...]`.
-Its parts are named by their place in the tree, so that a stack and a tuple of layers have the same
-parts (`kv/k_pages/0` and so on), and one can be saved and the other restored.
+On their way they are rows of the parts of the cache, in chunks of the format.
 """
 
 from __future__ import annotations
@@ -21,85 +19,14 @@ import numpy as np
 from jax import lax
 
 from .._devices import bits, pinned_sharding, unbits
-from ..cache import KVCache
-from ._format import DTYPES, MAX_NAME_BYTES, ArraySpec
+from ._format import DTYPES
+from ._parts import Part
 
-__all__ = ["Part", "page_chunks", "parts_of", "prepare_insert"]
+__all__ = ["page_chunks", "prepare_insert"]
 
 _RING = 4  # buffers of a chunk each: see `write_file`
 _BATCH_CHUNKS = 8  # 32 MiB leave an accelerator together, or arrive there
 _AHEAD = 2  # batches on their way, besides the one that is used
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One page array of the cache: a leaf, or one layer of a stacked leaf."""
-
-    name: str
-    leaf: int
-    layer: int | None
-    shape: tuple[int, ...]  # of one page, with every KV head once
-    dtype: str
-    copies: int  # of every KV head in the cache, one behind the other on axis 0 of a page
-
-    def spec(self, pages: int) -> ArraySpec:
-        return ArraySpec(self.name, self.dtype, (pages, *self.shape))
-
-
-def parts_of(cache: Any, num_pages: int) -> list[Part]:
-    """The page arrays of a cache, in the order of its tree.
-
-    Raises:
-      ValueError: a leaf has no axis of `num_pages`, or it cannot be told which one it is; names
-        that the format does not have.
-      TypeError: a leaf is no array.
-      NotImplementedError: a dtype that the format does not have; pages that are not those of one
-        pool.
-    """
-    placement = getattr(cache, "placement", None)
-    if placement is not None and placement.data_shards > 1:
-        raise NotImplementedError(
-            f"snapshots hold one pool; this cache has {placement.data_shards} data shards with "
-            "pages of their own: split it over no data_axis"
-        )
-    copies = 1 if placement is None else placement.kv_copies
-    leaves, _ = jax.tree_util.tree_flatten_with_path(cache)
-    if not leaves:
-        raise ValueError("the cache has no arrays")
-    parts: list[Part] = []
-    for at, (path, leaf) in enumerate(leaves):
-        name = "kv/" + jax.tree_util.keystr(path, simple=True, separator="/")
-        if not hasattr(leaf, "dtype"):
-            raise TypeError(f"{name} is no array but {type(leaf).__name__}")
-        dtype = str(np.dtype(leaf.dtype))
-        shape: tuple[int, ...] = tuple(leaf.shape)
-        if dtype not in DTYPES:
-            raise NotImplementedError(f"{name}: snapshots do not hold {dtype}")
-        stacked = len(shape) > 4 or shape[:1] != (num_pages,)
-        if not stacked and shape[1:2] == shape[:1] and not isinstance(cache, KVCache):
-            raise ValueError(
-                f"{name} has shape {list(shape)}: either of its first two axes may be that of the "
-                f"allocator's N = {num_pages} pages; give the pool another size"
-            )
-        if shape[int(stacked) : int(stacked) + 1] != (num_pages,):
-            raise ValueError(
-                f"{name} has shape {list(shape)}: expected [N, ...] or, stacked, [L, N, ...] with "
-                f"the allocator's N = {num_pages} pages"
-            )
-        page = tuple(leaf.shape[1 + int(stacked) :])
-        if copies > 1:
-            page = (page[0] // copies, *page[1:])
-        if stacked:
-            names = [(f"{name}/{i}", i) for i in range(leaf.shape[0])]
-            parts += [Part(n, at, layer, page, dtype, copies) for n, layer in names]
-        else:
-            parts.append(Part(name, at, None, page, dtype, copies))
-    names = [part.name for part in parts]
-    if len(set(names)) < len(names):
-        raise ValueError(f"two arrays of the cache have the same path: {sorted(names)}")
-    if long := [name for name in names if len(name.encode()) > MAX_NAME_BYTES]:
-        raise ValueError(f"the path of an array may have {MAX_NAME_BYTES} bytes: {long[0]}")
-    return parts
 
 
 def page_chunks(

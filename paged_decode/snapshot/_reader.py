@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from .._text import printable
 from ..errors import SnapshotCorrupt, SnapshotMismatch
 from ._crc import crc32
 from ._files import open_for_reading
@@ -54,20 +55,22 @@ _PIECE_BYTES = 1 << 20  # so few that the checksum finds them in the cache of it
 class SnapshotFile:
     """One open file whose prefix, header and padding are in order; arrays are checked when read.
 
+    As text it is its path, for messages; `real` is where it lies, behind any symbolic links.
+
     Raises:
       SnapshotCorrupt, SnapshotVersion: what is wrong with it.
       OSError: it cannot be opened or read.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path)
-        self._file = open_for_reading(path)
+    def __init__(self, path: str | os.PathLike[str], *, follow: bool = True):
+        self.path, self.real = Path(path), Path(os.path.realpath(path))
+        self._file = open_for_reading(path, follow=follow)
         try:
             self._open()
         except BaseException as error:
             self.close()
             if isinstance(error, SnapshotCorrupt):
-                raise SnapshotCorrupt(f"{self.path}: {error}") from None
+                raise SnapshotCorrupt(f"{self}: {error}") from None
             raise
 
     def _open(self) -> None:
@@ -95,7 +98,7 @@ class SnapshotFile:
         while len(data):
             got = os.preadv(self._file, [data], offset)
             if got == 0:
-                raise SnapshotCorrupt(f"{self.path}: the file ended early, at byte {offset}")
+                raise SnapshotCorrupt(f"{self}: the file ended early, at byte {offset}")
             data, offset = data[got:], offset + got
 
     def array(self, name: str) -> np.ndarray:
@@ -115,7 +118,9 @@ class SnapshotFile:
             self._read_into(piece, begin + at)
             crc = crc32(piece, crc)
         if crc != self._crcs[name][chunk]:
-            raise SnapshotCorrupt(f"{self.path}: {name}: chunk {chunk} is not what was written")
+            raise SnapshotCorrupt(
+                f"{self}: {printable(name)}: chunk {chunk} is not what was written"
+            )
 
     def reads(self, name: str, out: np.ndarray) -> Iterator[Read]:
         """What reads the array into `out`, a chunk each, in the order of the file."""
@@ -135,6 +140,9 @@ class SnapshotFile:
                 done += len(data)
                 if progress:
                     progress(done, self.file_bytes)
+
+    def __str__(self) -> str:
+        return printable(self.path)
 
     def close(self) -> None:
         if self._file >= 0:
@@ -156,8 +164,8 @@ class SnapshotFile:
 class Chain:
     """A snapshot and its parents, opened together: `files[0]` is the newest.
 
-    A parent is looked for under its name in the folder of its child, and must have the id that
-    the child names.
+    A parent is looked for under its name in the folder in which its child lies, behind any symbolic
+    links, and must have the id that the child names.
 
     Attributes:
       place: int64 `[M, 2]`: for each page which of the files holds it, and as which of its rows.
@@ -188,26 +196,25 @@ class Chain:
         if wanted is None:
             return None
         if len(self.files) > MAX_PARENTS:
-            raise SnapshotCorrupt(f"{self.files[0].path} has more than {MAX_PARENTS} parents")
-        path = child.path.parent / wanted.name
+            raise SnapshotCorrupt(f"{self.files[0]} has more than {MAX_PARENTS} parents")
+        path, name = child.real.parent / wanted.name, printable(wanted.name)
         try:
             parent = SnapshotFile(path)
         except FileNotFoundError:
             raise SnapshotMismatch(
-                f"{child.path} is a delta of {wanted.name}, which is not in {path.parent}; "
+                f"{child} is a delta of {name}, which is not in {printable(path.parent)}; "
                 "put it there, or compact the chain where it is whole"
             ) from None
         if parent.id != wanted.id:
             parent.close()
             raise SnapshotMismatch(
-                f"{child.path} is a delta of {wanted.name} with id {wanted.id.hex()}, but the "
+                f"{child} is a delta of {name} with id {wanted.id.hex()}, but the "
                 f"file of that name has id {parent.id.hex()}: it was replaced since"
             )
         if parent.header.pages != wanted.pages:
             parent.close()
             raise SnapshotCorrupt(
-                f"{child.path}: its parent {wanted.name} has {parent.header.pages} pages, not "
-                f"{wanted.pages}"
+                f"{child}: its parent {name} has {parent.header.pages} pages, not {wanted.pages}"
             )
         return parent
 
@@ -218,17 +225,19 @@ class Chain:
         for at in reversed(range(len(self.files))):
             file, own = self.files[at], self.files[at].specs.get("pages/source")
             if (own is None) != (file.header.parent is None):
-                raise SnapshotCorrupt(f"{file.path}: a delta, and only a delta, has pages/source")
+                raise SnapshotCorrupt(f"{file}: a delta, and only a delta, has pages/source")
             if own is None:
                 rows = np.arange(file.header.pages)
+                _require_rows(file, len(rows))
                 place = np.stack([np.full_like(rows, at), rows], axis=1)
                 continue
             if (own.dtype, own.shape) != ("int32", (file.header.pages,)):
-                raise SnapshotCorrupt(f"{file.path}: pages/source is not int32 [pages]")
+                raise SnapshotCorrupt(f"{file}: pages/source is not int32 [pages]")
             source = file.array("pages/source").astype(np.int64)
             new = source >= 0
             if (source < -len(place)).any() or (source[new] != np.arange(new.sum())).any():
-                raise SnapshotCorrupt(f"{file.path}: pages/source names a page that is not there")
+                raise SnapshotCorrupt(f"{file}: pages/source names a page that is not there")
+            _require_rows(file, int(new.sum()))
             here = np.stack([np.full_like(source, at), source], axis=1)
             if len(place):
                 here[~new] = place[-1 - source[~new]]
@@ -241,16 +250,18 @@ class Chain:
         for at, file in enumerate(self.files):
             mine = np.flatnonzero(place[:, 0] == at)
             rows = place[mine, 1]
-            if len(mine) == 0:
-                continue
             spec = file.specs[name]
+            if len(mine) == 0 or spec.row_bytes == 0:
+                continue
             whole = len(rows) == spec.shape[0] == len(out) and (rows == np.arange(len(rows))).all()
             if whole:
                 yield from file.reads(name, out)
                 continue
             chunk_of = rows // spec.chunk_rows
-            for chunk in np.unique(chunk_of).tolist():
-                here = chunk_of == chunk
+            order = chunk_of.argsort(kind="stable")
+            begins = np.flatnonzero(np.diff(chunk_of[order]))
+            for here in np.split(order, begins + 1):
+                chunk = int(chunk_of[here[0]])
                 first = chunk * spec.chunk_rows
                 yield partial(_pick, file, spec, chunk, rows[here] - first, mine[here], out)
 
@@ -269,9 +280,22 @@ def _require_tokens(file: SnapshotFile) -> None:
     """Every file, a parent too, has the tokens of all its pages: so many there can be."""
     found, header = file.specs.get("page/tokens"), file.header
     if found is None:
-        raise SnapshotCorrupt(f"{file.path}: array page/tokens is missing")
+        raise SnapshotCorrupt(f"{file}: array page/tokens is missing")
     if (found.dtype, found.shape) != ("int32", (header.pages, header.page_size)):
-        raise SnapshotCorrupt(f"{file.path}: page/tokens is not int32 [pages, page_size]")
+        raise SnapshotCorrupt(f"{file}: page/tokens is not int32 [pages, page_size]")
+
+
+def _require_rows(file: SnapshotFile, pages: int) -> None:
+    """Every array of keys and values has a row for each of the pages that lie in this file."""
+    kv = [spec for spec in file.header.arrays if spec.name.startswith("kv/")]
+    if file.header.pages and not kv:
+        raise SnapshotCorrupt(f"{file}: there are pages, but no array of keys and values")
+    for spec in kv:
+        if spec.shape[0] != pages:
+            raise SnapshotCorrupt(
+                f"{file}: {printable(spec.name)} has {spec.shape[0]} rows for {pages} pages that "
+                "lie in this file"
+            )
 
 
 def _pick(

@@ -13,11 +13,11 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
+from .._text import printable, shown
 from ..allocator import BlockAllocator, Handle
 from ..errors import SnapshotError
 from ._files import Files, OSFiles
 from ._format import (
-    MAX_NAME_BYTES,
     MAX_PARENTS,
     Header,
     Parent,
@@ -25,7 +25,8 @@ from ._format import (
     check_metadata,
     is_plain_name,
 )
-from ._pages import page_chunks, parts_of
+from ._pages import page_chunks
+from ._parts import parts_of
 from ._reader import Progress, SnapshotFile
 from ._state import array_specs, state_arrays
 from ._writer import array_chunks, write_file
@@ -227,7 +228,7 @@ def plan_save(
     extra: Mapping[str, np.ndarray] | None = None,
 ) -> SaveJob:
     """Take the state of this moment; with `copy`, the pages too."""
-    path = Path(os.path.abspath(path))  # wherever the process goes while a thread writes
+    path = Path(path).absolute()  # wherever the process goes while a thread writes
     metadata = {} if metadata is None else metadata
     check_metadata(metadata, ValueError)
     parts = parts_of(cache, allocator.num_pages)
@@ -236,9 +237,9 @@ def plan_save(
     )
     arrays = state_arrays(state) | dict(extra or {})
     new = np.ones(state.num_pages, bool)
-    parents: tuple[str, ...] = ()
+    named, parents = None, ()
     if parent is not None:
-        parents = _checked_parents(parent, path, allocator)
+        named, parents = _checked_parent(parent, path, allocator)
         known = _positions(parent._stamps, where.stamps)
         new = known < 0
         arrays["pages/source"] = np.where(new, new.cumsum() - 1, -1 - known).astype(np.int32)
@@ -259,40 +260,57 @@ def plan_save(
         pages=state.num_pages,
         fingerprint=allocator.fingerprint,
         metadata=dict(metadata),
-        parent=None if parent is None else Parent(parent.id, parent.path.name, parent.pages),
+        parent=named,
         arrays=tuple(specs),
     )
     earlier = _pending.get(os.path.realpath(path))
     return SaveJob(path, header, sources, allocator, where.stamps, count, parents, earlier)
 
 
-def _checked_parents(parent: Snapshot, path: Path, allocator: BlockAllocator) -> tuple[str, ...]:
-    """The real paths of what a delta at `path` would need; ValueError if it could not be read."""
+def _checked_parent(
+    parent: Snapshot, path: Path, allocator: BlockAllocator
+) -> tuple[Parent, tuple[str, ...]]:
+    """What a delta at `path` says of its parent, and the real paths of all files that it needs.
+
+    Raises:
+      ValueError: a reader of that delta would not find them.
+    """
     if parent._allocator is not allocator:
         raise ValueError("parent is a snapshot of another allocator; save a whole snapshot")
-    name, here = parent.path.name, os.path.realpath(path)
-    parents = (os.path.realpath(parent.path), *parent._parents)
-    if len(parents) > MAX_PARENTS:
+    here, there = os.path.realpath(path), os.path.realpath(parent.path)
+    needed = (there, *parent._parents)
+    if len(needed) > MAX_PARENTS:
         raise ValueError(
             f"a delta has at most {MAX_PARENTS} parents; save a whole snapshot now and then"
         )
-    if here in parents:
-        raise ValueError(f"a delta cannot replace its parent {here}; give it its own name")
-    if parent.path.parent.resolve() != Path(here).parent:
-        raise ValueError(f"a delta must lie in the folder of its parent, {parent.path.parent}")
-    if not is_plain_name(name) or len(name.encode()) > MAX_NAME_BYTES:
-        raise ValueError(f"the parent's name {name!r} cannot be stored; rename the file")
-    try:
-        with SnapshotFile(parent.path) as file:
-            there = file.id == parent.id
-    except (OSError, SnapshotError):
-        there = False
-    if not there:
+    if here in needed:
         raise ValueError(
-            f"{parent.path} is no longer the snapshot that the delta needs: it was removed or "
-            "replaced; save a whole snapshot"
+            f"a delta cannot replace its parent {printable(here)}; give it its own name"
         )
-    return parents
+    folder = os.path.dirname(here)  # where a reader looks: beside the file itself, not a link to it
+    names = (os.path.basename(there), parent.path.name)
+    name = next((n for n in names if os.path.realpath(os.path.join(folder, n)) == there), None)
+    if name is None:
+        raise ValueError(
+            f"a delta must lie in the folder of its parent, {printable(os.path.dirname(there))}"
+        )
+    if not is_plain_name(name):
+        raise ValueError(f"the parent's name {shown(name)} cannot be stored; rename the file")
+    _require_unchanged(there, parent)
+    return Parent(parent.id, name, parent.pages), needed
+
+
+def _require_unchanged(path: str, parent: Snapshot) -> None:
+    try:
+        with SnapshotFile(path) as file:
+            same = file.id == parent.id
+    except (OSError, SnapshotError):
+        same = False
+    if not same:
+        raise ValueError(
+            f"{printable(parent.path)} is no longer the snapshot that the delta needs: it was "
+            "removed or replaced; save a whole snapshot"
+        )
 
 
 def _positions(stamps: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -134,13 +134,13 @@ class HostTier:
         """Begin to copy the computed pages of a sequence out, which may be freed at once.
 
         Pages that are here already are not copied again. What has no room is left out, from the
-        end of the sequence.
+        end of the sequence. Of a private sequence nothing is copied, as others would find it here.
 
         Returns:
           How many of its leading pages are here now, or on their way.
         """
-        computed = allocator.sequence(handle).computed
-        wanted = _wanted(allocator, handle, computed)
+        info = allocator.sequence(handle)
+        wanted = _wanted(allocator, handle, 0 if info.private else info.computed)
         known = [key in self._where or key in self._coming for key in wanted.keys]
         self._touch(key for key in reversed(wanted.keys))
         missing = [at for at, there in enumerate(known) if not there]
@@ -173,14 +173,15 @@ class HostTier:
     def load(self, cache: Any, allocator: BlockAllocator, handle: Handle) -> Any:
         """Fill and commit the pages behind what is computed of a sequence, as far as known here.
 
-        Donates the cache; use the one that comes back. A copy that fails ends the run.
+        Donates the cache; use the one that comes back. A copy that fails ends the run. A private
+        sequence is left as it is.
 
         Raises:
           RuntimeError: a program failed and took the cache with it.
         """
         info = allocator.sequence(handle)
         first, rest = divmod(info.computed, allocator.page_size)
-        if rest or info.computed == info.length:
+        if rest or info.private or info.computed == info.length:
             return cache
         wanted = _wanted(allocator, handle, info.length)
         found = list(self._find(wanted, first, cache))
@@ -295,6 +296,7 @@ class HostTier:
         known = any(k in self._where or k in self._coming for k in keys)
         if (
             known
+            or len(keys) > self.capacity_pages
             or not fits(cache, pages, len(keys))
             or self._make_room(len(keys), keep) < len(keys)
         ):
