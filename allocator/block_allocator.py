@@ -12,7 +12,7 @@ from .growth import apply_growth, plan_growth
 from .locking import atomic
 from .policy import EvictionPolicy
 from .pool import PagePool, check_pool_size
-from .prefix import CacheEntry, Digest, Namespace, PrefixCache
+from .prefix import CacheEntry, Digest, Namespace, PrefixCache, new_generation
 from .publication import plan_publication, publish
 from .sequences import Handle, as_handles
 from .state import AllocatorState
@@ -411,12 +411,40 @@ class BlockAllocator(AllocatorView):
                 self._pool.unpublish(page)
 
     @atomic
-    def reset_prefix_cache(self) -> bool:
-        """Empty the prefix cache; False, and no change, while any page has an owner."""
+    def reset_prefix_cache(self, *, same_weights: bool = False) -> bool:
+        """Empty the prefix cache; False, and no change, while any page has an owner.
+
+        It counts as `new_weights`, unless the weights are said to be the same: then a host tier
+        goes on finding what it has.
+        """
         if self._pool.num_used:
             return False
+        if not same_weights:
+            self._cache.generation = new_generation()
         self._pool.clear_cache()
         return True
+
+    @atomic
+    def new_weights(self, generation: bytes | None = None) -> None:
+        """Nothing that was computed so far can be found from now on; call it at any time.
+
+        The generation of the weights is in the root of every digest, so tiers and their files on
+        the disk miss as the pool does. Cached pages become free. Sequences keep their pages, but as
+        private ones (`SequenceInfo.private`): free them, and allocate them again, to compute them
+        with the new weights.
+
+        Args:
+          generation: a name for the new weights. Another process that gives the same one (with the
+            same `hash_key` and `fingerprint`) finds what this one leaves on a disk. None draws 16
+            random bytes, which no other process has.
+        """
+        if generation is not None and not isinstance(generation, bytes):
+            raise TypeError(f"generation must be bytes or None, got {type(generation).__name__}")
+        # First, so that whatever a user's eviction policy raises below, nothing is found again.
+        self._cache.generation = new_generation() if generation is None else generation
+        for row in self._table.rows.tolist():
+            self._table.make_private(row)
+        self._pool.clear_cache()
 
     # ---- pages outside sequences ----
 

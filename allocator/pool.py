@@ -180,9 +180,11 @@ class PagePool:
         self.release(pages)
 
     def clear_cache(self) -> None:
-        """Forget every published page, the next one to be evicted first; none has an owner."""
+        """Forget every published page: first those without an owner, in the order of eviction."""
         while self.cache.num_evictable:
             self._push(np.array([self.cache.evict()], np.int32))
+        for page in list(self.cache.by_page):
+            self.unpublish(page)
 
     def _push(self, pages: np.ndarray) -> None:
         self._free[self.num_free : self.num_free + len(pages)] = pages

@@ -16,6 +16,7 @@ __all__ = [
     "Namespace",
     "PrefixCache",
     "blake2b_digest",
+    "new_generation",
     "salt_key",
     "salt_of",
 ]
@@ -26,6 +27,11 @@ Digest = Callable[[bytes, bytes], bytes]
 def blake2b_digest(key: bytes, payload: bytes) -> bytes:
     """The default digest: keyed BLAKE2b of 32 bytes, so nobody without the key finds collisions."""
     return hashlib.blake2b(payload, digest_size=32, key=key).digest()
+
+
+def new_generation() -> bytes:
+    """A name for weights that nobody else has."""
+    return secrets.token_bytes(16)
 
 
 def salt_key(salt: str | bytes | None) -> bytes:
@@ -105,6 +111,7 @@ class PrefixCache:
         self.evictable: set[int] = set()
         self._hash_key = secrets.token_bytes(32) if hash_key is None else hash_key
         self.fingerprint = fingerprint
+        self.generation = b""  # of the weights; another one makes other digests
         self._digest = blake2b_digest if digest is None else digest
         self._next_serial = 1
         self.num_evicted = self.num_withdrawn = 0  # entries forgotten so far, by why
@@ -113,7 +120,7 @@ class PrefixCache:
     def namespace(self, salt: str | bytes | None) -> Namespace:
         """The start of every chain under this salt; None, "", b"" and "x", b"x" all differ.
 
-        What is digested begins with "n" here and with "p" for pages, so that no salt can be
+        What is digested begins with "n" or "g" here and with "p" for pages, so that no salt can be
         chosen to look like a page.
         """
         key = salt_key(salt)
@@ -122,7 +129,10 @@ class PrefixCache:
     def root_digest(self, key: bytes) -> bytes:
         """The digest of the empty prefix in the namespace with that key."""
         width = len(self.fingerprint).to_bytes(8, "little")
-        return self._digest(self._hash_key, b"n" + width + self.fingerprint + key)
+        root = b"n" + width + self.fingerprint + key
+        if self.generation:
+            root = b"g" + len(self.generation).to_bytes(8, "little") + self.generation + root
+        return self._digest(self._hash_key, root)
 
     def digests(self, parent: bytes, page_tokens: np.ndarray) -> Iterator[bytes]:
         """Chained digests of the rows of `page_tokens` `[n, S]`; one width for every dtype."""

@@ -14,7 +14,7 @@ from .errors import OutOfPages, PageTableError
 from .framing import empty_page_table
 from .growth import plan_growth
 from .policy import EvictionPolicy
-from .prefix import Digest
+from .prefix import Digest, new_generation
 from .sequences import Handle, SequenceInfo, as_handles
 from .stats import AllocatorStats
 
@@ -379,11 +379,24 @@ class ShardedAllocator:
         waste = 1 - total["stored_tokens"] / slots if slots else 0.0
         return AllocatorStats(**total | dict(tail_waste=waste))
 
-    def reset_prefix_cache(self) -> bool:
-        """Empty the prefix caches; False, and no change, while any page has an owner."""
+    def reset_prefix_cache(self, *, same_weights: bool = False) -> bool:
+        """As `BlockAllocator.reset_prefix_cache`: False while any page of a shard has an owner."""
         if self.num_used:
             return False
-        return all([shard.reset_prefix_cache() for shard in self.shards])
+        if not same_weights:
+            self.new_weights()
+        return all([shard.reset_prefix_cache(same_weights=True) for shard in self.shards])
+
+    def new_weights(self, generation: bytes | None = None) -> None:
+        """As `BlockAllocator.new_weights`, the same generation on every shard."""
+        generation = new_generation() if generation is None else generation
+        for shard in self.shards:
+            shard.new_weights(generation)
+
+    @property
+    def generation(self) -> bytes:
+        """Of the weights, as `new_weights` set it; empty before."""
+        return self.shards[0].generation
 
     def check_invariants(self) -> None:
         """Verify every shard; raises CorruptState."""

@@ -48,6 +48,11 @@ class AllocatorView:
         return self._cache.fingerprint
 
     @property
+    def generation(self) -> bytes:
+        """Of the weights, as `new_weights` set it; empty before."""
+        return self._cache.generation
+
+    @property
     def usable_pages(self) -> int:
         """N - 1; always `num_free + num_evictable + num_used`."""
         return self._pool.usable

@@ -198,7 +198,7 @@ def bits(_: int) -> list[dict[str, Any]]:
         tier.store(pool, allocator, handle)
         pool = wipe(pool)
         allocator.free(handle)
-        allocator.reset_prefix_cache()
+        allocator.reset_prefix_cache(same_weights=True)
         tier.settle()
         handle = allocator.allocate(np.arange(64 * PAGE))
         pool = tier.load(pool, allocator, handle)

@@ -138,11 +138,11 @@ class EngineScheduling:
             self.stats.swapped_out_pages += stored
         self._requeue(sample)
 
-    def _requeue(self: Any, sample: Sample) -> None:
+    def _requeue(self: Any, sample: Sample, *, counts: bool = True) -> None:
         self._drop(sample)
         sample.handle, sample.computed = None, 0
-        sample.preemptions += 1
-        self.stats.preemptions += 1
+        sample.preemptions += counts
+        self.stats.preemptions += counts
         self._waiting.appendleft(sample)
 
     def _drop(self: Any, sample: Sample) -> None:
@@ -153,15 +153,15 @@ class EngineScheduling:
         else:
             self._waiting.remove(sample)
 
-    def _requeue_all(self: Any) -> None:
+    def _requeue_all(self: Any, *, counts: bool = True) -> None:
         """The pages cannot be trusted: nobody keeps any, and nothing goes to the host tier."""
         for sample in reversed(list(self._running)):
-            self._requeue(sample)
+            self._requeue(sample, counts=counts)
 
     def _lose_cache(self: Any) -> None:
         """A program failed with the donated cache: start an empty one and queue all again."""
         self._requeue_all()
-        if not self.allocator.reset_prefix_cache():
+        if not self.allocator.reset_prefix_cache(same_weights=True):
             raise PagedDecodeError(
                 "the cache was lost in a failed program, and with it the pages that sequences "
                 "outside the engine hold; free those, then call step again"

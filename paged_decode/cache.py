@@ -202,12 +202,16 @@ class KVCache:
 
     def _known(self, layer: int) -> int:
         """The number of a layer of ours; to a tuple, -1 would be the last one."""
-        if isinstance(layer, bool | np.bool_ | Tracer) or not hasattr(layer, "__index__"):
+        try:
+            index = None if isinstance(layer, bool | np.bool_ | Tracer) else operator.index(layer)
+        except TypeError:
+            index = None
+        if index is None:
             raise TypeError(
                 f"layer must be a Python int, because layers are a tuple; got {layer!r}: unroll "
                 "them, or scan over one stacked pool with append_and_attend(..., layer=layer)"
             )
-        if not 0 <= (index := operator.index(layer)) < self.num_layers:
+        if not 0 <= index < self.num_layers:
             raise ValueError(f"layer must be in 0 .. {self.num_layers - 1}; got {index}")
         return index
 

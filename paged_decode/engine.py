@@ -98,7 +98,9 @@ class Engine(EngineScheduling, EngineSnapshots):
                 f"max_sequence_tokens must be in [2, {capacity}] for a pool of "
                 f"{allocator.sequence_pages} usable pages of {allocator.page_size}, got {limit}"
             )
-        self.config, self.params, self.cache, self.allocator = config, params, cache, allocator
+        if cache.is_deleted:
+            raise ValueError("the cache was donated to an earlier call; pass what that returned")
+        self.config, self._params, self.cache, self.allocator = config, params, cache, allocator
         if tier is not None and not isinstance(allocator, BlockAllocator):
             raise NotImplementedError("a host tier serves one pool, not one split over a data axis")
         self.stats, self.tier = EngineStats(), tier
@@ -121,6 +123,34 @@ class Engine(EngineScheduling, EngineSnapshots):
         self._next_id = 0
 
     # ---- what users call
+
+    @property
+    def params(self) -> Any:
+        """The weights; to assign others is `update_params`."""
+        return self._params
+
+    @params.setter
+    def params(self, params: Any) -> None:
+        self.update_params(params)
+
+    def update_params(self, params: Any, *, keep_cached: bool = False) -> None:
+        """Go on with other weights; call it between steps, or in a callback.
+
+        Nothing that was computed with the old ones is used again: the prefix cache, the host tier
+        and its disk tier forget their pages, and requests that run compute theirs again, with the
+        tokens that they have so far. Weights of the same shapes compile nothing.
+
+        Args:
+          params: the new weights. An array of the old ones that is changed in place is not seen.
+          keep_cached: keep every page, of running requests too: for weights with the same numbers,
+            or where the difference does not matter.
+        """
+        if not keep_cached:
+            if self.tier is not None:
+                self.tier.clear()
+            self.allocator.new_weights()
+            self._requeue_all(counts=False)
+        self._params = params
 
     def submit(
         self,

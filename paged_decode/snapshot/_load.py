@@ -22,7 +22,7 @@ from ._format import DTYPES, ArraySpec, Header, Parent, Scalar
 from ._pages import prepare_insert
 from ._parts import Part, parts_of
 from ._reader import Chain, Progress, SnapshotFile, chunk_bytes, fresh_arrays, read_all
-from ._save import Snapshot
+from ._save import GENERATION, Snapshot, marked_fingerprint
 from ._state import STATE, require_shapes, state_from
 from ._writer import array_chunks, write_file
 
@@ -218,7 +218,7 @@ def load_snapshot(
       path: the file; its parents lie in the same folder.
       into: the cache, which is donated, and its allocator.
       accept_fingerprint: take a snapshot with exactly this fingerprint, although the allocator has
-        another one.
+        another one, or has got new weights since (`BlockAllocator.new_weights`).
       cache_salt: put every sequence and cached page under this salt (None is one, too), whatever
         the file says; of two pages of one prefix the first stays. As it is, the file's own hold.
       prefix_cache: False takes the sequences alone, and they are private: nothing that they hold is
@@ -308,12 +308,14 @@ def _require_match(
     if header.page_size != allocator.page_size:
         problems.append(f"page_size is {header.page_size} in the file, {allocator.page_size} here")
     problems += _differences(opened.kv, parts)
-    if header.fingerprint not in (allocator.fingerprint, accept):
+    name, ours = header.fingerprint.partition(GENERATION)[0], marked_fingerprint(allocator)
+    # An allocator whose weights were not replaced has those that its fingerprint names.
+    saved = header.fingerprint if allocator.generation else name
+    if saved != ours and accept not in (name, header.fingerprint):
         problems.append(
-            f"the fingerprint is {shown(header.fingerprint)} in the file, "
-            f"{shown(allocator.fingerprint)} "
-            "here: keys and values of another model (pass accept_fingerprint to take them all "
-            "the same)"
+            f"the fingerprint is {shown(header.fingerprint)} in the file, {shown(ours)} here: "
+            "keys and values of another model, or from before new weights (pass accept_fingerprint "
+            "to take them all the same)"
         )
     if problems:
         raise SnapshotMismatch(f"{opened.chain.files[0]}: " + "; ".join(problems))

@@ -33,6 +33,10 @@ from ._writer import array_chunks, write_file
 
 __all__ = ["PendingSnapshot", "Snapshot", "save_snapshot", "save_snapshot_async"]
 
+GENERATION = b"\0generation\0"
+
+GENERATION = b"\0generation\0"
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Snapshot:
@@ -258,13 +262,19 @@ def plan_save(
     header = Header(
         page_size=state.page_size,
         pages=state.num_pages,
-        fingerprint=allocator.fingerprint,
+        fingerprint=marked_fingerprint(allocator),
         metadata=dict(metadata),
         parent=named,
         arrays=tuple(specs),
     )
     earlier = _pending.get(os.path.realpath(path))
     return SaveJob(path, header, sources, allocator, where.stamps, count, parents, earlier)
+
+
+def marked_fingerprint(allocator: BlockAllocator) -> bytes:
+    """The fingerprint, and behind it the generation of the weights if they were replaced."""
+    mark = GENERATION + allocator.generation if allocator.generation else b""
+    return allocator.fingerprint + mark
 
 
 def _checked_parent(

@@ -31,7 +31,7 @@ class DiskTier:
 
     The files are snapshot containers: every byte is covered by a checksum, and nothing is
     unpickled. A file that is damaged, is no chunk, or cannot be written, is as if it had never
-    been: a regular one with the tier's suffix is removed then, all else in the folder is left alone.
+    been: a regular one with the tier's suffix is removed then, all else in the folder is left.
     Writing and reading block the step that asks for them. The folder is read when the tier is made,
     so pages survive a restart if the allocator has the same `hash_key` and `fingerprint`. They hold
     the keys and values of prompts, and are believed: protect the folder.
@@ -115,6 +115,11 @@ class DiskTier:
             return None
         self._known.move_to_end(path)
         return content
+
+    def clear(self) -> None:
+        """Remove every chunk."""
+        for path in list(self._known):
+            self._forget(path)
 
     def _enter(self, path: Path) -> None:
         """Take up a file."""

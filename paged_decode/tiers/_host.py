@@ -87,7 +87,7 @@ class HostTier:
       >>> allocator.commit(handle, 5)
       >>> tier.store(cache, allocator, handle)
       2
-      >>> allocator.free(handle); allocator.reset_prefix_cache()
+      >>> allocator.free(handle); allocator.reset_prefix_cache(same_weights=True)
       True
       >>> tier.settle()
       >>> handle = allocator.allocate([5, 6, 7, 8, 9])
@@ -210,12 +210,14 @@ class HostTier:
         return cache
 
     def clear(self) -> None:
-        """Forget every page, those in flight too; the disk tier keeps its own."""
+        """Forget every page, those in flight and those of the disk tier too."""
         self._chunks.clear()
         self._where.clear()
         self._flying.clear()
         self._coming.clear()
         self.num_pages = 0
+        if self.disk is not None:
+            self.disk.clear()
 
     def check_invariants(self) -> None:
         """Verify counts and indices against each other; raises RuntimeError."""

@@ -111,3 +111,35 @@ def test_append_and_attend_equals_append_then_attend_where_rows_bring_fewer_toke
     for one, other in zip(got, want, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[1:], b[1:]), cache, apart)
+
+
+@pytest.mark.parametrize("layer", [-1, 2, np.int64(-2), 2**40])
+def test_a_layer_outside_the_cache_is_refused_and_changes_nothing(unchecked, layer):
+    cache, batch = filled(), BlockAllocator(6, 4)
+    batch = batch.batch([batch.allocate([1])], 0, 1)
+    q, k = jnp.zeros((1, 1, 4, 8)), jnp.zeros((1, 1, 2, 8))
+    for call in (
+        lambda: cache.append(layer, k, k, batch.slots),
+        lambda: cache.attend(layer, q, batch),
+        lambda: cache.append_and_attend(layer, q, k, k, batch),
+    ):
+        with pytest.raises(ValueError, match=r"layer must be in 0 .. 1; got"):
+            call()
+    assert not cache.is_deleted
+
+
+def test_a_layer_is_a_number_that_is_known_while_tracing(unchecked):
+    cache, k = filled(), jnp.zeros((1, 2, 8))
+    for layer in (True, 1.0, None, jnp.zeros(2, jnp.int32)):
+        with pytest.raises(TypeError, match="layer must be a Python int, because layers are"):
+            cache.append(layer, k, k, np.array([4], np.int32))
+    with pytest.raises(TypeError, match="scan over one stacked pool"):
+        jax.jit(lambda i: cache.append(i, k, k, np.array([4], np.int32)))(1)
+    cache.append(np.int64(1), k, k, np.array([4], np.int32))
+
+
+def test_a_cache_that_was_given_away_is_named():
+    cache, k = filled(), jnp.zeros((1, 2, 8))
+    cache.append(0, k, k, np.array([4], np.int32))
+    with pytest.raises(RuntimeError, match="k_pages was deleted: .* use the array that this call"):
+        cache.append(0, k, k, np.array([4], np.int32))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -34,14 +35,21 @@ from .test_sharding import COLLECTIVES
 SIZES = dict(num_layers=1, num_pages=16, num_kv_heads=2, page_size=4, head_dim=8)
 
 
-def make_mesh(data: int, heads: int):
+KINDS = [(AxisType.Auto,) * 2, (AxisType.Explicit,) * 2]
+MIXED = [(AxisType.Explicit, AxisType.Auto), (AxisType.Auto, AxisType.Explicit)]
+
+
+def kind_id(kinds) -> str:
+    return "-".join(kind.name for kind in kinds)
+
+
+def make_mesh(data: int, heads: int, kinds=KINDS[0]):
     devices = first_devices(data * heads)
-    kinds = (AxisType.Auto,) * 2
     return jax.make_mesh((data, heads), ("data", "tensor"), axis_types=kinds, devices=devices)
 
 
-def make_cache(data: int, heads: int, **sizes) -> KVCache:
-    mesh = make_mesh(data, heads)
+def make_cache(data: int, heads: int, kinds=KINDS[0], **sizes) -> KVCache:
+    mesh = make_mesh(data, heads, kinds)
     return KVCache.create(**SIZES | sizes, mesh=mesh, head_axis="tensor", data_axis="data")
 
 
@@ -50,8 +58,9 @@ def step(cache, q, k, v, batch):
     return cache, out
 
 
+@pytest.mark.parametrize("kinds", KINDS, ids=kind_id)
 @pytest.mark.parametrize("data, heads", [(2, 1), (2, 2), (4, 2), (1, 2)])
-def test_a_step_over_data_shards_equals_one_device(data, heads):
+def test_a_step_over_data_shards_equals_one_device(data, heads, kinds):
     rng = np.random.default_rng(0)
     lens = [5, 9, 2, 7]
     allocator = ShardedAllocator(32, 4, num_shards=data)
@@ -60,7 +69,7 @@ def test_a_step_over_data_shards_equals_one_device(data, heads):
     q, k, v = (rng.standard_normal((6, 9, h, 8)).astype(np.float32) for h in (6, 2, 2))
     plain = KVCache.create(**SIZES | dict(num_pages=32))
     _, want = step(plain, q, k, v, batch)  # the whole pool's ids serve one device as they are
-    cache = make_cache(data, heads, num_pages=32)
+    cache = make_cache(data, heads, kinds, num_pages=32)
     local, spread = cache.split(batch, (1, 2, 4))
     program = jax.jit(step, donate_argnums=0).lower(cache, *spread.put((q, k, v)), local).compile()
     assert not re.findall(COLLECTIVES, program.as_text())
@@ -70,10 +79,29 @@ def test_a_step_over_data_shards_equals_one_device(data, heads):
         assert local.page_table.max() < 32 // data
 
 
+@pytest.mark.parametrize("within", [False, True], ids=["", "set_mesh"])
+@pytest.mark.parametrize("kinds", KINDS + MIXED, ids=kind_id)
+def test_the_engine_runs_over_axes_of_every_kind(kinds, within):
+    """`jax.make_mesh` makes Explicit ones, which are part of the type of every array."""
+    cache = make_cache(2, 2, kinds, num_layers=tiny.LAYERS, num_pages=24, head_dim=tiny.DIM)
+    allocator = ShardedAllocator(24, 4, num_shards=2)
+    shapes = EngineConfig(max_rows=2, prefill_chunk=8, decode_steps=4, top_logits=2)
+    params, prompts = jax.tree.map(jnp.asarray, tiny.PARAMS), tiny.prompts(3, low=8, high=12)
+    with jax.set_mesh(cache.placement.mesh) if within else nullcontext():
+        engine = Engine(tiny.model, params, cache, allocator, shapes)
+        done = engine.generate(prompts, SamplingParams(max_new_tokens=5))
+        sampled = SamplingParams(max_new_tokens=5, temperature=1.0, top_k=4, top_p=0.9)
+        again = engine.generate(prompts, sampled)
+    assert [c.tokens for c in done] == [tiny.dense_greedy(p, 5) for p in prompts]
+    assert all(len(c.tokens) == 5 for c in again) and engine.idle
+
+
+@pytest.mark.parametrize("kinds", KINDS, ids=kind_id)
 @pytest.mark.parametrize("data, heads", [(2, 1), (4, 2)])
-def test_the_engine_over_data_shards_gives_the_tokens_of_one_device(data, heads):
+def test_the_engine_over_data_shards_gives_the_tokens_of_one_device(data, heads, kinds):
     """With forks, prefix hits and preemption, and no program is made after warm-up."""
-    cache = make_cache(data, heads, num_layers=tiny.LAYERS, num_pages=12 * data, head_dim=tiny.DIM)
+    sizes = dict(num_layers=tiny.LAYERS, num_pages=12 * data, head_dim=tiny.DIM)
+    cache = make_cache(data, heads, kinds, **sizes)
     allocator = ShardedAllocator(12 * data, 4, num_shards=data, hash_key=b"test")
     shapes = EngineConfig(max_rows=8, row_buckets=(2, 8), prefill_chunk=8, decode_steps=4)
     engine = Engine(tiny.model, jax.tree.map(jnp.asarray, tiny.PARAMS), cache, allocator, shapes)
@@ -130,8 +158,9 @@ def test_eager_local_ids_beyond_a_shard_are_refused(unchecked):
         cache.attend(0, np.zeros((3, 2, 8), np.float32), DecodeBatch(table, lens, None, None))
 
 
-def test_copies_go_to_their_shards():
-    cache = make_cache(2, 1)
+@pytest.mark.parametrize("kinds", KINDS, ids=kind_id)
+def test_copies_go_to_their_shards(kinds):
+    cache = make_cache(2, 1, kinds)
     rng = np.random.default_rng(0)
     cache = jax.tree.map(
         lambda a: jax.device_put(rng.standard_normal(a.shape).astype(np.float32), a.sharding), cache

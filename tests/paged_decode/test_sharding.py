@@ -67,29 +67,30 @@ def test_attention_on_a_mesh_equals_one_device(kv_heads, implementation):
     args = inputs(kv_heads, 24 if kv_heads == 3 else 8)
     _, want = run(args, kv_heads, implementation)
     for devices in (n for hk, n in FITTING if hk == kv_heads):
-        kind = AxisType.Explicit if devices == 2 else AxisType.Auto
-        mesh = make_mesh(devices, kind)
-        cache, got = run(args, kv_heads, implementation, mesh=mesh, head_axis="tensor")
-        for one, many in zip(want, got, strict=True):
-            if implementation == "reference":
-                np.testing.assert_array_equal(many, one)
-            np.testing.assert_allclose(many, one, rtol=1e-6, atol=1e-6)
-        spec = cache.k_pages[0].sharding.spec
-        assert devices == 1 or tuple(spec)[:2] == (None, "tensor")
+        for kind in KINDS if devices > 1 else KINDS[:1]:
+            mesh = make_mesh(devices, kind)
+            cache, got = run(args, kv_heads, implementation, mesh=mesh, head_axis="tensor")
+            for one, many in zip(want, got, strict=True):
+                if implementation == "reference":
+                    np.testing.assert_array_equal(many, one)
+                np.testing.assert_allclose(many, one, rtol=1e-6, atol=1e-6)
+            spec = cache.k_pages[0].sharding.spec
+            assert devices == 1 or tuple(spec)[:2] == (None, "tensor")
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)
 @pytest.mark.parametrize("kv_heads, devices", [(2, 2), (2, 8), (8, 4)])
-def test_append_and_attend_on_a_mesh_equals_one_after_the_other(kv_heads, devices):
+def test_append_and_attend_on_a_mesh_equals_one_after_the_other(kv_heads, devices, kind):
     q, k, v, batch, sinks = inputs(kv_heads, 8)
 
     def fused(cache, q, k, v, batch, sinks):
         k, v = (jnp.repeat(new, cache.placement.kv_copies, axis=-2) for new in (k, v))
         pools = cache.k_pages[0], cache.v_pages[0]
-        options = dict(sinks=sinks, placement=cache.placement)
+        options = dict(slots="all", sinks=sinks, placement=cache.placement)
         return append_and_attend(q, k, v, *pools, batch.page_table, batch.seq_lens, **options)
 
     _, (want, _) = run((q, k, v, batch, sinks), kv_heads)
-    mesh = make_mesh(devices)
+    mesh = make_mesh(devices, kind)
     cache = KVCache.create(**SIZES, num_kv_heads=kv_heads, mesh=mesh, head_axis="tensor")
     program = jax.jit(fused, donate_argnums=0).lower(cache, q, k, v, batch, sinks).compile()
     assert not re.search(r"all-gather|all-reduce", program.as_text())
@@ -113,11 +114,12 @@ def test_other_axes_of_the_mesh_are_kept_and_hold_copies(kind):
     assert cache.k_pages[0].sharding.mesh.axis_names == ("expert", "tensor")
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)
 @pytest.mark.parametrize("own", [{"tensor"}, {"expert", "tensor"}, {"expert"}])
-def test_inside_the_callers_own_shard_map_local_heads_stay_local(own):
+def test_inside_the_callers_own_shard_map_local_heads_stay_local(own, kind):
     args = inputs(2, 6)
     _, want = run(args, 2)
-    mesh = make_mesh(2, other=2)
+    mesh = make_mesh(2, kind, other=2)
     cache = KVCache.create(**SIZES, num_kv_heads=2, mesh=mesh, head_axis="tensor")
     heads = "tensor" if "tensor" in own else None
     pages, four = PartitionSpec(None, heads), PartitionSpec(None, None, heads)
@@ -130,14 +132,18 @@ def test_inside_the_callers_own_shard_map_local_heads_stay_local(own):
         axis_names=own,
         check_vma=False,
     )
+    specs = (four, four, four, none, PartitionSpec(heads))
+    # Explicit axes want the arguments of a shard_map to lie as it says.
+    args = jax.device_put(args, tuple(NamedSharding(mesh, spec) for spec in specs))
     _, (out, _) = jax.jit(mapped, donate_argnums=0)(cache, *args)
     np.testing.assert_allclose(out, want[0], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)
 @pytest.mark.parametrize("kv_heads, devices", [(2, 2), (2, 8), (8, 8)])
-def test_a_step_has_no_collective_and_does_not_copy_the_pool(kv_heads, devices):
+def test_a_step_has_no_collective_and_does_not_copy_the_pool(kv_heads, devices, kind):
     """q and K, V come split by heads, as column-split projections leave them."""
-    mesh = make_mesh(devices)
+    mesh = make_mesh(devices, kind)
     split = NamedSharding(mesh, PartitionSpec(None, None, "tensor"))
     q, k, v, batch, sinks = inputs(kv_heads, 8)
     k, v = (np.repeat(new, max(devices // kv_heads, 1), axis=-2) for new in (k, v))
@@ -169,8 +175,9 @@ def test_query_heads_that_do_not_divide_and_unknown_axes_are_refused():
         KVCache.create(**SIZES, num_kv_heads=2, mesh=make_mesh(2))
 
 
-def test_copies_reach_every_device():
-    cache = KVCache.create(**SIZES, num_kv_heads=2, mesh=make_mesh(2), head_axis="tensor")
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)
+def test_copies_reach_every_device(kind):
+    cache = KVCache.create(**SIZES, num_kv_heads=2, mesh=make_mesh(2, kind), head_axis="tensor")
     rng = np.random.default_rng(0)
     cache = jax.tree.map(
         lambda a: jax.device_put(rng.standard_normal(a.shape).astype(np.float32), a.sharding), cache
@@ -181,8 +188,11 @@ def test_copies_reach_every_device():
     assert after.placement == cache.placement and cache.is_deleted
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)
 @pytest.mark.parametrize("devices", [1, 2, 4])
-def test_the_engine_gives_the_tokens_of_one_device_with_forks_prefixes_and_preemption(devices):
+def test_the_engine_gives_the_tokens_of_one_device_with_forks_prefixes_and_preemption(
+    devices, kind
+):
     """tiny has Hk = 2, so on 4 devices every KV head has two copies."""
     pages = 14  # too few for all at once
     cache = KVCache.create(
@@ -191,7 +201,7 @@ def test_the_engine_gives_the_tokens_of_one_device_with_forks_prefixes_and_preem
         num_kv_heads=tiny.KV_HEADS,
         page_size=4,
         head_dim=tiny.DIM,
-        mesh=make_mesh(devices),
+        mesh=make_mesh(devices, kind),
         head_axis="tensor",
     )
     allocator = BlockAllocator(pages, 4, hash_key=b"test")

@@ -70,10 +70,10 @@ def dense_logits(tokens, params=PARAMS) -> np.ndarray:
     return x[-1] @ p["head"]
 
 
-def dense_greedy(prompt, count: int) -> tuple[int, ...]:
+def dense_greedy(prompt, count: int, params=PARAMS) -> tuple[int, ...]:
     tokens = list(prompt)
     for _ in range(count):
-        tokens.append(int(np.argmax(dense_logits(tokens))))
+        tokens.append(int(np.argmax(dense_logits(tokens, params))))
     return tuple(tokens[len(prompt) :])
 
 

@@ -49,7 +49,7 @@ def started(allocator, tokens, salt=None):
 
 def forget(allocator, *handles):
     allocator.free(list(handles))
-    assert allocator.reset_prefix_cache()
+    assert allocator.reset_prefix_cache(same_weights=True)
 
 
 class Held:
