@@ -91,7 +91,7 @@ class AllocatorState:
         """bool `[M, S]`: slots that hold no token of a sequence or of the prefix cache."""
         if self.num_pages == 0:  # a file without pages may claim any S, and pays for none
             return np.zeros(self.tokens.shape, bool)
-        filled = np.zeros(self.num_pages, np.int32)
+        filled = np.zeros(self.num_pages, np.int64)
         np.maximum.at(filled, self.table, self.slots_below(self.lengths))
         filled[self.entry_pages] = self.page_size
         return np.arange(self.page_size, dtype=np.int32) >= filled[:, None]

@@ -40,8 +40,8 @@ def collect_state(
     """Export the sequences of these rows, and the pages that are only cached if `cached`."""
     length, page_size = table.length[row], pool.page_size
     counts = -(-length // page_size)
-    column = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
-    owned = table.page_table[np.repeat(row, counts), column]
+    begins = row * table.page_table.shape[1] - (counts.cumsum() - counts)
+    owned = table.page_table.reshape(-1).take(np.arange(counts.sum()) + np.repeat(begins, counts))
     _, first = np.unique(owned, return_index=True)
     entries, parents = _reachable(pool, None if cached else set(owned.tolist()))
     listed = np.array([entry.page for entry in entries], np.int32)

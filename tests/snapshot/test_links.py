@@ -153,3 +153,20 @@ def test_links_that_lead_nowhere_or_in_a_circle_are_errors_of_the_system(grown):
         verify_snapshot("real/delta")
     with pytest.raises(ValueError, match="removed or replaced"):
         grown("real/next", base)
+
+
+def test_what_was_loaded_through_a_link_is_a_parent_of_what_is_saved_beside_the_file(
+    grown, tmp_path
+):
+    grown("real/delta", grown("real/base"))
+    link("links/delta", "../real/delta")
+    allocator = make_allocator(40)
+    restored = load_snapshot("links/delta", into=(make_cache(40), allocator))
+    handle = allocator.allocate([9] * 8)
+    allocator.commit(handle, 8)
+    for path in ("real/next", "links/next"):
+        if path == "links/next":
+            link(path, "../real/third")
+        save_snapshot(path, restored.cache, allocator, parent=restored.snapshot)
+        assert inspect_snapshot(path).parent.name == "delta"
+        all_four_read(path)
