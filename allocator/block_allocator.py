@@ -414,8 +414,8 @@ class BlockAllocator(AllocatorView):
     def reset_prefix_cache(self, *, same_weights: bool = False) -> bool:
         """Empty the prefix cache; False, and no change, while any page has an owner.
 
-        It counts as `new_weights`, unless the weights are said to be the same: then a host tier
-        goes on finding what it has.
+        A host tier finds nothing of before either, as after `new_weights`, unless the weights are
+        said to be the same.
         """
         if self._pool.num_used:
             return False
@@ -436,12 +436,15 @@ class BlockAllocator(AllocatorView):
         Args:
           generation: a name for the new weights. Another process that gives the same one (with the
             same `hash_key` and `fingerprint`) finds what this one leaves on a disk. None draws 16
-            random bytes, which no other process has.
+            random bytes, which no other process has; a snapshot then counts the updates.
         """
         if generation is not None and not isinstance(generation, bytes):
             raise TypeError(f"generation must be bytes or None, got {type(generation).__name__}")
         # First, so that whatever a user's eviction policy raises below, nothing is found again.
-        self._cache.generation = new_generation() if generation is None else generation
+        cache = self._cache
+        cache.num_updates += 1
+        cache.weights = b"%d" % cache.num_updates if generation is None else generation
+        cache.generation = new_generation() if generation is None else generation
         for row in self._table.rows.tolist():
             self._table.make_private(row)
         self._pool.clear_cache()

@@ -112,6 +112,8 @@ class PrefixCache:
         self._hash_key = secrets.token_bytes(32) if hash_key is None else hash_key
         self.fingerprint = fingerprint
         self.generation = b""  # of the weights; another one makes other digests
+        self.weights = b""  # what a snapshot calls them
+        self.num_updates = 0  # of the weights
         self._digest = blake2b_digest if digest is None else digest
         self._next_serial = 1
         self.num_evicted = self.num_withdrawn = 0  # entries forgotten so far, by why

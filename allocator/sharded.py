@@ -14,7 +14,7 @@ from .errors import OutOfPages, PageTableError
 from .framing import empty_page_table
 from .growth import plan_growth
 from .policy import EvictionPolicy
-from .prefix import Digest, new_generation
+from .prefix import Digest
 from .sequences import Handle, SequenceInfo, as_handles
 from .stats import AllocatorStats
 
@@ -383,20 +383,31 @@ class ShardedAllocator:
         """As `BlockAllocator.reset_prefix_cache`: False while any page of a shard has an owner."""
         if self.num_used:
             return False
-        if not same_weights:
-            self.new_weights()
-        return all([shard.reset_prefix_cache(same_weights=True) for shard in self.shards])
+        for shard in self.shards:
+            shard.reset_prefix_cache(same_weights=same_weights)
+        self._agree()
+        return True
 
     def new_weights(self, generation: bytes | None = None) -> None:
         """As `BlockAllocator.new_weights`, the same generation on every shard."""
-        generation = new_generation() if generation is None else generation
         for shard in self.shards:
             shard.new_weights(generation)
+        self._agree()
+
+    def _agree(self) -> None:
+        """The generation that one shard drew holds for all: their digests are the same."""
+        for shard in self.shards[1:]:
+            shard._cache.generation = self.generation
 
     @property
     def generation(self) -> bytes:
-        """Of the weights, as `new_weights` set it; empty before."""
+        """Of the weights, in the root of every digest; empty until they are replaced."""
         return self.shards[0].generation
+
+    @property
+    def weights(self) -> bytes:
+        """As `BlockAllocator.weights`."""
+        return self.shards[0].weights
 
     def check_invariants(self) -> None:
         """Verify every shard; raises CorruptState."""

@@ -49,8 +49,14 @@ class AllocatorView:
 
     @property
     def generation(self) -> bytes:
-        """Of the weights, as `new_weights` set it; empty before."""
+        """Of the weights, in the root of every digest; empty until they are replaced."""
         return self._cache.generation
+
+    @property
+    def weights(self) -> bytes:
+        """What a snapshot calls the weights: the name that `new_weights` was given, or how often it
+        was called; empty before."""
+        return self._cache.weights
 
     @property
     def usable_pages(self) -> int:

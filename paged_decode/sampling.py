@@ -151,14 +151,13 @@ def draw(
         hot = rows.temperature > 0
         heat = jnp.where(hot, rows.temperature, jnp.float32(1))[:, None]
         narrow = hot & ((rows.top_k > 0) | (rows.top_p < 1))
-        scaled = _cooled(logits, top, heat)
-        scaled = lax.cond(
+        kept = lax.cond(
             jnp.any(narrow),
-            lambda: jnp.where(~narrow[:, None] | _kept(logits, top, heat, rows), scaled, -jnp.inf),
-            lambda: scaled,
+            lambda: jnp.where(~narrow[:, None] | _kept(logits, top, heat, rows), logits, -jnp.inf),
+            lambda: logits,
         )
         noise = jax.vmap(_gumbel, (0, 0, None))(rows.seed, rows.index, logits.shape[-1])
-        choice = jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32)
+        choice = jnp.argmax(_cooled(kept, top, heat) + noise, axis=-1).astype(jnp.int32)
         return jnp.where(hot, choice, greedy)
 
     chosen = lax.cond(jnp.any(rows.temperature > 0), drawn, lambda: greedy)

@@ -310,7 +310,7 @@ def _require_match(
     problems += _differences(opened.kv, parts)
     name, ours = header.fingerprint.partition(GENERATION)[0], marked_fingerprint(allocator)
     # An allocator whose weights were not replaced has those that its fingerprint names.
-    saved = header.fingerprint if allocator.generation else name
+    saved = header.fingerprint if allocator.weights else name
     if saved != ours and accept not in (name, header.fingerprint):
         problems.append(
             f"the fingerprint is {shown(header.fingerprint)} in the file, {shown(ours)} here: "

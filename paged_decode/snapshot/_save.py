@@ -272,9 +272,8 @@ def plan_save(
 
 
 def marked_fingerprint(allocator: BlockAllocator) -> bytes:
-    """The fingerprint, and behind it the generation of the weights if they were replaced."""
-    mark = GENERATION + allocator.generation if allocator.generation else b""
-    return allocator.fingerprint + mark
+    """The fingerprint, and behind it what the weights are called if they were replaced."""
+    return allocator.fingerprint + (GENERATION + allocator.weights if allocator.weights else b"")
 
 
 def _checked_parent(

@@ -13,7 +13,7 @@ from paged_decode.kernels import Placement, append_and_attend, append_kv
 from ..devices import first_devices
 from .test_attention import SHAPES
 
-POOL_BYTES = 2**24  # of one layer, keys or values; nothing of it is allocated
+POOL_BYTES = 2**27  # of one layer, keys or values; nothing of it is allocated
 # KV heads, page size, head dim: those of the suite, and every axis of length 1.
 SIZES = sorted({(heads, size, dim) for _, heads, dim, size, *_ in SHAPES}) + [
     ones for ones in itertools.product((1, 2), (1, 4), (1, 8)) if 1 in ones
