@@ -12,7 +12,7 @@ from .growth import apply_growth, plan_growth
 from .locking import atomic
 from .policy import EvictionPolicy
 from .pool import PagePool, check_pool_size
-from .prefix import CacheEntry, Digest, Namespace, PrefixCache, new_generation
+from .prefix import Digest, PrefixCache, new_generation
 from .publication import plan_publication, publish
 from .sequences import Handle, as_handles
 from .state import AllocatorState
@@ -76,35 +76,6 @@ class BlockAllocator(AllocatorView):
         super().__init__(PagePool(num_pages, page_size, cache), prefix_cache=prefix_cache)
 
     # ---- the start of a sequence ----
-
-    @atomic
-    def match_prefix(self, tokens: Ints, *, cache_salt: str | bytes | None = None) -> int:
-        """How many leading tokens `allocate` would find in the prefix cache; changes nothing.
-
-        A multiple of S and at most `len(tokens) - 1`: the last token is always left to compute,
-        because its logits are wanted.
-        """
-        prompt = as_prompt("tokens", tokens)
-        return len(self._match(self._cache.namespace(cache_salt), prompt)) * self.page_size
-
-    @atomic
-    def page_digests(
-        self, tokens: Ints, *, cache_salt: str | bytes | None = None, partial: bool = False
-    ) -> list[bytes]:
-        """The digests of the full pages of `tokens`: the keys by which they would be cached.
-
-        With the same `hash_key` and `fingerprint` they are the same in every process.
-
-        Args:
-          partial: add one of a last page that is not full, which the prefix cache never has.
-        """
-        prompt = as_prompt("tokens", tokens)
-        parent = self._cache.namespace(cache_salt).digest
-        found = list(self._cache.digests(parent, self._full_pages(prompt, len(prompt))))
-        rest = prompt[len(found) * self.page_size :]
-        if partial and rest.size:
-            found += self._cache.digests(found[-1] if found else parent, rest[None])
-        return found
 
     @atomic
     def allocate(
@@ -504,16 +475,6 @@ class BlockAllocator(AllocatorView):
         return [self._table.handle(row) for row in rows]
 
     # ---- steps that several calls share ----
-
-    def _full_pages(self, prompt: np.ndarray, num_tokens: int) -> np.ndarray:
-        full = num_tokens // self.page_size
-        return prompt[: full * self.page_size].reshape(full, self.page_size)
-
-    def _match(self, namespace: Namespace, prompt: np.ndarray) -> list[CacheEntry]:
-        if not self.prefix_cache:
-            return []
-        pages = self._full_pages(prompt, len(prompt) - 1)
-        return self._cache.match(namespace, pages, self._pool.tokens)
 
     def _keep_tokens(self, row: int, length: int) -> int:
         """Release the pages behind so many tokens; returns how many."""

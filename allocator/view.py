@@ -5,10 +5,11 @@ from typing import SupportsIndex
 
 import numpy as np
 
-from .arguments import Ints, as_count, as_ints
+from .arguments import Ints, as_count, as_ints, as_prompt
 from .invariants import require_consistent
 from .locking import atomic
 from .pool import PagePool
+from .prefix import CacheEntry, Namespace
 from .sequences import Handle, SequenceInfo, SequenceTable
 from .state import AllocatorState
 from .stats import AllocatorStats, collect_stats, page_states
@@ -108,6 +109,35 @@ class AllocatorView:
         row = self._table.resolve_one(handle)
         return self._pool.tokens[self._table.pages(row)].reshape(-1)[: self._table.length[row]]
 
+    @atomic
+    def match_prefix(self, tokens: Ints, *, cache_salt: str | bytes | None = None) -> int:
+        """How many leading tokens `allocate` would find in the prefix cache; changes nothing.
+
+        A multiple of S and at most `len(tokens) - 1`: the last token is always left to compute,
+        because its logits are wanted.
+        """
+        prompt = as_prompt("tokens", tokens)
+        return len(self._match(self._cache.namespace(cache_salt), prompt)) * self.page_size
+
+    @atomic
+    def page_digests(
+        self, tokens: Ints, *, cache_salt: str | bytes | None = None, partial: bool = False
+    ) -> list[bytes]:
+        """The digests of the full pages of `tokens`: the keys by which they would be cached.
+
+        With the same `hash_key`, `fingerprint` and `generation` they are the same in every process.
+
+        Args:
+          partial: add one of a last page that is not full, which the prefix cache never has.
+        """
+        prompt = as_prompt("tokens", tokens)
+        parent = self._cache.namespace(cache_salt).digest
+        found = list(self._cache.digests(parent, self._full_pages(prompt, len(prompt))))
+        rest = prompt[len(found) * self.page_size :]
+        if partial and rest.size:
+            found += self._cache.digests(found[-1] if found else parent, rest[None])
+        return found
+
     @property
     def handles(self) -> tuple[Handle, ...]:
         """The live sequences, in the order in which `export_state` lists them."""
@@ -165,3 +195,13 @@ class AllocatorView:
             f"{type(self).__name__}({self.usable_pages} usable pages of {self.page_size} tokens: "
             f"{self.num_used} used, {self.num_evictable} evictable, {self.num_free} free)"
         )
+
+    def _full_pages(self, prompt: np.ndarray, num_tokens: int) -> np.ndarray:
+        full = num_tokens // self.page_size
+        return prompt[: full * self.page_size].reshape(full, self.page_size)
+
+    def _match(self, namespace: Namespace, prompt: np.ndarray) -> list[CacheEntry]:
+        if not self.prefix_cache:
+            return []
+        pages = self._full_pages(prompt, len(prompt) - 1)
+        return self._cache.match(namespace, pages, self._pool.tokens)

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
 from . import dispatch
+from .arguments import check_layer, known_layer
 from .checks import (
     AnyArray,
     check_axes,
@@ -19,7 +20,6 @@ from .checks import (
     concrete,
     narrow,
 )
-from .op import check_layer, known_layer
 from .placement import Placement
 from .write import write_tokens
 

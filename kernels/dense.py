@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from .arguments import backend_names
 from .checks import AnyArray, check_axes, check_float, check_index, check_twins, concrete
-from .op import backend_names, paged_attention
+from .op import paged_attention
 
 __all__ = ["decode_attention"]
 

@@ -1,4 +1,4 @@
-"""The attention op: what a call may say, checked once for every backend."""
+"""The attention op: from a public call to one canonical record per device."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -6,22 +6,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Int32, Num
+from jaxtyping import Array, Float, Int, Num
 
 from . import dispatch
-from .checks import (
-    AnyArray,
-    check_axes,
-    check_float,
-    check_index,
-    check_live,
-    check_number,
-    check_twins,
-    concrete,
-    narrow,
-)
-from .merge import check_sinks, sink_mass
+from .arguments import checked_call, known_layer, new_slots
+from .checks import AnyArray, check_axes, check_float, narrow
+from .merge import sink_mass
 from .placement import Placement
 from .record import AttentionCall
 
@@ -95,7 +85,7 @@ def paged_attention(
       >>> paged_attention(jnp.ones((1, 2, 8)), pages, pages, table, lens).shape
       (1, 2, 8)
     """
-    arrays, options = _checked(
+    arrays, options = checked_call(
         q, k_pages, v_pages, page_table, seq_lens, layer, starts, scale, sliding_window, soft_cap,
         sinks, implementation, placement,
     )  # fmt: skip
@@ -162,7 +152,7 @@ def append_and_attend(
       >>> float(k[1, 0, 0, 0]), round(float(out[0, 0, 0]), 3)
       (1.0, 0.809)
     """
-    arrays, options = _checked(
+    arrays, options = checked_call(
         q, k_pages, v_pages, page_table, seq_lens, layer, starts, scale, sliding_window, soft_cap,
         sinks, implementation, placement,
     )  # fmt: skip
@@ -171,65 +161,11 @@ def append_and_attend(
     for name, new in (("k", k), ("v", v)):
         check_float(name, new)
         check_axes(name, new, axes, **{axis: sizes[axis] for axis in axes.split(", ")})
-    slots = _new_slots(slots, axes.removesuffix(", Hk, D"), sizes)
+    slots = new_slots(slots, axes.removesuffix(", Hk, D"), sizes)
     out, lse, k_pages, v_pages = _append_and_attend(
         k_pages, v_pages, k, v, slots, q, *arrays[3:], **options
     )
     return (out, lse, k_pages, v_pages) if return_lse else (out, k_pages, v_pages)
-
-
-def _new_slots(slots: Any, axes: str, sizes: dict[str, int]) -> Any:
-    """`slots` as an array of these axes, or None where all tokens are new."""
-    if slots is None and axes == "B, T" and sizes["T"] > 1:
-        raise ValueError(
-            f"slots must say which of the T = {sizes['T']} tokens of each row are new: a row that "
-            "brings fewer would have older tokens overwritten; pass slots [B, T], such as those of "
-            'a DecodeBatch, or slots="all" where every row brings T new tokens'
-        )
-    if slots is None or (isinstance(slots, str) and slots == "all"):
-        return None
-    if isinstance(slots, str):
-        raise ValueError(f'slots must be an array or "all"; got {slots!r}')
-    check_index("slots", slots)
-    check_axes("slots", slots, axes, B=sizes["B"], T=sizes["T"])
-    return slots
-
-
-def _checked(
-    q: Any,
-    k_pages: Any,
-    v_pages: Any,
-    page_table: Any,
-    seq_lens: Any,
-    layer: Any,
-    starts: Any,
-    scale: Any,
-    sliding_window: Any,
-    soft_cap: Any,
-    sinks: Any,
-    implementation: Any,
-    placement: Placement | None,
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arrays and the static options of a call that keeps the contract."""
-    _check_arrays(q, k_pages, v_pages, layer, placement)
-    rows, heads, dim = q.shape[0], q.shape[-2], q.shape[-1]
-    pages, kv_heads, page_size = k_pages.shape[-4:-1]
-    _check_tables(page_table, seq_lens, starts, rows, page_size)
-    if placement is not None:
-        pages //= placement.data_shards  # ids are local to a shard
-    _check_values(page_table, seq_lens, starts, pages, page_size)
-    if sinks is not None:
-        check_sinks(sinks, heads, kv_heads)
-    window = _window(sliding_window)
-    return (q, k_pages, v_pages, page_table, seq_lens, layer, starts, sinks), dict(
-        scale=dim**-0.5 if scale is None else check_number("scale", scale),
-        # A window as wide as the table hides nothing; without it no sum can overflow int32.
-        window=None if window is None or window >= page_table.shape[1] * page_size else window,
-        soft_cap=None if soft_cap is None else check_number("soft_cap", soft_cap, positive=True),
-        implementation=backend_names(implementation),
-        platform=dispatch.default_platform(placement.platform if placement else None),
-        placement=placement,
-    )
 
 
 # The arrays of an `AttentionCall` and their axes, which say how each is split on a mesh.
@@ -391,128 +327,3 @@ def _no_derivative(primals: Any, tangents: Any) -> Any:
         "paged_attention has no derivative: it reads a cache at inference; use "
         "jax.lax.stop_gradient on its inputs, or a dense attention for training"
     )
-
-
-def _check_arrays(
-    q: Any, k_pages: Any, v_pages: Any, layer: Any, placement: Placement | None
-) -> None:
-    check_float("q", q)
-    for name, array in (("k_pages", k_pages), ("v_pages", v_pages)):
-        if getattr(array, "dtype", None) is None:
-            raise TypeError(f"{name} must be an array; got {type(array).__name__}")
-    if q.ndim not in (3, 4) or (q.ndim == 4 and q.shape[1] == 0):
-        raise ValueError(f"q must be [B, Hq, D] or [B, T, Hq, D] with T >= 1; got shape {q.shape}")
-    if layer is None:
-        check_axes("k_pages", k_pages, "N, Hk, S, D")
-    else:
-        check_axes("k_pages", k_pages, "L, N, Hk, S, D")
-        check_layer(layer, k_pages.shape[0])
-    check_twins("v_pages", v_pages, "k_pages", k_pages)
-    check_live("k_pages", k_pages)
-    check_live("v_pages", v_pages)
-    if 0 in k_pages.shape:
-        raise ValueError(f"k_pages must have no empty axis; got shape {k_pages.shape}")
-    heads, kv_heads = q.shape[-2], k_pages.shape[-3]
-    if q.shape[-1] != k_pages.shape[-1]:
-        raise ValueError(
-            f"q and k_pages must have the same D; got {q.shape[-1]} in q {q.shape} and "
-            f"{k_pages.shape[-1]} in k_pages {k_pages.shape}"
-        )
-    if placement is not None:
-        placement.check(q.shape[0], heads)
-    if heads == 0 or heads % kv_heads:
-        raise ValueError(
-            f"Hq must be a multiple of Hk; got Hq = {heads} in q {q.shape} and Hk = {kv_heads} "
-            f"in k_pages {k_pages.shape}"
-        )
-
-
-def check_layer(layer: Any, layers: int) -> None:
-    """Raise unless `layer` is a Python int in `0 .. layers-1` or an integer scalar array."""
-    python_int = isinstance(layer, int) and not isinstance(layer, bool)
-    if not python_int:
-        check_index("layer", layer)
-        if np.shape(layer):
-            raise ValueError(f"layer must be a scalar; got shape {np.shape(layer)}")
-    value = layer if python_int else concrete(layer)
-    if value is not None and not 0 <= int(value) < layers:
-        raise ValueError(f"layer must be in 0 .. {layers - 1}; got {int(value)}")
-
-
-def known_layer(layer: Int[Array, ""], layers: int) -> tuple[Int32[Array, ""], Bool[Array, ""]]:
-    """`layer` as int32 in `0 .. layers-1`, and whether the one given was outside.
-
-    A traced number cannot raise, and no backend may follow one that leads out of the pool.
-    """
-    inside = jnp.clip(layer, 0, layers - 1)
-    return inside.astype(jnp.int32), inside != layer
-
-
-def _check_tables(page_table: Any, seq_lens: Any, starts: Any, rows: int, page_size: int) -> None:
-    check_index("page_table", page_table)
-    check_axes("page_table", page_table, "B, P", B=rows)
-    if page_table.shape[1] == 0 or (page_table.shape[1] + 1) * page_size >= 2**31:
-        raise ValueError(
-            f"page_table must be [B, P] with P >= 1 and (P + 1) * S < 2**31, so that positions fit "
-            f"int32; got P = {page_table.shape[1]} and S = {page_size}"
-        )
-    check_index("seq_lens", seq_lens)
-    check_axes("seq_lens", seq_lens, "B", B=rows)
-    if starts is not None:
-        check_index("starts", starts)
-        check_axes("starts", starts, "B", B=rows)
-
-
-def _check_values(page_table: Any, seq_lens: Any, starts: Any, pages: int, page_size: int) -> None:
-    if starts is not None and (values := concrete(starts)) is not None and (values < 0).any():
-        raise ValueError(f"starts must be >= 0; got {values.min()} in row {values.argmin()}")
-    lens = concrete(seq_lens)
-    if lens is None:
-        return
-    capacity = page_table.shape[1] * page_size
-    wrong = (lens < 0) | (lens > capacity)
-    if wrong.any():
-        row = int(wrong.argmax())
-        raise ValueError(
-            f"seq_lens must be in 0 .. P * S = {capacity}; got {lens[row]} in row {row}"
-        )
-    table = concrete(page_table)
-    if table is None:
-        return
-    used = np.arange(table.shape[1]) * page_size < lens[:, None]
-    wrong = used & ((table < 0) | (table >= pages))
-    if wrong.any():
-        row, column = (int(i[0]) for i in np.nonzero(wrong))
-        raise ValueError(
-            f"page_table must hold page ids in 0 .. N-1 = {pages - 1} as far as seq_lens reaches; "
-            f"got {table[row, column]} in row {row}, column {column} (length {lens[row]})"
-        )
-
-
-def _window(window: Any) -> int | None:
-    """`sliding_window` as a count of tokens, the query's own included."""
-    if window is None:
-        return None
-    pair = isinstance(window, tuple) and len(window) == 2
-    numbers: tuple[Any, ...] = window if pair else (window,)
-    for number in numbers:
-        if isinstance(number, bool) or not isinstance(number, int | np.integer):
-            raise TypeError(
-                "sliding_window must be an int or a pair (left, right) of ints; got "
-                f"{window if pair else type(window).__name__}"
-            )
-    if pair and min(numbers) < 0:
-        raise ValueError(f"sliding_window (left, right) must be >= 0; got {window}")
-    if not pair and numbers[0] < 1:
-        raise ValueError(f"sliding_window counts the query itself, so it is >= 1; got {window}")
-    return int(numbers[0]) + 1 if pair else int(numbers[0])
-
-
-def backend_names(implementation: Any) -> tuple[str, ...] | None:
-    """`implementation` as a tuple, which `jit` can take as a static argument."""
-    if implementation is None:
-        return None
-    names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
-    if not all(isinstance(name, str) for name in names):
-        raise TypeError(f"implementation must be a name or a sequence of names; got {names}")
-    return names

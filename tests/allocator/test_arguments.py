@@ -130,7 +130,7 @@ def test_integers_of_every_kind_are_taken(value, want):
         (b"12", TypeError, "got a bytes"),
         ({1, 2}, TypeError, "got a set"),
         ({1: 2}, TypeError, "got a dict"),
-        ((t for t in (1, 2)), TypeError, "got a generator"),
+        pytest.param((t for t in (1, 2)), TypeError, "got a generator", id="generator"),
     ],
     ids=str,
 )
