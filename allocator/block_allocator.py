@@ -305,7 +305,7 @@ class BlockAllocator(AllocatorView):
         plans = [
             plan_publication(self._pool, table, int(row[at]), int(full[at]))
             for at in fuller
-            if table.namespaces[row[at]].digest  # else the row is private
+            if not table.namespaces[row[at]].private
         ]
         table.computed[row] = computed
         for plan in plans:
@@ -391,7 +391,7 @@ class BlockAllocator(AllocatorView):
         if self._pool.num_used:
             return False
         if not same_weights:
-            self._cache.generation = new_generation()
+            self._renew(new_generation())
         self._pool.clear_cache()
         return True
 
@@ -411,13 +411,13 @@ class BlockAllocator(AllocatorView):
         """
         if generation is not None and not isinstance(generation, bytes):
             raise TypeError(f"generation must be bytes or None, got {type(generation).__name__}")
-        # First, so that whatever a user's eviction policy raises below, nothing is found again.
+        if generation == b"":
+            raise ValueError("generation must not be empty: that is the name of the first weights")
         cache = self._cache
         cache.num_updates += 1
         cache.weights = b"%d" % cache.num_updates if generation is None else generation
-        cache.generation = new_generation() if generation is None else generation
-        for row in self._table.rows.tolist():
-            self._table.make_private(row)
+        # First, so that whatever a user's eviction policy raises below, nothing is found again.
+        self._renew(new_generation() if generation is None else generation)
         self._pool.clear_cache()
 
     # ---- pages outside sequences ----
@@ -475,6 +475,16 @@ class BlockAllocator(AllocatorView):
         return [self._table.handle(row) for row in rows]
 
     # ---- steps that several calls share ----
+
+    def _renew(self, generation: bytes) -> None:
+        """Another root for every digest. Who holds pages is private, who holds none begins anew."""
+        cache, table = self._cache, self._table
+        cache.generation = generation
+        for row in table.rows.tolist():
+            if table.num_pages[row] or table.namespaces[row].private:
+                table.make_private(row)
+            else:
+                table.namespaces[row] = cache.namespace(table.salts[row])
 
     def _keep_tokens(self, row: int, length: int) -> int:
         """Release the pages behind so many tokens; returns how many."""

@@ -138,7 +138,7 @@ def _chains(pool: PagePool, table: SequenceTable, caching: bool) -> Iterator[str
     page_size = pool.page_size
     for row in table.rows.tolist():
         chain, pages = table.chains[row], table.pages(row)
-        public = caching and table.namespaces[row].digest
+        public = caching and not table.namespaces[row].private
         expected = int(table.computed[row]) // page_size if public else 0
         if len(chain) != expected:
             yield f"sequence {table.handle(row)}: {len(chain)} entries for {expected} full pages"

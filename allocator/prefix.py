@@ -57,10 +57,14 @@ def salt_of(key: bytes) -> str | bytes | None:
 
 @dataclass(frozen=True, slots=True)
 class Namespace:
-    """Where the pages of one salt begin: its tagged bytes, and the digest of the empty prefix."""
+    """Where the pages of one salt begin: its tagged bytes, and the digest of the empty prefix.
+
+    What a sequence holds in a private one is never published.
+    """
 
     key: bytes
     digest: bytes
+    private: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +147,14 @@ class PrefixCache:
         for begin in range(0, len(data), num_bytes):
             parent = self._digest(self._hash_key, b"p" + parent + data[begin : begin + num_bytes])
             yield parent
+
+    def partial_digests(self, parent: bytes, tokens: np.ndarray, page_size: int) -> Iterator[bytes]:
+        """The digest of every leading part of `tokens` `[T]`, as if its last page ended there."""
+        for begin in range(0, len(tokens), page_size):
+            page = tokens[begin : begin + page_size]
+            ends = [next(self.digests(parent, page[None, :n])) for n in range(1, len(page) + 1)]
+            yield from ends
+            parent = ends[-1]
 
     def match(
         self, namespace: Namespace, page_tokens: np.ndarray, pool_tokens: np.ndarray

@@ -1,6 +1,6 @@
 """The sequences: one row per live sequence, every field an array over rows."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NewType, SupportsIndex
 
 import numpy as np
@@ -170,13 +170,13 @@ class SequenceTable:
 
     def make_private(self, row: int) -> None:
         """From now on the row publishes nothing, and neither do its forks; what it has published
-        stays. A private row is one whose chain of digests has no beginning."""
-        self.namespaces[row] = Namespace(self.namespaces[row].key, b"")
+        stays."""
+        self.namespaces[row] = replace(self.namespaces[row], private=True)
         self.chains[row], self.borrows[row] = [], False
 
     def private(self, rows: np.ndarray) -> np.ndarray:
         """bool `[n]`: which of the live rows are private."""
-        return np.array([not self.namespaces[row].digest for row in rows.tolist()], bool)
+        return np.array([self.namespaces[row].private for row in rows.tolist()], bool)
 
     def close(self, row: int) -> np.ndarray:
         """End a sequence; its handle is stale from now on. Returns the pages it held."""

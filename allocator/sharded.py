@@ -155,6 +155,10 @@ class ShardedAllocator:
         `BlockAllocator.page_digests`."""
         return self.shards[0].page_digests(tokens, **options)
 
+    def prefix_digests(self, tokens: Ints, **options: Any) -> list[bytes]:
+        """As `BlockAllocator.prefix_digests`."""
+        return self.shards[0].prefix_digests(tokens, **options)
+
     def allocate(
         self,
         tokens: Ints,

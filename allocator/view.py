@@ -100,7 +100,7 @@ class AllocatorView:
             capacity=len(pages) * self.page_size,
             pages=pages,
             cache_salt=self._table.salts[row],
-            private=not self._table.namespaces[row].digest,
+            private=self._table.namespaces[row].private,
         )
 
     @atomic
@@ -137,6 +137,13 @@ class AllocatorView:
         if partial and rest.size:
             found += self._cache.digests(found[-1] if found else parent, rest[None])
         return found
+
+    @atomic
+    def prefix_digests(self, tokens: Ints, *, cache_salt: str | bytes | None = None) -> list[bytes]:
+        """The digest of every leading part of `tokens` `[T]`: of all that `page_digests` can give
+        for one of them, with `partial`."""
+        prompt, parent = as_prompt("tokens", tokens), self._cache.namespace(cache_salt).digest
+        return list(self._cache.partial_digests(parent, prompt, self.page_size))
 
     @property
     def handles(self) -> tuple[Handle, ...]:

@@ -302,14 +302,14 @@ def _canonical(
 ) -> dict[str, Array]:
     """The arrays of the record; what is not given is left out, so that no backend computes it.
 
-    Here every number is brought into the range of int32. A length outside `0 .. P * S` becomes
-    `P * S + 1`, and so do all of a call whose layer is outside the pool: too long for the table, so
-    every backend gives NaN and writes nothing.
+    Numbers of int64 are brought into the range of int32, and outside stays outside. If the layer is
+    outside the pool, every length becomes `P * S + 1`: too long for the table, so every backend
+    gives NaN and writes nothing. Arrays of int32 stay as they are; an operation more before a
+    launch of a few microseconds would be felt.
     """
     pages, page_size = k_pages.shape[-4], k_pages.shape[-2]
     capacity = page_table.shape[1] * page_size
-    wrong = (seq_lens < 0) | (seq_lens > capacity)
-    lens = jnp.where(wrong, capacity + 1, seq_lens).astype(jnp.int32)
+    lens = narrow(seq_lens, capacity + 1)
     arrays = dict(q=q if q.ndim == 4 else q[:, None], k_pages=k_pages, v_pages=v_pages)
     if layer is not None:
         arrays["layer"], outside = known_layer(layer, k_pages.shape[0])

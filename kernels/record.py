@@ -77,7 +77,7 @@ class AttentionCall:
         return first, position + 1
 
     def broken_rows(self) -> Bool[Array, "B"]:
-        """Rows whose table breaks the contract: a page id outside the pool, or too few columns.
+        """Rows that break the contract: a page id outside the pool, or a length outside the table.
 
         Values cannot raise under `jit`. Such a row must come out as NaN, never as the data of
         another sequence, which is what clamped or wrapped indices would read.
@@ -85,7 +85,11 @@ class AttentionCall:
         pages, width = self.k_pages.shape[1], self.page_table.shape[1]
         used = jnp.arange(width, dtype=jnp.int32) * self.page_size < self.seq_lens[:, None]
         outside = (self.page_table < 0) | (self.page_table >= pages)
-        return jnp.any(used & outside, axis=1) | (self.seq_lens > width * self.page_size)
+        return jnp.any(used & outside, axis=1) | self.wrong_lengths()
+
+    def wrong_lengths(self) -> Bool[Array, "B"]:
+        """Rows with a length outside `0 .. P * S`."""
+        return (self.seq_lens < 0) | (self.seq_lens > self.page_table.shape[1] * self.page_size)
 
     def with_newest(
         self,
@@ -103,8 +107,7 @@ class AttentionCall:
         position = self.seq_lens[:, None] - tokens + jnp.arange(tokens, dtype=jnp.int32)
         column = position // page_size
         page = jnp.take_along_axis(self.page_table, jnp.clip(column, 0, width - 1), axis=1)
-        nowhere = (position < 0) | (self.seq_lens[:, None] > width * page_size)
-        nowhere |= (page < 0) | (page >= pages)
+        nowhere = (position < 0) | self.wrong_lengths()[:, None] | (page < 0) | (page >= pages)
         if slots is not None:
             nowhere |= slots < page_size
         where = jnp.where(nowhere, -1, page * page_size + position % page_size)

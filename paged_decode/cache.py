@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from .allocator import DecodeBatch, PageCopies
 from .kernels import Placement, append_and_attend, append_kv, copy_pages, paged_attention
-from .kernels.checks import AnyArray
+from .kernels.checks import AnyArray, check_live
 from .kernels.placement import Axis
 from .sharding import Spread, split_batch, split_copies
 
@@ -258,6 +258,7 @@ class KVCache:
         """
         if len(copies.src) == 0:
             return self
+        check_live("k_pages", self.k_pages[0])
         if (shards := self.data_shards) > 1:
             pages = self.num_pages // shards
             return _copy_pages(self, *split_copies(copies, shards=shards, pages_per_shard=pages))

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, cast
 
 import jax
 import numpy as np
@@ -394,6 +394,8 @@ class Engine(EngineScheduling, EngineSnapshots):
             if invalid:
                 self._outbox.add(sample, None, "invalid_logits")
                 self.allocator.withdraw([sample.handle])
+                if self.tier is not None:
+                    self.tier.forget(cast(BlockAllocator, self.allocator), sample.handle)
                 self._drop(sample)
             elif sample.ending(self.max_sequence_tokens) is not None:
                 self._drop(sample)

@@ -18,7 +18,7 @@ from ..allocator.prefix import salt_key
 from ..errors import OutOfPages, SnapshotCorrupt, SnapshotMismatch
 from ._engine import ENGINE, EngineState, engine_from
 from ._files import Files, OSFiles
-from ._format import DTYPES, ArraySpec, Header, Parent, Scalar
+from ._format import DTYPES, ArraySpec, Header, Parent, Scalar, encode_header
 from ._pages import prepare_insert
 from ._parts import Part, parts_of
 from ._reader import Chain, Progress, SnapshotFile, chunk_bytes, fresh_arrays, read_all
@@ -110,6 +110,9 @@ class Terms:
     prefix_cache: bool = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.accept_fingerprint, bytes | None):
+            kind = type(self.accept_fingerprint).__name__
+            raise TypeError(f"accept_fingerprint must be bytes or None, got {kind}")
         if not isinstance(self.cache_salt, SavedSalt):
             salt_key(self.cache_salt)
         if not isinstance(self.prefix_cache, bool):
@@ -141,9 +144,8 @@ class Opened:
     def _check_pages(self, file: SnapshotFile) -> None:
         header = file.header
         kv = [s for s in header.arrays if s.name.startswith("kv/")]
-        if [(s.name, s.dtype, s.shape[1:]) for s in kv] != [
-            (s.name, s.dtype, s.shape[1:]) for s in self.kv
-        ]:
+        theirs, ours = ({s.name: (s.dtype, s.shape[1:]) for s in each} for each in (kv, self.kv))
+        if theirs != ours:
             raise SnapshotMismatch(
                 f"{file}, a parent, has other arrays of keys and values than its delta"
             )
@@ -308,12 +310,12 @@ def _require_match(
     if header.page_size != allocator.page_size:
         problems.append(f"page_size is {header.page_size} in the file, {allocator.page_size} here")
     problems += _differences(opened.kv, parts)
-    name, ours = header.fingerprint.partition(GENERATION)[0], marked_fingerprint(allocator)
+    saved, ours = header.fingerprint, marked_fingerprint(allocator)
     # An allocator whose weights were not replaced has those that its fingerprint names.
-    saved = header.fingerprint if allocator.weights else name
-    if saved != ours and accept not in (name, header.fingerprint):
+    named = saved if allocator.weights else saved.partition(GENERATION)[0]
+    if ours not in (saved, named) and accept != saved:
         problems.append(
-            f"the fingerprint is {shown(header.fingerprint)} in the file, {shown(ours)} here: "
+            f"the fingerprint is {shown(saved)} in the file, {shown(ours)} here: "
             "keys and values of another model, or from before new weights (pass accept_fingerprint "
             "to take them all the same)"
         )
@@ -373,7 +375,7 @@ def compact_snapshot(
 
     Raises:
       SnapshotCorrupt, SnapshotVersion, SnapshotMismatch, OSError: as `load_snapshot`; OSError also
-        if `out` is one of the parents, or cannot be written.
+        if `out` is one of the parents, or cannot be written, or its header would be too long.
     """
     target = path if out is None else out
     with Opened(path) as opened:
@@ -401,6 +403,10 @@ def compact_snapshot(
             parent=None,
             arrays=tuple(specs),
         )
+        try:
+            encode_header(folded)  # the checksums of all pages may be too many for it
+        except ValueError as error:
+            raise OSError(errno.EFBIG, f"it cannot be folded: {error}", str(target)) from None
         write_file(target, folded, sources, files=files or OSFiles(), progress=progress)
     return inspect_snapshot(target)
 

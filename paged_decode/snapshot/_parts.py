@@ -15,6 +15,7 @@ import numpy as np
 
 from .._text import printable, shown
 from ..cache import KVCache
+from ..kernels.checks import check_live
 from ._format import DTYPES, MAX_AXES, MAX_NAME_BYTES, ArraySpec, is_name
 
 __all__ = ["Part", "parts_of"]
@@ -58,6 +59,7 @@ def parts_of(cache: Any, num_pages: int) -> list[Part]:
     parts: list[Part] = []
     for at, (path, leaf) in enumerate(leaves):
         name = "kv/" + jax.tree_util.keystr(path, simple=True, separator="/")
+        check_live(name, leaf)
         if not hasattr(leaf, "dtype"):
             raise TypeError(f"{printable(name)} is no array but {type(leaf).__name__}")
         dtype = str(np.dtype(leaf.dtype))

@@ -26,7 +26,7 @@ from ._format import (
     is_plain_name,
 )
 from ._pages import page_chunks
-from ._parts import parts_of
+from ._parts import Part, parts_of
 from ._reader import Progress, SnapshotFile
 from ._state import array_specs, state_arrays
 from ._writer import array_chunks, write_file
@@ -243,7 +243,7 @@ def plan_save(
     new = np.ones(state.num_pages, bool)
     named, parents = None, ()
     if parent is not None:
-        named, parents = _checked_parent(parent, path, allocator)
+        named, parents = _checked_parent(parent, path, allocator, parts)
         known = _positions(parent._stamps, where.stamps)
         new = known < 0
         arrays["pages/source"] = np.where(new, new.cumsum() - 1, -1 - known).astype(np.int32)
@@ -277,7 +277,7 @@ def marked_fingerprint(allocator: BlockAllocator) -> bytes:
 
 
 def _checked_parent(
-    parent: Snapshot, path: Path, allocator: BlockAllocator
+    parent: Snapshot, path: Path, allocator: BlockAllocator, parts: list[Part]
 ) -> tuple[Parent, tuple[str, ...]]:
     """What a delta at `path` says of its parent, and the real paths of all files that it needs.
 
@@ -305,21 +305,41 @@ def _checked_parent(
         )
     if not is_plain_name(name):
         raise ValueError(f"the parent's name {shown(name)} cannot be stored; rename the file")
-    _require_unchanged(there, parent)
+    _require_unchanged(there, parent, parts)
     return Parent(parent.id, name, parent.pages), needed
 
 
-def _require_unchanged(path: str, parent: Snapshot) -> None:
+def _require_unchanged(path: str, parent: Snapshot, parts: list[Part]) -> None:
+    """Raise ValueError unless the parent and all that it needs lie there, with arrays as these."""
+    if (replacing := _pending.get(path)) is not None:
+        replacing._thread.join()
+    where, older = Path(path), Parent(parent.id, "", parent.pages)
+    files: list[SnapshotFile] = []
+    while older is not None:
+        if (file := _file_with(older.id, where)) is None:
+            raise ValueError(
+                f"{printable(where)} is no longer the snapshot that the delta needs: it was "
+                "removed or replaced; save a whole snapshot"
+            )
+        files.append(file)
+        if (older := file.header.parent) is not None:
+            where = file.real.parent / older.name
+    arrays = files[0].header.arrays
+    theirs = {s.name: (s.dtype, s.shape[1:]) for s in arrays if s.name.startswith("kv/")}
+    if theirs != {part.name: (part.dtype, part.shape) for part in parts}:
+        raise ValueError(
+            f"{printable(path)}, the parent, has other arrays of keys and values than this cache; "
+            "save a whole snapshot"
+        )
+
+
+def _file_with(ident: bytes, path: Path) -> SnapshotFile | None:
+    """What the file says, closed again; None if it is not there, or another one by now."""
     try:
         with SnapshotFile(path) as file:
-            same = file.id == parent.id
+            return file if file.id == ident else None
     except (OSError, SnapshotError):
-        same = False
-    if not same:
-        raise ValueError(
-            f"{printable(parent.path)} is no longer the snapshot that the delta needs: it was "
-            "removed or replaced; save a whole snapshot"
-        )
+        return None
 
 
 def _positions(stamps: np.ndarray, wanted: np.ndarray) -> np.ndarray:

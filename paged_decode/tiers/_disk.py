@@ -116,6 +116,11 @@ class DiskTier:
         self._known.move_to_end(path)
         return content
 
+    def forget(self, keys: Iterable[bytes]) -> None:
+        """Remove the chunks with any of these pages."""
+        for path in {self._where[key] for key in keys if key in self._where}:
+            self._forget(path)
+
     def clear(self) -> None:
         """Remove every chunk."""
         for path in list(self._known):

@@ -209,6 +209,25 @@ class HostTier:
         self._touch(reversed(wanted.keys[:end]))
         return cache
 
+    def forget(self, allocator: BlockAllocator, handle: Handle) -> None:
+        """Forget the pages of a sequence, in flight and on the disk too: they may be wrong.
+
+        Pages that travelled with them are forgotten as well.
+        """
+        info, tokens = allocator.sequence(handle), allocator.tokens(handle)
+        if not len(tokens):
+            return
+        keys = set(allocator.prefix_digests(tokens, cache_salt=info.cache_salt))
+        for chunk in [c for c in self._flying if not keys.isdisjoint(c.keys)]:
+            self._flying.remove(chunk)
+            self._coming.difference_update(chunk.keys)
+            self.num_pages -= len(chunk.keys)
+        found = [self._where[key][0] for key in keys & self._where.keys()]
+        for chunk in {id(each): each for each in found}.values():
+            self._take_out(chunk)
+        if self.disk is not None:
+            self.disk.forget(keys)
+
     def clear(self) -> None:
         """Forget every page, those in flight and those of the disk tier too."""
         self._chunks.clear()
@@ -280,11 +299,14 @@ class HostTier:
                 self._give_up(chunk)
         return min(count, self.capacity_pages - self.num_pages)
 
-    def _give_up(self, chunk: _Chunk) -> None:
+    def _take_out(self, chunk: _Chunk) -> None:
         del self._chunks[id(chunk)]
         for key in chunk.keys:
             del self._where[key]
         self.num_pages -= len(chunk.keys)
+
+    def _give_up(self, chunk: _Chunk) -> None:
+        self._take_out(chunk)
         self.stats.evicted += len(chunk.keys)
         if self.disk is not None and self.disk.write(chunk.keys, chunk.tokens, chunk.pages):
             self.stats.spilled += len(chunk.keys)

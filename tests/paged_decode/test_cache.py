@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paged_decode import BlockAllocator, DecodeBatch, KVCache, PageCopies
+from paged_decode import BlockAllocator, DecodeBatch, KVCache, PageCopies, save_snapshot
 from paged_decode.kernels import append_kv, paged_attention
 
 SIZES = dict(num_layers=2, num_pages=6, num_kv_heads=2, page_size=4, head_dim=8)
@@ -138,8 +138,12 @@ def test_a_layer_is_a_number_that_is_known_while_tracing(unchecked):
     cache.append(np.int64(1), k, k, np.array([4], np.int32))
 
 
-def test_a_cache_that_was_given_away_is_named():
+def test_a_cache_that_was_given_away_is_named(tmp_path):
     cache, k = filled(), jnp.zeros((1, 2, 8))
     cache.append(0, k, k, np.array([4], np.int32))
     with pytest.raises(RuntimeError, match="k_pages was deleted: .* use the array that this call"):
         cache.append(0, k, k, np.array([4], np.int32))
+    with pytest.raises(RuntimeError, match="k_pages was deleted"):
+        cache.copy_pages(PageCopies(np.array([1], np.int32), np.array([2], np.int32)))
+    with pytest.raises(RuntimeError, match="kv/k_pages/0 was deleted"):
+        save_snapshot(tmp_path / "file", cache, BlockAllocator(6, 4))

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from paged_decode import SamplingParams
+from paged_decode.faults import FaultPlan, Faults
+from paged_decode.tiers import DiskTier, HostTier
 
 from .test_engine import assert_empty
 from .tiny import PARAMS, VOCAB, dense_greedy, make_engine, prompts
@@ -108,6 +110,24 @@ def test_a_broken_request_leaves_no_page_in_the_prefix_cache():
     (done,) = engine.generate([prompt], LONG)
     assert done.tokens == dense_greedy(prompt, 12)
     assert_empty(engine)
+
+
+@pytest.mark.parametrize("disk", [False, True], ids=["host", "disk"])
+def test_a_broken_request_leaves_no_page_in_the_tiers(tmp_path, disk):
+    """It was swapped out, full of NaN, before it came to decode: its prompt was dead for good."""
+    folder = DiskTier(tmp_path, 2**20) if disk else None
+    tier = HostTier(1 if disk else 64, disk=folder)
+    engine = make_engine(prefill_chunk=4, policies=dict(tier=tier))
+    Faults(FaultPlan(preempt_every=3)).install(engine)
+    engine.update_params(BROKEN, keep_cached=True)
+    prompt = [1, BAD, *range(2, 20)]
+    (done,) = engine.generate([prompt], LONG)
+    assert done.finish_reason == "invalid_logits" and engine.stats.swaps and tier.stats.stored
+    assert tier.num_pages == 0 and not list(tmp_path.iterdir())
+    tier.check_invariants()
+    engine.update_params(PARAMS, keep_cached=True)
+    (done,) = engine.generate([prompt], LONG)
+    assert done.tokens == dense_greedy(prompt, 12)
 
 
 def test_a_prefix_that_others_use_stays_theirs():

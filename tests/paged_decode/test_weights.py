@@ -10,6 +10,7 @@ from paged_decode import (
     KVCache,
     SamplingParams,
     ShardedAllocator,
+    inspect_snapshot,
     load_snapshot,
     save_snapshot,
 )
@@ -169,6 +170,28 @@ def test_sequences_that_live_on_keep_their_pages_to_themselves():
     allocator.check_invariants()
 
 
+@pytest.mark.parametrize("renew", ["new_weights", "reset_prefix_cache"])
+def test_a_sequence_without_pages_begins_anew(renew):
+    allocator = BlockAllocator(8, 2)
+    handle = allocator.allocate([1, 2, 3])
+    allocator.truncate(handle, 0)
+    getattr(allocator, renew)()
+    assert not allocator.sequence(handle).private
+    allocator.append(handle, [1, 2, 3])
+    allocator.commit(handle, 3)
+    assert allocator.match_prefix([1, 2, 9]) == 2
+    allocator.check_invariants()
+
+
+def test_a_digest_that_is_empty_makes_nothing_private():
+    allocator = BlockAllocator(8, 2, digest=lambda key, payload: b"")
+    one = allocator.allocate([1, 2, 3])
+    allocator.commit(one, 3)
+    assert not allocator.sequence(one).private
+    assert allocator.match_prefix([1, 2, 9]) == 2 and allocator.match_prefix([1, 3, 9]) == 0
+    allocator.check_invariants()
+
+
 def test_a_name_for_the_weights_makes_the_same_keys_in_every_process():
     plain, one, two = (BlockAllocator(9, 4, hash_key=b"k") for _ in range(3))
     keys = plain.page_digests(range(9))
@@ -177,15 +200,15 @@ def test_a_name_for_the_weights_makes_the_same_keys_in_every_process():
     assert one.page_digests(range(9)) == two.page_digests(range(9)) != keys
     two.new_weights()
     assert len(two.generation) == 16 and two.page_digests(range(9)) != one.page_digests(range(9))
-    two.new_weights(b"")
-    assert two.page_digests(range(9)) == keys
 
 
 def test_a_generation_is_bytes(unchecked):
     for allocator in (BlockAllocator(9, 4), ShardedAllocator(16, 4, num_shards=2)):
         with pytest.raises(TypeError, match="generation must be bytes or None, got str"):
             allocator.new_weights("step 100")
-        assert allocator.generation == b""
+        with pytest.raises(ValueError, match="generation must not be empty"):
+            allocator.new_weights(b"")
+        assert allocator.generation == allocator.weights == b""
 
 
 @pytest.mark.parametrize("how", ["reset", "new weights"])
@@ -225,6 +248,20 @@ def test_a_snapshot_of_before_is_refused_and_one_of_now_is_taken(tmp_path):
     fresh.restore(now)
     list(fresh.stream())
     assert tokens(fresh) == NEW and fresh.stats.prefix_hit_tokens > 0
+
+
+def test_a_fingerprint_may_be_what_a_file_says(tmp_path):
+    """Even if it has the mark of replaced weights in it, as that of a file of such a time has."""
+    sizes = dict(num_layers=1, num_pages=9, num_kv_heads=1, page_size=4, head_dim=8)
+    allocator, path = BlockAllocator(9, 4, fingerprint=b"F"), tmp_path / "file"
+    allocator.new_weights(b"w1")
+    save_snapshot(path, KVCache.create(**sizes), allocator)
+    named = BlockAllocator(9, 4, fingerprint=inspect_snapshot(path).fingerprint)
+    load_snapshot(path, into=(KVCache.create(**sizes), named))
+    save_snapshot(path, KVCache.create(**sizes), named)
+    load_snapshot(path, into=(KVCache.create(**sizes), named))
+    with pytest.raises(SnapshotMismatch, match="fingerprint"):
+        load_snapshot(path, into=(KVCache.create(**sizes), BlockAllocator(9, 4, fingerprint=b"G")))
 
 
 def test_a_sequence_of_before_is_saved_as_not_computed(tmp_path):

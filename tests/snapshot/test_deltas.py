@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from paged_decode import (
+    KVCache,
     SamplingParams,
     SnapshotCorrupt,
     SnapshotMismatch,
@@ -21,9 +23,11 @@ from paged_decode import (
     verify_snapshot,
 )
 from paged_decode.snapshot import OSFiles
+from paged_decode.snapshot._format import MAX_HEADER_BYTES, encode_header
+from paged_decode.snapshot._reader import SnapshotFile
 
 from ..paged_decode.tiny import make_engine, prompts
-from .small import assert_same_content, content, make_allocator, make_cache
+from .small import assert_same_content, busy, content, make_allocator, make_cache
 
 
 def scribble(cache, allocator, handles, seed: int):
@@ -260,3 +264,53 @@ def test_saves_to_one_path_are_written_in_the_order_of_the_calls(tmp_path):
     assert all(p.done for p in pending)
     assert inspect_snapshot(tmp_path / "s").metadata == {"turn": 3}
     assert len({p.result(60).id for p in pending}) == 3
+
+
+def test_a_delta_whose_ancestors_are_gone_or_replaced_is_not_written(tmp_path):
+    cache, allocator, _ = busy()
+    paths = [tmp_path / f"{i}" for i in range(4)]
+    whole = save_snapshot(paths[0], cache, allocator)
+    first = save_snapshot(paths[1], cache, allocator, parent=whole)
+    second = save_snapshot(paths[2], cache, allocator, parent=first)
+    there = paths[0].read_bytes()
+    for spoil in (paths[0].unlink, lambda: save_snapshot(paths[0], *busy(dtype=np.float16)[:2])):
+        spoil()
+        with pytest.raises(ValueError, match="0 is no longer the snapshot .* removed or replaced"):
+            save_snapshot(paths[3], cache, allocator, parent=second)
+        assert not paths[3].exists()
+    paths[0].write_bytes(there)
+    save_snapshot(paths[3], cache, allocator, parent=second)
+    assert inspect_snapshot(paths[3]).pages == second.pages
+
+
+def test_a_delta_of_a_cache_with_other_arrays_is_not_written(tmp_path):
+    cache, allocator, _ = busy()
+    whole = save_snapshot(tmp_path / "whole", cache, allocator)
+    for other in (make_cache(24, np.float16), KVCache(cache.k_pages[:1], cache.v_pages[:1])):
+        with pytest.raises(ValueError, match="the parent, has other arrays of keys and values"):
+            save_snapshot(tmp_path / "delta", other, allocator, parent=whole)
+    assert not (tmp_path / "delta").exists()
+
+
+def test_a_parent_that_is_about_to_be_replaced_is_waited_for(tmp_path):
+    cache, allocator, _ = busy()
+    whole = save_snapshot(tmp_path / "whole", cache, allocator)
+    later = save_snapshot_async(tmp_path / "whole", cache, allocator, metadata=dict(n=2))
+    with pytest.raises(ValueError, match="removed or replaced"):
+        save_snapshot_async(tmp_path / "delta", cache, allocator, parent=whole)
+    assert later.done
+
+
+def test_a_delta_whose_fold_has_no_room_in_a_header_is_an_os_error(tmp_path):
+    cache = KVCache(*(tuple(jnp.zeros((3, 1, 4, 1)) for _ in range(150)) for _ in "kv"))
+    allocator = make_allocator(3)
+    allocator.commit(allocator.allocate([1, 2, 3, 4]), 4)
+    whole = save_snapshot(tmp_path / "whole", cache, allocator)
+    delta = functools.partial(save_snapshot, tmp_path / "delta", cache, allocator, parent=whole)
+    with SnapshotFile(delta(metadata={"a": ""}).path) as file:
+        room = MAX_HEADER_BYTES - len(encode_header(file.header))
+    delta(metadata={"a": "x" * room})
+    before = (tmp_path / "delta").read_bytes()
+    with pytest.raises(OSError, match="it cannot be folded: the header would take"):
+        compact_snapshot(tmp_path / "delta")
+    assert (tmp_path / "delta").read_bytes() == before
