@@ -73,8 +73,8 @@ def paged_attention(
     Raises:
       TypeError: an array or option of the wrong type, such as float lengths.
       ValueError: shapes that disagree; and, where values are concrete, lengths outside `0 .. P * S`
-        or page ids outside the pool. Under `jit` such a row comes out as NaN, and so do all rows of
-        a call whose traced `layer` is outside the pool.
+        or page ids outside the pool. Under `jit` such a row comes out as NaN (one of a length below
+        0 as an empty one), and so do all rows of a call whose traced `layer` is outside the pool.
       NotImplementedError: differentiation; this op is for inference.
       ExceptionGroup: no backend serves the call; it holds every backend's reason.
 

@@ -68,16 +68,21 @@ class AttentionCall:
         ```
         A query in front of its sequence (position < 0) has `end <= 0 <= first`: it sees nothing.
         """
-        tokens = self.q.shape[1]
-        position = self.seq_lens[:, None] - tokens + jnp.arange(tokens, dtype=jnp.int32)
+        position = self.positions()
         starts = jnp.int32(0) if self.starts is None else jnp.maximum(self.starts, 0)[:, None]
         first = jnp.broadcast_to(starts, position.shape)
         if self.window is not None:
             first = jnp.maximum(first, position - (self.window - 1))
         return first, position + 1
 
+    def positions(self) -> Int32[Array, "B T"]:
+        """Where each query sits in its sequence; below 0 in front of it. A length below 0 is 0."""
+        tokens = self.q.shape[1]
+        lens = jnp.maximum(self.seq_lens, 0)[:, None]
+        return lens - tokens + jnp.arange(tokens, dtype=jnp.int32)
+
     def broken_rows(self) -> Bool[Array, "B"]:
-        """Rows that break the contract: a page id outside the pool, or a length outside the table.
+        """Rows whose table breaks the contract: a page id outside the pool, or too few columns.
 
         Values cannot raise under `jit`. Such a row must come out as NaN, never as the data of
         another sequence, which is what clamped or wrapped indices would read.
@@ -85,11 +90,7 @@ class AttentionCall:
         pages, width = self.k_pages.shape[1], self.page_table.shape[1]
         used = jnp.arange(width, dtype=jnp.int32) * self.page_size < self.seq_lens[:, None]
         outside = (self.page_table < 0) | (self.page_table >= pages)
-        return jnp.any(used & outside, axis=1) | self.wrong_lengths()
-
-    def wrong_lengths(self) -> Bool[Array, "B"]:
-        """Rows with a length outside `0 .. P * S`."""
-        return (self.seq_lens < 0) | (self.seq_lens > self.page_table.shape[1] * self.page_size)
+        return jnp.any(used & outside, axis=1) | (self.seq_lens > width * self.page_size)
 
     def with_newest(
         self,
@@ -102,12 +103,12 @@ class AttentionCall:
         A token in front of its sequence, beyond its table or with its slot in the null page is
         written nowhere.
         """
-        tokens, page_size = self.q.shape[1], self.page_size
+        page_size, position = self.page_size, self.positions()
         pages, width = self.k_pages.shape[1], self.page_table.shape[1]
-        position = self.seq_lens[:, None] - tokens + jnp.arange(tokens, dtype=jnp.int32)
         column = position // page_size
         page = jnp.take_along_axis(self.page_table, jnp.clip(column, 0, width - 1), axis=1)
-        nowhere = (position < 0) | self.wrong_lengths()[:, None] | (page < 0) | (page >= pages)
+        nowhere = (position < 0) | (self.seq_lens[:, None] > width * page_size)
+        nowhere |= (page < 0) | (page >= pages)
         if slots is not None:
             nowhere |= slots < page_size
         where = jnp.where(nowhere, -1, page * page_size + position % page_size)

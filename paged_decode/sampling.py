@@ -133,7 +133,7 @@ def sample(logits: Float[Array, "B V"], rows: SamplingRows) -> Int[Array, " B"]:
     """Draw one token per row; a batch in which every row is greedy pays for an argmax only.
 
     A logit of -inf is never drawn, one of +inf always is. A row without a choice, which has a NaN
-    or nothing but -inf, gets token 0; `draw` tells which ones these are.
+    or nothing but -inf, gets an id that means nothing; `draw` tells which ones these are.
     """
     return draw(logits, rows)[0]
 
@@ -161,7 +161,7 @@ def draw(
         return jnp.where(hot, choice, greedy)
 
     chosen = lax.cond(jnp.any(rows.temperature > 0), drawn, lambda: greedy)
-    return jnp.where(invalid, 0, chosen), invalid
+    return chosen, invalid
 
 
 def _gumbel(seed: Array, index: Array, width: int) -> Array:

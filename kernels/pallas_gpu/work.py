@@ -62,7 +62,6 @@ class Place(NamedTuple):
 
 def row_of(plan: Plan, length: Any, start: Any) -> Row:
     """The row, or rows, of this length and start."""
-    length = jnp.where(length < 0, plan.capacity + 1, length)
     first = jnp.maximum(start, 0)
     if plan.window:
         first = jnp.maximum(first, length - plan.window)

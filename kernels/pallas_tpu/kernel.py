@@ -134,7 +134,7 @@ def decode_kernel(refs: Refs, static: Static) -> None:
 
         # Nobody has sent the very first block of a core: block -1 is there to do it.
         begin = jnp.where(first, -1, 0)
-        _finish(refs, static, lax.fori_loop(begin, span.blocks, block, span.wrong))
+        _finish(refs, static, lax.fori_loop(begin, span.blocks, block, span.too_long))
 
 
 class _Span(NamedTuple):
@@ -145,14 +145,14 @@ class _Span(NamedTuple):
     first_page: Scalar
     count: Scalar  # pages
     blocks: Scalar
-    wrong: Scalar  # 1 if the length is outside the table
+    too_long: Scalar  # 1 if the row is longer than its table
 
 
 def _span(refs: Refs, static: Static, row: Scalar) -> _Span:
     size = static.page_size
     length = refs.seq_lens[row]
-    fits = (length >= 0) & (length <= static.columns * size)
-    end = jnp.where(fits, length, 0)
+    fits = length <= static.columns * size
+    end = jnp.where(fits, jnp.maximum(length, 0), 0)
     first = jnp.maximum(refs.starts[row], 0) if static.starts else jnp.int32(0)
     if static.window is not None:
         first = jnp.maximum(first, end - static.window)

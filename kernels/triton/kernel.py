@@ -33,7 +33,6 @@ def _range(
 ):
     """`first, end` of the visible tokens of a row, and whether its length breaks the contract."""
     length = tl.load(seq_lens + row)
-    length = tl.where(length < 0, CAPACITY + 1, length)
     first = length * 0
     if STARTS:
         first = tl.maximum(tl.load(starts + row), 0)
@@ -87,7 +86,6 @@ def _find_place(
     """
     rows = tl.arange(0, BLOCK_ROWS)
     length = tl.load(seq_lens + rows, mask=rows < ROWS, other=0)
-    length = tl.where(length < 0, CAPACITY + 1, length)
     first = tl.zeros([BLOCK_ROWS], tl.int32)
     if STARTS:
         first = tl.maximum(tl.load(starts + rows, mask=rows < ROWS, other=0), 0)

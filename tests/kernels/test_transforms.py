@@ -125,7 +125,10 @@ def test_a_traced_layer_outside_the_pool_is_nan(backend, layer):
 @every_backend
 @pytest.mark.parametrize("far", [2**32, -(2**32), 2**33 + 7])
 def test_numbers_beyond_int32_are_outside_and_never_wrap(backend, far):
-    """Of rows 0 to 2 the page id, the length and the first token are `far` off; row 3 is well."""
+    """Of rows 0 to 2 the page id, the length and the first token are `far` off; row 3 is well.
+
+    A length below 0 counts as 0.
+    """
     call, (q, k, v, table, lens) = arrays(Case((7, 16, 2, 5)))
     starts = np.zeros(4, np.int64)
     wide = np.array(table, np.int64), np.array(lens, np.int64), starts
@@ -136,19 +139,26 @@ def test_numbers_beyond_int32_are_outside_and_never_wrap(backend, far):
         options = dict(return_lse=True, implementation=backend)
         compiled = jax.jit(lambda t, n, s: paged_attention(q, k, v, t, n, starts=s, **options))
         out, lse = compiled(*wide)
-    assert np.isnan(out[:2]).all() and np.isnan(lse[:2]).all()
+    assert np.isnan(out[0]).all() and np.isnan(lse[0]).all()
+    assert (np.isnan(out[1]) if far > 0 else np.asarray(out[1]) == 0).all()
     assert (np.asarray(out[2]) == 0).all() and (np.asarray(lse[2]) == -np.inf).all()
     want = call(backend)(q, k, v, table, lens)
     same_values([x[3] for x in (out, lse)], [x[3] for x in want])
 
 
 @every_backend
+@pytest.mark.parametrize("tokens", [None, 2], ids=["T=1", "T=2"])
 @pytest.mark.parametrize("length", [-1, -(2**31), 2**31 - 1])
-def test_under_jit_a_length_outside_the_table_is_nan(backend, length):
-    call, (q, k, v, table, lens) = arrays(Case((7, 16, 2), tokens=2))
-    out, lse = jax.jit(call(backend))(q, k, v, table, lens.at[1].set(length))
-    assert np.isnan(out[1]).all() and np.isnan(lse[1]).all()
-    assert np.isfinite(np.asarray(out)[[0, 2]]).all()
+def test_under_jit_a_length_at_the_end_of_int32_is_nan_and_one_below_0_is_0(
+    backend, length, tokens
+):
+    call, (q, k, v, table, lens) = arrays(Case((7, 16, 2), tokens=tokens))
+    out, lse = map(np.asarray, jax.jit(call(backend))(q, k, v, table, lens.at[1].set(length)))
+    if length < 0:
+        assert (out[1] == 0).all() and (lse[1] == -np.inf).all()
+    else:
+        assert np.isnan(out[1]).all() and np.isnan(lse[1]).all()
+    assert np.isfinite(out[[0, 2]]).all()
 
 
 def test_memory_does_not_grow_with_the_width_of_the_table():
