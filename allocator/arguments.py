@@ -143,11 +143,11 @@ def _hides_bool(value: Any, array: np.ndarray) -> bool:
     To look at every item takes as long as NumPy took: of many, those are looked at that are 0 or 1.
     """
     if array.size >= 64:
-        suspect = np.flatnonzero(array.view(np.uint64) <= 1)  # a negative one looks huge
-        if suspect.size == 0:
+        suspect = array.view(np.uint64) <= 1  # a negative one looks huge
+        if not np.count_nonzero(suspect):
             return False
         if array.ndim == 1:
-            value = [value[i] for i in suspect.tolist()]
+            value = [value[i] for i in suspect.nonzero()[0].tolist()]
     return _holds_bool(value)
 
 
