@@ -144,12 +144,10 @@ def draw(
     """`sample`, and which rows have no token to choose: their model or its cache is broken."""
     logits = logits.astype(jnp.float32)
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)  # the place of a NaN, if there is one
-
-    def highest() -> Array:
-        return jnp.take_along_axis(logits, greedy[:, None], axis=-1)
+    top = jnp.take_along_axis(logits, greedy[:, None], axis=-1)
+    invalid = (jnp.isnan(top) | (top == -jnp.inf))[:, 0]
 
     def drawn() -> Array:
-        top = highest()  # here, so that a greedy batch does not pay for it
         hot = rows.temperature > 0
         heat = jnp.where(hot, rows.temperature, jnp.float32(1))[:, None]
         narrow = hot & ((rows.top_k > 0) | (rows.top_p < 1))
@@ -163,8 +161,7 @@ def draw(
         return jnp.where(hot, choice, greedy)
 
     chosen = lax.cond(jnp.any(rows.temperature > 0), drawn, lambda: greedy)
-    top = highest()[:, 0]
-    return chosen, jnp.isnan(top) | (top == -jnp.inf)
+    return chosen, invalid
 
 
 def _gumbel(seed: Array, index: Array, width: int) -> Array:
