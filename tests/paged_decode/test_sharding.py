@@ -188,8 +188,9 @@ def test_copies_reach_every_device(kind):
     assert after.placement == cache.placement and cache.is_deleted
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)
-@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize(
+    "devices, kind", [(1, KINDS[0]), (2, KINDS[1]), (4, KINDS[0]), (4, KINDS[1])]
+)
 def test_the_engine_gives_the_tokens_of_one_device_with_forks_prefixes_and_preemption(
     devices, kind
 ):
