@@ -53,6 +53,8 @@ def as_ints(name: str, value: Ints) -> np.ndarray:
 
     No dtype is given to NumPy at first, because `np.asarray([1.5], np.int64)` is silently 1.
     """
+    if type(value) is np.ndarray and value.dtype == np.int64:
+        return value  # the hot path
     anything: Any = value
     try:
         array = np.asarray(anything)
@@ -148,6 +150,8 @@ def _hides_bool(value: Any, array: np.ndarray) -> bool:
             return False
         if array.ndim == 1:
             value = [value[i] for i in suspect.nonzero()[0].tolist()]
+            if all(type(item) is int for item in value):
+                return False
     return _holds_bool(value)
 
 
