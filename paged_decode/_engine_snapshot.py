@@ -84,9 +84,10 @@ class EngineSnapshots:
 
         Args:
           on_token: called with every event; or one per saved request id.
-          accept_fingerprint, cache_salt, prefix_cache: as in `load_snapshot`. A salt is that of
-            the requests, too. Without the prefix cache the requests that run keep their pages for
-            themselves; what is computed here is found again as ever.
+          accept_fingerprint: as in `load_snapshot`.
+          cache_salt: as there; it is the salt of the requests, too.
+          prefix_cache: as there; without it the requests that run keep their pages for
+            themselves, and what is computed here is found again as ever.
 
         Returns:
           The new id of every saved request id; equal, if this engine had no request before (and
