@@ -249,6 +249,29 @@ class Worker:
         self._process.wait()
 
 
+def compare(workers: dict[str, Worker], rounds: int) -> Iterator[dict[str, Any]]:
+    """Two records for every case, the first with the median ratio of a round."""
+    from _result import spread
+
+    now, before = workers
+    for case, name in enumerate(workers[now].names):
+        times: dict[str, list[float]] = {system: [] for system in workers}
+        for turn in range(rounds + 2):  # two to warm up; who begins changes
+            for system in list(workers)[:: 1 if turn % 2 else -1]:
+                times[system].append(workers[system].run(case))
+        found = {system: spread(each[2:]) for system, each in times.items()}
+        ratio = statistics.median(
+            a / b for a, b in list(zip(times[now], times[before], strict=True))[2:]
+        )
+        print(
+            f"{name:<42} {found[now]['median_s'] * 1e6:>10.1f} us, "
+            f"before {found[before]['median_s'] * 1e6:>10.1f} us  {ratio:.3f}x",
+            flush=True,
+        )
+        yield dict(case=dict(name=name), system=now, **found[now], median_ratio=ratio)
+        yield dict(case=dict(name=name), system=before, **found[before])
+
+
 def main() -> None:
     """Time every case in both checkouts and write them as two systems of one result."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -263,35 +286,11 @@ def main() -> None:
     if args.before is None or not (args.before / "paged_decode").is_dir():
         parser.error("give another checkout of this repository")
     import jax
-    from _result import spread, write_result
+    from _result import write_result
 
     workers = {"paged-decode": Worker(HERE, args.kinds)}
     workers["paged-decode/before"] = Worker(args.before.resolve(), args.kinds)
-    names = workers["paged-decode"].names
-    records = []
-    for case, name in enumerate(names):
-        times: dict[str, list[float]] = {system: [] for system in workers}
-        for turn in range(args.rounds + 2):
-            order = list(workers) if turn % 2 else list(workers)[::-1]
-            for system in order:
-                times[system].append(workers[system].run(case))
-        found = {system: spread(each[2:]) for system, each in times.items()}
-        now, before = found["paged-decode"], found["paged-decode/before"]
-        ratio = statistics.median(
-            a / b
-            for a, b in zip(
-                times["paged-decode"][2:], times["paged-decode/before"][2:], strict=True
-            )
-        )
-        print(
-            f"{name:<42} {now['median_s'] * 1e6:>10.1f} us, "
-            f"before {before['median_s'] * 1e6:>10.1f} us  {ratio:.3f}x",
-            flush=True,
-        )
-        records += [
-            dict(case=dict(name=name), system=system, **each) for system, each in found.items()
-        ]
-        records[-2]["median_ratio"] = ratio
+    records = list(compare(workers, args.rounds))
     for worker in workers.values():
         worker.close()
     write_result(
