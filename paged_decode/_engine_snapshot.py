@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, SupportsIndex, cast
 
 from ._requests import Sample, TokenEvent
 from ._text import printable
 from .allocator import BlockAllocator
+from .allocator.arguments import as_counts
 from .errors import SequenceTooLong, SnapshotMismatch
 from .snapshot import AS_SAVED, OSFiles, PendingSnapshot, SavedSalt, Snapshot
 from .snapshot._engine import (
@@ -36,7 +37,7 @@ class EngineSnapshots:
         self: Any,
         path: str | os.PathLike[str],
         *,
-        requests: Sequence[int] | None = None,
+        requests: Sequence[SupportsIndex] | None = None,
         **options: Any,
     ) -> Snapshot:
         """Write the engine's requests, their pages and the prefix cache; call it between steps.
@@ -60,7 +61,7 @@ class EngineSnapshots:
         self: Any,
         path: str | os.PathLike[str],
         *,
-        requests: Sequence[int] | None = None,
+        requests: Sequence[SupportsIndex] | None = None,
         **options: Any,
     ) -> PendingSnapshot:
         """`save`, but return when the pages are copied out: step on while a thread writes."""
@@ -120,13 +121,13 @@ class EngineSnapshots:
 def _plan(
     engine: Engine,
     path: str | os.PathLike[str],
-    requests: Sequence[int] | None,
+    requests: Sequence[SupportsIndex] | None,
     *,
     copy: bool,
     cached: bool | None = None,
     **options: Any,
 ) -> Any:
-    wanted = None if requests is None else set(requests)
+    wanted = None if requests is None else set(as_counts("requests", requests))
 
     def chosen(request_id: int) -> bool:
         return wanted is None or request_id in wanted

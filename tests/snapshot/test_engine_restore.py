@@ -251,3 +251,14 @@ def test_a_fork_may_stop_at_a_token_that_it_began_with(tmp_path):
     other = make_engine()
     other.restore(tmp_path / "s")
     assert list(map(key, other.stream())) == list(map(key, engine.stream()))
+
+
+def test_requests_to_save_are_ids_and_no_bools(tmp_path, unchecked):
+    engine = make_engine()
+    for prompt in prompts(2):
+        engine.submit(prompt, SAMPLED)
+    for wrong in ([True], ["1"], [1.0]):
+        with pytest.raises(TypeError, match="requests must be an integer"):
+            engine.save(tmp_path / "saved", requests=wrong)
+    assert not (tmp_path / "saved").exists()
+    engine.save(tmp_path / "saved", requests=[np.int64(1)])
