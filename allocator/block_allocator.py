@@ -388,12 +388,7 @@ class BlockAllocator(AllocatorView):
         A host tier finds nothing of before either, as after `new_weights`, unless the weights are
         said to be the same.
         """
-        if self._pool.num_used:
-            return False
-        if not same_weights:
-            self._renew(new_generation())
-        self._pool.clear_cache()
-        return True
+        return self._reset(None if same_weights else new_generation())
 
     @atomic
     def new_weights(self, generation: bytes | None = None) -> None:
@@ -409,16 +404,7 @@ class BlockAllocator(AllocatorView):
             same `hash_key` and `fingerprint`) finds what this one leaves on a disk. None draws 16
             random bytes, which no other process has; a snapshot then counts the updates.
         """
-        if generation is not None and not isinstance(generation, bytes):
-            raise TypeError(f"generation must be bytes or None, got {type(generation).__name__}")
-        if generation == b"":
-            raise ValueError("generation must not be empty: that is the name of the first weights")
-        cache = self._cache
-        cache.num_updates += 1
-        cache.weights = b"%d" % cache.num_updates if generation is None else generation
-        # First, so that whatever a user's eviction policy raises below, nothing is found again.
-        self._renew(new_generation() if generation is None else generation)
-        self._pool.clear_cache()
+        self._replace_weights(generation, new_generation())
 
     # ---- pages outside sequences ----
 
@@ -475,6 +461,30 @@ class BlockAllocator(AllocatorView):
         return [self._table.handle(row) for row in rows]
 
     # ---- steps that several calls share ----
+
+    @atomic
+    def _reset(self, generation: bytes | None) -> bool:
+        """`reset_prefix_cache`, with the generation that follows; None keeps the one there is."""
+        if self._pool.num_used:
+            return False
+        if generation is not None:
+            self._renew(generation)
+        self._pool.clear_cache()
+        return True
+
+    @atomic
+    def _replace_weights(self, name: bytes | None, drawn: bytes) -> None:
+        """`new_weights`, with the generation of weights without a name."""
+        if name is not None and not isinstance(name, bytes):
+            raise TypeError(f"generation must be bytes or None, got {type(name).__name__}")
+        if name == b"":
+            raise ValueError("generation must not be empty: that is the name of the first weights")
+        cache = self._cache
+        cache.num_updates += 1
+        cache.weights = b"%d" % cache.num_updates if name is None else name
+        # First, so that whatever a user's eviction policy raises below, nothing is found again.
+        self._renew(drawn if name is None else name)
+        self._pool.clear_cache()
 
     def _renew(self, generation: bytes) -> None:
         """Another root for every digest. Who holds pages is private, who holds none begins anew."""

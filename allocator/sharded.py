@@ -14,7 +14,7 @@ from .errors import OutOfPages, PageTableError
 from .framing import empty_page_table
 from .growth import plan_growth
 from .policy import EvictionPolicy
-from .prefix import Digest
+from .prefix import Digest, new_generation
 from .sequences import Handle, SequenceInfo, as_handles
 from .stats import AllocatorStats
 
@@ -387,21 +387,14 @@ class ShardedAllocator:
         """As `BlockAllocator.reset_prefix_cache`: False while any page of a shard has an owner."""
         if self.num_used:
             return False
-        for shard in self.shards:
-            shard.reset_prefix_cache(same_weights=same_weights)
-        self._agree()
-        return True
+        drawn = None if same_weights else new_generation()
+        return all([shard._reset(drawn) for shard in self.shards])
 
     def new_weights(self, generation: bytes | None = None) -> None:
         """As `BlockAllocator.new_weights`, the same generation on every shard."""
+        drawn = new_generation()
         for shard in self.shards:
-            shard.new_weights(generation)
-        self._agree()
-
-    def _agree(self) -> None:
-        """The generation that one shard drew holds for all: their digests are the same."""
-        for shard in self.shards[1:]:
-            shard._cache.generation = self.generation
+            shard._replace_weights(generation, drawn)
 
     @property
     def generation(self) -> bytes:

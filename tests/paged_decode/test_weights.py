@@ -183,6 +183,21 @@ def test_a_sequence_without_pages_begins_anew(renew):
     allocator.check_invariants()
 
 
+@pytest.mark.parametrize("renew", ["new_weights", "reset_prefix_cache"])
+def test_a_sequence_without_pages_begins_anew_on_every_shard(renew):
+    allocator = ShardedAllocator(16, 2, num_shards=2)
+    handles = [allocator.allocate([i, 2, 3]) for i in range(2)]
+    assert [allocator.shard_of(handle) for handle in handles] == [0, 1]
+    for handle in handles:
+        allocator.truncate(handle, 0)
+    getattr(allocator, renew)()
+    for i, handle in enumerate(handles):
+        allocator.append(handle, [i, 2, 3])
+        allocator.commit(handle, 3)
+        assert allocator.match_prefix([i, 2, 9]) == 2
+    allocator.check_invariants()
+
+
 def test_a_digest_that_is_empty_makes_nothing_private():
     allocator = BlockAllocator(8, 2, digest=lambda key, payload: b"")
     one = allocator.allocate([1, 2, 3])
