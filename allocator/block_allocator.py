@@ -381,16 +381,13 @@ class BlockAllocator(AllocatorView):
             for page in pages[self._cache.published[pages]].tolist():
                 self._pool.unpublish(page)
 
-    @atomic
     def reset_prefix_cache(self, *, same_weights: bool = False) -> bool:
         """Empty the prefix cache; False, and no change, while any page has an owner.
 
-        A host tier finds nothing of before either, as after `new_weights`, unless the weights are
-        said to be the same.
+        A host tier finds nothing of before either, unless the weights are said to be the same.
         """
         return self._reset(None if same_weights else new_generation())
 
-    @atomic
     def new_weights(self, generation: bytes | None = None) -> None:
         """Nothing that was computed so far can be found from now on; call it at any time.
 
