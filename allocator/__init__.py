@@ -1,6 +1,23 @@
-"""Host bookkeeping of a paged KV cache: NumPy and the standard library, never jax."""
+"""Host bookkeeping of a paged KV cache: NumPy and the standard library, never jax.
 
-from .batch import DecodeBatch, PageCopies
+The life of one call, `advance(handles, tokens)`:
+
+```
+block_allocator.advance      arguments become arrays, or an error; the lock is taken
+rows.resolve                 handles -> rows, all live and distinct
+bookkeeping.plan_advance     the plan, which may raise and changes nothing that can be seen:
+  growth.plan_growth           per group of layers: which entries of the page table get a page,
+                               which tails are copied; `pool.require`: are there enough pages?
+  framing.empty_page_table     the arrays of the batch, before anything has changed
+its `apply`                  cannot fail:
+  growth.apply_growth          `pool.take`: free pages, then evicted ones (`eviction.pop`)
+  framing.frame                rows of the page tables and slots -> `DecodeBatch`
+```
+
+A call over shards (`sharded`) makes the plans of all shards first.
+"""
+
+from .batch import DecodeBatch, GroupBatch, PageCopies, Prepared
 from .block_allocator import BlockAllocator
 from .errors import (
     CorruptState,
@@ -10,8 +27,9 @@ from .errors import (
     SequenceTooLong,
     StaleHandle,
 )
-from .policy import LRU, CacheWatcher, EvictionPolicy
-from .sequences import Handle, SequenceInfo
+from .eviction import LRU, CachedPage, EvictionRank
+from .prompt import PromptKey
+from .rows import Handle, SequenceInfo
 from .sharded import ShardedAllocator
 from .state import AllocatorState
 from .state_rules import check_state
@@ -23,16 +41,19 @@ __all__ = [
     "AllocatorState",
     "AllocatorStats",
     "BlockAllocator",
-    "CacheWatcher",
+    "CachedPage",
     "CorruptState",
     "DecodeBatch",
-    "EvictionPolicy",
+    "EvictionRank",
+    "GroupBatch",
     "Handle",
     "OutOfPages",
     "PageCopies",
     "PageState",
     "PageTableError",
     "PagedDecodeError",
+    "Prepared",
+    "PromptKey",
     "SequenceInfo",
     "SequenceTooLong",
     "ShardedAllocator",

@@ -72,8 +72,10 @@ def as_ints(name: str, value: Ints) -> np.ndarray:
 
 def as_tokens(name: str, value: Ints) -> np.ndarray:
     """A new int32 array of token ids, each 0 or more."""
-    array = as_ints(name, value)
-    if array.size and array.view(np.uint64).max() > _MAX_TOKEN:  # a negative one looks huge
+    hot = type(value) is np.ndarray and value.dtype == np.int32
+    array: np.ndarray = value if hot else as_ints(name, value)  # type: ignore[assignment]
+    size = array.view(np.uint32 if hot else np.uint64)  # a negative one looks huge
+    if array.size and size.flat[size.argmax()] > _MAX_TOKEN:  # faster than `max`
         bad = array[(array < 0) | (array > _MAX_TOKEN)].flat[0]
         raise ValueError(f"{name} must be token ids from 0 to {_MAX_TOKEN}, got {bad}")
     return array.astype(np.int32)

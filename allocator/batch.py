@@ -5,7 +5,30 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["DecodeBatch", "PageCopies"]
+__all__ = ["DecodeBatch", "GroupBatch", "PageCopies", "Prepared"]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupBatch:
+    """Where the rows of a batch lie in the pool of one group of layers.
+
+    The last three are static: a cache compares them with its own while a step is traced.
+
+    Attributes:
+      page_table: int32 `[B, P]`, page ids; unused entries are 0, the null page.
+      slots: int32 `[B, T]`, where K and V go: page * page_size + offset; 0 for padding.
+      starts: int32 `[B]`, the first token that each row still holds; None: all are held.
+      page_size: S of the pool; None in a batch made by hand: not compared.
+      num_pages: N of the whole pool; None as above.
+      window: newest tokens that the layers see; None: all.
+    """
+
+    page_table: Any
+    slots: Any
+    starts: Any = None
+    page_size: int | None = None
+    num_pages: int | None = None
+    window: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,20 +41,64 @@ class DecodeBatch:
 
     ```
     row of length 5, chunk of 3 in T = 4      position  [ 1  2  3  4 ]   (1 is padding)
+                                              token     [ 0  t2 t3 t4]
                                               slot      [ 0  s2 s3 s4]   (0: the null page)
     ```
 
     Attributes:
-      page_table: int32 `[B, P]`, page ids; unused entries are 0, the null page.
+      tokens: int32 `[B, T]`, 0 for padding and where the sequence has no token yet; None in a
+        batch made by hand without them.
       seq_lens: int32 `[B]`, valid tokens including the newest one of this step; 0 pads the batch.
       positions: int32 `[B, T]`, place of each query token in its sequence, never negative.
-      slots: int32 `[B, T]`, where its K and V go: page * page_size + offset; 0 for padding.
+      groups: one for each group of layers.
     """
 
-    page_table: Any
+    tokens: Any
     seq_lens: Any
     positions: Any
-    slots: Any
+    groups: tuple[GroupBatch, ...]
+
+    @classmethod
+    def of(
+        cls,
+        page_table: Any,
+        seq_lens: Any,
+        positions: Any,
+        slots: Any,
+        *,
+        tokens: Any = None,
+        starts: Any = None,
+        page_size: int | None = None,
+        num_pages: int | None = None,
+        window: int | None = None,
+    ) -> "DecodeBatch":
+        """A batch of one group made by hand; arguments as the attributes here and of `GroupBatch`.
+
+        Example:
+          >>> batch = DecodeBatch.of([[1, 2]], seq_lens=[6], positions=[[5]], slots=[[9]])
+          >>> batch.slots
+          [[9]]
+        """
+        group = GroupBatch(page_table, slots, starts, page_size, num_pages, window)
+        return cls(tokens, seq_lens, positions, (group,))
+
+    @property
+    def page_table(self) -> Any:
+        """Of the only group."""
+        return self._only.page_table
+
+    @property
+    def slots(self) -> Any:
+        """Of the only group."""
+        return self._only.slots
+
+    @property
+    def _only(self) -> GroupBatch:
+        if len(self.groups) != 1:
+            raise ValueError(
+                f"the batch has {len(self.groups)} groups of layers; take one: batch.groups[...]"
+            )
+        return self.groups[0]
 
 
 class PageCopies(NamedTuple):
@@ -44,3 +111,19 @@ class PageCopies(NamedTuple):
 
     src: np.ndarray
     dst: np.ndarray
+
+
+class Prepared(NamedTuple):
+    """What `prepare` changed: entries of page tables, for who keeps them on a device.
+
+    Attributes:
+      copies: to carry out before anything is written to the new positions.
+      places: int64 `[n]`, which of the handles of the call.
+      columns: int64 `[n]`, of its page table.
+      pages: int32 `[n]`, the page that is there now.
+    """
+
+    copies: PageCopies
+    places: np.ndarray
+    columns: np.ndarray
+    pages: np.ndarray

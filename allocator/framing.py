@@ -1,119 +1,124 @@
-"""From rows of the sequence table to the padded arrays of a step."""
+"""From rows to the padded arrays of a step."""
 
-from typing import SupportsIndex
+from typing import NamedTuple, SupportsIndex
 
 import numpy as np
 
 from .arguments import as_count
-from .batch import DecodeBatch
+from .batch import DecodeBatch, GroupBatch
 from .errors import PageTableError
-from .pool import PagePool
-from .sequences import SequenceTable
+from .groups import PageGroup
+from .rows import RowTable
 
-__all__: list[str] = []
+__all__ = ["Frame", "check_span"]
 
-_MAX_ENTRIES = 2**28
-
-
-def slots_of(
-    table: SequenceTable, page_size: int, row: np.ndarray, position: np.ndarray
-) -> np.ndarray:
-    """Where positions of rows (two arrays of one shape) lie in the pool."""
-    return table.page_table[row, position // page_size] * page_size + position % page_size
+_MAX_ENTRIES = 2**28  # 1 GiB of int32: a ValueError, before memory runs out
+Groups = tuple[PageGroup, ...]
 
 
-def empty_page_table(
-    rows: SupportsIndex | None,
-    columns: SupportsIndex | None,
-    held: np.ndarray,
-    num_pages: int,
-    num_tokens: int = 1,
-) -> np.ndarray:
-    """Zeros for the page table of rows that hold `held` pages, and show up to `num_pages`.
+class Frame(NamedTuple):
+    """The arrays of a batch: page tables and slots for every group, and what is common to all.
 
-    It is made before anything changes, so that a size which cannot be had fails here.
+    It is made of padding before anything changes, so that a size which cannot be had fails then.
+    Every shard fills in its rows; `at` are their places in the batch.
     """
-    least_rows = len(held)
-    num_rows = least_rows if rows is None else as_count("rows", rows)
-    if num_rows < least_rows:
-        raise ValueError(f"rows must be at least B = {least_rows}, got {num_rows}")
-    if columns is None:
-        columns = 1 << (max(int(held.max(initial=0)), num_pages, 1) - 1).bit_length()
-    num_columns = as_count("columns", columns, 1)
-    if num_columns < num_pages:
-        raise ValueError(
-            f"columns must be at least {num_pages}, the pages of the longest row, got {num_columns}"
-        )
-    if num_rows * max(num_columns, num_tokens) > _MAX_ENTRIES:
-        raise ValueError(
-            f"rows * columns and rows * tokens_per_row must be at most {_MAX_ENTRIES}, got "
-            f"{num_rows} rows, {num_columns} columns and {num_tokens} tokens"
-        )
-    return np.zeros((num_rows, num_columns), np.int32)
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    seq_lens: np.ndarray
+    groups: list[tuple[np.ndarray, np.ndarray]]
+
+    @classmethod
+    def empty(
+        cls,
+        groups: Groups,
+        num_rows: int,
+        num_tokens: int,
+        pad_to: SupportsIndex | None,
+        columns: SupportsIndex | None,
+        *,
+        held: int,
+        needed: int,
+    ) -> "Frame":
+        """For rows that hold up to `held` pages and show up to `needed` of them."""
+        padded = num_rows if pad_to is None else as_count("pad_to", pad_to)
+        if padded < num_rows:
+            raise ValueError(f"pad_to must be at least B = {num_rows} rows, got {padded}")
+        if columns is None:
+            columns = 1 << (max(held, needed, 1) - 1).bit_length()
+        width = as_count("columns", columns, 1)
+        if width < needed:
+            raise ValueError(
+                f"columns must be at least {needed}, the pages of the longest row, got {width}"
+            )
+        if padded * max(width, num_tokens) > _MAX_ENTRIES:
+            raise ValueError(
+                f"pad_to * columns and pad_to * tokens_per_row must be at most {_MAX_ENTRIES}, got "
+                f"{padded} rows, {width} columns and {num_tokens} tokens"
+            )
+        shape = padded, num_tokens
+        tables = [(np.zeros((padded, width), np.int32), np.zeros(shape, np.int32)) for _ in groups]
+        lens = np.zeros(padded, np.int32)
+        return cls(np.zeros(shape, np.int32), np.zeros(shape, np.int32), lens, tables)
+
+    def put(self, number: int, group: PageGroup, at: slice | np.ndarray, row: np.ndarray) -> None:
+        """Fill in the rows of the page table of one group."""
+        page_table, ids = self.groups[number][0], group.table.ids
+        if isinstance(at, slice) and page_table.shape[1] == ids.shape[1] and not group.base:
+            ids.take(row, axis=0, out=page_table[at], mode="clip")  # no copy in between
+            return
+        width = min(page_table.shape[1], ids.shape[1])
+        page_table[at, :width] = group.whole(ids.take(row, axis=0)[:, :width])
+
+    def batch(self, groups: Groups) -> DecodeBatch:
+        """All rows are filled in."""
+        framed = [
+            GroupBatch(page_table, slots, None, group.pool.page_size, group.num_pages)
+            for group, (page_table, slots) in zip(groups, self.groups, strict=True)
+        ]
+        return DecodeBatch(self.tokens, self.seq_lens, self.positions, tuple(framed))
 
 
-def frame_rows(
-    page_table: np.ndarray,
-    table: SequenceTable,
-    row: np.ndarray,
-    seq_lens: np.ndarray,
-    positions: np.ndarray,
-    slots: np.ndarray,
-) -> DecodeBatch:
-    """Fill the empty page table and make arrays as long as it; what is behind B rows stays 0."""
-    num_rows, num_columns = page_table.shape
-    width = min(num_columns, table.page_table.shape[1])
-    page_table[: len(row), :width] = table.page_table.take(row, axis=0)[:, :width]
-    return DecodeBatch(
-        page_table=page_table,
-        seq_lens=_padded(seq_lens, num_rows),
-        positions=_padded(positions, num_rows),
-        slots=_padded(slots, num_rows),
-    )
-
-
-def _padded(array: np.ndarray, num_rows: int) -> np.ndarray:
-    """A new int32 array of so many rows, 0 behind those that `array` has."""
-    if len(array) == num_rows:
-        return array.astype(np.int32)
-    out = np.zeros((num_rows, *array.shape[1:]), np.int32)
-    out[: len(array)] = array
-    return out
-
-
-def frame_span(
-    page_table: np.ndarray,
-    table: SequenceTable,
-    page_size: int,
+def fill_span(
+    frame: Frame,
+    at: slice | np.ndarray,
+    groups: Groups,
+    rows: RowTable,
     row: np.ndarray,
     begin: np.ndarray,
     end: np.ndarray,
-    num_tokens: int,
-) -> DecodeBatch:
-    """Describe positions begin to end - 1 of each row, right-aligned in T columns."""
-    positions = end[:, None] - num_tokens + np.arange(num_tokens)
+) -> None:
+    """Fill in positions begin to end - 1 of each row, right-aligned in T columns."""
+    width = frame.tokens.shape[1]
+    positions = end[:, None] - width + np.arange(width)
     valid = positions >= begin[:, None]
-    at = np.broadcast_to(row[:, None], valid.shape)[valid]
-    written = slots_of(table, page_size, at, positions[valid])
-    _check_one_writer(table, at, written)
-    slots = np.zeros(positions.shape, np.int64)
-    slots[valid] = written
-    return frame_rows(page_table, table, row, end, np.maximum(positions, 0), slots)
+    owner, written = np.broadcast_to(row[:, None], valid.shape)[valid], positions[valid]
+    for number, group in enumerate(groups):
+        slots = np.zeros(positions.shape, np.int64)
+        slots[valid] = group.slots(owner, written)
+        _check_one_writer(group, rows, owner, slots[valid])
+        frame.put(number, group, at, row)
+        frame.groups[number][1][at] = group.whole(slots, group.pool.page_size)
+    tokens = np.zeros(positions.shape, np.int32)
+    known = groups[0].pool.tokens.reshape(-1)[groups[0].slots(owner, written)]
+    tokens[valid] = np.where(written < rows.length[owner], known, 0)
+    frame.tokens[at], frame.seq_lens[at], frame.positions[at] = tokens, end, positions.clip(0)
 
 
 def check_span(
-    pool: PagePool,
-    table: SequenceTable,
+    group: PageGroup,
+    rows: RowTable,
     row: np.ndarray,
     begin: np.ndarray,
     end: np.ndarray,
     num_tokens: int,
+    at: slice | np.ndarray,
 ) -> None:
-    """Whether the rows may be written from begin to end - 1."""
-    page_size = pool.page_size
-    capacity = table.num_pages[row] * page_size
+    """Whether the rows, at these places of the call, may be written from begin to end - 1."""
+    pool, table = group.pool, group.table
+    capacity = table.end[row] * pool.page_size
     rules = (
-        (begin < table.computed[row], "begin must be at least the computed tokens"),
+        (begin < rows.computed[row], "begin must be at least the computed tokens"),
         (begin > end, "begin must be at most end"),
         (end > capacity, "end must be at most the capacity (reserve first)"),
         (end - begin > num_tokens, f"end - begin must be at most tokens_per_row = {num_tokens}"),
@@ -122,29 +127,35 @@ def check_span(
         if broken.any():
             b = int(broken.argmax())
             raise ValueError(
-                f"{rule}, got begin {begin[b]} and end {end[b]} in row {b}, a sequence of "
-                f"{table.length[row[b]]} tokens, {table.computed[row[b]]} computed, and capacity "
+                f"{rule}, got begin {begin[b]} and end {end[b]} in row {_place(at, b)}, a sequence "
+                f"of {rows.length[row[b]]} tokens, {rows.computed[row[b]]} computed, and capacity "
                 f"{capacity[b]}"
             )
-    length = table.length[row]
+    length = rows.length[row]
     # The page of the first position past the length; the null page (refs 1) if there is none.
-    tail = table.page_table[row, length // page_size]
+    tail = table.ids[row, length // pool.page_size]
     guarded = (end > length) & ((pool.refs[tail] != 1) | pool.cache.published[tail])
     if guarded.any():
         b = int(guarded.argmax())
         raise PageTableError(
-            f"row {b} would write past its length {length[b]} on page {tail[b]}, which other "
-            "sequences or the prefix cache rely on; call reserve and carry out its copies first"
+            f"row {_place(at, b)} would write past its length {length[b]} on page "
+            f"{group.base + tail[b]}, which other sequences or the prefix cache rely on; call "
+            "reserve and carry out its copies first"
         )
 
 
-def _check_one_writer(table: SequenceTable, row: np.ndarray, slots: np.ndarray) -> None:
+def _place(at: slice | np.ndarray, b: int) -> int:
+    return b if isinstance(at, slice) else int(at[b])
+
+
+def _check_one_writer(group: PageGroup, rows: RowTable, row: np.ndarray, slots: np.ndarray) -> None:
     order = slots.argsort(kind="stable")
     twins = (np.diff(slots[order]) == 0).nonzero()[0]
     if twins.size:
         first, second = row[order[twins[0]]], row[order[twins[0] + 1]]
+        slot = slots[order[twins[0]]] + group.base * group.pool.page_size
         raise PageTableError(
-            f"sequences {table.handle(int(first))} and {table.handle(int(second))} would both "
-            f"write slot {slots[order[twins[0]]]} in one step: they share that page; compute one "
+            f"sequences {rows.name(int(first))} and {rows.name(int(second))} would both "
+            f"write slot {slot} in one step: they share that page; compute one "
             "of them, then commit both"
         )

@@ -4,18 +4,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .batch import PageCopies
-from .errors import SequenceTooLong
+from .batch import PageCopies, Prepared
+from .groups import PageGroup
 from .pool import PagePool
-from .sequences import SequenceTable
 
 __all__ = ["Growth", "apply_growth", "plan_growth"]
 
-_NO_COPIES = PageCopies(np.empty(0, np.int32), np.empty(0, np.int32))
+_NONE = np.empty(0, np.int64)
+_NO_PAGES = np.empty(0, np.int32)
+_NO_COPIES = PageCopies(_NO_PAGES, _NO_PAGES)
 
 
 class Growth(NamedTuple):
-    """A plan for B rows that will be written from their length on. Making it changes nothing.
+    """A plan for the pages of B rows in one group that will be written from their length on.
 
     A page may be written when the sequence is its only owner and it is not published. Only the
     page of the first new token can break that rule; the pages behind it are new or reserved.
@@ -30,65 +31,59 @@ class Growth(NamedTuple):
 
     Attributes:
       row: int64 `[B]`.
-      start, stop: int64 `[B]`, the length now, and the length that the pages are to serve.
-      longest: the largest `stop`; 0 without rows.
-      column: int64 `[B]`, the column of the page table in which the next token lies.
-      held: int64 `[B]`, pages held now.
-      grown, new: int64 `[n]`, indices into the batch of rows that need pages, and how many.
-      copied: indices into the batch of rows whose tail page is replaced by a copy.
+      tail: int32 `[B]`, the page in whose column the next token lies; 0 where none is there yet.
+      held: int64 `[B]`, the column behind the last page now.
+      places, columns: int64 `[n]`, entries of the page table that get a page, which row of the
+        batch and which column; tails that are replaced by a copy come first.
+      num_copied: how many those are.
       unpublished: tail pages that leave the prefix cache, to be written in place.
     """
 
     row: np.ndarray
-    start: np.ndarray
-    stop: np.ndarray
-    longest: int
-    column: np.ndarray
+    tail: np.ndarray
     held: np.ndarray
-    grown: np.ndarray
-    new: np.ndarray
-    copied: list[int]
+    places: np.ndarray
+    columns: np.ndarray
+    num_copied: int
     unpublished: list[int]
 
-    @property
-    def needed(self) -> int:
-        """Pages to take from the pool."""
-        return int(self.new.sum()) + len(self.copied)
 
-
-def plan_growth(
-    pool: PagePool, table: SequenceTable, row: np.ndarray, count: np.ndarray | int
-) -> Growth:
-    """Plan `count` (`[B]`, or one for all) more tokens for the rows; raises if it cannot be.
+def plan_growth(group: PageGroup, row: np.ndarray, start: np.ndarray, stop: np.ndarray) -> Growth:
+    """Plan pages for positions below `stop` of rows of which `start` tokens are there.
 
     Raises:
-      SequenceTooLong: a row would outgrow the whole pool.
       OutOfPages: the pages are not there now.
     """
+    pool, table = group.pool, group.table
     page_size = pool.page_size
-    capacity = pool.usable * page_size
-    length = table.length[row]
-    stop = length + np.minimum(count, capacity + 1)  # clipped: an absurd count cannot overflow
-    at = int(stop.argmax()) if stop.size else 0
-    longest = int(stop[at]) if stop.size else 0
-    if longest > capacity:
-        raise SequenceTooLong(
-            f"sequence {table.handle(int(row[at]))} of {length[at]} tokens cannot grow by "
-            f"{np.broadcast_to(count, row.shape)[at]}: the whole pool holds {capacity} tokens "
-            f"({pool.usable} pages of {page_size}); stop it here, or create a larger pool"
-        )
-    held = table.num_pages[row]
-    grown = (stop > held * page_size).nonzero()[0]
-    new = -(-stop[grown] // page_size) - held[grown]
-    column = length // page_size
-    tail = table.page_table[row, column]
+    held = table.end.take(row)
+    places = (stop > held * page_size).nonzero()[0]
+    columns = held[places]
+    if places.size:
+        places, columns = _new_entries(places, columns, -(-stop[places] // page_size) - columns)
+    column = start // page_size
+    tail = table.ids[row, column]
     # Where the next token begins a page, `tail` is a reserved page or the null page: both pass.
     guarded = ((pool.refs.take(tail) != 1) | pool.cache.published.take(tail)).nonzero()[0]
-    written = [b for b in guarded.tolist() if stop[b] > length[b]]
-    copied, unpublished = _settle_guarded(pool, tail, written)
-    growth = Growth(row, length, stop, longest, column, held, grown, new, copied, unpublished)
-    pool.require(growth.needed)
-    return growth
+    copied, unpublished = [], []
+    if guarded.size:
+        written = [b for b in guarded.tolist() if stop[b] > start[b]]
+        copied, unpublished = _settle_guarded(pool, tail, written)
+        places = np.concatenate([np.array(copied, np.int64), places])
+        columns = np.concatenate([column[copied], columns])
+    pool.require(len(places))
+    return Growth(row, tail, held, places, columns, len(copied), unpublished)
+
+
+def _new_entries(
+    places: np.ndarray, columns: np.ndarray, count: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """`count` entries of each row: first the next page of every row, then those after it."""
+    if (most := int(count.max())) == 1:
+        return places, columns
+    more = [(count > step).nonzero()[0] for step in range(most)]
+    ahead = [columns[at] + step for step, at in enumerate(more)]
+    return places[np.concatenate(more)], np.concatenate(ahead)
 
 
 def _settle_guarded(
@@ -109,35 +104,24 @@ def _settle_guarded(
     return copied, unpublished
 
 
-def apply_growth(pool: PagePool, table: SequenceTable, growth: Growth) -> PageCopies:
-    """Carry a plan out; returns the pages that the device must copy before it writes."""
-    needed = growth.needed
-    if needed == 0 and not growth.unpublished:
-        return _NO_COPIES
-    row, held, new = growth.row[growth.grown], growth.held[growth.grown], growth.new
-    table.ensure_columns(pool.pages_for(growth.longest))
-    fresh = pool.take(needed)
-    copies = _NO_COPIES
-    if growth.copied:
-        dst, fresh = fresh[: len(growth.copied)], fresh[len(growth.copied) :]
-        copies = _copy_tails(pool, table, growth.row[growth.copied], dst)
+def apply_growth(group: PageGroup, growth: Growth) -> Prepared:
+    """Carry a plan out. There is room in the page table, which the last column was made for."""
+    pool, table = group.pool, group.table
     for page in growth.unpublished:
-        pool.unpublish(page)
-    for step in range(int(new.max(initial=0))):  # the next page of every row that needs one more
-        more = (new > step).nonzero()[0]
-        pages, fresh = fresh[: len(more)], fresh[len(more) :]
-        table.page_table[row[more], held[more] + step] = pages
-    table.num_pages[row] = held + new
-    return copies
-
-
-def _copy_tails(
-    pool: PagePool, table: SequenceTable, row: np.ndarray, dst: np.ndarray
-) -> PageCopies:
-    column = table.length[row] // pool.page_size
-    src = table.page_table[row, column]
-    table.page_table[row, column] = dst
-    pool.tokens[dst] = pool.tokens[src]
-    pool.copied += len(src)
-    np.subtract.at(pool.refs, src, 1)  # another owner remains: never the last one
-    return PageCopies(src, dst)
+        if pool.cache.published[page]:  # another one may have taken its place meanwhile
+            pool.unpublish(page)
+    if not growth.places.size:
+        return Prepared(_NO_COPIES, _NONE, _NONE, _NO_PAGES)
+    pages = pool.take(len(growth.places))
+    row, copied = growth.row[growth.places], slice(growth.num_copied)
+    copies = _NO_COPIES
+    if growth.num_copied:
+        src, dst = table.ids[row[copied], growth.columns[copied]], pages[copied]
+        pool.tokens[dst] = pool.tokens[src]
+        pool.copied += len(src)
+        np.subtract.at(pool.refs, src, 1)  # another owner remains: never the last one
+        copies = PageCopies(group.whole(src), group.whole(dst))
+    table.ids[row, growth.columns] = pages
+    new, columns = row[growth.num_copied :], growth.columns[growth.num_copied :]
+    table.end[new] = columns + 1  # of one row they ascend, and the last one stays
+    return Prepared(copies, growth.places, growth.columns, group.whole(pages))

@@ -1,37 +1,42 @@
 """Every rule of the bookkeeping, checked from scratch against the raw state."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
 from .errors import CorruptState
+from .groups import PageGroup, PageTable
 from .pool import PagePool
 from .prefix import PrefixCache
-from .sequences import SequenceTable
+from .rows import ALL, RowTable
 
 __all__ = ["require_consistent"]
 
 
-def require_consistent(pool: PagePool, table: SequenceTable, *, caching: bool) -> None:
+def require_consistent(groups: tuple[PageGroup, ...], rows: RowTable, *, caching: bool) -> None:
     """Raise one CorruptState that lists every rule that is broken."""
-    # The other checks index arrays with page ids, so ids outside the pool come first, and alone.
-    violations = list(_outside_pool(pool, table)) or [
-        *_free_pages(pool),
-        *_owners(pool, table),
-        *_prefix_cache(pool, pool.cache),
-        *_digests(pool, pool.cache),
-        *_sequences(pool, table),
-        *_chains(pool, table, caching),
-        *_vacant_rows(table),
-    ]
+    violations: list[str] = []
+    for group in groups:
+        pool, table = group.pool, group.table
+        # The other checks index arrays with page ids, so ids outside the pool come first, and
+        # alone.
+        violations += list(_outside_pool(pool, table)) or [
+            *_free_pages(pool),
+            *_owners(pool, table, rows),
+            *_prefix_cache(pool, pool.cache),
+            *_digests(pool, pool.cache),
+            *_sequences(group, rows),
+            *_chains(group, rows, caching),
+            *_vacant_rows(table, rows),
+        ]
     if violations:
         raise CorruptState(violations)
 
 
-def _outside_pool(pool: PagePool, table: SequenceTable) -> Iterator[str]:
+def _outside_pool(pool: PagePool, table: PageTable) -> Iterator[str]:
     if not 0 <= pool.num_free <= pool.usable:
         yield f"num_free is {pool.num_free}, outside 0..{pool.usable}"
-    free, pages = pool.free_pages, table.page_table
+    free, pages = pool.free_pages, table.ids
     if ((free < 1) | (free > pool.usable)).any():
         yield "the free list holds the null page or an id outside the pool"
     if ((pages < 0) | (pages > pool.usable)).any():
@@ -41,7 +46,7 @@ def _outside_pool(pool: PagePool, table: SequenceTable) -> Iterator[str]:
 def _free_pages(pool: PagePool) -> Iterator[str]:
     free = pool.free_pages.tolist()
     num_referenced = int((pool.refs[1:] > 0).sum())
-    evictable = pool.cache.evictable
+    evictable = set(pool.cache.eviction.order())
     if len(free) + len(evictable) + num_referenced != pool.usable:
         yield (
             f"{len(free)} free + {len(evictable)} evictable + {num_referenced} referenced pages "
@@ -59,18 +64,18 @@ def _free_pages(pool: PagePool) -> Iterator[str]:
         yield f"free pages {findable} are published"
 
 
-def _owners(pool: PagePool, table: SequenceTable) -> Iterator[str]:
-    rows = table.rows
-    pages = table.page_table[rows]
-    used = np.arange(pages.shape[1]) < table.num_pages[rows][:, None]
-    counted = np.bincount(pages[used], minlength=len(pool.refs)) + pool.pinned
+def _owners(pool: PagePool, table: PageTable, rows: RowTable) -> Iterator[str]:
+    live = rows.live
+    pages, column = table.ids[live], np.arange(table.ids.shape[1])
+    used = (column >= table.first[live][:, None]) & (column < table.end[live][:, None])
+    counted = np.bincount(pages[used], minlength=len(pool.refs)) + pool.raw
     for page in (counted != pool.refs).nonzero()[0].tolist():
         yield f"page {page} has ref count {pool.refs[page]} but {counted[page]} owners"
-    if pool.refs[0] != 1 or not pool.pinned[0]:
-        yield "the null page is not pinned exactly once"
-    shared_pins = (pool.pinned & (pool.refs > 1)).nonzero()[0].tolist()
-    if shared_pins:
-        yield f"pinned pages {shared_pins} have more owners"
+    if pool.refs[0] != 1 or not pool.raw[0]:
+        yield "the null page is not raw, with one owner"
+    shared = (pool.raw & (pool.refs > 1)).nonzero()[0].tolist()
+    if shared:
+        yield f"raw pages {shared} have more owners"
     if not 0 <= pool.num_used <= pool.peak_used <= pool.usable:
         yield f"num_used {pool.num_used} or peak_used {pool.peak_used} is impossible"
 
@@ -87,14 +92,10 @@ def _prefix_cache(pool: PagePool, cache: PrefixCache) -> Iterator[str]:
     serials = [entry.serial for entry in cache.by_page.values()]
     if len(set(serials)) != len(serials):
         yield "two entries have one serial number"
-    if by_page & set(pool.pinned.nonzero()[0].tolist()):
-        yield "a pinned page is published"
-    if cache.evictable != {page for page in by_page if pool.refs[page] == 0}:
+    if by_page & set(pool.raw.nonzero()[0].tolist()):
+        yield "a raw page is published"
+    if sorted(cache.eviction.order()) != sorted(p for p in by_page if pool.refs[p] == 0):
         yield "the evictable pages are not the published ones without an owner"
-    if isinstance(cache.policy, Collection):
-        listed = list(cache.policy)
-        if len(listed) != len(cache.evictable) or set(listed) != cache.evictable:
-            yield "the eviction policy does not hold exactly the evictable pages"
 
 
 def _digests(pool: PagePool, cache: PrefixCache) -> Iterator[str]:
@@ -109,23 +110,26 @@ def _digests(pool: PagePool, cache: PrefixCache) -> Iterator[str]:
             yield f"page {page} is published, but holds other tokens than its digest says"
 
 
-def _sequences(pool: PagePool, table: SequenceTable) -> Iterator[str]:
+def _sequences(group: PageGroup, rows: RowTable) -> Iterator[str]:
+    pool, table = group.pool, group.table
     page_size = pool.page_size
-    for row in table.rows.tolist():
-        name = f"sequence {table.handle(row)}"
-        length, computed = int(table.length[row]), int(table.computed[row])
-        num_pages = int(table.num_pages[row])
-        if not 0 <= computed <= length <= num_pages * page_size:
-            yield f"{name}: not computed {computed} <= length {length} <= {num_pages} pages"
-        if not 0 <= num_pages < table.page_table.shape[1]:
-            yield f"{name}: {num_pages} pages leave no spare column"
+    for row in rows.live.tolist():
+        name = f"sequence {rows.name(row)}"
+        length, computed = int(rows.length[row]), int(rows.computed[row])
+        first, end = int(table.first[row]), int(table.end[row])
+        if not 0 <= computed <= length <= end * page_size:
+            yield f"{name}: not computed {computed} <= length {length} <= {end} pages"
+        if rows.described[row] != ALL and not computed <= rows.described[row] < length:
+            yield f"{name}: described {rows.described[row]} of {length}, computed {computed}"
+        if not 0 <= first <= end < table.ids.shape[1]:
+            yield f"{name}: pages {first} to {end} leave no spare column"
             continue
         pages = table.pages(row)
-        if len(set(pages.tolist())) != num_pages or (pages == 0).any():
+        if len(set(pages.tolist())) != len(pages) or (pages == 0).any():
             yield f"{name}: its page table holds a page twice, or the null page"
-        if table.page_table[row, num_pages:].any():
+        if table.ids[row, :first].any() or table.ids[row, end:].any():
             yield f"{name}: its page table is not 0 behind its pages"
-        ahead = pages[-(-length // page_size) :]
+        ahead = table.beyond(row, -(-length // page_size))
         if (pool.refs[ahead] != 1).any() or pool.cache.published[ahead].any():
             yield f"{name}: a reserved page is shared or published"
         filled = pool.tokens[pages].reshape(-1)[:length]
@@ -133,15 +137,18 @@ def _sequences(pool: PagePool, table: SequenceTable) -> Iterator[str]:
             yield f"{name}: holds a negative token"
 
 
-def _chains(pool: PagePool, table: SequenceTable, caching: bool) -> Iterator[str]:
+def _chains(group: PageGroup, rows: RowTable, caching: bool) -> Iterator[str]:
     """Entries stand for the content of a sequence's full pages, whichever page they name."""
-    page_size = pool.page_size
-    for row in table.rows.tolist():
-        chain, pages = table.chains[row], table.pages(row)
-        public = caching and not table.namespaces[row].private
-        expected = int(table.computed[row]) // page_size if public else 0
+    pool, page_size = group.pool, group.pool.page_size
+    for row in rows.live.tolist():
+        chain, known, pages = rows.chains[row], rows.digests[row], group.table.pages(row)
+        public = caching and not rows.private[row]
+        expected = int(rows.computed[row]) // page_size if public else 0
         if len(chain) != expected:
-            yield f"sequence {table.handle(row)}: {len(chain)} entries for {expected} full pages"
+            yield f"sequence {rows.name(row)}: {len(chain)} entries for {expected} full pages"
+        digests = [entry.digest for entry in chain]
+        if digests != known[: len(chain)] or len(known) > rows.length[row] // page_size:
+            yield f"sequence {rows.name(row)}: its digests are not those of its pages"
         for page, entry in zip(pages, chain, strict=False):
             if pool.cache.is_live(entry) and not np.array_equal(
                 pool.tokens[page], pool.tokens[entry.page]
@@ -149,15 +156,14 @@ def _chains(pool: PagePool, table: SequenceTable, caching: bool) -> Iterator[str
                 yield f"page {entry.page} is published for page {page}, but holds other tokens"
 
 
-def _vacant_rows(table: SequenceTable) -> Iterator[str]:
-    live = set(table.rows.tolist())
-    vacant = table.vacant
+def _vacant_rows(table: PageTable, rows: RowTable) -> Iterator[str]:
+    live, vacant = set(rows.live.tolist()), rows.vacant
     if len(set(vacant)) != len(vacant) or live & set(vacant):
         yield "a row is vacant twice, or vacant and live"
-    if len(live) + len(vacant) != len(table.generation):
+    if len(live) + len(vacant) != len(rows):
         yield "rows are neither live nor vacant"
-    rows = np.array(sorted(set(vacant)), np.int64)
-    if table.page_table[rows].any() or table.num_pages[rows].any() or table.length[rows].any():
+    at = np.array(sorted(set(vacant)), np.int64)
+    if table.ids[at].any() or table.end[at].any() or rows.length[at].any():
         yield "a vacant row still holds pages or tokens"
-    if any(table.chains[row] for row in vacant):
+    if any(rows.chains[row] or rows.digests[row] for row in vacant):
         yield "a vacant row still holds cache entries"

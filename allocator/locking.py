@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-__all__ = ["atomic"]
+__all__ = ["atomic", "changing"]
 
 
 S = TypeVar("S", bound=Any)
@@ -19,5 +19,24 @@ def atomic(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P]
     def locked(self: S, *args: P.args, **kwargs: P.kwargs) -> R:
         with self._lock:
             return method(self, *args, **kwargs)
+
+    return locked
+
+
+def changing(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+    """The same for one that changes the object: it cannot be called from within such a call."""
+
+    @functools.wraps(method)
+    def locked(self: S, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self._lock:
+            if self._is_changing:
+                raise RuntimeError(
+                    "an eviction rank or a digest must not change the allocator that asks it"
+                )
+            self._is_changing = True
+            try:
+                return method(self, *args, **kwargs)
+            finally:
+                self._is_changing = False
 
     return locked

@@ -1,14 +1,15 @@
 """The page pool: which page is free, and how many owners every other one has."""
 
-from typing import SupportsIndex
+from typing import NamedTuple, SupportsIndex
 
 import numpy as np
 
 from .arguments import as_count
 from .errors import OutOfPages, PageTableError
+from .eviction import CachedPage, Queued
 from .prefix import CacheEntry, PrefixCache
 
-__all__ = ["PagePool", "check_pool_size"]
+__all__ = ["PagePool", "Release", "check_pool_size"]
 
 
 def check_pool_size(num_pages: SupportsIndex, page_size: SupportsIndex) -> tuple[int, int]:
@@ -26,8 +27,32 @@ def check_pool_size(num_pages: SupportsIndex, page_size: SupportsIndex) -> tuple
     return num_pages, page_size
 
 
+class Release(NamedTuple):
+    """Owners that go: the plan of `PagePool.release`.
+
+    Attributes:
+      pages, owners: distinct pages, and how many owners each of them loses.
+      freed: pages without an owner then, in the order in which they become free.
+      retired: what the order of eviction needs of those that stay cached.
+    """
+
+    pages: np.ndarray
+    owners: np.ndarray | int
+    freed: np.ndarray
+    retired: list[int] | list[Queued]
+
+    def owners_of(self, pages: np.ndarray) -> np.ndarray:
+        """How many owners each of these pages loses."""
+        owners = np.broadcast_to(self.owners, self.pages.shape)
+        lost = dict(zip(self.pages.tolist(), owners.tolist(), strict=True))
+        return np.array([lost.get(page, 0) for page in pages.tolist()], np.int64)
+
+
 class PagePool:
-    """N pages of S tokens; page 0, the null page, is pinned for ever and never handed out.
+    """N pages of S tokens; page 0, the null page, has an owner for ever and is never handed out.
+
+    What can be refused, or calls a user's code, is a `plan_` or `require`, and changes nothing; the
+    other calls cannot fail.
 
     ```
                 take                    publish, release
@@ -39,8 +64,8 @@ class PagePool:
     ```
 
     Attributes:
-      refs: int32 `[N]`, owners of each page: entries of page tables, plus pins.
-      pinned: bool `[N]`, pages handed out by number, outside any sequence.
+      refs: int32 `[N]`, owners of each page: entries of page tables, and whoever took it raw.
+      raw: bool `[N]`, pages handed out by number, outside any sequence.
       tokens: int32 `[N, S]`, the token in every slot, as far as some owner's length reaches.
       stamps: int64 `[N]`, a new number whenever a page is taken, and when a full one is cut.
     """
@@ -49,11 +74,11 @@ class PagePool:
         self.cache = cache
         self.page_size = page_size
         self.refs = np.zeros(num_pages, np.int32)
-        self.pinned = np.zeros(num_pages, bool)
+        self.raw = np.zeros(num_pages, bool)
         self.tokens = np.zeros((num_pages, page_size), np.int32)
         self.stamps = np.zeros(num_pages, np.int64)
         self._last_stamp = 0
-        self.refs[0], self.pinned[0] = 1, True
+        self.refs[0], self.raw[0] = 1, True
         # A stack: the first pages taken are 1, 2, 3, and a page freed last is taken first.
         self._free = np.arange(num_pages - 1, -1, -1, dtype=np.int32)
         self.num_free = num_pages - 1
@@ -78,9 +103,14 @@ class PagePool:
         """int32 `[F]`: the free pages, the next one to be taken last."""
         return self._free[: self.num_free]
 
+    @property
+    def num_available(self) -> int:
+        """Pages that can be taken."""
+        return self.num_free + self.cache.num_evictable
+
     def require(self, needed: int) -> None:
         """Raise OutOfPages unless `needed` pages are free or can be evicted; changes nothing."""
-        if needed > self.num_free + self.cache.num_evictable:
+        if needed > self.num_available:
             raise OutOfPages(needed, self.num_free, self.cache.num_evictable)
 
     def take(self, count: int) -> np.ndarray:
@@ -88,13 +118,9 @@ class PagePool:
 
         The caller has called `require`, so there are enough.
         """
-        evicted: list[int] = []
-        try:
-            while self.num_free + len(evicted) < count:
-                evicted.append(self.cache.evict())
-        finally:  # if the policy fails, what it gave up before is free
-            self._push(np.array(evicted, np.int32))
-            self.evicted += len(evicted)
+        if (short := count - self.num_free) > 0:
+            self._push(np.array([self.cache.evict() for _ in range(short)], np.int32))
+            self.evicted += short
         pages = self._free[self.num_free - count : self.num_free][::-1].copy()
         self.num_free -= count
         self.refs[pages] = 1
@@ -116,23 +142,31 @@ class PagePool:
     def share(self, pages: np.ndarray, owners: int = 1) -> None:
         """Give distinct pages more owners; cached pages without owner come back to life."""
         for page in pages[self.refs[pages] == 0].tolist():
-            self.cache.revive(page)
+            self.cache.eviction.remove(page)
         self.refs[pages] += owners
         self.peak_used = max(self.peak_used, self.num_used)
 
-    def release(self, pages: np.ndarray) -> None:
-        """Take one owner from each of the distinct pages, given in the order of a sequence.
+    def plan_release(self, pages: np.ndarray) -> Release:
+        """Plan to take one owner from each page for every mention of it, in this order.
 
-        They are let go from the last to the first, so a deep page is evicted before the shallow
-        ones without which it cannot be found.
+        Pages of a sequence are given from the last to the first, so a deep page is evicted before
+        the shallow ones without which it cannot be found.
         """
-        pages = pages[::-1]
-        self.refs[pages] -= 1
-        idle = pages[self.refs[pages] == 0]
+        owners: np.ndarray | int = 1
+        idle = pages
+        if np.count_nonzero(self.refs[pages] != 1):
+            distinct, last, owners = np.unique(pages[::-1], return_index=True, return_counts=True)
+            left = np.sort(len(pages) - 1 - last[self.refs[distinct] == owners])
+            pages, idle = distinct, pages[left]
         cached = self.cache.published[idle]
-        self._push(idle[~cached])
-        for page in idle[cached].tolist():
-            self.cache.retire(page)
+        retired = self.cache.eviction.plan(idle[cached].tolist())
+        return Release(pages, owners, idle[~cached], retired)
+
+    def release(self, plan: Release) -> None:
+        """Carry it out."""
+        self.refs[plan.pages] -= plan.owners
+        self._push(plan.freed)
+        self.cache.eviction.add(plan.retired)
 
     def publish(self, page: int, digest: bytes, parent: int | bytes, depth: int = 0) -> CacheEntry:
         """Make a full page findable, or return the entry that already stands for its content.
@@ -145,39 +179,40 @@ class PagePool:
             equal = np.array_equal(self.tokens[found.page], self.tokens[page])
             if equal and found.parent == parent:
                 return found
-            self.unpublish(found.page)
-        replaces = None if found is None else found.page
-        return self.cache.add(page, digest, parent, depth, replaces)
+        past = None if found is None else self.unpublish(found.page)
+        return self.cache.add(page, digest, parent, depth, past)
 
-    def unpublish(self, page: int) -> None:
+    def unpublish(self, page: int) -> CachedPage | None:
         """Make a published page unfindable; without an owner it becomes free."""
         if self.refs[page] == 0:
-            self.cache.revive(page)
+            self.cache.eviction.remove(page)
             self._push(np.array([page], np.int32))
-        self.cache.forget(page)
+        return self.cache.forget(page)
 
-    def pin(self, count: int) -> list[int]:
-        """Take pages outside any sequence."""
-        self.require(count)
+    def take_raw(self, count: int) -> list[int]:
+        """Take pages outside any sequence; the caller has called `require`."""
         pages = self.take(count)
-        self.pinned[pages] = True
+        self.raw[pages] = True
         return pages.tolist()
 
-    def unpin(self, pages: np.ndarray) -> None:
-        """Give pinned pages back; the null page among them is padding and is skipped."""
+    def plan_raw_release(self, pages: np.ndarray, base: int) -> Release:
+        """Plan to give raw pages back; the null page among them is padding and is skipped.
+
+        `base` is what users call page 0."""
         pages = pages[pages != 0]
-        if pages.size and (pages.min() < 0 or pages.max() > self.usable):
-            bad = pages[(pages < 0) | (pages > self.usable)][0]
-            raise ValueError(f"pages must be page ids from 0 to {self.usable}, got {bad}")
         if len(set(pages.tolist())) != len(pages):
-            raise ValueError(f"pages must name each page once, got {pages.tolist()}")
-        if not self.pinned[pages].all():
+            raise ValueError(f"pages must name each page once, got {(pages + base).tolist()}")
+        if not self.raw[pages].all():
             raise PageTableError(
-                f"pages {pages[~self.pinned[pages]].tolist()} were not handed out by "
+                f"pages {(pages[~self.raw[pages]] + base).tolist()} were not handed out by "
                 "allocate_pages, or were freed already; nothing was freed"
             )
-        self.pinned[pages] = False
-        self.release(pages)
+        return self.plan_release(pages[::-1])
+
+    def release_raw(self, plan: Release) -> None:
+        """Carry it out."""
+        self.raw[plan.pages] = False
+        self.release(plan)
 
     def clear_cache(self) -> None:
         """Forget every published page: first those without an owner, in the order of eviction."""

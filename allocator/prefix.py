@@ -2,13 +2,13 @@
 
 import hashlib
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from .errors import CorruptState
-from .policy import LRU, CacheWatcher, EvictionPolicy
+from .eviction import CachedPage, EvictionQueue, EvictionRank
 
 __all__ = [
     "CacheEntry",
@@ -55,16 +55,11 @@ def salt_of(key: bytes) -> str | bytes | None:
     return key[1:] if key[:1] == b"b" else None
 
 
-@dataclass(frozen=True, slots=True)
-class Namespace:
-    """Where the pages of one salt begin: its tagged bytes, and the digest of the empty prefix.
-
-    What a sequence holds in a private one is never published.
-    """
+class Namespace(NamedTuple):
+    """Where the pages of one salt begin: its tagged bytes, and the digest of the empty prefix."""
 
     key: bytes
     digest: bytes
-    private: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +81,7 @@ class PrefixCache:
     """Digest to page, and the unreferenced pages among them in the order of eviction.
 
     It knows nothing of reference counts: the pool tells it when a page loses its last owner
-    (`retire`) and when it gets one again (`revive`).
+    and when it gets one again (`revive`).
     """
 
     def __init__(
@@ -95,7 +90,7 @@ class PrefixCache:
         *,
         hash_key: bytes | None = None,
         fingerprint: bytes = b"",
-        policy: EvictionPolicy | None = None,
+        eviction: EvictionRank | None = None,
         digest: Digest | None = None,
     ):
         if not isinstance(fingerprint, bytes):
@@ -104,15 +99,10 @@ class PrefixCache:
             raise TypeError(f"hash_key must be bytes or None, got {type(hash_key).__name__}")
         if hash_key is not None and len(hash_key) > hashlib.blake2b.MAX_KEY_SIZE:
             raise ValueError(f"hash_key must be at most 64 bytes, got {len(hash_key)}")
-        usable = isinstance(policy, EvictionPolicy) and not isinstance(policy, type)
-        if policy is not None and not usable:
-            raise TypeError(f"eviction must be an object with add, remove, pop; got {policy!r}")
-        self.policy: EvictionPolicy = LRU() if policy is None else policy
-        self._watcher = self.policy if isinstance(self.policy, CacheWatcher) else None
+        self.eviction = EvictionQueue(eviction)
         self.published = np.zeros(num_pages, bool)
         self.by_page: dict[int, CacheEntry] = {}
         self.index: dict[bytes, CacheEntry] = {}
-        self.evictable: set[int] = set()
         self._hash_key = secrets.token_bytes(32) if hash_key is None else hash_key
         self.fingerprint = fingerprint
         self.generation = b""  # of the weights; another one makes other digests
@@ -123,29 +113,37 @@ class PrefixCache:
         self.num_evicted = self.num_withdrawn = 0  # entries forgotten so far, by why
         self.queried_tokens = self.hit_tokens = 0
 
-    def namespace(self, salt: str | bytes | None) -> Namespace:
+    # ---- digests: the only place where a user's function is called; it changes nothing
+
+    @property
+    def scheme(self) -> tuple[object, ...]:
+        """What a digest depends on beside the tokens, the page size and the salt."""
+        return self._digest, self._hash_key, self.fingerprint, self.generation
+
+    def namespace(self, salt: str | bytes | None, generation: bytes | None = None) -> Namespace:
         """The start of every chain under this salt; None, "", b"" and "x", b"x" all differ.
 
         What is digested begins with "n" or "g" here and with "p" for pages, so that no salt can be
         chosen to look like a page.
         """
         key = salt_key(salt)
-        return Namespace(key, self.root_digest(key))
+        return Namespace(key, self.root_digest(key, generation))
 
-    def root_digest(self, key: bytes) -> bytes:
-        """The digest of the empty prefix in the namespace with that key."""
+    def root_digest(self, key: bytes, generation: bytes | None = None) -> bytes:
+        """The digest of the empty prefix in the namespace with that key; None is ours."""
+        generation = self.generation if generation is None else generation
         width = len(self.fingerprint).to_bytes(8, "little")
         root = b"n" + width + self.fingerprint + key
-        if self.generation:
-            root = b"g" + len(self.generation).to_bytes(8, "little") + self.generation + root
-        return self._digest(self._hash_key, root)
+        if generation:
+            root = b"g" + len(generation).to_bytes(8, "little") + generation + root
+        return self._digested(root)
 
     def digests(self, parent: bytes, page_tokens: np.ndarray) -> Iterator[bytes]:
         """Chained digests of the rows of `page_tokens` `[n, S]`; one width for every dtype."""
         num_bytes = 4 * page_tokens.shape[1]
         data = np.ascontiguousarray(page_tokens, "<i4").tobytes()
         for begin in range(0, len(data), num_bytes):
-            parent = self._digest(self._hash_key, b"p" + parent + data[begin : begin + num_bytes])
+            parent = self._digested(b"p" + parent + data[begin : begin + num_bytes])
             yield parent
 
     def partial_digests(self, parent: bytes, tokens: np.ndarray, page_size: int) -> Iterator[bytes]:
@@ -156,8 +154,20 @@ class PrefixCache:
             yield from ends
             parent = ends[-1]
 
+    def _digested(self, payload: bytes) -> bytes:
+        digest = self._digest(self._hash_key, payload)
+        if type(digest) is not bytes:
+            raise TypeError(f"digest must return bytes, got {type(digest).__name__}")
+        return digest
+
+    # ---- what can be found
+
     def match(
-        self, namespace: Namespace, page_tokens: np.ndarray, pool_tokens: np.ndarray
+        self,
+        namespace: Namespace,
+        digests: Iterable[bytes],
+        page_tokens: np.ndarray,
+        pool_tokens: np.ndarray,
     ) -> list[CacheEntry]:
         """Entries for the longest run of leading rows of `page_tokens` `[n, S]` that is cached.
 
@@ -165,7 +175,7 @@ class PrefixCache:
         """
         found: list[CacheEntry] = []
         parent: int | bytes = namespace.key
-        for digest in self.digests(namespace.digest, page_tokens):
+        for digest in digests:
             entry = self.index.get(digest)
             if entry is None or entry.parent != parent:
                 break
@@ -178,7 +188,7 @@ class PrefixCache:
     @property
     def num_evictable(self) -> int:
         """Published pages without an owner."""
-        return len(self.evictable)
+        return len(self.eviction)
 
     def count_query(self, num_tokens: int, hits: int) -> None:
         """For the statistics: so many tokens were asked for, and so many found."""
@@ -189,53 +199,48 @@ class PrefixCache:
         """Whether the entry can still be found."""
         return self.by_page.get(entry.page) is entry
 
+    def num_lost(self, borrows: bool | np.bool_) -> int:
+        """How many entries were forgotten that may have stood for a page of a row.
+
+        An entry on one of its own pages can only be withdrawn; one that it borrows from another
+        page can be evicted, too. As long as the number stands still, none of the row's is gone.
+        """
+        return self.num_withdrawn + (self.num_evicted if borrows else 0)
+
+    # ---- changes, none of which can fail
+
     def add(
         self,
         page: int,
         digest: bytes,
         parent: int | bytes,
         depth: int = 0,
-        replaces: int | None = None,
+        past: CachedPage | None = None,
     ) -> CacheEntry:
         """Publish a page that has an owner; neither the page nor the digest is published yet.
 
-        `depth` and `replaces` are for a `CacheWatcher`.
+        `depth` and `past`, the history of the page that it replaces, are for eviction.
         """
         entry = CacheEntry(page, digest, parent, self._next_serial)
         self._next_serial += 1
         self.index[digest] = self.by_page[page] = entry
         self.published[page] = True
-        if self._watcher is not None:
-            self._watcher.publish(page, depth, replaces)
+        self.eviction.publish(page, depth, past)
         return entry
 
-    def forget(self, page: int) -> None:
-        """The page can no longer be found, whoever holds it."""
+    def forget(self, page: int) -> CachedPage | None:
+        """The page can no longer be found, whoever holds it; returns its history."""
         self.num_withdrawn += 1
-        self._forget(page)
-
-    def _forget(self, page: int) -> None:
-        del self.index[self.by_page.pop(page).digest]
-        self.published[page] = False
-        if self._watcher is not None:
-            self._watcher.forget(page)
-
-    def retire(self, page: int) -> None:
-        """A published page lost its last owner: it may be evicted from now on."""
-        self.policy.add(page)
-        self.evictable.add(page)
-
-    def revive(self, page: int) -> None:
-        """A published page without owner is needed again, or leaves the cache."""
-        self.policy.remove(page)
-        self.evictable.remove(page)
+        return self._forget(page)
 
     def evict(self) -> int:
-        """Let the policy choose a page, forget it and return it."""
-        page = self.policy.pop()
-        if page not in self.evictable:
-            raise CorruptState([f"the eviction policy chose page {page!r}, which is not evictable"])
-        self.evictable.remove(page)
+        """Give up the page whose turn it is, and return it."""
+        page = self.eviction.pop()
         self.num_evicted += 1
         self._forget(page)
         return page
+
+    def _forget(self, page: int) -> CachedPage | None:
+        del self.index[self.by_page.pop(page).digest]
+        self.published[page] = False
+        return self.eviction.forget(page)

@@ -2,52 +2,62 @@
 
 from typing import NamedTuple
 
-from .pool import PagePool
-from .sequences import SequenceTable
+from .groups import PageGroup
+from .rows import RowTable
 
-__all__ = ["Publication", "plan_publication", "publish"]
+__all__ = ["Publication", "digests_of", "plan_publication", "publish"]
 
 
 class Publication(NamedTuple):
     """What a row will publish: the entries it keeps, and the digests of the pages behind them.
 
-    `withdrawn` is the cache's count of withdrawn entries when the kept ones were seen to be live.
+    `withdrawn` and `evicted` are the cache's counts when the kept ones were seen to be live.
     """
 
     row: int
     keep: int
     digests: list[bytes]
     withdrawn: int
+    evicted: int
 
 
-def plan_publication(pool: PagePool, table: SequenceTable, row: int, full: int) -> Publication:
+def digests_of(group: PageGroup, rows: RowTable, row: int, full: int) -> list[bytes]:
+    """The digests of the row's first `full` pages, which have a token in every slot."""
+    known = rows.digests[row]
+    if len(known) < full:
+        parent = known[-1] if known else rows.namespaces[row].digest
+        tokens = group.pool.tokens[group.table.pages(row)[len(known) : full]]
+        known += list(group.pool.cache.digests(parent, tokens))
+    return known[:full]
+
+
+def plan_publication(group: PageGroup, rows: RowTable, row: int, full: int) -> Publication:
     """Digest the row's first `full` pages, as far as that is not done yet; changes nothing.
 
     An entry of the row may have been forgotten meanwhile: evicted, where another sequence's page
     stood for the same content, or withdrawn. Nothing behind it can be found, so the row publishes
-    its own pages from there on. The entries are only looked at if any of the row's may be gone;
-    those on its own pages cannot be evicted, or long sequences would be searched at every commit.
+    its own pages from there on. The entries are only looked at if any of the row's may be gone, or
+    long sequences would be searched at every commit.
     """
-    chain, withdrawn = table.chains[row], pool.cache.num_withdrawn
+    chain, cache = rows.chains[row], group.pool.cache
     keep = len(chain)
-    if table.chain_seen[row] != withdrawn + table.borrows[row] * pool.cache.num_evicted:
-        live = map(pool.cache.is_live, chain)
+    if rows.chain_seen[row] != cache.num_lost(rows.borrows[row]):
+        live = map(cache.is_live, chain)
         keep = next((i for i, alive in enumerate(live) if not alive), keep)
-    parent = chain[keep - 1].digest if keep else table.namespaces[row].digest
-    tokens = pool.tokens[table.pages(row)[keep:full]]
-    return Publication(row, keep, list(pool.cache.digests(parent, tokens)), withdrawn)
+    digests = digests_of(group, rows, row, full)[keep:]
+    return Publication(row, keep, digests, cache.num_withdrawn, cache.num_evicted)
 
 
-def publish(pool: PagePool, table: SequenceTable, plan: Publication) -> None:
+def publish(group: PageGroup, rows: RowTable, plan: Publication) -> None:
     """Carry a plan out."""
-    chain, row = table.chains[plan.row], plan.row
+    chain, row = rows.chains[plan.row], plan.row
     del chain[plan.keep :]
-    parent = chain[-1].serial if chain else table.namespaces[row].key
-    pages = table.pages(row)[plan.keep : plan.keep + len(plan.digests)].tolist()
+    parent = chain[-1].serial if chain else rows.namespaces[row].key
+    pages = group.table.pages(row)[plan.keep : plan.keep + len(plan.digests)].tolist()
     for depth, (page, digest) in enumerate(zip(pages, plan.digests, strict=True), plan.keep):
-        entry = pool.publish(page, digest, parent, depth)
+        entry = group.pool.publish(page, digest, parent, depth)
         chain.append(entry)
         parent = entry.serial
         if entry.page != page:
-            table.borrows[row] = True
-    table.chain_seen[row] = plan.withdrawn + table.borrows[row] * pool.cache.num_evicted
+            rows.borrows[row] = True
+    rows.chain_seen[row] = plan.withdrawn + (plan.evicted if rows.borrows[row] else 0)

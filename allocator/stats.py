@@ -1,12 +1,14 @@
 """Counts and page states, for tables and plots."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 
+from .groups import PageGroup
 from .pool import PagePool
-from .sequences import SequenceTable
+from .rows import RowTable
 
 __all__ = ["AllocatorStats", "PageState"]
 
@@ -30,7 +32,7 @@ class AllocatorStats:
       free, evictable, used: pages, as in `BlockAllocator.num_free` and its sisters.
       peak_used: the most pages used at once.
       shared: used pages with more than one owner.
-      pinned: used pages that `allocate_pages` handed out.
+      raw: used pages that `allocate_pages` handed out.
       published: pages in the prefix cache, evictable ones included.
       sequences: live sequences.
       tokens: sum of their lengths; a shared token counts for each.
@@ -49,7 +51,7 @@ class AllocatorStats:
     used: int
     peak_used: int
     shared: int
-    pinned: int
+    raw: int
     published: int
     sequences: int
     tokens: int
@@ -61,12 +63,25 @@ class AllocatorStats:
     prefix_query_tokens: int
     prefix_hit_tokens: int
 
+    @classmethod
+    def total(cls, shards: "list[AllocatorStats]", page_size: int) -> "AllocatorStats":
+        """Counts added up; of several shards, the peaks may be of different moments."""
+        if len(shards) == 1:
+            return shards[0]
+        total: dict[str, Any] = {
+            field.name: sum(getattr(each, field.name) for each in shards) for field in fields(cls)
+        }
+        slots = (total["used"] - total["raw"]) * page_size
+        total["tail_waste"] = 1 - total["stored_tokens"] / slots if slots else 0.0
+        return cls(**total)
 
-def collect_stats(pool: PagePool, table: SequenceTable) -> AllocatorStats:
+
+def collect_stats(group: PageGroup, rows: RowTable) -> AllocatorStats:
     """Count everything; the time grows with the page table."""
-    pinned = int(pool.pinned[1:].sum())
-    stored = _stored_tokens(pool, table)
-    slots = (pool.num_used - pinned) * pool.page_size
+    pool = group.pool
+    raw = int(pool.raw[1:].sum())
+    stored = _stored_tokens(group, rows)
+    slots = (pool.num_used - raw) * pool.page_size
     return AllocatorStats(
         usable=pool.usable,
         free=pool.num_free,
@@ -74,10 +89,10 @@ def collect_stats(pool: PagePool, table: SequenceTable) -> AllocatorStats:
         used=pool.num_used,
         peak_used=pool.peak_used,
         shared=int((pool.refs > 1).sum()),
-        pinned=pinned,
+        raw=raw,
         published=len(pool.cache.by_page),
-        sequences=len(table.rows),
-        tokens=int(table.length[table.rows].sum()),
+        sequences=len(rows.live),
+        tokens=int(rows.length[rows.live].sum()),
         stored_tokens=stored,
         tail_waste=1 - stored / slots if slots else 0.0,
         taken=pool.taken,
@@ -98,12 +113,11 @@ def page_states(pool: PagePool) -> np.ndarray:
     return states
 
 
-def _stored_tokens(pool: PagePool, table: SequenceTable) -> int:
-    page_size = pool.page_size
-    rows = table.rows
-    pages = table.page_table[rows]
+def _stored_tokens(group: PageGroup, rows: RowTable) -> int:
+    page_size, live = group.pool.page_size, rows.live
+    pages = group.table.ids[live]
     first = np.arange(pages.shape[1]) * page_size
-    filled = (table.length[rows][:, None] - first).clip(0, page_size)
-    most = np.zeros(len(pool.refs), np.int64)
+    filled = (rows.length[live][:, None] - first).clip(0, page_size)
+    most = np.zeros(len(group.pool.refs), np.int64)
     np.maximum.at(most, pages, filled)  # a shared page is as full as its fullest owner has it
-    return int(most.sum())
+    return int(most[1:].sum())

@@ -1,16 +1,18 @@
 """The bookkeeping out of one allocator as plain arrays, and into another."""
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .pool import PagePool
-from .prefix import CacheEntry, Namespace, salt_of
-from .publication import plan_publication, publish
-from .sequences import SequenceTable
+from .eviction import Queued, successor
+from .groups import PageGroup
+from .pool import PagePool, Release
+from .prefix import CacheEntry, Namespace
+from .rows import RowTable
 from .state import AllocatorState
 
-__all__ = ["StatePages", "adopt_state", "collect_state"]
+__all__ = ["Adoption", "StatePages", "adopt_state", "collect_state", "plan_adoption"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,18 +32,19 @@ class StatePages:
 
 
 def collect_state(
-    pool: PagePool,
-    table: SequenceTable,
+    group: PageGroup,
+    rows: RowTable,
     row: np.ndarray,
     *,
     cached: bool,
     committed_only: bool,
 ) -> tuple[AllocatorState, StatePages]:
     """Export the sequences of these rows, and the pages that are only cached if `cached`."""
-    length, page_size = table.length[row], pool.page_size
+    pool, table = group.pool, group.table
+    length, page_size = rows.length[row], pool.page_size
     counts = -(-length // page_size)
-    begins = row * table.page_table.shape[1] - (counts.cumsum() - counts)
-    owned = table.page_table.reshape(-1).take(np.arange(counts.sum()) + np.repeat(begins, counts))
+    begins = row * table.ids.shape[1] - (counts.cumsum() - counts)
+    owned = table.ids.reshape(-1).take(np.arange(counts.sum()) + np.repeat(begins, counts))
     _, first = np.unique(owned, return_index=True)
     entries, parents = _reachable(pool, None if cached else set(owned.tolist()))
     listed = np.array([entry.page for entry in entries], np.int32)
@@ -53,9 +56,9 @@ def collect_state(
     state = AllocatorState(
         page_size=page_size,
         lengths=length,
-        computed=np.where(table.private(row), 0, table.computed[row]),
-        cached=table.cached[row],
-        salts=np.array([salts.index(table.namespaces[r].key) for r in row], np.int32),
+        computed=np.where(rows.private[row], 0, rows.computed[row]),
+        cached=rows.cached[row],
+        salts=np.array([salts.index(rows.namespaces[r].key) for r in row], np.int32),
         table=place[owned],
         entry_pages=place[listed],
         entry_parents=np.array(
@@ -101,9 +104,7 @@ def _reachable(
 def _eviction_order(pool: PagePool, entries: list[CacheEntry], owned: set[int]) -> np.ndarray:
     """Entries on pages that the state has no owner for. Pages that others own come last."""
     idle = {entry.page: at for at, entry in enumerate(entries) if entry.page not in owned}
-    policy = pool.cache.policy
-    known = policy if hasattr(policy, "__iter__") else ()
-    order = [*(p for p in known if p in idle), *idle]  # type: ignore[union-attr]
+    order = [*(page for page in pool.cache.eviction.order() if page in idle), *idle]
     return np.array([idle[page] for page in dict.fromkeys(order)], np.int32)
 
 
@@ -120,74 +121,117 @@ def _locate(
     return StatePages(pages, filled, np.where(final, pool.stamps[pages], -1))
 
 
+class Link(NamedTuple):
+    """A page to be published: its number in the state, its digest, and the link before it.
+
+    `parent` is an earlier link, or -1 - s: the page begins salt s.
+    """
+
+    place: int
+    digest: bytes
+    parent: int
+    depth: int
+
+
+class Adoption(NamedTuple):
+    """What `import_state` will do: everything that calls a user's code is done.
+
+    Attributes:
+      roots: the namespace of every salt of the state.
+      links: first those of the state's entries, then those that only sequences have.
+      chains: the links of the full, computed pages of every sequence.
+      idle: pages without an owner in the state, the first to be evicted first.
+      retired: what the order of eviction needs of each of them.
+    """
+
+    roots: list[Namespace]
+    links: list[Link]
+    chains: list[list[int]]
+    idle: np.ndarray
+    retired: list[int] | list[Queued]
+
+
+def plan_adoption(
+    pool: PagePool, state: AllocatorState, pages: np.ndarray, *, caching: bool, private: bool
+) -> Adoption:
+    """Plan what `adopt_state` does with raw pages; the state was checked. Changes nothing."""
+    cache = pool.cache
+    roots = [Namespace(key, cache.root_digest(key)) for key in state.salt_keys]
+    links: list[Link] = []
+    known: dict[tuple[int, int], int] = {}  # a page that sequences share is digested once
+
+    def link(parent: int, place: int) -> int:
+        if (number := known.get((parent, place))) is None:
+            before, depth = (
+                (roots[-1 - parent].digest, 0)
+                if parent < 0
+                else (links[parent].digest, links[parent].depth + 1)
+            )
+            (digest,) = cache.digests(before, state.tokens[place : place + 1])
+            number = known[parent, place] = len(links)
+            links.append(Link(place, digest, parent, depth))
+        return number
+
+    if caching:
+        for parent, place in zip(
+            state.entry_parents.tolist(), state.entry_pages.tolist(), strict=True
+        ):
+            link(parent, place)
+    coming = {}
+    for each in links:
+        found, page = cache.index.get(each.digest), int(pages[each.place])
+        past = None if found is None else cache.eviction.known.get(found.page)
+        coming[page] = successor(page, each.depth, past)
+    chains: list[list[int]] = [[] for _ in state.lengths]
+    if caching and not private:
+        full = (state.computed // state.page_size).tolist()
+        for chain, salt, places, count in zip(
+            chains, state.salts.tolist(), state.tables, full, strict=True
+        ):
+            for place in places[:count].tolist():
+                chain.append(link(chain[-1] if chain else -1 - salt, place))
+    idle = pages[state.entry_pages[state.evictable]]
+    retired = cache.eviction.plan(idle.tolist(), coming) if caching else []
+    return Adoption(roots, links, chains, idle, retired)
+
+
 def adopt_state(
-    pool: PagePool,
-    table: SequenceTable,
+    group: PageGroup,
+    rows: RowTable,
     state: AllocatorState,
     pages: np.ndarray,
+    plan: Adoption,
     *,
-    caching: bool,
     private: bool,
 ) -> list[int]:
-    """Make sequences and cache entries of pinned pages, which are pinned no more; returns rows.
+    """Make sequences and cache entries of raw pages, which are raw no more; returns rows.
 
-    Everything was checked. Until the end each page keeps the owner that its pin was, so that none
-    of them can become free half way.
+    Until the end each page keeps the owner that it was taken with, so that none of them can become
+    free half way. There is room for the rows and their pages.
     """
-    table.ensure_rows(len(state.lengths))
-    table.ensure_columns(int(state.page_counts.max(initial=0)))
-    keys = [Namespace(key, pool.cache.root_digest(key)) for key in state.salt_keys]
-    pool.pinned[pages] = False
+    pool, made, opened = group.pool, list[CacheEntry](), []
+    pool.raw[pages] = False
     pool.tokens[pages] = state.tokens
-    rows = []
-    for q, places in enumerate(state.tables):
-        held = pages[places]
-        space = keys[state.salts[q]]
-        row = table.open(space, salt_of(space.key), held)
+    for place, digest, parent, depth in plan.links:
+        before = plan.roots[-1 - parent].key if parent < 0 else made[parent].serial
+        made.append(pool.publish(int(pages[place]), digest, before, depth))
+    for q, (places, chain) in enumerate(zip(state.tables, plan.chains, strict=True)):
+        row, held = rows.open(plan.roots[state.salts[q]]), pages[places]
+        group.table.set(row, held)
         pool.refs[held] += 1
-        table.length[row], table.cached[row] = state.lengths[q], state.cached[q]
-        if private:
-            table.make_private(row)
-        rows.append(row)
-    if caching:
-        _publish_entries(pool, state, keys, pages)
-    table.computed[rows] = state.computed
-    if caching and not private:
-        _publish_rows(pool, table, rows)
-    pool.release(pages[: state.num_owned])
-    pool.release(pages[state.entry_pages[state.evictable]][::-1])
+        rows.length[row], rows.cached[row] = state.lengths[q], state.cached[q]
+        rows.computed[row], rows.private[row] = state.computed[q], private
+        rows.describe(row, int(state.computed[q]))
+        rows.chains[row] = [made[number] for number in chain]
+        rows.digests[row] = [plan.links[number].digest for number in chain]
+        rows.borrows[row] = any(
+            e.page != p for e, p in zip(rows.chains[row], held.tolist(), strict=False)
+        )
+        rows.chain_seen[row] = -1  # entries of one import may have replaced each other
+        opened.append(row)
+    pool.refs[pages[: state.num_owned]] -= 1
+    stays = pool.cache.published[plan.idle]
+    retired: list[Any] = [each for each, kept in zip(plan.retired, stays, strict=False) if kept]
+    pool.release(Release(plan.idle, 1, plan.idle[~stays], retired))
     pool.peak_used = max(pool.peak_used, pool.num_used)
-    return rows
-
-
-def _publish_rows(pool: PagePool, table: SequenceTable, rows: list[int]) -> None:
-    """Publish the full, computed pages of each row; a page that rows share is digested once."""
-    known: dict[tuple[int | bytes, int], CacheEntry] = {}  # by the entry before it, and the page
-    for row in rows:
-        full = int(table.computed[row]) // pool.page_size
-        pages, chain = table.pages(row)[:full].tolist(), table.chains[row]
-        link: int | bytes = table.namespaces[row].key
-        for page in pages:
-            entry = known.get((link, page))
-            if entry is None:
-                break
-            chain.append(entry)
-            link, table.borrows[row] = entry.serial, table.borrows[row] or entry.page != page
-        publish(pool, table, plan_publication(pool, table, row, full))
-        links = [table.namespaces[row].key, *(entry.serial for entry in chain)]
-        known.update(zip(zip(links, pages, strict=False), chain, strict=True))
-
-
-def _publish_entries(
-    pool: PagePool, state: AllocatorState, keys: list[Namespace], pages: np.ndarray
-) -> None:
-    made: list[CacheEntry] = []
-    depths: list[int] = []
-    for page, parent in zip(
-        pages[state.entry_pages].tolist(), state.entry_parents.tolist(), strict=True
-    ):
-        before = keys[-1 - parent].digest if parent < 0 else made[parent].digest
-        link = keys[-1 - parent].key if parent < 0 else made[parent].serial
-        depths.append(0 if parent < 0 else depths[parent] + 1)
-        (digest,) = pool.cache.digests(before, pool.tokens[page : page + 1])
-        made.append(pool.publish(page, digest, link, depths[-1]))
+    return opened

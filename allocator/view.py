@@ -1,127 +1,133 @@
-"""What can be read from an allocator without changing it."""
+"""What can be read from an allocator without changing it, of one shard or several."""
 
 import threading
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
 
-from .arguments import Ints, as_count, as_ints, as_prompt
+from .arguments import Ints, as_count
+from .bookkeeping import Bookkeeping
 from .invariants import require_consistent
 from .locking import atomic
-from .pool import PagePool
-from .prefix import CacheEntry, Namespace
-from .sequences import Handle, SequenceInfo, SequenceTable
-from .state import AllocatorState
+from .prefix import salt_of
+from .prompt import PromptKey, as_key
+from .publication import digests_of
+from .rows import ROW_MASK, Handle, SequenceInfo, as_handle
 from .stats import AllocatorStats, collect_stats, page_states
-from .transfer import StatePages, collect_state
 
 __all__ = ["AllocatorView"]
 
 
 class AllocatorView:
-    """The reading half of `BlockAllocator`."""
+    """The reading half of an allocator. A plain one has one shard, and its pages begin at 0."""
 
-    def __init__(self, pool: PagePool, *, prefix_cache: bool):
-        self._pool = pool
-        self._cache = pool.cache
-        self._table = SequenceTable()
-        self._caching = prefix_cache
-        self._lock = threading.RLock()
+    def __init__(self, shards: tuple[Bookkeeping, ...], lock: Any = None):
+        self._shards = shards
+        self._only = shards[0] if len(shards) == 1 else None
+        self._lock = lock or threading.RLock()
+        self._is_changing = False
 
     @property
     def num_pages(self) -> int:
-        """N, the null page included."""
-        return self._pool.usable + 1
+        """N, null pages included."""
+        return sum(len(books.main.pool.refs) for books in self._shards)
 
     @property
     def page_size(self) -> int:
         """S, in tokens."""
-        return self._pool.page_size
+        return self._shards[0].main.pool.page_size
 
     @property
     def prefix_cache(self) -> bool:
         """Whether committed pages can be found again."""
-        return self._caching
+        return self._shards[0].caching
 
     @property
     def fingerprint(self) -> bytes:
         """What else the keys and values depend on, as it was given."""
-        return self._cache.fingerprint
+        return self._shards[0].cache.fingerprint
 
     @property
     def generation(self) -> bytes:
         """Of the weights, in the root of every digest; empty until they are replaced."""
-        return self._cache.generation
+        return self._shards[0].cache.generation
 
     @property
     def weights(self) -> bytes:
         """What a snapshot calls the weights: the name that `new_weights` was given, or how often it
         was called; empty before."""
-        return self._cache.weights
+        return self._shards[0].cache.weights
 
     @property
     def usable_pages(self) -> int:
-        """N - 1; always `num_free + num_evictable + num_used`."""
-        return self._pool.usable
+        """N without null pages; always `num_free + num_evictable + num_used`."""
+        return sum(books.main.pool.usable for books in self._shards)
 
     @property
     def sequence_pages(self) -> int:
-        """The most pages that one sequence can have."""
-        return self._pool.usable
+        """The most pages that one sequence can have: those of one shard."""
+        return self._shards[0].main.pool.usable
 
     @property
     def num_free(self) -> int:
         """Pages that hold nothing."""
-        return self._pool.num_free
+        return sum(books.main.pool.num_free for books in self._shards)
 
     @property
     def num_evictable(self) -> int:
         """Cached pages without an owner: taken when the free ones are used up."""
-        return self._cache.num_evictable
+        return sum(books.cache.num_evictable for books in self._shards)
 
     @property
     def num_used(self) -> int:
         """Pages with at least one owner."""
-        return self._pool.num_used
+        return sum(books.main.pool.num_used for books in self._shards)
 
     def can_ever_fit(self, num_tokens: SupportsIndex) -> bool:
-        """Whether one sequence of that many tokens would fit the pool if it were empty."""
-        return self._pool.pages_for(as_count("num_tokens", num_tokens)) <= self._pool.usable
+        """Whether one sequence of that many tokens would fit if nothing else were there."""
+        return -(-as_count("num_tokens", num_tokens) // self.page_size) <= self.sequence_pages
 
     @atomic
     def sequence(self, handle: SupportsIndex) -> SequenceInfo:
         """What is known about one sequence."""
-        row = self._table.resolve_one(handle)
-        pages = tuple(self._table.pages(row).tolist())
+        books, row = self._home(handle)
+        rows, group = books.rows, books.main
         return SequenceInfo(
-            length=int(self._table.length[row]),
-            computed=int(self._table.computed[row]),
-            cached=int(self._table.cached[row]),
-            capacity=len(pages) * self.page_size,
-            pages=pages,
-            cache_salt=self._table.salts[row],
-            private=self._table.namespaces[row].private,
+            length=int(rows.length[row]),
+            computed=int(rows.computed[row]),
+            cached=int(rows.cached[row]),
+            capacity=int(group.table.end[row]) * self.page_size,
+            pages=tuple(group.whole(group.table.pages(row)).tolist()),
+            cache_salt=salt_of(rows.namespaces[row].key),
+            private=bool(rows.private[row]),
         )
 
     @atomic
     def tokens(self, handle: SupportsIndex) -> np.ndarray:
         """The tokens of one sequence, int32 `[length]`, a copy."""
-        row = self._table.resolve_one(handle)
-        return self._pool.tokens[self._table.pages(row)].reshape(-1)[: self._table.length[row]]
+        books, row = self._home(handle)
+        pages = books.main.table.pages(row)
+        return books.main.pool.tokens[pages].reshape(-1)[: books.rows.length[row]]
 
     @atomic
-    def match_prefix(self, tokens: Ints, *, cache_salt: str | bytes | None = None) -> int:
+    def match_prefix(
+        self, tokens: Ints | PromptKey, *, cache_salt: str | bytes | None = None
+    ) -> int:
         """How many leading tokens `allocate` would find in the prefix cache; changes nothing.
 
         A multiple of S and at most `len(tokens) - 1`: the last token is always left to compute,
         because its logits are wanted.
         """
-        prompt = as_prompt("tokens", tokens)
-        return len(self._match(self._cache.namespace(cache_salt), prompt)) * self.page_size
+        key = as_key(tokens, cache_salt)
+        return max(len(books.match(key)) for books in self._shards) * self.page_size
 
     @atomic
     def page_digests(
-        self, tokens: Ints, *, cache_salt: str | bytes | None = None, partial: bool = False
+        self,
+        tokens: Ints | PromptKey,
+        *,
+        cache_salt: str | bytes | None = None,
+        partial: bool = False,
     ) -> list[bytes]:
         """The digests of the full pages of `tokens`: the keys by which they would be cached.
 
@@ -130,85 +136,91 @@ class AllocatorView:
         Args:
           partial: add one of a last page that is not full, which the prefix cache never has.
         """
-        prompt = as_prompt("tokens", tokens)
-        parent = self._cache.namespace(cache_salt).digest
-        found = list(self._cache.digests(parent, self._full_pages(prompt, len(prompt))))
-        rest = prompt[len(found) * self.page_size :]
-        if partial and rest.size:
-            found += self._cache.digests(found[-1] if found else parent, rest[None])
-        return found
+        key, cache, size = as_key(tokens, cache_salt), self._shards[0].cache, self.page_size
+        found, root = list(key.digests(cache, size)), key.namespace(cache, size).digest
+        return found + self._partial(found, root, key.tokens) if partial else found
+
+    @atomic
+    def sequence_digests(
+        self, handle: SupportsIndex, num_tokens: SupportsIndex, *, partial: bool = False
+    ) -> list[bytes]:
+        """`page_digests` of that many leading tokens of a sequence; those known are not computed.
+
+        Of a private sequence these are keys under which nobody must find its pages.
+        """
+        books, row = self._home(handle)
+        count = as_count("num_tokens", num_tokens, 0, int(books.rows.length[row]))
+        found = digests_of(books.main, books.rows, row, count // self.page_size)
+        tokens, root = self.tokens(handle)[:count], books.rows.namespaces[row].digest
+        return found + self._partial(found, root, tokens) if partial else found
 
     @atomic
     def prefix_digests(self, tokens: Ints, *, cache_salt: str | bytes | None = None) -> list[bytes]:
         """The digest of every leading part of `tokens` `[T]`: of all that `page_digests` can give
         for one of them, with `partial`."""
-        prompt, parent = as_prompt("tokens", tokens), self._cache.namespace(cache_salt).digest
-        return list(self._cache.partial_digests(parent, prompt, self.page_size))
+        key, cache, size = as_key(tokens, cache_salt), self._shards[0].cache, self.page_size
+        root = key.namespace(cache, size).digest
+        return list(cache.partial_digests(root, key.tokens, size))
 
     @property
     def handles(self) -> tuple[Handle, ...]:
         """The live sequences, in the order in which `export_state` lists them."""
-        return tuple(self._table.handle(row) for row in self._table.rows.tolist())
-
-    @atomic
-    def export_state(
-        self, handles: Ints | None = None, *, cached: bool = True, committed_only: bool = False
-    ) -> tuple[AllocatorState, StatePages]:
-        """Sequences, page table, tokens and prefix cache as plain arrays, and where they lie.
-
-        Reserved pages and pages of `allocate_pages` are not part of it. Entries whose parent was
-        evicted cannot be found and are left out. A private sequence is exported with no token
-        computed: its tokens are kept, and whoever imports it computes keys and values of its own.
-
-        Args:
-          handles: the sequences to export, in this order; None is `self.handles`.
-          cached: take the cached pages along that none of them owns.
-          committed_only: slots behind what was committed hold nothing yet; without it, slots up to
-            the length count as filled.
-        """
-        row = self._table.rows if handles is None else self._table.resolve(handles)
-        return collect_state(
-            self._pool, self._table, row, cached=cached, committed_only=committed_only
+        return tuple(
+            books.rows.name(row) for books in self._shards for row in books.rows.live.tolist()
         )
 
-    def page_stamps(self, pages: Ints) -> np.ndarray:
-        """int64 `[k]`: see `StatePages.stamps`."""
-        return self._pool.stamps[as_ints("pages", pages)]
-
     def ref_count(self, page: SupportsIndex) -> int:
-        """How many owners a page has: sequences, or 1 if it is pinned. The null page has 0."""
-        page = as_count("page", page)
-        if page > self._pool.usable:
-            raise ValueError(f"page must be at most {self._pool.usable}, got {page}")
-        return int(self._pool.refs[page]) if page else 0
+        """How many owners a page has: sequences, or 1 if it is raw. A null page has 0."""
+        page, last = as_count("page", page), self.num_pages - 1
+        if page > last:
+            raise ValueError(f"page must be at most {last}, got {page}")
+        shard, own = divmod(page, (last + 1) // len(self._shards))
+        return int(self._shards[shard].main.pool.refs[own]) if own else 0
 
     @atomic
     def page_states(self) -> np.ndarray:
         """What every page is doing: uint8 `[N]` of `PageState`."""
-        return page_states(self._pool)
+        return np.concatenate([page_states(books.main.pool) for books in self._shards])
 
     @atomic
     def stats(self) -> AllocatorStats:
         """All counts at this moment; see `AllocatorStats`."""
-        return collect_stats(self._pool, self._table)
+        return AllocatorStats.total(
+            [collect_stats(books.main, books.rows) for books in self._shards], self.page_size
+        )
 
     @atomic
     def check_invariants(self) -> None:
         """Verify all bookkeeping from scratch; raises CorruptState with every broken rule."""
-        require_consistent(self._pool, self._table, caching=self._caching)
+        for books in self._shards:
+            require_consistent(books.groups, books.rows, caching=books.caching)
 
     def __repr__(self) -> str:
+        shards = "" if self._only is not None else f"{len(self._shards)} shards, "
         return (
-            f"{type(self).__name__}({self.usable_pages} usable pages of {self.page_size} tokens: "
-            f"{self.num_used} used, {self.num_evictable} evictable, {self.num_free} free)"
+            f"{type(self).__name__}({shards}{self.usable_pages} usable pages of "
+            f"{self.page_size} tokens: {self.num_used} used, {self.num_evictable} evictable, "
+            f"{self.num_free} free)"
         )
 
-    def _full_pages(self, prompt: np.ndarray, num_tokens: int) -> np.ndarray:
-        full = num_tokens // self.page_size
-        return prompt[: full * self.page_size].reshape(full, self.page_size)
+    def _split(self, handle: np.ndarray) -> list[tuple[Bookkeeping, np.ndarray, Any]]:
+        """For every shard that has some of the handles: its rows, and their places among them."""
+        handle = handle.reshape(-1)
+        if self._only is not None:
+            return [(self._only, self._only.rows.resolve(handle), slice(0, len(handle)))]
+        shard, parts = (handle & ROW_MASK) % len(self._shards), []
+        for i in np.unique(shard).tolist() or [0]:
+            at = np.flatnonzero(shard == i)
+            parts.append((self._shards[i], self._shards[i].rows.resolve(handle[at]), at))
+        return parts
 
-    def _match(self, namespace: Namespace, prompt: np.ndarray) -> list[CacheEntry]:
-        if not self.prefix_cache:
-            return []
-        pages = self._full_pages(prompt, len(prompt) - 1)
-        return self._cache.match(namespace, pages, self._pool.tokens)
+    def _home(self, handle: SupportsIndex) -> tuple[Bookkeeping, int]:
+        """The shard and row of one sequence."""
+        ((books, row, _),) = self._split(as_handle(handle))
+        return books, int(row[0])
+
+    def _partial(self, found: list[bytes], root: bytes, tokens: np.ndarray) -> list[bytes]:
+        """The digest of a last page that is not full, behind those found; none if there is none."""
+        rest = tokens[len(found) * self.page_size :]
+        parent = found[-1] if found else root
+        return list(self._shards[0].cache.digests(parent, rest[None])) if rest.size else []

@@ -186,7 +186,7 @@ def allocator_cases() -> Iterator[tuple[str, Callable[[], float]]]:
 
     def commit() -> None:
         length = allocator.sequence(handles[0]).length
-        allocator.advance(array, token, rows=rows, columns=128)
+        allocator.advance(array, token, columns=128)
         allocator.commit(array, length + 1)
 
     def whole() -> None:

@@ -27,7 +27,7 @@ from _result import RESULTS, write_result
 from tqdm import tqdm
 
 from paged_decode.pressure import hit_rate, read_mooncake
-from paged_decode.pressure._case import EVICTIONS, Case, eviction_policy
+from paged_decode.pressure._case import EVICTIONS, Case
 
 PLOTS = Path(__file__).parents[1] / "docs"
 BASE = Case(
@@ -118,7 +118,7 @@ def figures(case: Case) -> dict[str, Any]:
 def curve(task: tuple[Path, str, int]) -> dict[str, Any]:
     """One point of the hit-rate curve of the Mooncake trace."""
     path, name, capacity = task
-    rate = hit_rate(read_mooncake(path), capacity, eviction_policy(name))
+    rate = hit_rate(read_mooncake(path), capacity, EVICTIONS[name]())
     case = {"workload": "mooncake, one after another", "pages": capacity, "page_size": 512}
     return {"case": case, "system": name, "hit_rate": rate}
 

@@ -79,7 +79,7 @@ def step_inputs(rows):
     table = 1 + np.arange(rows * COLUMNS, dtype=np.int32).reshape(rows, COLUMNS)
     lens = np.full(rows, COLUMNS * PAGE, np.int32)
     slots = (table[:, -1] * PAGE + PAGE - 1)[:, None]
-    return np.zeros((rows, 1), np.int32), DecodeBatch(table, lens, lens[:, None] - 1, slots)
+    return np.zeros((rows, 1), np.int32), DecodeBatch.of(table, lens, lens[:, None] - 1, slots)
 
 
 class Timed:

@@ -22,35 +22,41 @@ def toy_model(params, cache, tokens, batch):
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)  # donated: the pages are updated in place
-def step(model, params, cache, tokens, batch):
-    logits, cache = model(params, cache, tokens, batch)
+def step(model, params, cache, batch):
+    logits, cache = model(params, cache, batch.tokens, batch)
     return jnp.argmax(logits, axis=-1), cache
 
 
-def main():
+def make_params():
     shapes = dict(embed=(VOCAB, 64), place=(64, 64), out=(64, VOCAB))
     shapes |= dict(q=(64, HEADS * DIM), k=(64, KV_HEADS * DIM), v=(64, KV_HEADS * DIM))
     keys = iter(jax.random.split(jax.random.key(0), len(shapes)))
-    params = {name: jax.random.normal(next(keys), s) / 4 for name, s in shapes.items()}
+    return {name: jax.random.normal(next(keys), s) / 4 for name, s in shapes.items()}
 
-    allocator = BlockAllocator(num_pages=32, page_size=PAGE)
+
+def make_cache():
+    """32 pages, page 0 among them, and who owns which."""
     cache = KVCache.create(
         num_layers=1, num_pages=32, num_kv_heads=KV_HEADS, page_size=PAGE, head_dim=DIM
     )
-    prompts = [[3, 1, 4, 1, 5], [9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3, 2]]
-    rows = [allocator.allocate(prompt) for prompt in prompts]  # pages for every prompt token
+    return cache, BlockAllocator(num_pages=32, page_size=PAGE)
 
-    lengths, longest = [len(p) for p in prompts], max(map(len, prompts))
-    batch = allocator.batch(rows, [0] * len(rows), lengths, tokens_per_row=longest, columns=8)
-    tokens = np.stack([np.pad(p, (longest - len(p), 0)) for p in prompts])  # right-aligned
-    chosen, cache = step(toy_model, params, cache, tokens, batch)
-    for _ in range(20):
-        batch, copies = allocator.advance(rows, np.asarray(chosen), columns=8)  # new pages
-        cache = cache.copy_pages(copies)  # only after a fork; free otherwise
-        chosen, cache = step(toy_model, params, cache, np.asarray(chosen)[:, None], batch)
-    for row in rows:
-        print(allocator.tokens(row).tolist())
-    allocator.free(rows)
+
+def main():
+    params = make_params()
+    cache, allocator = make_cache()
+    prompts = [[3, 1, 4, 1, 5], [9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3, 2]]
+    handles = [allocator.allocate(prompt) for prompt in prompts]  # pages for every prompt token
+
+    lengths = [len(prompt) for prompt in prompts]
+    batch = allocator.batch(handles, 0, lengths, tokens_per_row=max(lengths), columns=8)
+    chosen, cache = step(toy_model, params, cache, batch)  # rows are right-aligned, padding is 0
+    for _ in range(20):  # new pages as needed; what was computed so far can be found by others
+        cache, batch = cache.advance(allocator, handles, np.asarray(chosen), columns=8)
+        chosen, cache = step(toy_model, params, cache, batch)
+    for handle in handles:
+        print(allocator.tokens(handle).tolist())
+    allocator.free(handles)
     allocator.check_invariants()
 
 

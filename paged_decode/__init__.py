@@ -1,8 +1,15 @@
 """A paged KV cache and decode engine for JAX."""
 
 from ._replicas import ReplicaMismatch, ReplicatedAllocator
-from .allocator import BlockAllocator, DecodeBatch, Handle, PageCopies, ShardedAllocator
-from .cache import KVCache
+from .allocator import (
+    BlockAllocator,
+    DecodeBatch,
+    Handle,
+    PageCopies,
+    PromptKey,
+    ShardedAllocator,
+)
+from .cache import KVCache, one_token_batch
 from .engine import Completion, Engine, EngineConfig, EngineStats, TokenEvent
 from .errors import (
     OutOfPages,
@@ -54,6 +61,7 @@ __all__ = [
     "PageTableError",
     "PagedDecodeError",
     "Placement",
+    "PromptKey",
     "ReplicaMismatch",
     "ReplicatedAllocator",
     "Restored",
@@ -79,6 +87,7 @@ __all__ = [
     "inspect_snapshot",
     "load_snapshot",
     "merge_attention",
+    "one_token_batch",
     "paged_attention",
     "save_snapshot",
     "save_snapshot_async",

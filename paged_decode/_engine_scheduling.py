@@ -35,9 +35,7 @@ class EngineScheduling:
             if self._prefix_in_flight(sample):
                 continue
             try:
-                handle = self.allocator.allocate(
-                    sample.tokens, cache_salt=sample.cache_salt, keep_free=_keep_free(self, sample)
-                )
+                handle = self.allocator.allocate(sample.key, keep_free=_keep_free(self, sample))
             except OutOfPages:
                 return
             self.allocator.truncate(handle, len(sample.tokens) - 1)
@@ -78,7 +76,7 @@ class EngineScheduling:
         )
         if not shared:
             return False
-        hit = self.allocator.match_prefix(sample.tokens, cache_salt=sample.cache_salt)
+        hit = self.allocator.match_prefix(sample.key)
         return shared * self.allocator.page_size > hit
 
     def _adopt(self: Any, child: Sample, parent: Sample) -> None:

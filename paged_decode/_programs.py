@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
-from .cache import DecodeBatch, KVCache
+from .cache import DecodeBatch, KVCache, one_token_batch
 from .sampling import SamplingRows, draw
 
 __all__ = ["DecodeOut", "Model", "decode", "null_batch", "prefill"]
@@ -40,7 +40,6 @@ class DecodeOut(NamedTuple):
 def prefill(
     cache: KVCache,
     params: Any,
-    tokens: Int[Array, "B T"],
     batch: DecodeBatch,
     *,
     model: Model,
@@ -50,10 +49,10 @@ def prefill(
     No logits come back: the newest token of a prompt is left to `decode`, so that sampling has
     one home and forks of a prompt need nothing special.
     """
-    return _call(model, params, cache, tokens, batch)[1]
+    return _call(model, params, cache, batch)[1]
 
 
-@partial(jax.jit, static_argnames=("model", "page_size", "steps", "top"), donate_argnames="cache")
+@partial(jax.jit, static_argnames=("model", "steps", "top"), donate_argnames="cache")
 def decode(
     cache: KVCache,
     params: Any,
@@ -63,7 +62,6 @@ def decode(
     rows: SamplingRows,
     *,
     model: Model,
-    page_size: int,
     steps: int,
     top: int,
 ) -> tuple[KVCache, DecodeOut]:
@@ -88,8 +86,8 @@ def decode(
     def step(state: tuple) -> tuple:
         i, cache, tokens, alive, out = state
         lens = jnp.where(alive, batch.seq_lens + out.counts, 0)
-        now = _one_token_batch(batch.page_table, lens, page_size)
-        logits, cache = _call(model, params, cache, tokens[:, None], now)
+        now = one_token_batch(batch, tokens, lens)
+        logits, cache = _call(model, params, cache, now)
         if cache.placement is not None:
             logits = cache.placement.untyped(logits)
         chosen, invalid = draw(logits, replace(rows, index=rows.index + out.counts))
@@ -111,10 +109,9 @@ def decode(
     return cache, out if cache.placement is None else cache.placement.whole(out)
 
 
-def _call(
-    model: Model, params: Any, cache: KVCache, tokens: Int[Array, "B T"], batch: DecodeBatch
-) -> tuple[Array, KVCache]:
+def _call(model: Model, params: Any, cache: KVCache, batch: DecodeBatch) -> tuple[Array, KVCache]:
     """What the model returns, checked while it is traced: its slips compile without a word."""
+    tokens = batch.tokens
     out = model(params, cache, tokens, batch)
     if not isinstance(out, tuple | list) or len(out) != 2 or not isinstance(out[1], KVCache):
         kinds = [type(each).__name__ for each in (out if isinstance(out, tuple | list) else [out])]
@@ -140,19 +137,15 @@ def _call(
     return logits, after
 
 
-def null_batch(rows: int, chunk: int, *, columns: int) -> DecodeBatch:
+def null_batch(cache: KVCache, rows: int, chunk: int, *, columns: int) -> DecodeBatch:
     """A batch of padding: it touches the null page only."""
-    return DecodeBatch(
+    none = np.zeros((rows, chunk), np.int32)
+    return DecodeBatch.of(
         page_table=np.zeros((rows, columns), np.int32),
         seq_lens=np.zeros(rows, np.int32),
-        positions=np.zeros((rows, chunk), np.int32),
-        slots=np.zeros((rows, chunk), np.int32),
+        positions=none,
+        slots=none,
+        tokens=none,
+        page_size=cache.page_size,
+        num_pages=cache.num_pages,
     )
-
-
-def _one_token_batch(page_table: Array, seq_lens: Array, page_size: int) -> DecodeBatch:
-    """The step's `DecodeBatch`; rows of length 0 write to the null page and see nothing."""
-    positions = jnp.maximum(seq_lens - 1, 0)[:, None]
-    pages = jnp.take_along_axis(page_table, positions // page_size, axis=1)
-    slots = jnp.where(seq_lens[:, None] > 0, pages * page_size + positions % page_size, 0)
-    return DecodeBatch(page_table, seq_lens, positions, slots)

@@ -6,6 +6,9 @@ from collections.abc import Callable, MutableSequence, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
+from .allocator import PromptKey
 from .allocator.arguments import Ints, as_prompt
 from .sampling import SamplingParams
 
@@ -67,6 +70,14 @@ class Sample:
     computed: int = 0
     preemptions: int = 0
     priority: int = 0
+    _key: PromptKey | None = None
+
+    @property
+    def key(self) -> PromptKey:
+        """Its tokens, to be looked up visit after visit: their digests are computed once."""
+        if self._key is None or len(self._key) != len(self.tokens):
+            self._key = PromptKey(np.array(self.tokens, np.int32), cache_salt=self.cache_salt)
+        return self._key
 
     @property
     def generated(self) -> int:

@@ -86,7 +86,7 @@ def _show(info: SnapshotInfo) -> None:
         "file": f"{printable(info.path)}, {_size(info.file_bytes)}",
         "id": info.id.hex(),
         "parent": parent,
-        "pages": f"{info.pages} of {info.page_size} tokens, {info.own_pages} in this file",
+        "pages": f"{info.num_pages} of {info.page_size} tokens, {info.own_pages} in this file",
         "sequences": f"{info.sequences} with {info.tokens} tokens",
         "cached pages": str(info.cached_pages),
         "requests": "no engine" if info.requests is None else str(info.requests),

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, SupportsIndex, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +15,34 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 
-from .allocator import DecodeBatch, PageCopies
+from .allocator import (
+    BlockAllocator,
+    DecodeBatch,
+    GroupBatch,
+    Handle,
+    PageCopies,
+    ShardedAllocator,
+)
+from .allocator.arguments import Ints, as_count
+from .allocator.pool import check_pool_size
 from .kernels import Placement, append_and_attend, append_kv, copy_pages, paged_attention
 from .kernels.checks import AnyArray, check_live
 from .kernels.placement import Axis
 from .sharding import Spread, split_batch, split_copies
 
-__all__ = ["DecodeBatch", "KVCache", "PageCopies"]
+__all__ = ["DecodeBatch", "GroupBatch", "KVCache", "PageCopies", "one_token_batch"]
 
-# The class lives with the allocator, which never imports jax; here it becomes a pytree.
+# The classes live with the allocator, which never imports jax; here they become pytrees.
 jax.tree_util.register_dataclass(
-    DecodeBatch, data_fields=["page_table", "seq_lens", "positions", "slots"], meta_fields=[]
+    GroupBatch,
+    data_fields=["page_table", "slots", "starts"],
+    meta_fields=["page_size", "num_pages", "window"],
 )
+jax.tree_util.register_dataclass(
+    DecodeBatch, data_fields=["tokens", "seq_lens", "positions", "groups"], meta_fields=[]
+)
+
+Allocator: TypeAlias = BlockAllocator | ShardedAllocator
 
 
 @jax.tree_util.register_dataclass
@@ -78,25 +94,14 @@ class KVCache:
         the device sees are local to it (`split`). Other axes of the mesh hold copies.
 
         Raises:
-          ValueError: a size is not a positive integer, there are fewer than 2 pages,
-            page_size is no power of two, or heads or pages cannot be split so.
+          TypeError: a size is not an integer.
+          ValueError: a size is less than 1, there are fewer than 2 pages or more than 2**31 slots,
+            page_size is not a power of two, or heads or pages cannot be split so.
         """
-        sizes = dict(
-            num_layers=num_layers,
-            num_pages=num_pages,
-            num_kv_heads=num_kv_heads,
-            page_size=page_size,
-            head_dim=head_dim,
-        )
-        for name, size in sizes.items():
-            if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
-                raise ValueError(f"{name} must be a positive integer, got {size!r}")
-        if num_pages < 2:
-            raise ValueError(
-                f"num_pages must be at least 2 (page 0 is the null page), got {num_pages}"
-            )
-        if page_size & (page_size - 1):
-            raise ValueError(f"page_size must be a power of two, got {page_size}")
+        num_pages, page_size = check_pool_size(num_pages, page_size)
+        num_layers = as_count("num_layers", num_layers, 1)
+        num_kv_heads = as_count("num_kv_heads", num_kv_heads, 1)
+        head_dim = as_count("head_dim", head_dim, 1)
         if (mesh is None) != (head_axis is None and data_axis is None):
             raise ValueError(
                 f"mesh and head_axis or data_axis go together; got {mesh}, {head_axis!r} and "
@@ -147,23 +152,27 @@ class KVCache:
         layer: int,
         k: Float[AnyArray, "B T Hk D"] | Float[AnyArray, "B Hk D"],
         v: Float[AnyArray, "B T Hk D"] | Float[AnyArray, "B Hk D"],
-        slots: Int[AnyArray, "B T"] | Int[AnyArray, " B"],
+        slots: Int[AnyArray, "B T"] | Int[AnyArray, " B"] | DecodeBatch,
     ) -> KVCache:
-        """Write new keys and values of one layer to their slots; in place under donation."""
+        """Write new keys and values of one layer to their slots; in place under donation.
+
+        Given the batch, its sizes are compared with ours and its slots are taken.
+        """
         layer = self._known(layer)
+        where: Any = self._group(slots).slots if isinstance(slots, DecodeBatch) else slots
         pools = self.k_pages[layer], self.v_pages[layer]
         new = self._with_copies(k), self._with_copies(v)
-        pools = append_kv(*pools, *new, slots, placement=self.placement)
+        pools = append_kv(*pools, *new, where, placement=self.placement)
         return self._with_layer(layer, *pools)
 
     def attend(self, layer: int, q: AnyArray, batch: DecodeBatch, **options: Any) -> Any:
         """`paged_attention` of `q` over one layer, through the batch's page table."""
-        layer = self._known(layer)
+        layer, group = self._known(layer), self._group(batch)
         return paged_attention(
             q,
             self.k_pages[layer],
             self.v_pages[layer],
-            batch.page_table,
+            group.page_table,
             batch.seq_lens,
             placement=self.placement,
             **options,
@@ -185,16 +194,16 @@ class KVCache:
         Returns:
           `(out, cache)`, where out is `(out, lse)` with `return_lse`.
         """
-        layer = self._known(layer)
+        layer, group = self._known(layer), self._group(batch)
         *out, k_pages, v_pages = append_and_attend(
             q,
             self._with_copies(k),
             self._with_copies(v),
             self.k_pages[layer],
             self.v_pages[layer],
-            batch.page_table,
+            group.page_table,
             batch.seq_lens,
-            slots=batch.slots,
+            slots=group.slots,
             placement=self.placement,
             **options,
         )
@@ -215,6 +224,22 @@ class KVCache:
             raise ValueError(f"layer must be in 0 .. {self.num_layers - 1}; got {index}")
         return index
 
+    def _group(self, batch: DecodeBatch) -> GroupBatch:
+        """The batch's part for our pool, if it is for one like ours; known while tracing."""
+        if len(batch.groups) != 1:
+            raise ValueError(f"the batch has {len(batch.groups)} groups of layers, the cache one")
+        (group,) = batch.groups
+        pages = self.num_pages
+        ours = dict(page_size=(self.page_size,), num_pages=(pages, pages // self.data_shards))
+        for name, allowed in ours.items():
+            theirs = getattr(group, name)
+            if theirs is not None and theirs not in allowed:
+                raise ValueError(
+                    f"the batch is for a pool with {name} {theirs}, but the cache has {allowed[0]}:"
+                    " make the cache and the allocator with the same sizes"
+                )
+        return group
+
     def _with_copies(self, new: AnyArray) -> AnyArray:
         """New keys or values with every head as often as the mesh holds it."""
         copies = self.placement.kv_copies if self.placement else 1
@@ -233,6 +258,121 @@ class KVCache:
     def data_shards(self) -> int:
         """R, into how many parts rows and pages are split."""
         return self.placement.data_shards if self.placement else 1
+
+    # ---- the allocator's calls, with copy-on-write carried out and what is computed committed
+
+    def advance(
+        self,
+        allocator: Allocator,
+        handles: Ints,
+        tokens: Ints,
+        *,
+        pad_to: SupportsIndex | None = None,
+        columns: SupportsIndex | None = None,
+        commit: bool = True,
+    ) -> tuple[KVCache, DecodeBatch]:
+        """One more token for each sequence, and the step that computes it; donates the cache.
+
+        `allocator.advance`, with copy-on-write carried out, and with what earlier batches described
+        of these sequences committed: a batch that was handed out counts as computed when the next
+        call comes.
+
+        Args:
+          allocator: of the pool of this cache.
+          handles: B distinct handles.
+          tokens: int `[B]`, the newest token of each.
+          pad_to: rows of the batch; None is B.
+          columns: width of the page table; None is the next power of two that serves.
+          commit: False leaves `allocator.commit` to the caller, who takes batches that are
+            computed later, or perhaps never.
+
+        Raises:
+          OutOfPages, SequenceTooLong, StaleHandle, ValueError: nothing has changed.
+        """
+        self._check_allocator(allocator)
+        frame: Any = dict(pad_to=pad_to, columns=columns, commit=commit)
+        batch, copies = allocator.advance(handles, tokens, **frame)
+        return self.copy_pages(copies), batch
+
+    def extend(
+        self,
+        allocator: Allocator,
+        handles: Ints,
+        tokens: Ints,
+        counts: Ints | None = None,
+        *,
+        pad_to: SupportsIndex | None = None,
+        columns: SupportsIndex | None = None,
+        commit: bool = True,
+    ) -> tuple[KVCache, DecodeBatch]:
+        """`advance` by up to k tokens each: `allocator.append`, and the step that computes them.
+
+        Args:
+          allocator: of the pool of this cache.
+          handles: B distinct handles.
+          tokens: int `[B, k]`; `[k]` for one handle.
+          counts: int `[B]` or one for all, how many of its tokens each row takes; None is k. A row
+            with fewer than k has its padding in front.
+          pad_to: as in `advance`, like the others and what is raised.
+          columns: as in `advance`.
+          commit: as in `advance`.
+        """
+        self._check_allocator(allocator)
+        frame: Any = dict(pad_to=pad_to, columns=columns, commit=commit)
+        batch, copies = allocator.extend(handles, tokens, counts, **frame)
+        return self.copy_pages(copies), batch
+
+    def reserve(
+        self,
+        allocator: Allocator,
+        handles: Ints,
+        num_tokens: Ints,
+        *,
+        pad_to: SupportsIndex | None = None,
+        columns: SupportsIndex | None = None,
+        commit: bool = True,
+    ) -> tuple[KVCache, DecodeBatch]:
+        """Pages for that many tokens past each length, and a batch of no token that shows them.
+
+        For k steps on the device without the host: `one_token_batch` makes the batch of each step
+        of it, and afterwards `allocator.append` and `allocator.commit` say what came out. Copies
+        and commits as `advance`; donates the cache.
+
+        Args:
+          allocator: of the pool of this cache.
+          handles: B distinct handles.
+          num_tokens: int `[B]`, or one for all; 0 or more.
+          pad_to: as in `advance`.
+          columns: as in `advance`.
+          commit: as in `advance`.
+
+        Raises:
+          OutOfPages, SequenceTooLong, StaleHandle, ValueError: nothing has changed.
+        """
+        self._check_allocator(allocator)
+        none = np.zeros((*np.shape(np.asarray(handles)), 0), np.int32)
+        batch, copies = allocator.extend(
+            handles, none, reserve=num_tokens, pad_to=pad_to, columns=columns, commit=commit
+        )
+        return self.copy_pages(copies), batch
+
+    def fork(
+        self, allocator: Allocator, handle: SupportsIndex, n: SupportsIndex = 1
+    ) -> tuple[KVCache, list[Handle]]:
+        """`allocator.fork`, after a commit of what earlier batches described of the sequence.
+
+        So the forks may grow at once: none of them has to compute what they share. Nothing is
+        copied yet; the cache comes back as it is.
+        """
+        self._check_allocator(allocator)
+        return self, allocator.fork(handle, n, commit=True)
+
+    def _check_allocator(self, allocator: Allocator) -> None:
+        for name in ("page_size", "num_pages"):
+            ours, theirs = getattr(self, name), getattr(allocator, name)
+            if ours != theirs:
+                raise ValueError(f"cache and allocator differ in {name}: {ours} and {theirs}")
+        check_live("k_pages", self.k_pages[0])
 
     def split(self, batch: DecodeBatch, sizes: Sequence[int]) -> tuple[DecodeBatch, Spread]:
         """The batch as the device takes it, and where its rows lie; see `split_batch`.
@@ -277,6 +417,38 @@ class KVCache:
             f"KVCache({self.num_layers} layers, {pages} pages of {page_size} tokens, "
             f"{heads} heads of {head_dim}, {first.dtype}, {mib:.1f} MiB)"
         )
+
+
+def one_token_batch(
+    batch: DecodeBatch, tokens: Int[AnyArray, " B"], seq_lens: Int[AnyArray, " B"]
+) -> DecodeBatch:
+    """The step of one newest token for each row, on the same pages: for loops on the device.
+
+    Args:
+      batch: made by an allocator, whose tables reach as far as the loop goes (`KVCache.reserve`).
+      tokens: int `[B]`, the newest token of each row.
+      seq_lens: int `[B]`, lengths with it; 0 for a row that has ended, which writes to the null
+        page and sees nothing.
+
+    Example:
+      >>> allocator = BlockAllocator(9, 4)
+      >>> handle = allocator.allocate([5, 6, 7])
+      >>> copies = allocator.reserve([handle], 2)
+      >>> batch = allocator.batch([handle], 3, 3)
+      >>> one_token_batch(batch, jnp.array([8]), jnp.array([4])).slots
+      Array([[7]], dtype=int32)
+    """
+    positions = jnp.maximum(seq_lens - 1, 0)[:, None]
+
+    def place(group: GroupBatch) -> GroupBatch:
+        if (size := group.page_size) is None:
+            raise ValueError("the batch must say its page_size; DecodeBatch.of takes it")
+        pages = jnp.take_along_axis(group.page_table, positions // size, axis=1)
+        slots = jnp.where(seq_lens[:, None] > 0, pages * size + positions % size, 0)
+        return replace(group, slots=slots)
+
+    groups = tuple(place(group) for group in batch.groups)
+    return DecodeBatch(tokens[:, None], seq_lens, positions, groups)
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -32,6 +32,7 @@ from ._programs import DecodeOut, Model, decode, null_batch, prefill
 from ._requests import Completion, Sample, TokenEvent, gather, prompt_ids
 from .allocator import BlockAllocator, ShardedAllocator
 from .allocator.arguments import Ints, as_count, as_int
+from .allocator.prefix import salt_key
 from .cache import DecodeBatch, KVCache, PageCopies
 from .errors import SequenceTooLong
 from .policies import (
@@ -112,7 +113,6 @@ class Engine(EngineScheduling, EngineSnapshots):
         self._decode = partial(
             decode,
             model=model,
-            page_size=allocator.page_size,
             steps=config.decode_steps,
             top=config.top_logits,
         )
@@ -176,6 +176,7 @@ class Engine(EngineScheduling, EngineSnapshots):
         """
         params = params or SamplingParams()
         tokens = prompt_ids(prompt, self.config.vocab_size)
+        salt_key(cache_salt)  # refuses a bad one now
         n, priority = as_count("n", n, 1, MAX_SAMPLES), as_int("priority", priority)
         if len(tokens) + 1 > self.max_sequence_tokens:
             raise SequenceTooLong(
@@ -183,7 +184,6 @@ class Engine(EngineScheduling, EngineSnapshots):
                 f"{len(tokens) + 1} places, but a sequence can have {self.max_sequence_tokens} "
                 "(usable pages * page_size, or max_sequence_tokens); shorten it or enlarge the pool"
             )
-        self.allocator.match_prefix(tokens, cache_salt=cache_salt)  # refuses a bad salt now
         first = Sample(
             self._next_id, 0, len(tokens), tokens, params, cache_salt, on_token, priority=priority
         )
@@ -299,12 +299,13 @@ class Engine(EngineScheduling, EngineSnapshots):
         if self.tier is not None:
             self.cache = self.tier.warmup(self.cache)
         for chunk in self.config.chunk_buckets:
-            tokens = np.zeros((self.config.prefill_rows, chunk), np.int32)
-            self._run_prefill(tokens, null_batch(*tokens.shape, columns=self._columns))
+            rows = self.config.prefill_rows
+            self._run_prefill(null_batch(self.cache, rows, chunk, columns=self._columns))
         for rows in self.config.row_buckets:
             no_row = np.zeros(rows, np.int32)
             samplers = SamplingRows.create([], [], rows)
-            self._run_decode(no_row, null_batch(rows, 1, columns=self._columns), no_row, samplers)
+            batch = null_batch(self.cache, rows, 1, columns=self._columns)
+            self._run_decode(no_row, batch, no_row, samplers)
         width = 1
         while width < 2 * self.config.max_rows:
             self._run_copies(PageCopies(np.zeros(width, np.int32), np.zeros(width, np.int32)))
@@ -344,11 +345,7 @@ class Engine(EngineScheduling, EngineSnapshots):
     def _launch_prefill(
         self, rows: list[Sample], begin: list[int], end: list[int], chunk: int
     ) -> None:
-        batch = self._batch(rows, begin, end, chunk, self.config.prefill_rows)
-        tokens = np.zeros(batch.slots.shape, np.int32)
-        for row, (sample, b, e) in enumerate(zip(rows, begin, end, strict=True)):
-            tokens[row, chunk - (e - b) :] = sample.tokens[b:e]
-        self._run_prefill(tokens, batch)
+        self._run_prefill(self._batch(rows, begin, end, chunk, self.config.prefill_rows))
 
     def _decode_visit(self) -> None:
         rows, budget = self._reserve_steps()
@@ -408,7 +405,7 @@ class Engine(EngineScheduling, EngineSnapshots):
             begin,
             end,
             tokens_per_row=width,
-            rows=size,
+            pad_to=size,
             columns=self._columns,
         )
 
@@ -416,9 +413,9 @@ class Engine(EngineScheduling, EngineSnapshots):
     def _bucket(sizes: tuple[int, ...], size: int) -> int:
         return next(s for s in sizes if s >= size)
 
-    def _run_prefill(self, tokens: np.ndarray, batch: DecodeBatch) -> None:
-        batch, spread = self.cache.split(batch, (self.config.prefill_rows,))
-        self.cache = self._prefill(self.cache, self.params, spread.put(tokens), batch)
+    def _run_prefill(self, batch: DecodeBatch) -> None:
+        batch, _ = self.cache.split(batch, (self.config.prefill_rows,))
+        self.cache = self._prefill(self.cache, self.params, batch)
         jax.block_until_ready(self.cache.k_pages[-1])
         self._note_program(*batch.slots.shape)
 

@@ -11,22 +11,23 @@ class ShallowLast:                       # keep what most prompts can share
     def rank(self, page):
         return -page.depth, page.last_used
 
-allocator = BlockAllocator(1024, 16, eviction=Ranked(ShallowLast()))
+allocator = BlockAllocator(1024, 16, eviction=ShallowLast())
 ```
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
+from .allocator import LRU, CachedPage, EvictionRank
 from .allocator.arguments import as_count
+from .allocator.eviction import Rank
 
 __all__ = [
     "FIFO",
     "LFU",
+    "LRU",
     "SLRU",
     "AdmissionPolicy",
     "CachedPage",
@@ -40,7 +41,6 @@ __all__ = [
     "MustFit",
     "PreemptionPolicy",
     "Priority",
-    "Ranked",
     "Recompute",
     "Swap",
     "VictimPolicy",
@@ -48,138 +48,17 @@ __all__ = [
 ]
 
 
-@dataclass(slots=True)
-class CachedPage:
-    """What is known of a cached page; times count retirements, so they are the same in every run.
-
-    Attributes:
-      page: its id.
-      depth: pages before it in its sequence.
-      born: when it first lost its last owner; of one sequence, deeper pages come first.
-      last_used: when it last lost its last owner.
-      uses: how often that happened.
-      inflation: the largest first rank that was evicted so far, for ageing costs.
-      priority: what `Ranked.prioritize` was told, else 0.
-    """
-
-    page: int
-    depth: int
-    born: int = 0
-    last_used: int = 0
-    uses: int = 0
-    inflation: float = 0.0
-    priority: int = 0
-
-
-@runtime_checkable
-class EvictionRank(Protocol):
-    """Orders cached pages: the smallest rank is evicted first."""
-
-    def rank(self, page: CachedPage) -> tuple[float | int, ...]:
-        """Asked once, whenever the page loses its last owner."""
-        ...
-
-
-class Ranked:
-    """An eviction policy for `BlockAllocator` that evicts the page of the smallest rank.
-
-    Ties go to the page that lost its owner first. One object serves one allocator. Each call costs
-    O(log n); the heap holds at most twice the evictable pages.
-
-    Example:
-      >>> policy = Ranked(FIFO())
-      >>> for page in (3, 5):
-      ...     policy.publish(page, depth=0)
-      >>> policy.add(3); policy.add(5)
-      >>> policy.remove(3); policy.add(3)
-      >>> policy.pop()
-      3
-    """
-
-    def __init__(self, rank: EvictionRank):
-        self._rank = rank
-        self._known: dict[int, CachedPage] = {}
-        self._queued: dict[int, tuple[tuple[float | int, ...], int, int]] = {}
-        self._heap: list[tuple[tuple[float | int, ...], int, int]] = []
-        self._last_forgotten: CachedPage | None = None
-        self._clock = 0
-        self._inflation = 0.0
-
-    def publish(self, page: int, depth: int, replaces: int | None = None) -> None:
-        """The page entered the cache; one that replaces an equal page inherits its history."""
-        past = self._last_forgotten
-        known = CachedPage(page, depth)
-        if past is not None and past.page == replaces:
-            known.born, known.uses, known.priority = past.born, past.uses, past.priority
-        self._known[page] = known
-
-    def forget(self, page: int) -> None:
-        """The page left the cache."""
-        self._last_forgotten = self._known.pop(page)
-
-    def add(self, page: int) -> None:
-        self._clock += 1
-        known = self._known[page]
-        known.last_used, known.inflation = self._clock, self._inflation
-        known.born = known.born or self._clock
-        known.uses += 1
-        self._queue(known)
-
-    def _queue(self, known: CachedPage) -> None:
-        entry = (self._rank.rank(known), self._clock, known.page)
-        self._queued[known.page] = entry
-        heapq.heappush(self._heap, entry)
-
-    def prioritize(self, pages: Iterable[int], priority: int) -> None:
-        """Give cached pages a priority, for `Priority`; others are passed over.
-
-        It lasts until the page leaves the cache.
-        """
-        for page in pages:
-            known = self._known.get(page)
-            if known is None:
-                continue
-            known.priority = priority
-            if page in self._queued:
-                self.remove(page)
-                self._queue(known)
-
-    def remove(self, page: int) -> None:
-        del self._queued[page]
-        if len(self._heap) > 2 * len(self._queued) + 64:
-            self._heap = list(self._queued.values())
-            heapq.heapify(self._heap)
-
-    def pop(self) -> int:
-        while True:
-            entry = heapq.heappop(self._heap)
-            if self._queued.get(entry[2]) is entry:
-                del self._queued[entry[2]]
-                self._inflation = max(self._inflation, entry[0][0])
-                return entry[2]
-
-    def __iter__(self) -> Iterator[int]:
-        """The pages in the order of eviction; snapshots keep it, `check_invariants` compares it."""
-        return (page for _, _, page in sorted(self._queued.values()))
-
-    def __len__(self) -> int:
-        return len(self._queued)
-
-    def __contains__(self, page: object) -> bool:
-        return page in self._queued
-
-
 class FIFO:
     """The page that was cached first goes first, however often it was used since."""
 
-    def rank(self, page: CachedPage) -> tuple[float | int, ...]:
+    def rank(self, page: CachedPage) -> Rank:
         return (page.born,)
 
 
 class LFU:
     """The page with the fewest uses goes first, among equals the least recently used."""
 
-    def rank(self, page: CachedPage) -> tuple[float | int, ...]:
+    def rank(self, page: CachedPage) -> Rank:
         return page.uses, page.last_used
 
 
@@ -189,7 +68,7 @@ class SLRU:
     def __init__(self, protect: SupportsIndex = 2):
         self.protect = as_count("protect", protect, 2)
 
-    def rank(self, page: CachedPage) -> tuple[float | int, ...]:
+    def rank(self, page: CachedPage) -> Rank:
         return page.uses >= self.protect, page.last_used
 
 
@@ -205,14 +84,14 @@ class CostAware:
     def __init__(self, cost: Callable[[int], float] = lambda depth: 1.0 + depth):
         self.cost = cost
 
-    def rank(self, page: CachedPage) -> tuple[float | int, ...]:
+    def rank(self, page: CachedPage) -> Rank:
         return page.inflation + page.uses * self.cost(page.depth), page.last_used
 
 
 class Priority:
     """The page of the lowest priority goes first, among equals the least recently used."""
 
-    def rank(self, page: CachedPage) -> tuple[float | int, ...]:
+    def rank(self, page: CachedPage) -> Rank:
         return page.priority, page.last_used
 
 

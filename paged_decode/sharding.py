@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -77,7 +77,8 @@ def split_batch(
       ValueError: one shard has more rows than the last of `sizes`.
     """
     count = int(np.count_nonzero(batch.seq_lens))
-    table, slots = batch.page_table[:count], batch.slots[:count]
+    (group,) = batch.groups
+    table, slots = group.page_table[:count], group.slots[:count]
     shard = table[:, 0] // pages_per_shard
     _refuse_foreign("page", table, shard, pages_per_shard, shards)
     _refuse_foreign("page of slot", slots // page_size, shard, pages_per_shard, shards)
@@ -90,11 +91,17 @@ def split_batch(
     rank[order] = np.arange(count) - np.searchsorted(shard[order], shard[order])
     spread = Spread(shard * size + rank, shards * size, len(batch.seq_lens))
     first = (shard * pages_per_shard)[:, None].astype(np.int32)
-    local = DecodeBatch(
+    group = replace(
+        group,
         page_table=np.where(table, table - first, 0),
+        slots=np.where(slots >= page_size, slots - first * page_size, 0),
+        num_pages=pages_per_shard,
+    )
+    local = DecodeBatch(
+        tokens=None if batch.tokens is None else batch.tokens[:count],
         seq_lens=batch.seq_lens[:count],
         positions=batch.positions[:count],
-        slots=np.where(slots >= page_size, slots - first * page_size, 0),
+        groups=(group,),
     )
     return spread.put(local), spread
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from .._engine_config import EngineConfig
-from ..allocator import LRU, BlockAllocator, EvictionPolicy
+from ..allocator import BlockAllocator
 from ..policies import (
     FIFO,
     LFU,
+    LRU,
     SLRU,
     Cheaper,
     CostAware,
@@ -22,7 +23,6 @@ from ..policies import (
     LowestPriority,
     MostPages,
     MustFit,
-    Ranked,
     Recompute,
     Swap,
     Watermark,
@@ -41,11 +41,10 @@ __all__ = [
     "WORKLOADS",
     "Case",
     "check_workload",
-    "eviction_policy",
     "read_workload",
 ]
 
-EVICTIONS = {"lru": None, "fifo": FIFO, "lfu": LFU, "slru": SLRU, "cost": CostAware}
+EVICTIONS = {"lru": LRU, "fifo": FIFO, "lfu": LFU, "slru": SLRU, "cost": CostAware}
 VICTIMS = {
     "last": LastAdmitted,
     "least": LeastComputed,
@@ -121,7 +120,7 @@ class Case:
             self.pages + 1,
             self.page_size,
             hash_key=b"pressure",
-            eviction=eviction_policy(self.eviction),
+            eviction=EVICTIONS[self.eviction](),
         )
         config = EngineConfig(
             max_rows=self.max_rows,
@@ -150,12 +149,6 @@ class Case:
             preemption=ways[self.preemption],
             admission=ADMISSIONS[self.admission](),
         )
-
-
-def eviction_policy(name: str) -> EvictionPolicy:
-    """A fresh policy by its name on the command line."""
-    rank = EVICTIONS[name]
-    return LRU() if rank is None else Ranked(rank())
 
 
 def read_workload(

@@ -23,7 +23,6 @@ from ._case import (
     WORKLOADS,
     Case,
     check_workload,
-    eviction_policy,
     read_workload,
 )
 
@@ -162,7 +161,7 @@ def _run(args: argparse.Namespace) -> int:
     engine = make(
         num_pages=args.num_pages,
         page_size=args.page_size,
-        eviction=eviction_policy(args.eviction),
+        eviction=EVICTIONS[args.eviction](),
     )
     engine.warmup()
     with tqdm(total=len(requests), unit="request") as bar:

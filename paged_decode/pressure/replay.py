@@ -6,14 +6,14 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from ..allocator import BlockAllocator, EvictionPolicy
+from ..allocator import BlockAllocator, EvictionRank
 from .workload import Request
 
 __all__ = ["hit_rate"]
 
 
 def hit_rate(
-    requests: Iterable[Request], capacity_pages: int, eviction: EvictionPolicy | None = None
+    requests: Iterable[Request], capacity_pages: int, eviction: EvictionRank | None = None
 ) -> float:
     """Part of all prompt blocks found in a cache of so many pages, one page per block, 0 to 1.
 

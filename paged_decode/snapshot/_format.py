@@ -88,7 +88,7 @@ class Parent:
 
     id: bytes
     name: str
-    pages: int
+    num_pages: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class Header:
 
     Attributes:
       page_size: S.
-      pages: M, pages that the snapshot consists of, those of its parents included.
+      num_pages: M, pages that the snapshot consists of, those of its parents included.
       fingerprint: of the allocator that was saved.
       metadata: the user's.
       parent: of a delta; None for a whole snapshot.
@@ -106,7 +106,7 @@ class Header:
     """
 
     page_size: int
-    pages: int
+    num_pages: int
     fingerprint: bytes
     metadata: Mapping[str, Scalar]
     parent: Parent | None
@@ -145,8 +145,8 @@ def encode_header(header: Header) -> bytes:
             "fingerprint": header.fingerprint,
             "metadata": dict(header.metadata),
             "page_size": header.page_size,
-            "pages": header.pages,
-            "parent": parent and [parent.id, parent.name, parent.pages],
+            "pages": header.num_pages,
+            "parent": parent and [parent.id, parent.name, parent.num_pages],
         }
     )
     if len(body) > MAX_HEADER_BYTES:
@@ -235,7 +235,7 @@ def decode_header(front: bytes) -> Header:
     arrays, crcs = _directory(fields["arrays"])
     header = Header(
         page_size=page_size,
-        pages=_integer("pages", fields["pages"], 0, MAX_DIMENSION),
+        num_pages=_integer("pages", fields["pages"], 0, MAX_DIMENSION),
         fingerprint=fields["fingerprint"],
         metadata=fields["metadata"],
         parent=_parent(fields["parent"]),

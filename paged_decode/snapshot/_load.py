@@ -46,7 +46,7 @@ class SnapshotInfo:
       path, id: the file, and 16 bytes that name its content.
       file_bytes: its size.
       page_size: tokens per page.
-      pages: pages that it consists of; own_pages of them are in this file.
+      num_pages: pages that it consists of; own_pages of them are in this file.
       sequences, tokens, cached_pages: how many; tokens of shared pages count for each sequence.
       requests: samples of an engine, running and waiting; None without an engine.
       fingerprint: of the allocator that was saved.
@@ -59,7 +59,7 @@ class SnapshotInfo:
     id: bytes
     file_bytes: int
     page_size: int
-    pages: int
+    num_pages: int
     own_pages: int
     sequences: int
     tokens: int
@@ -159,7 +159,7 @@ class Opened:
             id=file.id,
             file_bytes=file.file_bytes,
             page_size=header.page_size,
-            pages=header.pages,
+            num_pages=header.num_pages,
             own_pages=int((self.chain.place[:, 0] == 0).sum()),
             sequences=len(state.lengths),
             tokens=int(state.lengths.sum()),
@@ -264,7 +264,7 @@ def place_snapshot(opened: Opened, cache: Any, allocator: BlockAllocator, terms:
         snapshot=Snapshot(
             path=file.path.absolute(),
             id=file.id,
-            pages=len(stamps),
+            num_pages=len(stamps),
             written_pages=len(stamps),
             _allocator=allocator,
             _stamps=stamps,
@@ -389,7 +389,7 @@ def compact_snapshot(
             if spec.name == "pages/source":
                 continue
             if spec.name.startswith("kv/"):
-                whole = ArraySpec(spec.name, spec.dtype, (header.pages, *spec.shape[1:]))
+                whole = ArraySpec(spec.name, spec.dtype, (header.num_pages, *spec.shape[1:]))
                 sources.append(_kv_chunks(chain, whole))
             else:
                 whole = spec
@@ -397,7 +397,7 @@ def compact_snapshot(
             specs.append(whole)
         folded = Header(
             page_size=header.page_size,
-            pages=header.pages,
+            num_pages=header.num_pages,
             fingerprint=header.fingerprint,
             metadata=header.metadata,
             parent=None,

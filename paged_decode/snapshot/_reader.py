@@ -211,10 +211,11 @@ class Chain:
                 f"{child} is a delta of {name} with id {wanted.id.hex()}, but the "
                 f"file of that name has id {parent.id.hex()}: it was replaced since"
             )
-        if parent.header.pages != wanted.pages:
+        if parent.header.num_pages != wanted.num_pages:
             parent.close()
             raise SnapshotCorrupt(
-                f"{child}: its parent {name} has {parent.header.pages} pages, not {wanted.pages}"
+                f"{child}: its parent {name} has {parent.header.num_pages} pages, "
+                f"not {wanted.num_pages}"
             )
         return parent
 
@@ -227,11 +228,11 @@ class Chain:
             if (own is None) != (file.header.parent is None):
                 raise SnapshotCorrupt(f"{file}: a delta, and only a delta, has pages/source")
             if own is None:
-                rows = np.arange(file.header.pages)
+                rows = np.arange(file.header.num_pages)
                 _require_rows(file, len(rows))
                 place = np.stack([np.full_like(rows, at), rows], axis=1)
                 continue
-            if (own.dtype, own.shape) != ("int32", (file.header.pages,)):
+            if (own.dtype, own.shape) != ("int32", (file.header.num_pages,)):
                 raise SnapshotCorrupt(f"{file}: pages/source is not int32 [pages]")
             source = file.array("pages/source").astype(np.int64)
             new = source >= 0
@@ -281,14 +282,14 @@ def _require_tokens(file: SnapshotFile) -> None:
     found, header = file.specs.get("page/tokens"), file.header
     if found is None:
         raise SnapshotCorrupt(f"{file}: array page/tokens is missing")
-    if (found.dtype, found.shape) != ("int32", (header.pages, header.page_size)):
+    if (found.dtype, found.shape) != ("int32", (header.num_pages, header.page_size)):
         raise SnapshotCorrupt(f"{file}: page/tokens is not int32 [pages, page_size]")
 
 
 def _require_rows(file: SnapshotFile, pages: int) -> None:
     """Every array of keys and values has a row for each of the pages that lie in this file."""
     kv = [spec for spec in file.header.arrays if spec.name.startswith("kv/")]
-    if file.header.pages and not kv:
+    if file.header.num_pages and not kv:
         raise SnapshotCorrupt(f"{file}: there are pages, but no array of keys and values")
     for spec in kv:
         if spec.shape[0] != pages:

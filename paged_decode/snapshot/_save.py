@@ -45,12 +45,12 @@ class Snapshot:
     Attributes:
       path: of the file.
       id: 16 bytes, other for any other content.
-      pages: pages that it consists of; written_pages of them are in this file.
+      num_pages: pages that it consists of; written_pages of them are in this file.
     """
 
     path: Path
     id: bytes
-    pages: int
+    num_pages: int
     written_pages: int
     _allocator: BlockAllocator
     _stamps: np.ndarray
@@ -58,7 +58,7 @@ class Snapshot:
 
     def __repr__(self) -> str:
         return (
-            f"Snapshot({str(self.path)!r}, {self.id.hex()}, {self.pages} pages, "
+            f"Snapshot({str(self.path)!r}, {self.id.hex()}, {self.num_pages} pages, "
             f"{self.written_pages} in the file)"
         )
 
@@ -107,7 +107,7 @@ def save_snapshot(
       >>> cache, allocator = KVCache.create(num_pages=9, **sizes), BlockAllocator(9, 4)
       >>> handle = allocator.allocate([5, 6, 7])
       >>> path = tempfile.mkdtemp() + "/chat.pgd"
-      >>> save_snapshot(path, cache, allocator).pages
+      >>> save_snapshot(path, cache, allocator).num_pages
       1
       >>> cache, allocator = KVCache.create(num_pages=5, **sizes), BlockAllocator(5, 4)
       >>> restored = load_snapshot(path, into=(cache, allocator))  # donates the cache
@@ -210,7 +210,7 @@ class SaveJob:
         return Snapshot(
             path=self.path,
             id=ident,
-            pages=self.header.pages,
+            num_pages=self.header.num_pages,
             written_pages=self.written_pages,
             _allocator=self.allocator,
             _stamps=self.stamps,
@@ -261,7 +261,7 @@ def plan_save(
         specs.append(spec)
     header = Header(
         page_size=state.page_size,
-        pages=state.num_pages,
+        num_pages=state.num_pages,
         fingerprint=marked_fingerprint(allocator),
         metadata=dict(metadata),
         parent=named,
@@ -306,14 +306,14 @@ def _checked_parent(
     if not is_plain_name(name):
         raise ValueError(f"the parent's name {shown(name)} cannot be stored; rename the file")
     _require_unchanged(there, parent, parts)
-    return Parent(parent.id, name, parent.pages), needed
+    return Parent(parent.id, name, parent.num_pages), needed
 
 
 def _require_unchanged(path: str, parent: Snapshot, parts: list[Part]) -> None:
     """Raise ValueError unless the parent and all that it needs lie there, with arrays as these."""
     if (replacing := _pending.get(path)) is not None:
         replacing._thread.join()
-    where, older = Path(path), Parent(parent.id, "", parent.pages)
+    where, older = Path(path), Parent(parent.id, "", parent.num_pages)
     files: list[SnapshotFile] = []
     while older is not None:
         if (file := _file_with(older.id, where)) is None:

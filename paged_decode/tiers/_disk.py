@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from ..allocator.arguments import as_count
 from ..errors import SnapshotCorrupt, SnapshotError
 from ..snapshot import Files, OSFiles
 from ..snapshot._format import DTYPES, ArraySpec, Header
@@ -45,9 +46,8 @@ class DiskTier:
     def __init__(
         self, folder: str | os.PathLike[str], capacity_bytes: int, *, files: Files | None = None
     ):
-        if capacity_bytes < 1:
-            raise ValueError(f"capacity_bytes must be positive, got {capacity_bytes}")
-        self.folder, self.capacity_bytes = Path(folder), capacity_bytes
+        self.folder = Path(folder)
+        self.capacity_bytes = as_count("capacity_bytes", capacity_bytes, 1)
         self.num_bytes = 0
         self._files = files or OSFiles()
         self._known: OrderedDict[Path, tuple[int, list[bytes]]] = OrderedDict()  # oldest first
@@ -79,7 +79,7 @@ class DiskTier:
         specs = tuple(ArraySpec(n, str(a.dtype), a.shape) for n, a in arrays.items())
         header = Header(
             page_size=_page_size(specs[2].shape[1]),
-            pages=len(keys),
+            num_pages=len(keys),
             fingerprint=b"",
             metadata={},
             parent=None,
@@ -186,7 +186,7 @@ def _page_size(width: int) -> int:
 
 def _is_chunk(header: Header) -> bool:
     """Whether the arrays are those of n pages: keys, tokens, and rows of keys and values."""
-    specs, count = {spec.name: spec for spec in header.arrays}, header.pages
+    specs, count = {spec.name: spec for spec in header.arrays}, header.num_pages
     if count < 1 or header.parent is not None or len(specs) < 4:
         return False
     names = [f"tier/pages/{i}" for i in range(len(specs) - 3)]

@@ -11,6 +11,7 @@ import numpy as np
 
 from .._devices import tied
 from ..allocator import BlockAllocator, Handle
+from ..allocator.arguments import as_count, as_counts
 from ._device import CopyPending, DeviceMover, PageMover, fits
 from ._disk import DiskTier
 
@@ -46,7 +47,7 @@ class _Chunk:
     keys: tuple[bytes, ...]
     tokens: tuple[np.ndarray, ...]
     pages: Any  # what the mover returned: in flight, then at rest
-    pinned: bool = False
+    busy: bool = False  # being copied to the device: not given up
 
 
 @dataclass(slots=True)
@@ -104,11 +105,8 @@ class HostTier:
         mover: PageMover | None = None,
         disk: DiskTier | None = None,
     ):
-        sizes = tuple(sorted({1, *buckets}))
-        if capacity_pages < 1 or sizes[0] < 1:
-            raise ValueError(
-                f"capacity_pages and buckets must be positive, got {capacity_pages} and {buckets}"
-            )
+        capacity_pages = as_count("capacity_pages", capacity_pages, 1)
+        sizes = tuple(sorted({1, *as_counts("buckets", buckets, 1)}))
         self.capacity_pages, self.buckets, self.disk = capacity_pages, sizes, disk
         self.mover: PageMover = mover or DeviceMover()
         self.stats = TierStats()
@@ -200,7 +198,7 @@ class HostTier:
             self.stats.failed_copies += 1
         finally:
             for chunk, _ in found:
-                chunk.pinned = False
+                chunk.busy = False
         end = next(at for at in range(first, len(wanted.keys) + 1) if at not in loaded)
         self.stats.loaded += end - first
         allocator.commit(
@@ -247,7 +245,7 @@ class HostTier:
             "more pages than the capacity": self.num_pages > self.capacity_pages,
             "the index and the chunks differ": sorted(keys) != sorted(self._where),
             "a page in flight can be found": bool(self._coming & self._where.keys()),
-            "a chunk stayed pinned": any(chunk.pinned for chunk in rested),
+            "a chunk stayed busy": any(chunk.busy for chunk in rested),
             "copies in flight are not those expected": self._coming
             != {key for chunk in flying for key in chunk.keys},
         }
@@ -273,14 +271,14 @@ class HostTier:
         self._where.update((key, (chunk, row)) for row, key in enumerate(chunk.keys))
 
     def _find(self, wanted: _Wanted, first: int, cache: Any) -> Iterator[tuple[_Chunk, int]]:
-        """Chunk and row of each page from `first` on, until one is missing; pins the chunks."""
+        """Chunk and row of each page from `first` on, until one is missing; busy then."""
         for key, tokens in zip(wanted.keys[first:], wanted.tokens[first:], strict=True):
             if key not in self._where and not self._revive(key, set(wanted.keys), cache):
                 return
             chunk, row = self._where[key]
             if not np.array_equal(chunk.tokens[row], tokens):
                 return  # two contents of one digest
-            chunk.pinned = True
+            chunk.busy = True
             yield chunk, row
 
     # ---- room
@@ -295,7 +293,7 @@ class HostTier:
         for chunk in list(self._chunks.values()):
             if self.num_pages + count <= self.capacity_pages:
                 break
-            if not chunk.pinned and keep.isdisjoint(chunk.keys):
+            if not chunk.busy and keep.isdisjoint(chunk.keys):
                 self._give_up(chunk)
         return min(count, self.capacity_pages - self.num_pages)
 
@@ -337,7 +335,7 @@ def _wanted(allocator: BlockAllocator, handle: Handle, num_tokens: int) -> _Want
         return _Wanted([], [])
     info, size = allocator.sequence(handle), allocator.page_size
     tokens = allocator.tokens(handle)[:num_tokens]
-    keys = allocator.page_digests(tokens, cache_salt=info.cache_salt, partial=True)
+    keys = allocator.sequence_digests(handle, num_tokens, partial=True)
     parts = [tokens[begin : begin + size] for begin in range(0, num_tokens, size)]
     return _Wanted(keys, parts, list(info.pages[: len(keys)]))
 

@@ -7,7 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from paged_decode.allocator import BlockAllocator, DecodeBatch, PageCopies, PageState
+from paged_decode.allocator import (
+    BlockAllocator,
+    DecodeBatch,
+    PageCopies,
+    PageState,
+    ShardedAllocator,
+)
 
 POISON = -1
 
@@ -34,7 +40,7 @@ def contents(tokens: list[int], salt: str | bytes | None) -> list[int]:
 class Device:
     """Page contents `[N, S]`, written and read only through batches, as a kernel does."""
 
-    def __init__(self, allocator: BlockAllocator):
+    def __init__(self, allocator: BlockAllocator | ShardedAllocator):
         self.page_size = allocator.page_size
         self.pages = np.full((allocator.num_pages, allocator.page_size), POISON, np.int64)
 
@@ -78,18 +84,21 @@ def prefill(allocator: BlockAllocator, device: Device, handle: int) -> None:
     allocator.commit([handle], info.length)
 
 
-def freeze(allocator: BlockAllocator) -> dict[str, Any]:
+def freeze(allocator: BlockAllocator | ShardedAllocator) -> Any:
     """A copy of all bookkeeping that can be compared: ids, counts, order of eviction, counters."""
-    table, pool, cache = allocator._table, allocator._pool, allocator._cache
-    live = table.rows.tolist()
+    if isinstance(allocator, ShardedAllocator):
+        return [freeze(shard) for shard in allocator.shards]
+    table, pool, cache = allocator._rows, allocator._pool, allocator._cache
+    live = table.live.tolist()
     return {
         "free": pool.free_pages.tolist(),
         "refs": pool.refs.tolist(),
-        "pinned": pool.pinned.tolist(),
-        "tokens": {h: allocator.tokens(h).tolist() for h in map(table.handle, live)},
-        "infos": {h: allocator.sequence(h) for h in map(table.handle, live)},
+        "raw": pool.raw.tolist(),
+        "tokens": {h: allocator.tokens(h).tolist() for h in map(table.name, live)},
+        "infos": {h: allocator.sequence(h) for h in map(table.name, live)},
         "chains": [list(table.chains[row]) for row in live],
         "published": dict(cache.by_page),
-        "policy": list(cache.policy) if hasattr(cache.policy, "__iter__") else None,
+        "eviction": cache.eviction.order(),
+        "described": [np.minimum(table.described, table.length)[row] for row in live],
         "stats": allocator.stats(),
     }

@@ -14,7 +14,7 @@ from .test_scenarios import S, computed, make, pages, refuses
 def test_a_batch_is_the_page_table_view_of_its_rows():
     allocator = make()
     a, b = allocator.allocate(range(6)), allocator.allocate(range(3))
-    batch = allocator.batch([b, a], [1, 3], [3, 6], tokens_per_row=4, rows=3, columns=3)
+    batch = allocator.batch([b, a], [1, 3], [3, 6], tokens_per_row=4, pad_to=3, columns=3)
     (p,), (q, r) = pages(allocator, b), pages(allocator, a)
     assert batch.page_table.tolist() == [[p, 0, 0], [q, r, 0], [0, 0, 0]]
     assert batch.seq_lens.tolist() == [3, 6, 0]
@@ -34,10 +34,10 @@ def test_advance_is_append_and_then_batch():
             handles = [allocator.allocate(rng.integers(0, 9, n)) for n in rng.integers(1, 12, 5)]
             handles += allocator.fork(handles[0], 2)
         tokens = rng.integers(0, 9, len(handles))
-        batch, copies = one.advance(handles, tokens, rows=8, columns=6)
+        batch, copies = one.advance(handles, tokens, pad_to=8, columns=6)
         expected_copies = two.append(handles, tokens[:, None])
         lengths = [two.sequence(h).length for h in handles]
-        expected = two.batch(handles, np.array(lengths) - 1, lengths, rows=8, columns=6)
+        expected = two.batch(handles, np.array(lengths) - 1, lengths, pad_to=8, columns=6)
         for name in ("page_table", "seq_lens", "positions", "slots"):
             assert np.array_equal(getattr(batch, name), getattr(expected, name)), name
         assert np.array_equal(copies.src, expected_copies.src)
@@ -94,7 +94,7 @@ def test_handles_come_as_any_sequence_of_integers(kind):
 def test_no_rows_are_a_batch_of_padding():
     allocator = make()
     before = freeze(allocator)
-    batch, copies = allocator.advance([], [], rows=2, columns=3)
+    batch, copies = allocator.advance([], [], pad_to=2, columns=3)
     assert batch.page_table.tolist() == [[0, 0, 0]] * 2 and batch.seq_lens.tolist() == [0, 0]
     assert len(copies.src) == 0 == allocator.trim([])
     allocator.append([], np.zeros((0, 3), int))
@@ -197,7 +197,7 @@ def test_states_and_statistics_tell_what_the_pages_do():
     assert np.bincount(states, minlength=5).tolist() == [4, 1, 1, 2, 1]
     stats = allocator.stats()
     assert (stats.free, stats.evictable, stats.used) == (4, 1, 3)
-    assert (stats.shared, stats.pinned, stats.published) == (2, 1, 2)
+    assert (stats.shared, stats.raw, stats.published) == (2, 1, 2)
     assert (stats.sequences, stats.tokens, stats.stored_tokens) == (2, 12, 6)
     assert stats.tail_waste == 1 - 6 / 8 and stats.peak_used == 3
     allocator.allocate([*range(S), 9])

@@ -12,7 +12,7 @@ from paged_decode.allocator import (
     LRU,
     BlockAllocator,
     CorruptState,
-    EvictionPolicy,
+    EvictionRank,
     OutOfPages,
     SequenceTooLong,
     StaleHandle,
@@ -353,10 +353,10 @@ def test_append_checks_its_arguments(tokens, counts, error, name):
         ([1], {}, "tokens"),
         ([[1], [2]], {}, "tokens"),
         ([1, -1], {}, "tokens"),
-        ([1, 2], dict(rows=1), "rows"),
+        ([1, 2], dict(pad_to=1), "pad_to"),
         ([1, 2], dict(columns=1), "columns"),
         ([1, 2], dict(columns=0), "columns"),
-        ([1, 2], dict(rows=-1), "rows"),
+        ([1, 2], dict(pad_to=-1), "pad_to"),
     ],
 )
 def test_advance_checks_its_arguments_before_it_changes_anything(tokens, options, name):
@@ -427,14 +427,14 @@ def test_a_digest_that_fails_changes_nothing():
     refuses(allocator, RuntimeError, allocator.allocate, range(12))
 
 
-class Newest(LRU):
-    def pop(self) -> int:
-        return self._pages.popitem(last=True)[0]
+class Newest:
+    def rank(self, page):
+        return -page.last_used
 
 
-def test_an_eviction_policy_can_be_replaced():
+def test_an_eviction_rank_can_be_replaced():
     allocator = make(4, eviction=Newest())
-    assert isinstance(Newest(), EvictionPolicy)
+    assert isinstance(Newest(), EvictionRank)
     first, second = computed(allocator, range(2 * S)), computed(allocator, range(50, 58))
     last = pages(allocator, second)[0]
     allocator.free([first, second])
@@ -442,32 +442,57 @@ def test_an_eviction_policy_can_be_replaced():
     allocator.check_invariants()
 
 
-class Broken(LRU):
-    def __init__(self, wrong) -> None:
-        super().__init__()
-        self.wrong, self.pops = wrong, 0
+class Broken:
+    """Answers wrongly at its k-th call."""
 
-    def pop(self) -> int:
-        self.pops += 1
-        if self.pops > 1:
-            if isinstance(self.wrong, Exception):
-                raise self.wrong
-            return self.wrong
-        return super().pop()
+    def __init__(self, wrong, at: int) -> None:
+        self.wrong, self.at, self.calls = wrong, at, 0
+
+    def rank(self, page):
+        self.calls += 1
+        if self.calls != self.at:
+            return page.last_used
+        if isinstance(self.wrong, Exception):
+            raise self.wrong
+        return self.wrong
 
 
-@pytest.mark.parametrize("wrong, error", [(0, CorruptState), (RuntimeError(), RuntimeError)])
-@pytest.mark.parametrize("call", ["pages", "sequence", "hits"])
-def test_an_eviction_policy_that_fails_leaks_no_page(call, wrong, error):
-    allocator = make(4, eviction=Broken(wrong))
-    allocator.free(computed(allocator, range(4 * S)))
-    with pytest.raises(error):
-        if call == "pages":
-            allocator.allocate_pages(3)
-        else:  # with "hits", one cached page is found and two more must be evicted
-            allocator.allocate([*range(S if call == "hits" else 0), *[99] * 8])
-    allocator.check_invariants()
-    assert allocator.num_used == 0 and allocator.num_free == 1
+@pytest.mark.parametrize(
+    "wrong, error",
+    [(RuntimeError("mine"), RuntimeError), (None, TypeError), ((), TypeError)]
+    + [(bad, TypeError) for bad in ("1", (1, "a"), float("nan"), (0, np.float32("nan")), [1])],
+)
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_an_eviction_rank_that_fails_changes_nothing(wrong, error, at):
+    allocator = make(8, eviction=Broken(wrong, at))
+    first, second = computed(allocator, range(2 * S)), computed(allocator, range(50, 58))
+    message = str(refuses(allocator, error, allocator.free, [first, second]))
+    assert "mine" in message or "rank must return a number" in message
+    allocator.free([first, second])
+    assert counts(allocator) == (4, 4, 0)
+
+
+class Meddler:
+    """Wants to change what it is asked about."""
+
+    def rank(self, page):
+        self.seen = self.allocator.stats().sequences  # to read is fine
+        self.allocator.allocate_pages(1)
+        return 0
+
+
+def test_an_eviction_rank_must_not_change_the_allocator():
+    allocator = make(8, eviction=(rank := Meddler()))
+    rank.allocator = allocator
+    handle = computed(allocator, range(2 * S))
+    assert "must not change" in str(refuses(allocator, RuntimeError, allocator.free, [handle]))
+    assert rank.seen == 1
+
+
+@pytest.mark.parametrize("eviction", [object(), LRU, "lru", 7, type("Old", (), {"pop": min})()])
+def test_what_is_no_eviction_rank_is_refused(eviction):
+    with pytest.raises(TypeError, match="rank"):
+        make(4, eviction=eviction)
 
 
 def test_errors_survive_a_process_boundary():

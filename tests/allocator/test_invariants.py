@@ -12,7 +12,7 @@ from .test_scenarios import computed, make
 
 
 def busy() -> BlockAllocator:
-    """Free, cached, owned, shared, pinned and reserved pages at once, and a vacant row."""
+    """Free, cached, owned, shared, raw and reserved pages at once, and a vacant row."""
     allocator = make(16)
     allocator.free(computed(allocator, range(8)))  # pages 1, 2 are cached
     a = computed(allocator, range(50, 56))  # 3, 4
@@ -73,7 +73,7 @@ def free_and_published(a):
 
 @damage("points outside the pool")
 def wild_table(a):
-    a._table.page_table[0, 0] = 99
+    a._books.main.table.ids[0, 0] = 99
 
 
 @damage("ref count 3 but 2 owners")
@@ -91,13 +91,13 @@ def negative_count(a):
     a._pool.refs[1] = -1
 
 
-@damage("the null page is not pinned")
-def null_unpinned(a):
-    a._pool.refs[0], a._pool.pinned[0] = 0, False
+@damage("the null page is not raw")
+def null_not_raw(a):
+    a._pool.refs[0], a._pool.raw[0] = 0, False
 
 
-@damage("pinned pages [9] have more owners")
-def pinned_and_shared(a):
+@damage("raw pages [9] have more owners")
+def raw_and_shared(a):
     a._pool.refs[9] = 2
 
 
@@ -129,44 +129,39 @@ def serial_twice(a):
     a._cache.by_page[2] = a._cache.index[two.digest] = twin
 
 
-@damage("a pinned page is published")
-def pinned_and_published(a):
+@damage("a raw page is published")
+def raw_and_published(a):
     a._cache.add(9, b"d", 1)
 
 
 @damage("the evictable pages are not")
 def evictable_lost(a):
-    a._cache.evictable.discard(1)
-
-
-@damage("the eviction policy does not hold")
-def policy_lost(a):
-    a._cache.policy.remove(1)
+    a._cache.eviction.remove(1)
 
 
 @damage("not computed 9 <= length 6")
 def too_much_computed(a):
-    a._table.computed[a._table.rows[0]] = 9
+    a._rows.computed[a._rows.live[0]] = 9
 
 
 @damage("<= 2 pages")
 def too_long(a):
-    a._table.length[a._table.rows[0]] = 9
+    a._rows.length[a._rows.live[0]] = 9
 
 
 @damage("leave no spare column")
 def no_spare(a):
-    a._table.num_pages[a._table.rows[0]] = a._table.page_table.shape[1]
+    a._books.main.table.end[a._rows.live[0]] = a._books.main.table.ids.shape[1]
 
 
 @damage("a page twice, or the null page")
 def hole(a):
-    a._table.page_table[a._table.rows[0], 0] = 0
+    a._books.main.table.ids[a._rows.live[0], 0] = 0
 
 
 @damage("is not 0 behind its pages")
 def stale_tail(a):
-    a._table.page_table[a._table.rows[0], 5] = 3
+    a._books.main.table.ids[a._rows.live[0], 5] = 3
 
 
 @damage("a reserved page is shared or published")
@@ -181,33 +176,33 @@ def negative_token(a):
 
 @damage("1 entries for 0 full pages")
 def long_chain(a):
-    a._table.computed[a._table.rows[0]] = 0
+    a._rows.computed[a._rows.live[0]] = 0
 
 
 @damage("but holds other tokens")
 def wrong_entry(a):
-    row = a._table.rows[0]
-    a._table.chains[row][0] = a._cache.by_page[1]
+    row = a._rows.live[0]
+    a._rows.chains[row][0] = a._cache.by_page[1]
 
 
 @damage("a row is vacant twice")
 def vacant_twice(a):
-    a._table.vacant.append(a._table.vacant[0])
+    a._rows.vacant.append(a._rows.vacant[0])
 
 
 @damage("neither live nor vacant")
 def row_lost(a):
-    a._table.vacant.pop()
+    a._rows.vacant.pop()
 
 
 @damage("a vacant row still holds pages")
 def vacant_with_pages(a):
-    a._table.num_pages[a._table.vacant[-1]] = 1
+    a._books.main.table.end[a._rows.vacant[-1]] = 1
 
 
 @damage("a vacant row still holds cache entries")
 def vacant_with_chain(a):
-    a._table.chains[a._table.vacant[-1]].append(a._cache.by_page[1])
+    a._rows.chains[a._rows.vacant[-1]].append(a._cache.by_page[1])
 
 
 @pytest.mark.parametrize("message", DAMAGE)
@@ -224,7 +219,7 @@ def test_one_error_lists_every_violation():
     allocator = busy()
     allocator._pool.refs[3] += 1
     allocator._pool.refs[4] += 1
-    allocator._table.page_table[allocator._table.rows[0], 7] = 3
+    allocator._books.main.table.ids[allocator._rows.live[0], 7] = 3
     with pytest.raises(CorruptState) as caught:
         allocator.check_invariants()
     assert len(caught.value.violations) == 3

@@ -1,8 +1,15 @@
-"""Random programs against a model of plain dicts, the content of every page re-read each step."""
+"""Random programs against a model of plain dicts, the content of every page re-read each step.
+
+Over one pool or two shards, and with objects of a user that raise: every call is tried with the
+first, the second, ... k-th call of them failing, until it goes through; what fails changes nothing.
+"""
 
 from __future__ import annotations
 
+import itertools
 import zlib
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,12 +17,18 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from paged_decode.allocator import BlockAllocator, OutOfPages, SequenceTooLong
+from paged_decode.allocator import (
+    BlockAllocator,
+    OutOfPages,
+    SequenceTooLong,
+    ShardedAllocator,
+)
+from paged_decode.allocator.prefix import blake2b_digest
 
 from .device import Device, contents, freeze
 
-DIGESTS = {
-    "blake2b": None,
+DIGESTS: dict[str, Callable[[bytes, bytes], bytes]] = {
+    "blake2b": blake2b_digest,
     "constant": lambda key, payload: b"",
     "two bits": lambda key, payload: bytes([zlib.crc32(payload) & 3]),
 }
@@ -38,8 +51,34 @@ COMMON = settings(
 )
 
 
+class Boom(Exception):
+    """What a user's object raises."""
+
+
+class Fuse:
+    """A digest and an eviction rank that raise at the call that they are set to."""
+
+    def __init__(self, digest: Callable[[bytes, bytes], bytes]):
+        self.left, self._digest = 0, digest
+
+    def _burn(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise Boom
+
+    def digest(self, key: bytes, payload: bytes) -> bytes:
+        self._burn()
+        return self._digest(key, payload)
+
+    def rank(self, page: Any) -> tuple[int, ...]:
+        self._burn()
+        return page.uses, page.last_used
+
+
 class Programs(RuleBasedStateMachine):
     """Rows are chosen by number among the live ones, so that programs shrink well."""
+
+    operations = 0
 
     @initialize(
         usable=st.sampled_from([40, 20, 10, 5, 2]),
@@ -47,16 +86,24 @@ class Programs(RuleBasedStateMachine):
         cache=st.sampled_from([True, True, True, False]),
         digest=st.sampled_from(sorted(DIGESTS)),
         prompts=st.lists(TOKENS, min_size=1, max_size=4),
+        shards=st.sampled_from([1, 2]),
+        fused=st.booleans(),
     )
-    def create(self, usable, page_size, cache, digest, prompts):
-        self.allocator = BlockAllocator(
-            usable + 1, page_size, prefix_cache=cache, hash_key=b"k", digest=DIGESTS[digest]
-        )
+    def create(self, usable, page_size, cache, digest, prompts, shards, fused):
+        self.fuse, self.fused = Fuse(DIGESTS[digest]), fused
+        options: Any = dict(prefix_cache=cache, hash_key=b"k", digest=self.fuse.digest)
+        options["eviction"] = self.fuse if fused else None
+        if shards == 1:
+            self.allocator = BlockAllocator(usable + 1, page_size, **options)
+        else:
+            self.allocator = ShardedAllocator(
+                shards * (usable + 1), page_size, num_shards=shards, **options
+            )
         self.device = Device(self.allocator)
         self.model: dict[int, list[int]] = {}
         self.salts: dict[int, object] = {}
         self.computed: dict[int, int] = {}
-        self.pinned: list[int] = []
+        self.raw: list[int] = []
         self.dead: list[int] = []
         for prompt in prompts:
             self.allocate(prompt, None, 0)
@@ -71,15 +118,24 @@ class Programs(RuleBasedStateMachine):
 
     def attempt(self, call, *args, **kwargs):
         """The result, or None if the pool is too small: then nothing may have changed."""
+        Programs.operations += 1
         before = freeze(self.allocator)
-        try:
-            return call(*args, **kwargs)
-        except OutOfPages as error:
-            assert error.needed > error.free + error.evictable
-        except SequenceTooLong:
-            pass
-        assert freeze(self.allocator) == before
-        return None
+        for k in itertools.count(1):
+            self.fuse.left = k if self.fused else 0
+            try:
+                return call(*args, **kwargs)
+            except Boom:
+                assert freeze(self.allocator) == before
+                self.allocator.check_invariants() if k == 1 else None
+                continue
+            except OutOfPages as error:
+                assert error.needed > error.free + error.evictable
+            except SequenceTooLong:
+                pass
+            finally:
+                self.fuse.left = 0
+            assert freeze(self.allocator) == before
+            return None
 
     def adopt(self, handle: int, tokens: list[int], salt: object, computed: int) -> None:
         assert handle not in self.model and handle not in self.dead
@@ -95,8 +151,10 @@ class Programs(RuleBasedStateMachine):
         expected = self.allocator.match_prefix(tokens, cache_salt=salt)
         handle = self.attempt(self.allocator.allocate, tokens, cache_salt=salt, keep_free=keep_free)
         if handle is not None:
-            assert self.allocator.sequence(handle).cached == expected < len(tokens)
-            self.adopt(handle, tokens, salt, expected)
+            found = self.allocator.sequence(handle).cached
+            assert found <= expected < len(tokens)
+            assert found == expected or isinstance(self.allocator, ShardedAllocator)
+            self.adopt(handle, tokens, salt, found)
 
     @precondition(has_sequences)
     @rule(mask=MASK, chunk=st.integers(1, 5))
@@ -113,26 +171,37 @@ class Programs(RuleBasedStateMachine):
         batch = self.allocator.batch(handles, begin, end, tokens_per_row=chunk)
         spans = [self.model[h][b:e] for h, b, e in zip(handles, begin, end, strict=True)]
         self.device.step(batch, spans, [self.salts[h] for h in handles])
-        self.allocator.commit(handles, end)
+        assert batch.tokens.tolist() == [[0] * (chunk - len(s)) + s for s in spans]
+        self.attempt(self.allocator.commit, handles, end)
         self.computed |= dict(zip(handles, end, strict=True))
 
     @precondition(has_sequences)
-    @rule(mask=MASK, tokens=st.lists(TOKEN, min_size=16, max_size=16))
-    def advance(self, mask, tokens):
+    @rule(mask=MASK, tokens=st.lists(TOKEN, min_size=16, max_size=16), commit=st.booleans())
+    def advance(self, mask, tokens, commit):
+        """With `commit`, of those alone that have no position which nobody computes."""
         handles = self.some(mask)
+        if commit:
+            handles = [h for h in handles if self.computed[h] >= len(self.model[h]) - 1]
         tokens = [tokens[i % 16] for i in range(len(handles))]
         done = self.attempt(
-            self.allocator.advance, handles, tokens, rows=len(handles) + 2, columns=40
+            self.allocator.advance,
+            handles,
+            tokens,
+            pad_to=len(handles) + 2,
+            columns=40,
+            commit=commit,
         )
         if done is None:
             return
         batch, copies = done
         self.device.copy(copies)
         self.device.step(batch, [[t] for t in tokens], [self.salts[h] for h in handles])
+        if commit:
+            self.computed |= {h: self.allocator.sequence(h).computed for h in handles}
         self.grow(handles, [[t] for t in tokens])
         ready = [h for h in handles if self.computed[h] == len(self.model[h]) - 1]
         self.computed |= {h: len(self.model[h]) for h in ready}
-        self.allocator.commit(ready, [len(self.model[h]) for h in ready])
+        self.attempt(self.allocator.commit, ready, [len(self.model[h]) for h in ready])
 
     @precondition(has_sequences)
     @rule(mask=MASK, new=st.lists(TOKENS, min_size=16, max_size=16))
@@ -166,7 +235,7 @@ class Programs(RuleBasedStateMachine):
         assert len(copies.src) == 0
         assert before == (self.allocator.num_free, self.allocator.num_evictable)
         self.grow(handles, [[token] * steps] * len(handles))
-        self.allocator.commit(handles, start + steps)
+        self.attempt(self.allocator.commit, handles, start + steps)
         self.computed |= {h: len(self.model[h]) for h in handles}
 
     @precondition(has_sequences)
@@ -180,7 +249,7 @@ class Programs(RuleBasedStateMachine):
     @rule(mask=MASK)
     def trim(self, mask):
         before = self.allocator.num_free
-        given = self.allocator.trim(self.some(mask))
+        given = self.attempt(self.allocator.trim, self.some(mask))
         assert self.allocator.num_free == before + given
 
     @precondition(has_sequences)
@@ -188,7 +257,7 @@ class Programs(RuleBasedStateMachine):
     def fork(self, choice, n):
         parent = self.pick(choice)
         before = self.allocator.num_free, self.allocator.num_evictable, self.allocator.num_used
-        children = self.allocator.fork(parent, n)
+        children = self.attempt(self.allocator.fork, parent, n)
         assert before == (
             self.allocator.num_free,
             self.allocator.num_evictable,
@@ -199,21 +268,22 @@ class Programs(RuleBasedStateMachine):
             self.adopt(child, self.model[parent], self.salts[parent], self.computed[parent])
 
     @precondition(has_sequences)
-    @rule(choice=st.integers(0, 99), percent=st.integers(0, 100))
-    def truncate(self, choice, percent):
-        handle = self.pick(choice)
-        length = len(self.model[handle]) * percent // 100
-        self.allocator.truncate(handle, length)
-        del self.model[handle][length:]
-        self.computed[handle] = min(length, self.computed[handle])
+    @rule(mask=MASK, percent=st.integers(0, 100))
+    def truncate(self, mask, percent):
+        handles = self.some(mask)
+        lengths = [len(self.model[h]) * percent // 100 for h in handles]
+        self.attempt(self.allocator.truncate, handles, lengths)
+        for handle, length in zip(handles, lengths, strict=True):
+            del self.model[handle][length:]
+            self.computed[handle] = min(length, self.computed[handle])
 
     @precondition(has_sequences)
     @rule(mask=MASK, withdraw=st.booleans())
     def free(self, mask, withdraw):
         handles = self.some(mask)[:2]
         if withdraw:
-            self.allocator.withdraw(handles)
-        self.allocator.free(handles)
+            self.attempt(self.allocator.withdraw, handles)
+        self.attempt(self.allocator.free, handles)
         for handle in handles:
             del self.model[handle], self.salts[handle], self.computed[handle]
         self.dead += handles
@@ -221,18 +291,22 @@ class Programs(RuleBasedStateMachine):
     @rule()
     def reset(self):
         used = self.allocator.num_used
-        assert self.allocator.reset_prefix_cache() is (used == 0)
+        assert self.attempt(self.allocator.reset_prefix_cache) is (used == 0)
         if used == 0:
             assert self.allocator.num_free == self.allocator.usable_pages
 
     @rule(k=st.integers(0, 2))
-    def pin(self, k):
-        self.pinned += self.attempt(self.allocator.allocate_pages, k) or []
+    def take_raw(self, k):
+        self.raw += self.attempt(self.allocator.allocate_pages, k) or []
 
     @rule(k=st.integers(0, 2))
-    def unpin(self, k):
-        self.allocator.free_pages(self.pinned[:k])
-        del self.pinned[:k]
+    def free_raw(self, k):
+        self.attempt(self.allocator.free_pages, self.raw[:k])
+        del self.raw[:k]
+
+    @rule(page=st.integers(0, 12), priority=st.integers(0, 3))
+    def prioritize(self, page, priority):
+        self.attempt(self.allocator.prioritize, [page, page + 1], priority)
 
     @invariant()
     def bookkeeping_is_consistent(self):
@@ -244,7 +318,7 @@ class Programs(RuleBasedStateMachine):
         if not hasattr(self, "allocator"):
             return
         self.device.poison(self.allocator)
-        owners: dict[int, int] = {page: 1 for page in self.pinned}
+        owners: dict[int, int] = {page: 1 for page in self.raw}
         for handle, tokens in self.model.items():
             info = self.allocator.sequence(handle)
             assert self.allocator.tokens(handle).tolist() == tokens
@@ -253,7 +327,7 @@ class Programs(RuleBasedStateMachine):
             assert self.device.read(self.allocator, handle) == expected
             for page in info.pages:
                 owners[page] = owners.get(page, 0) + 1
-        for page in range(1, self.allocator.num_pages):
+        for page in range(self.allocator.num_pages):
             assert self.allocator.ref_count(page) == owners.get(page, 0)
         assert self.allocator.num_used == len(owners)
 
@@ -283,26 +357,27 @@ def draw(rng: np.random.Generator, rule: str) -> dict[str, object]:
     return {
         "allocate": dict(tokens=tokens(), salt=salt, keep_free=int(rng.integers(2))),
         "prefill": dict(mask=mask, chunk=n),
-        "advance": dict(mask=mask, tokens=rng.integers(0, 2, 16).tolist()),
+        "advance": dict(mask=mask, tokens=rng.integers(0, 2, 16).tolist(), commit=choice > 50),
         "append": dict(mask=mask, new=[tokens() for _ in range(16)]),
         "device_loop": dict(mask=mask, steps=n, token=int(rng.integers(2))),
         "reserve": dict(mask=mask, num_tokens=n),
         "trim": dict(mask=mask),
         "fork": dict(choice=choice, n=n % 4),
-        "truncate": dict(choice=choice, percent=choice),
+        "truncate": dict(mask=mask, percent=choice),
         "free": dict(mask=mask, withdraw=choice < 30),
         "reset": dict(),
-        "pin": dict(k=n % 3),
-        "unpin": dict(k=n % 3),
+        "take_raw": dict(k=n % 3),
+        "free_raw": dict(k=n % 3),
+        "prioritize": dict(page=choice % 13, priority=n),
     }[rule]
 
 
 OFTEN = ["allocate", "prefill", "prefill", "advance", "advance", "append", "fork", "device_loop"]
-SELDOM = ["reserve", "trim", "truncate", "free", "free", "reset", "pin", "unpin"]
+SELDOM = ["reserve", "trim", "truncate", "free", "free", "reset", "take_raw", "free_raw"]
+SELDOM += ["prioritize"]
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_dense_random_programs_read_their_own_history(seed):
+def run(seed: int, steps: int) -> None:
     """The same machine driven evenly: far more forks and copies than hypothesis comes to."""
     rng = np.random.default_rng(seed)
     machine = Programs()
@@ -312,10 +387,26 @@ def test_dense_random_programs_read_their_own_history(seed):
         cache=bool(seed % 5),
         digest=sorted(DIGESTS)[seed % 3],
         prompts=[[0, 1, 1, 0, 1]],
+        shards=1 + seed // 2 % 2,
+        fused=bool(seed % 2),
     )
-    for _ in range(80):
+    for _ in range(steps):
         name = str(rng.choice(OFTEN + SELDOM))
-        if machine.model or name in ("allocate", "reset", "pin", "unpin"):
+        if machine.model or name in ("allocate", "reset", "take_raw", "free_raw", "prioritize"):
             getattr(machine, name)(**draw(rng, name))
         machine.bookkeeping_is_consistent()
         machine.every_sequence_reads_its_own_history()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_dense_random_programs_read_their_own_history(seed):
+    run(seed, 80)
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("unchecked")
+def test_a_hundred_thousand_calls_read_their_own_history():
+    before, seed = Programs.operations, 1000
+    while Programs.operations - before < 100_000:
+        run(seed, 100)
+        seed += 1

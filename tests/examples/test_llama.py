@@ -104,7 +104,7 @@ class Paged:
                 tokens[row, -len(chunk) :], positions[row, -len(chunk) :] = chunk, at
                 slots[row, -len(chunk) :] = self.table[row, at // PAGE] * PAGE + at % PAGE
         self.lengths = self.lengths + np.array([len(c) for c in chunks], np.int32)
-        described = DecodeBatch(self.table, self.lengths, positions, slots)
+        described = DecodeBatch.of(self.table, self.lengths, positions, slots)
         logits, self.cache = self.model(self.params, self.cache, tokens, described)
         return np.asarray(logits)
 
@@ -174,7 +174,7 @@ def test_an_empty_row_changes_no_other_row(tmp_path):
 
 def test_no_step_copies_the_cache(tmp_path):
     paged = Paged(write_llama(tmp_path / "m.gguf", llama_weights()), PROMPTS, capacity=4096)
-    batch = DecodeBatch(
+    batch = DecodeBatch.of(
         paged.table, paged.lengths, np.zeros((3, 1), np.int32), np.zeros((3, 1), np.int32)
     )
     args = (paged.params, paged.cache, np.zeros((3, 1), np.int32), batch)

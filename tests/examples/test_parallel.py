@@ -140,7 +140,7 @@ def test_a_model_from_a_file_decodes_alike_on_two_devices(tmp_path):
 def test_a_step_sums_once_a_block_and_gathers_nothing(tmp_path):
     paged = split_paged(write_llama(tmp_path / "m.gguf", llama_weights()), 2)
     rows = np.zeros((3, 1), np.int32)
-    batch = DecodeBatch(paged.table, paged.lengths, rows, rows)
+    batch = DecodeBatch.of(paged.table, paged.lengths, rows, rows)
     program = paged.model.lower(paged.params, paged.cache, rows, batch).compile().as_text()
     layers = len(paged.params["layers"])
     assert len(re.findall(r" all-reduce(?:-start)?\(", program)) <= 2 * layers + 1

@@ -34,7 +34,7 @@ def attention(mesh):
     def step(cache, q, k, v, batch):
         cache = cache.append(0, k, v, batch.slots)
         return cache, cache.attend(0, q, batch)
-    args = put("B, T, Hq, D", rows, 1, 64, 128), new, new, DecodeBatch(*ints)
+    args = put("B, T, Hq, D", rows, 1, 64, 128), new, new, DecodeBatch.of(*ints)
     return jax.jit(step, donate_argnums=0).lower(KVCache((page,), (page,), placement), *args)
 
 config = replace(LARGE["70B"], num_layers=2, width=1024, inner_width=2048, vocab_size=4096)

@@ -28,16 +28,18 @@ def filled(**changes) -> KVCache:
         ("page_size", 12),
         ("page_size", 4.0),
         ("head_dim", True),
+        ("num_pages", 2**30),  # slots would not fit int32
     ],
 )
 def test_sizes_that_make_no_cache_are_refused_by_name(unchecked, name, value):
-    with pytest.raises(ValueError, match=name):
+    error = ValueError if type(value) is int else TypeError
+    with pytest.raises(error, match=name):
         KVCache.create(**SIZES | {name: value})
 
 
 def test_a_cache_and_a_batch_pass_through_jit_and_tree_map():
     cache = filled()
-    batch = DecodeBatch(*(np.zeros(s, np.int32) for s in ((3, 2), (3,), (3, 1), (3, 1))))
+    batch = DecodeBatch.of(*(np.zeros(s, np.int32) for s in ((3, 2), (3,), (3, 1), (3, 1))))
     back, seen = jax.jit(lambda c, b: (c, b))(cache, batch)
     assert isinstance(back, KVCache) and isinstance(seen, DecodeBatch)
     assert jax.tree.map(jnp.shape, seen) == jax.tree.map(np.shape, batch)

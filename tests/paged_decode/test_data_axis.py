@@ -26,7 +26,6 @@ from paged_decode import (
     StaleHandle,
     split_batch,
 )
-from paged_decode.allocator import LRU
 
 from ..devices import first_devices
 from . import tiny
@@ -65,7 +64,7 @@ def test_a_step_over_data_shards_equals_one_device(data, heads, kinds):
     lens = [5, 9, 2, 7]
     allocator = ShardedAllocator(32, 4, num_shards=data)
     handles = [allocator.allocate(rng.integers(0, 9, n)) for n in lens]
-    batch = allocator.batch(handles, 0, lens, tokens_per_row=9, rows=6)
+    batch = allocator.batch(handles, 0, lens, tokens_per_row=9, pad_to=6)
     q, k, v = (rng.standard_normal((6, 9, h, 8)).astype(np.float32) for h in (6, 2, 2))
     plain = KVCache.create(**SIZES | dict(num_pages=32))
     _, want = step(plain, q, k, v, batch)  # the whole pool's ids serve one device as they are
@@ -130,7 +129,7 @@ def test_ids_that_are_not_local_are_refused_on_the_host():
 
     def split(**changes):
         fields = {k: np.array(v, np.int32) for k, v in (good | changes).items()}
-        return split_batch(DecodeBatch(**fields), **where)
+        return split_batch(DecodeBatch.of(**fields), **where)
 
     split()
     for wrong, words in (
@@ -152,9 +151,9 @@ def test_eager_local_ids_beyond_a_shard_are_refused(unchecked):
     cache = make_cache(2, 1)
     table, lens = np.array([[1], [9]], np.int32), np.array([1, 1], np.int32)
     with pytest.raises(ValueError, match="N-1 = 7"):
-        cache.attend(0, np.zeros((2, 2, 8), np.float32), DecodeBatch(table, lens, None, None))
+        cache.attend(0, np.zeros((2, 2, 8), np.float32), DecodeBatch.of(table, lens, None, None))
     with pytest.raises(ValueError, match="B = 3 rows .* 2 shards"):
-        cache.attend(0, np.zeros((3, 2, 8), np.float32), DecodeBatch(table, lens, None, None))
+        cache.attend(0, np.zeros((3, 2, 8), np.float32), DecodeBatch.of(table, lens, None, None))
 
 
 @pytest.mark.parametrize("kinds", KINDS, ids=kind_id)
@@ -187,7 +186,7 @@ def test_what_the_front_refuses_changes_no_shard():
         (ValueError, lambda: allocator.free([a, a])),
         (SequenceTooLong, lambda: allocator.allocate([1] * 13)),
         (OutOfPages, lambda: allocator.allocate([1] * 9)),
-        (ValueError, lambda: allocator.batch([a, b], 0, [8, 12], tokens_per_row=12, rows=1)),
+        (ValueError, lambda: allocator.batch([a, b], 0, [8, 12], tokens_per_row=12, pad_to=1)),
         (ValueError, lambda: allocator.advance([a], [1], columns=2)),
     ):
         with pytest.raises(error):
@@ -240,30 +239,26 @@ def test_pages_by_number_come_from_all_shards_and_go_back_all_or_nothing():
     allocator.check_invariants()
 
 
-def test_shards_share_a_hash_key_and_have_an_eviction_policy_each():
-    made = []
+def test_shards_share_a_hash_key_and_one_eviction_rank():
+    class Last:
+        """Gives up the newest page."""
 
-    class Last(LRU):
-        """Gives up the newest page instead."""
+        def rank(self, page):
+            return -page.last_used
 
-        def __init__(self):
-            super().__init__()
-            made.append(self)
-
-        def pop(self) -> int:
-            return self._pages.popitem(last=True)[0]
-
-    allocator = ShardedAllocator(8, 4, num_shards=2, eviction=Last)
-    assert len(made) == 2
+    allocator = ShardedAllocator(8, 4, num_shards=2, eviction=Last())
     prompt = list(range(9))
     keys = [shard.page_digests(prompt) for shard in allocator.shards]
     assert keys[0] == keys[1] == allocator.page_digests(prompt) and len(keys[0]) == 2
     assert allocator.page_digests(prompt, cache_salt="x") != keys[0]
     assert allocator.can_ever_fit(12) and not allocator.can_ever_fit(13)
-    old = allocator.allocate([1, 1, 1, 1, 1])
-    allocator.commit(old, 5)
-    allocator.free(old)
-    assert len(made[0]) == 1 and len(made[1]) == 0
+    handles = [allocator.allocate([token] * 4) for token in (1, 2, 3, 4)]
+    shards = [allocator.shard_of(handle) for handle in handles]
+    allocator.commit(handles, 4)
+    allocator.free(handles)
+    assert allocator.num_evictable == 4 and shards == [0, 1, 0, 1]
+    allocator.allocate([9] * 8)  # the free page of shard 0, and a cached one
+    assert [allocator.match_prefix([token] * 5) for token in (1, 2, 3, 4)] == [4, 4, 0, 4]
 
 
 def test_pages_that_do_not_divide_are_refused():

@@ -313,7 +313,7 @@ def test_no_program_copies_the_pool():
         engine.cache,
         engine.params,
         zeros,
-        null_batch(rows, 1, columns=columns),
+        null_batch(engine.cache, rows, 1, columns=columns),
         zeros,
         SamplingRows.create([], [], rows),
         **engine._decode.keywords,
@@ -321,8 +321,7 @@ def test_no_program_copies_the_pool():
     prefilling = prefill.lower(
         engine.cache,
         engine.params,
-        np.zeros((rows, chunk), np.int32),
-        null_batch(rows, chunk, columns=columns),
+        null_batch(engine.cache, rows, chunk, columns=columns),
         **engine._prefill.keywords,
     )
     for lowered in (decoding, prefilling):

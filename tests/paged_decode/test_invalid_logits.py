@@ -170,7 +170,8 @@ def test_a_page_table_that_is_wrong_is_an_alarm():
         out = batch(handles, *args, **options)
         if options["tokens_per_row"] > 1:
             return out
-        return replace(out, page_table=np.full_like(out.page_table, 10**6))
+        group = replace(out.groups[0], page_table=np.full_like(out.page_table, 10**6))
+        return replace(out, groups=(group,))
 
     engine.allocator.batch = wrong
     (done,) = engine.generate([[1, 2, 3]], LONG)

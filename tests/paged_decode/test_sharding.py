@@ -37,9 +37,9 @@ def step(cache, q, k, v, batch, sinks, implementation="xla"):
     return cache, cache.attend(0, q, batch, **options)
 
 
-def inputs(kv_heads: int, heads: int, dim: int = 8):
+def inputs(kv_heads: int, heads: int, dim: int = 8, num_pages: int = SIZES["num_pages"]):
     rng = np.random.default_rng(0)
-    allocator = BlockAllocator(SIZES["num_pages"], SIZES["page_size"])
+    allocator = BlockAllocator(num_pages, SIZES["page_size"])
     rows = [allocator.allocate(rng.integers(0, 9, n)) for n in (5, 9, 2)]
     batch = allocator.batch(rows, [0] * 3, [5, 9, 2], tokens_per_row=9)
     q, k, v = (
@@ -145,7 +145,7 @@ def test_a_step_has_no_collective_and_does_not_copy_the_pool(kv_heads, devices, 
     """q and K, V come split by heads, as column-split projections leave them."""
     mesh = make_mesh(devices, kind)
     split = NamedSharding(mesh, PartitionSpec(None, None, "tensor"))
-    q, k, v, batch, sinks = inputs(kv_heads, 8)
+    q, k, v, batch, sinks = inputs(kv_heads, 8, num_pages=1024)
     k, v = (np.repeat(new, max(devices // kv_heads, 1), axis=-2) for new in (k, v))
     q, k, v = (jax.device_put(a, split) for a in (q, k, v))
     sizes = SIZES | dict(num_pages=1024)

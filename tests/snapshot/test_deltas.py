@@ -73,7 +73,7 @@ def chain(folder):
 
 def test_a_chain_restores_the_last_state_and_writes_only_new_pages(tmp_path):
     cache, allocator, handles, saved = chain(tmp_path)
-    assert [s.pages for s in saved] == [7, 11, 9]
+    assert [s.num_pages for s in saved] == [7, 11, 9]
     assert [s.written_pages for s in saved] == [7, 5, 3]
     other = make_allocator(60)
     restored = load_snapshot(tmp_path / "2", into=(make_cache(60, seed=8), other))
@@ -87,7 +87,7 @@ def test_folding_a_chain_gives_the_bytes_of_a_whole_snapshot(tmp_path):
     save_snapshot(tmp_path / "whole", cache, allocator)
     info = compact_snapshot(tmp_path / "2", tmp_path / "folded")
     assert (tmp_path / "folded").read_bytes() == (tmp_path / "whole").read_bytes()
-    assert info.parent is None and info.own_pages == info.pages
+    assert info.parent is None and info.own_pages == info.num_pages
     compact_snapshot(tmp_path / "2")
     assert (tmp_path / "2").read_bytes() == (tmp_path / "whole").read_bytes()
     for name in ("0", "1"):
@@ -102,7 +102,7 @@ def test_a_loaded_snapshot_can_be_a_parent_too(tmp_path):
     handles = list(restored.handles)
     cache = grow(restored.cache, other, handles, 3, seed=4)
     saved = save_snapshot(tmp_path / "3", cache, other, parent=restored.snapshot)
-    assert saved.written_pages < saved.pages / 2
+    assert saved.written_pages < saved.num_pages / 2
     last = make_allocator(60)
     again = load_snapshot(tmp_path / "3", into=(make_cache(60), last))
     for old, new in zip(handles, again.handles, strict=True):
@@ -140,7 +140,7 @@ def test_a_delta_of_another_allocator_folder_or_of_itself_is_refused(tmp_path):
         save_snapshot(tmp_path / "sub" / "x", cache, allocator, parent=first)
     with pytest.raises(ValueError, match="cannot replace its parent"):
         save_snapshot(tmp_path / "0", cache, allocator, parent=first)
-    assert inspect_snapshot(tmp_path / "0").pages == 7
+    assert inspect_snapshot(tmp_path / "0").num_pages == 7
 
 
 def test_a_page_used_again_or_cut_and_refilled_is_never_taken_from_the_parent(tmp_path):
@@ -178,7 +178,7 @@ def test_an_engine_saves_deltas_between_its_steps(tmp_path):
     for turn in range(5):
         engine.step(), twin.step()
         saved = engine.save(tmp_path / f"{turn}", parent=saved)
-    assert saved is not None and saved.written_pages < saved.pages / 2
+    assert saved is not None and saved.written_pages < saved.num_pages / 2
     again = make_engine(80)
     again.restore(tmp_path / "4")
     assert list(again.stream()) == list(twin.stream())
@@ -280,7 +280,7 @@ def test_a_delta_whose_ancestors_are_gone_or_replaced_is_not_written(tmp_path):
         assert not paths[3].exists()
     paths[0].write_bytes(there)
     save_snapshot(paths[3], cache, allocator, parent=second)
-    assert inspect_snapshot(paths[3]).pages == second.pages
+    assert inspect_snapshot(paths[3]).num_pages == second.num_pages
 
 
 def test_a_delta_of_a_cache_with_other_arrays_is_not_written(tmp_path):

@@ -35,11 +35,11 @@ def grown(tmp_path, monkeypatch):
 
 
 def all_four_read(path) -> None:
-    pages = inspect_snapshot(path).pages
-    assert verify_snapshot(path).pages == pages
+    pages = inspect_snapshot(path).num_pages
+    assert verify_snapshot(path).num_pages == pages
     assert load_snapshot(path, into=(make_cache(40), make_allocator(40))).pages_loaded == pages
     folded = compact_snapshot(path, "folded")
-    assert folded.pages == pages and folded.parent is None
+    assert folded.num_pages == pages and folded.parent is None
 
 
 def link(name: str, target: str) -> str:

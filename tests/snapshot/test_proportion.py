@@ -46,7 +46,7 @@ def test_a_file_without_pages_costs_nothing_whatever_page_size_it_claims(
     into = make_cache(9), make_allocator(9)
 
     def work():
-        assert inspect_snapshot(path).pages == verify_snapshot(path).pages == 0
+        assert inspect_snapshot(path).num_pages == verify_snapshot(path).num_pages == 0
         compact_snapshot(path, tmp_path / "t")
         with pytest.raises(SnapshotMismatch):
             load_snapshot(path, into=into)

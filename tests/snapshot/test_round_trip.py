@@ -123,7 +123,7 @@ def test_only_used_pages_are_written_shared_ones_once_and_nothing_of_old_prompts
     cache, allocator, (a, b, c, _, _) = busy()
     save_snapshot(tmp_path / "s", cache, allocator, handles=[a, c], cached=False)
     info = inspect_snapshot(tmp_path / "s")
-    assert (info.pages, info.sequences, info.tokens, info.cached_pages) == (3, 2, 20, 0)
+    assert (info.num_pages, info.sequences, info.tokens, info.cached_pages) == (3, 2, 20, 0)
     data = (tmp_path / "s").read_bytes()
     for leaf in jax.tree.leaves(cache):
         page = np.array(leaf)[allocator.sequence(a).pages[2]]
@@ -414,7 +414,7 @@ def test_saving_behind_the_loop_saves_the_state_of_that_moment(tmp_path, monkeyp
     pending = save_snapshot_async(tmp_path / "behind", cache, allocator)
     jax.jit(lambda c: jax.tree.map(jnp.zeros_like, c), donate_argnums=0)(cache)
     allocator.free(handles)
-    assert pending.result(60).pages == 9
+    assert pending.result(60).num_pages == 9
     assert pending.done
     assert (tmp_path / "behind").read_bytes() == (tmp_path / "now").read_bytes()
     other = make_allocator(24)
@@ -432,7 +432,7 @@ def test_metadata_and_figures_are_read_without_pages(tmp_path, unchecked):
     )
     info = verify_snapshot(tmp_path / "s")
     assert info.metadata == told and info.id == saved.id and info.fingerprint == b"f"
-    assert (info.sequences, info.tokens, info.pages, info.cached_pages) == (5, 28, 9, 3)
+    assert (info.sequences, info.tokens, info.num_pages, info.cached_pages) == (5, 28, 9, 3)
     assert info.file_bytes == (tmp_path / "s").stat().st_size
     assert seen == sorted(seen) and seen[-1][0] <= seen[-1][1] == info.file_bytes
     for bad in ({"a": []}, {1: "a"}, {"a": 2**63}, ["a"], {"a": b"x"}):

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from paged_decode import SamplingParams
+from paged_decode import BlockAllocator, SamplingParams
 from paged_decode.faults import FaultPlan, Faults
 from paged_decode.policies import (
     Cheaper,
@@ -16,7 +16,6 @@ from paged_decode.policies import (
     LowestPriority,
     MustFit,
     Priority,
-    Ranked,
     Recompute,
     Watermark,
 )
@@ -145,12 +144,21 @@ def test_the_lowest_priority_gives_way_and_the_highest_never_does():
 
 
 def test_pages_of_high_priority_outlive_others():
-    policy = Ranked(Priority())
-    for page in (3, 5, 7):
-        policy.publish(page, 0)
-        policy.add(page)
-    policy.prioritize([3, 99], 2)
-    assert [policy.pop() for _ in range(3)] == [5, 7, 3]
+    allocator = BlockAllocator(8, 2, eviction=Priority())
+    prompts = [[token, token] for token in (1, 2, 3, 4)]
+    handles = [allocator.allocate(prompt) for prompt in prompts]
+    pages = [allocator.sequence(handle).pages[0] for handle in handles]
+    allocator.commit(handles, 2)
+    allocator.free(handles[:3])
+    allocator.prioritize([pages[0], pages[3], 7], 2)  # cached, cached with an owner, free
+    allocator.free(handles[3])
+    allocator.allocate_pages(5)
+    found = [allocator.match_prefix([*prompt, 9]) for prompt in prompts]
+    assert found == [2, 0, 0, 2]
+    allocator.prioritize([pages[0]], -1)
+    allocator.allocate_pages(1)
+    assert [allocator.match_prefix([*prompt, 9]) for prompt in prompts] == [0, 0, 0, 2]
+    allocator.check_invariants()
 
 
 def test_the_cheaper_way_changes_sides_where_the_cost_model_says():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from paged_decode import BlockAllocator, SamplingParams
+from paged_decode.allocator.eviction import EvictionQueue
 from paged_decode.policies import (
     FIFO,
     LFU,
@@ -14,7 +15,6 @@ from paged_decode.policies import (
     LastAdmitted,
     LeastComputed,
     MostPages,
-    Ranked,
 )
 
 from ..tiny import dense_greedy, make_engine, prompts
@@ -25,21 +25,21 @@ class ByLastUse:
         return (page.last_used,)
 
 
-def use(policy, page):
-    policy.remove(page)
-    policy.add(page)
+def use(queue, page):
+    queue.remove(page)
+    queue.add(queue.plan([page]))
 
 
 def filled(rank, pages=(3, 5, 7)):
-    policy = Ranked(rank)
+    queue = EvictionQueue(rank)
     for depth, page in enumerate(pages):
-        policy.publish(page, depth)
-        policy.add(page)
-    return policy
+        queue.publish(page, depth)
+        queue.add(queue.plan([page]))
+    return queue
 
 
-def drained(policy, count=3):
-    return [policy.pop() for _ in range(count)]
+def drained(queue, count=3):
+    return [queue.pop() for _ in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -55,17 +55,17 @@ def drained(policy, count=3):
     ],
 )
 def test_each_rank_evicts_in_the_order_computed_by_hand(rank, order):
-    policy = filled(rank)
+    queue = filled(rank)
     for page in (5, 3, 3):  # uses: page 3 three, page 5 two, page 7 one
-        use(policy, page)
-    assert (list(policy), len(policy), 3 in policy) == (order, 3, True)
-    assert drained(policy) == order
+        use(queue, page)
+    assert (queue.order(), len(queue)) == (order, 3)
+    assert drained(queue) == order
 
 
 def test_a_rank_equal_to_lru_gives_the_page_ids_of_lru():
     allocators = [
         BlockAllocator(20, 2, hash_key=b"k"),
-        BlockAllocator(20, 2, hash_key=b"k", eviction=Ranked(ByLastUse())),
+        BlockAllocator(20, 2, hash_key=b"k", eviction=ByLastUse()),
     ]
     rng = np.random.default_rng(0)
     for _ in range(2000):
@@ -82,20 +82,20 @@ def test_a_rank_equal_to_lru_gives_the_page_ids_of_lru():
 
 
 def test_a_page_that_left_the_cache_starts_anew():
-    policy = filled(LFU())
-    use(policy, 3)
-    policy.remove(3)
-    policy.forget(3)
-    policy.publish(3, 0)
-    policy.add(3)
-    assert drained(policy) == [5, 7, 3]
+    queue = filled(LFU())
+    use(queue, 3)
+    queue.remove(3)
+    queue.forget(3)
+    queue.publish(3, 0)
+    queue.add(queue.plan([3]))
+    assert drained(queue) == [5, 7, 3]
 
 
 def test_the_heap_stays_small_however_often_pages_are_used():
-    policy = filled(LFU())
+    queue = filled(LFU())
     for _ in range(10_000):
-        use(policy, 3)
-    assert len(policy._heap) <= 2 * 3 + 65
+        use(queue, 3)
+    assert len(queue._heap) <= 2 * 3 + 65
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_every_victim_policy_leaves_the_greedy_tokens_as_they_are(victim):
 
 def test_a_restored_cache_is_evicted_in_the_order_of_the_saved_one():
     def filled_allocator():
-        allocator = BlockAllocator(20, 2, hash_key=b"k", eviction=Ranked(LFU()))
+        allocator = BlockAllocator(20, 2, hash_key=b"k", eviction=LFU())
         return allocator
 
     old = filled_allocator()
@@ -137,6 +137,6 @@ def test_a_restored_cache_is_evicted_in_the_order_of_the_saved_one():
     new.import_state(state, pages)
     new.check_invariants()
     moved = dict(zip(where.pages.tolist(), pages, strict=True))
-    depth = {page: known.depth for page, known in new._cache.policy._known.items()}
-    assert sorted(depth.values()) == [0, 0, 0, 1, 1, 1]
-    assert [moved[p] for p in old._cache.policy] == list(new._cache.policy)
+    depths = [new._cache.eviction.known[page].depth for page in pages]
+    assert sorted(depths) == [0, 0, 0, 1, 1, 1]
+    assert [moved[p] for p in old._cache.eviction.order()] == new._cache.eviction.order()

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from paged_decode.policies import FIFO, Ranked
+from paged_decode.policies import FIFO
 from paged_decode.pressure import (
     chats,
     hit_rate,
@@ -43,7 +43,7 @@ def plain_hit_rate(capacity: int, touch: bool) -> float:
 @pytest.mark.parametrize("capacity", [300, 1000, 3000, 10_000])
 @pytest.mark.parametrize("name", ["lru", "fifo"])
 def test_the_hit_rate_curve_is_that_of_a_plain_dictionary(capacity, name):
-    eviction = Ranked(FIFO()) if name == "fifo" else None
+    eviction = FIFO() if name == "fifo" else None
     wanted = plain_hit_rate(capacity, touch=name == "lru")
     assert hit_rate(TRACE, capacity, eviction) == pytest.approx(wanted, abs=0.003)
 

@@ -1,0 +1,406 @@
+"""Every change of an allocator in two halves: a plan, and the function that carries it out.
+
+A plan looks at arguments and pages, calls what a user's objects have to say (a rank, a digest),
+makes room in the tables, and raises; nothing that can be seen has changed then. What it returns
+changes everything at once and cannot fail. So a call over several groups of layers, and over
+several shards, first makes all its plans and then carries all of them out.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import islice
+from typing import NamedTuple, TypeAlias, TypeVar
+
+import numpy as np
+
+from .arguments import Ints, as_ints
+from .batch import PageCopies, Prepared
+from .errors import PageTableError, SequenceTooLong
+from .framing import Frame, fill_span
+from .groups import PageGroup, PageTable
+from .growth import Growth, apply_growth, plan_growth
+from .pool import PagePool, Release
+from .prefix import CacheEntry, Namespace, PrefixCache
+from .prompt import PromptKey
+from .publication import Publication, plan_publication, publish
+from .rows import Handle, RowTable
+from .state import AllocatorState
+from .state_rules import check_state
+from .transfer import adopt_state, plan_adoption
+
+__all__ = ["Bookkeeping", "Growing", "Plan"]
+
+T = TypeVar("T")
+Plan: TypeAlias = Callable[[], T]
+
+_MANY = 2**32  # tokens: more than any pool holds, and far from overflow
+
+
+class Growing(NamedTuple):
+    """What a call takes for rows of `start` tokens that are to have `stop`: a plan for each group.
+
+    `needed` pages are those of the longest row.
+    """
+
+    start: np.ndarray
+    stop: np.ndarray
+    needed: int
+    groups: list[Growth]
+
+    @property
+    def held(self) -> int:
+        """The most pages that a row holds now."""
+        return max(int(g.held[g.held.argmax()]) if len(g.held) else 0 for g in self.groups)
+
+
+class Cut(NamedTuple):
+    """What rows let go of in one group: the columns that they keep, and the pages behind those."""
+
+    ends: np.ndarray
+    release: Release
+    num_pages: int
+
+
+class Bookkeeping:
+    """The rows of one allocator, and where they lie in every group of layers.
+
+    `row` is int64 `[B]` everywhere: rows of distinct live handles.
+    """
+
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        cache: PrefixCache,
+        *,
+        caching: bool,
+        shard: int = 0,
+        num_shards: int = 1,
+    ):
+        self.rows = RowTable(shard, num_shards)
+        pool, table = PagePool(num_pages, page_size, cache), PageTable(len(self.rows))
+        group = PageGroup(pool, table, shard * num_pages, num_shards * num_pages)
+        self.groups = (group,)
+        self.main, self.cache = group, cache  # the first group is full, and has the tokens
+        self.caching = caching
+
+    # ---- the start and the end of a sequence
+
+    def match(self, key: PromptKey) -> list[CacheEntry]:
+        """Entries for the leading full pages of a prompt, its last token left out."""
+        pool = self.main.pool
+        if not self.caching:
+            return []
+        pages = key.pages(len(key) - 1, pool.page_size)
+        digests = key.digests(pool.cache, pool.page_size)
+        namespace = key.namespace(pool.cache, pool.page_size)
+        return pool.cache.match(namespace, islice(digests, len(pages)), pages, pool.tokens)
+
+    def plan_allocate(self, key: PromptKey, keep_free: int) -> Plan[Handle]:
+        """`BlockAllocator.allocate`."""
+        rows, pool, table = self.rows, self.main.pool, self.main.table
+        num_pages = pool.pages_for(len(key))
+        if num_pages > pool.usable:
+            raise SequenceTooLong(
+                f"tokens has {len(key)} entries and needs {num_pages} pages of "
+                f"{pool.page_size}, but the whole pool has {pool.usable}; shorten it, or "
+                "create a larger pool"
+            )
+        entries = self.match(key)
+        namespace = key.namespace(pool.cache, pool.page_size)
+        hits = np.array([entry.page for entry in entries], np.int32)
+        revived, num_new = int((pool.refs[hits] == 0).sum()), num_pages - len(hits)
+        pool.require(num_new + revived + keep_free)
+        self._make_room(1, num_pages)
+        found, known = len(hits) * pool.page_size, key.known(pool.cache, pool.page_size)
+
+        def apply() -> Handle:
+            pool.share(hits)  # first: from here on they cannot be evicted for the new pages
+            pages = np.concatenate([hits, pool.take(num_new)])
+            row = rows.open(namespace)
+            table.set(row, pages)
+            rows.chains[row] = entries
+            rows.digests[row] = known
+            rows.length[row] = len(key)
+            rows.computed[row] = rows.cached[row] = found
+            rows.described[row] = found
+            pool.store(pages[len(hits) :], key.tokens[found:])
+            pool.cache.count_query(len(key), found)
+            return rows.name(row)
+
+        return apply
+
+    def plan_fork(self, row: np.ndarray, n: int) -> Plan[list[Handle]]:
+        """`BlockAllocator.fork` of one row."""
+        rows, parent = self.rows, int(row[0])
+        self._make_room(n)
+
+        def apply() -> list[Handle]:
+            length = int(rows.length[parent])
+            held = [g.table.pages(parent)[: g.pool.pages_for(length)].copy() for g in self.groups]
+            for group, pages in zip(self.groups, held, strict=True):
+                group.pool.share(pages, n)
+            children = [rows.copy(parent) for _ in range(n)]
+            for child in children:
+                for group, pages in zip(self.groups, held, strict=True):
+                    group.table.set(child, pages)
+            return [rows.name(child) for child in children]
+
+        return apply
+
+    def plan_free(self, row: np.ndarray) -> Plan[None]:
+        """`BlockAllocator.free`."""
+        cuts = self._plan_cut(row, np.zeros_like(row))
+
+        def apply() -> None:
+            self._cut(row, cuts)
+            for each in row.tolist():
+                self.rows.close(each)
+
+        return apply
+
+    # ---- growth
+
+    def plan_growth(self, row: np.ndarray, count: np.ndarray | int) -> Growing:
+        """Pages for `count` more tokens of each row, in every group."""
+        pool = self.main.pool
+        start = self.rows.length.take(row)
+        stop = start + (count if isinstance(count, int) else np.minimum(count, _MANY))
+        at = int(stop.argmax()) if stop.size else 0  # faster than `max`
+        longest = int(stop[at]) if stop.size else 0
+        if longest > pool.usable * pool.page_size:
+            raise SequenceTooLong(
+                f"sequence {self.rows.name(int(row[at]))} of {start[at]} tokens cannot grow by "
+                f"{np.broadcast_to(count, row.shape)[at]}: the whole pool holds "
+                f"{pool.usable * pool.page_size} tokens ({pool.usable} pages of "
+                f"{pool.page_size}); stop it here, or create a larger pool"
+            )
+        growths = [plan_growth(group, row, start, stop) for group in self.groups]
+        needed = pool.pages_for(longest)
+        self._make_room(0, needed)
+        return Growing(start, stop, needed, growths)
+
+    def grow(self, growing: Growing) -> list[Prepared]:
+        """Carry it out; lengths are what they were."""
+        pairs = zip(self.groups, growing.groups, strict=True)
+        return [apply_growth(group, growth) for group, growth in pairs]
+
+    def append(
+        self, row: np.ndarray, token: np.ndarray, count: np.ndarray, growing: Growing
+    ) -> PageCopies:
+        """`BlockAllocator.append` of the first `count[b]` of `token` `[B, k]`."""
+        (prepared,) = self.grow(growing)
+        at, step = (np.arange(token.shape[1]) < count[:, None]).nonzero()
+        slots = self.main.slots(row[at], growing.start[at] + step)
+        self.main.pool.tokens.reshape(-1)[slots] = token[at, step]
+        described = np.minimum(self.rows.described[row], growing.start)
+        self.rows.length[row] = growing.start + count
+        self.rows.describe(row, described)
+        return prepared.copies
+
+    def advance(
+        self,
+        row: np.ndarray,
+        token: np.ndarray,
+        count: np.ndarray | None,
+        growing: Growing,
+        frame: Frame,
+        at: slice | np.ndarray,
+    ) -> PageCopies:
+        """`BlockAllocator.advance`: fills these places of the frame; `count` None is one each."""
+        start, rows, size = growing.start, self.rows, self.main.pool.page_size
+        if count is not None:
+            copies = self.append(row, token, count, growing)
+            self.describe(row, start, start + count, frame, at)()
+            return copies
+        (prepared,) = self.grow(growing)
+        offset = start & (size - 1)
+        for number, (group, growth) in enumerate(zip(self.groups, growing.groups, strict=True)):
+            pages, entries = growth.tail, (row[growth.places], growth.columns)
+            if growth.places.size:
+                pages[growth.places] = group.table.ids[entries]
+            slots = pages * size + offset
+            if number == 0:
+                group.pool.tokens.reshape(-1)[slots] = token[:, 0]
+            frame.groups[number][1][at, 0] = group.whole(slots, size)
+            frame.put(number, group, at, row)
+        frame.tokens[at], frame.seq_lens[at], frame.positions[at, 0] = token, growing.stop, start
+        rows.length[row] = growing.stop
+        return prepared.copies
+
+    def plan_trim(self, row: np.ndarray) -> Plan[int]:
+        """`BlockAllocator.trim`."""
+        return partial(self._cut, row, self._plan_cut(row, self.rows.length[row]))
+
+    def plan_truncate(self, row: np.ndarray, length: np.ndarray) -> Plan[None]:
+        """`BlockAllocator.truncate`."""
+        rows, pool, table = self.rows, self.main.pool, self.main.table
+        size, have = pool.page_size, rows.length[row]
+        if (longer := length > have).any():
+            at = int(longer.argmax())
+            raise ValueError(
+                f"length must be at most the sequence's length {have[at]}, got {length[at]}"
+            )
+        cuts = self._plan_cut(row, length)
+        tail = np.where(length % size, table.ids[row, length // size], 0)
+        owners = pool.refs[tail] - cuts[0].release.owners_of(tail)
+        unpublished = tail[pool.cache.published[tail] & (owners == 1)].tolist()
+
+        def apply() -> None:
+            self._cut(row, cuts)
+            for each, keep in zip(row.tolist(), length.tolist(), strict=True):
+                rows.cut(each, keep, keep // size)
+            for page in unpublished:
+                pool.unpublish(page)
+            pool.stamp(tail)  # their last slots may be written again
+
+        return apply
+
+    # ---- what is computed, and what can be found
+
+    def describe(
+        self,
+        row: np.ndarray,
+        begin: np.ndarray,
+        end: np.ndarray,
+        frame: Frame,
+        at: slice | np.ndarray,
+    ) -> Plan[None]:
+        """`BlockAllocator.batch`: fills these places of the frame; the rest is to take note."""
+        rows = self.rows
+        fill_span(frame, at, self.groups, rows, row, begin, end)
+        before = np.minimum(rows.described[row], rows.length[row])
+        after = np.where(begin <= before, np.maximum(before, end), before)
+        return partial(rows.describe, row, after)
+
+    def plan_commit(self, row: np.ndarray, computed: np.ndarray | None) -> Plan[None]:
+        """`BlockAllocator.commit`; None: of all that batches have described."""
+        rows, size = self.rows, self.main.pool.page_size
+        length, before = rows.length[row], rows.computed[row]
+        described = np.minimum(rows.described[row], length)
+        if computed is None:
+            computed = described
+        if ((excess := computed - length) > 0).any():
+            at = int(excess.argmax())
+            raise ValueError(
+                f"computed must be at most the length, got {computed[at]} for a sequence of "
+                f"{length[at]} tokens; append first"
+            )
+        computed = np.maximum(computed, before)
+        full = computed // size
+        fuller = (full > before // size).nonzero()[0].tolist() if self.caching else ()
+        plans: list[Publication] = [
+            plan_publication(self.main, rows, int(row[at]), int(full[at]))
+            for at in fuller
+            if not rows.private[row[at]]
+        ]
+
+        def apply() -> None:
+            rows.computed[row] = computed
+            if np.count_nonzero(computed > described):
+                rows.describe(row, np.maximum(computed, described))
+            for plan in plans:
+                publish(self.main, rows, plan)
+
+        return apply
+
+    def withdraw(self, row: np.ndarray) -> None:
+        """`BlockAllocator.withdraw`."""
+        for each in row.tolist():
+            pages = self.main.table.pages(each)
+            for page in pages[self.cache.published[pages]].tolist():
+                self.main.pool.unpublish(page)
+
+    def plan_renewal(self, generation: bytes | None, weights: bytes | None = None) -> Plan[None]:
+        """Empty the prefix cache, with another root for every digest from then on.
+
+        Who holds pages is private afterwards, who holds none begins anew. None keeps the root, or
+        what a snapshot calls the weights.
+        """
+        cache, rows, live = self.cache, self.rows, self.rows.live.tolist()
+        new = cache.generation if generation is None else generation
+        keys = {rows.namespaces[row].key for row in live}
+        roots = {key: Namespace(key, cache.root_digest(key, new)) for key in keys}
+
+        def apply() -> None:
+            cache.generation = new
+            if weights is not None:
+                cache.num_updates, cache.weights = cache.num_updates + 1, weights
+            for row in live if generation is not None else ():
+                if rows.private[row] or any(g.table.end[row] for g in self.groups):
+                    rows.make_private(row)
+                rows.namespaces[row], rows.digests[row] = roots[rows.namespaces[row].key], []
+            self.main.pool.clear_cache()
+
+        return apply
+
+    def plan_prioritize(self, pages: Iterable[int], priority: int) -> Plan[None]:
+        """`BlockAllocator.prioritize`, of pages with ids from 0."""
+        eviction = self.cache.eviction
+        return partial(eviction.set_priority, eviction.plan_priority(pages, priority))
+
+    # ---- pages outside sequences
+
+    def plan_take_raw(self, count: int) -> Plan[list[int]]:
+        """`BlockAllocator.allocate_pages`."""
+        pool, base = self.main.pool, self.main.base
+        pool.require(count)
+        return lambda: [base + page for page in pool.take_raw(count)]
+
+    def plan_free_raw(self, pages: np.ndarray) -> Plan[None]:
+        """`BlockAllocator.free_pages`, with ids from 0."""
+        pool = self.main.pool
+        return partial(pool.release_raw, pool.plan_raw_release(pages, self.main.base))
+
+    def plan_import(
+        self, state: AllocatorState, pages: Ints, *, private: bool
+    ) -> Plan[list[Handle]]:
+        """`BlockAllocator.import_state`."""
+        pool, rows, ids = self.main.pool, self.rows, as_ints("pages", pages)
+        if ids.shape != (state.num_pages,) or len(np.unique(ids)) != len(ids):
+            raise ValueError(f"pages must be {state.num_pages} different page ids, got {ids}")
+        if ids.size and (ids.min() < 1 or ids.max() > pool.usable):
+            raise ValueError(f"pages must be from 1 to {pool.usable}, got {ids}")
+        if not pool.raw[ids].all():
+            raise PageTableError("pages must be from allocate_pages, and not freed since")
+        if state.page_size != pool.page_size:
+            raise PageTableError(f"page size {state.page_size} is not this pool's {pool.page_size}")
+        check_state(state)
+        if private and len(state.entry_pages):
+            raise ValueError("a state with cached pages cannot be private; drop its entries first")
+        plan = plan_adoption(pool, state, ids, caching=self.caching, private=private)
+        self._make_room(len(state.lengths), int(state.page_counts.max(initial=0)))
+
+        def apply() -> list[Handle]:
+            opened = adopt_state(self.main, rows, state, ids, plan, private=private)
+            return [rows.name(row) for row in opened]
+
+        return apply
+
+    # ---- steps that several plans share
+
+    def _make_room(self, num_rows: int, num_pages: int = 0) -> None:
+        if num_rows:
+            self.rows.make_room(num_rows)
+        for group in self.groups:
+            if num_rows or num_pages >= group.table.ids.shape[1]:
+                group.table.make_room(len(self.rows), num_pages)
+
+    def _plan_cut(self, row: np.ndarray, length: np.ndarray) -> list[Cut]:
+        """For every group: let go of the pages that only tokens from `length[b]` on need."""
+        cuts = []
+        for pool, table, *_ in self.groups:
+            ends = -(-length // pool.page_size)
+            pairs = zip(row.tolist(), ends.tolist(), strict=True)
+            gone = [table.beyond(each, end)[::-1] for each, end in pairs]
+            pages = np.concatenate(gone) if gone else np.empty(0, np.int32)
+            cuts.append(Cut(ends, pool.plan_release(pages), len(pages)))
+        return cuts
+
+    def _cut(self, row: np.ndarray, cuts: list[Cut]) -> int:
+        """Carry it out; returns how many pages the rows had there."""
+        for (pool, table, *_), cut in zip(self.groups, cuts, strict=True):
+            for each, end in zip(row.tolist(), cut.ends.tolist(), strict=True):
+                table.cut(each, end)
+            pool.release(cut.release)
+        return sum(cut.num_pages for cut in cuts)
