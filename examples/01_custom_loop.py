@@ -27,24 +27,20 @@ def step(model, params, cache, batch):
     return jnp.argmax(logits, axis=-1), cache
 
 
-def make_params():
+def make():
+    """Weights, a cache of 32 pages, and who owns which of them."""
     shapes = dict(embed=(VOCAB, 64), place=(64, 64), out=(64, VOCAB))
     shapes |= dict(q=(64, HEADS * DIM), k=(64, KV_HEADS * DIM), v=(64, KV_HEADS * DIM))
     keys = iter(jax.random.split(jax.random.key(0), len(shapes)))
-    return {name: jax.random.normal(next(keys), s) / 4 for name, s in shapes.items()}
-
-
-def make_cache():
-    """32 pages, page 0 among them, and who owns which."""
+    params = {name: jax.random.normal(next(keys), s) / 4 for name, s in shapes.items()}
     cache = KVCache.create(
         num_layers=1, num_pages=32, num_kv_heads=KV_HEADS, page_size=PAGE, head_dim=DIM
     )
-    return cache, BlockAllocator(num_pages=32, page_size=PAGE)
+    return params, cache, BlockAllocator(num_pages=32, page_size=PAGE)
 
 
 def main():
-    params = make_params()
-    cache, allocator = make_cache()
+    params, cache, allocator = make()
     prompts = [[3, 1, 4, 1, 5], [9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3, 2]]
     handles = [allocator.allocate(prompt) for prompt in prompts]  # pages for every prompt token
 

@@ -31,8 +31,7 @@ def many_steps(model, params, cache, newest, batch):
 
 
 def main():
-    params = loop.make_params()
-    cache, allocator = loop.make_cache()
+    params, cache, allocator = loop.make()
     prompts = [[3, 1, 4, 1, 5], [9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3, 2]]
     handles = [allocator.allocate(prompt) for prompt in prompts]
     lengths = np.array([len(prompt) for prompt in prompts])
