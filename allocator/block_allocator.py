@@ -1,6 +1,6 @@
 """The block allocator: sequences of tokens, mapped to pages of one pool."""
 
-from typing import Any, SupportsIndex
+from typing import SupportsIndex
 
 import numpy as np
 
@@ -67,19 +67,10 @@ class BlockAllocator(AllocatorCalls):
         cache = PrefixCache(
             num_pages, hash_key=hash_key, fingerprint=fingerprint, eviction=eviction, digest=digest
         )
-        self._adopt(Bookkeeping(num_pages, page_size, cache, caching=prefix_cache))
-
-    def _adopt(self, books: Bookkeeping, lock: Any = None) -> None:
-        super().__init__((books,), lock)
+        books = Bookkeeping(num_pages, page_size, cache, caching=prefix_cache)
+        super().__init__((books,))
         self._books, self._rows = books, books.rows
         self._pool, self._cache = books.main.pool, books.cache
-
-    @classmethod
-    def _of_shard(cls, books: Bookkeeping, lock: Any) -> "BlockAllocator":
-        """One shard of a `ShardedAllocator`, to read from; its pages keep their ids and locks."""
-        shard = cls.__new__(cls)
-        shard._adopt(books, lock)
-        return shard
 
     @atomic
     def export_state(

@@ -199,7 +199,7 @@ class PrefixCache:
         """Whether the entry can still be found."""
         return self.by_page.get(entry.page) is entry
 
-    def num_lost(self, borrows: bool | np.bool_) -> int:
+    def num_lost(self, borrows: int) -> int:
         """How many entries were forgotten that may have stood for a page of a row.
 
         An entry on one of its own pages can only be withdrawn; one that it borrows from another

@@ -41,7 +41,7 @@ def plan_publication(group: PageGroup, rows: RowTable, row: int, full: int) -> P
     """
     chain, cache = rows.chains[row], group.pool.cache
     keep = len(chain)
-    if rows.chain_seen[row] != cache.num_lost(rows.borrows[row]):
+    if rows.chain_seen[row] != cache.num_lost(int(rows.borrows[row])):
         live = map(cache.is_live, chain)
         keep = next((i for i, alive in enumerate(live) if not alive), keep)
     digests = digests_of(group, rows, row, full)[keep:]

@@ -18,16 +18,6 @@ ROW_MASK = 0xFFFF_FFFF
 ALL = 2**62  # in `described`: more tokens than any sequence has
 _VACANT = -1  # no handle: it names row 2**32 - 1
 _NOWHERE = Namespace(b"", b"")  # of a vacant row
-_COLUMNS: dict[str, type] = dict(
-    generation=np.int64,
-    length=np.int64,
-    computed=np.int64,
-    cached=np.int64,
-    described=np.int64,
-    chain_seen=np.int64,
-    borrows=bool,
-    private=bool,
-)
 
 
 def as_handles(handles: Ints) -> np.ndarray:
@@ -73,12 +63,12 @@ class SequenceInfo:
 
 
 class RowTable:
-    """What a sequence is, wherever its pages lie. Struct of arrays with R rows that doubles.
+    """What a sequence is, wherever its pages lie: int64 columns `[R]` that double. Flags are 0, 1.
 
     Of several shards, the tables share one numbering of rows: row r of shard i is r * shards + i.
 
     Attributes:
-      handle: int64 `[R]`, -1 where the row is vacant.
+      handle: -1 where the row is vacant.
       generation: how often the row was used.
       length, computed, cached: as in `SequenceInfo`.
       described: tokens from the start that batches have described, which are computed once the
@@ -105,8 +95,8 @@ class RowTable:
     def __init__(self, shard: int = 0, num_shards: int = 1) -> None:
         self._shard, self._num_shards = shard, num_shards
         self.handle = np.full(8, _VACANT, np.int64)
-        for name, dtype in _COLUMNS.items():
-            setattr(self, name, np.zeros(8, dtype))
+        for name in _COLUMNS:
+            setattr(self, name, np.zeros(8, np.int64))
         self.namespaces = [_NOWHERE] * 8
         self.digests: list[list[bytes]] = [[] for _ in range(8)]
         self.chains: list[list[CacheEntry]] = [[] for _ in range(8)]
@@ -214,6 +204,9 @@ class RowTable:
         raise StaleHandle(
             f"handle {bad} names no live sequence: it was freed, or this allocator never made it"
         )
+
+
+_COLUMNS = tuple(RowTable.__annotations__)
 
 
 def _doubled(column: np.ndarray) -> np.ndarray:

@@ -4,12 +4,12 @@ import secrets
 from typing import Any, SupportsIndex
 
 from .arguments import as_count
-from .block_allocator import BlockAllocator
 from .bookkeeping import Bookkeeping
 from .calls import AllocatorCalls
 from .eviction import EvictionRank
 from .pool import check_pool_size
 from .prefix import Digest, PrefixCache
+from .view import AllocatorView
 
 __all__ = ["ShardedAllocator"]
 
@@ -72,9 +72,9 @@ class ShardedAllocator(AllocatorCalls):
         )
 
     @property
-    def shards(self) -> tuple[BlockAllocator, ...]:
+    def shards(self) -> tuple[AllocatorView, ...]:
         """The parts, to read from: handles and page ids are those of the whole."""
-        return tuple(BlockAllocator._of_shard(books, self._lock) for books in self._shards)
+        return tuple(AllocatorView((books,), self._lock) for books in self._shards)
 
     def shard_of(self, handle: SupportsIndex) -> int:
         """On which shard a sequence lives."""

@@ -28,7 +28,6 @@ def step(model, params, cache, batch):
 
 
 def make():
-    """Weights, a cache of 32 pages, and who owns which of them."""
     shapes = dict(embed=(VOCAB, 64), place=(64, 64), out=(64, VOCAB))
     shapes |= dict(q=(64, HEADS * DIM), k=(64, KV_HEADS * DIM), v=(64, KV_HEADS * DIM))
     keys = iter(jax.random.split(jax.random.key(0), len(shapes)))

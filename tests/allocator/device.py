@@ -14,6 +14,7 @@ from paged_decode.allocator import (
     PageState,
     ShardedAllocator,
 )
+from paged_decode.allocator.view import AllocatorView
 
 POISON = -1
 
@@ -87,8 +88,13 @@ def prefill(allocator: BlockAllocator, device: Device, handle: int) -> None:
 def freeze(allocator: BlockAllocator | ShardedAllocator) -> Any:
     """A copy of all bookkeeping that can be compared: ids, counts, order of eviction, counters."""
     if isinstance(allocator, ShardedAllocator):
-        return [freeze(shard) for shard in allocator.shards]
-    table, pool, cache = allocator._rows, allocator._pool, allocator._cache
+        return [_freeze(shard) for shard in allocator.shards]
+    return _freeze(allocator)
+
+
+def _freeze(allocator: AllocatorView) -> dict[str, Any]:
+    (books,) = allocator._shards
+    table, pool, cache = books.rows, books.main.pool, books.cache
     live = table.live.tolist()
     return {
         "free": pool.free_pages.tolist(),
