@@ -56,7 +56,7 @@ class Growing(NamedTuple):
 class Cut(NamedTuple):
     """What rows let go of in one group: the columns that they keep, and the pages behind those."""
 
-    ends: np.ndarray
+    ends: list[int]
     release: Release
     num_pages: int
 
@@ -86,15 +86,14 @@ class Bookkeeping:
 
     # ---- the start and the end of a sequence
 
-    def match(self, key: PromptKey) -> list[CacheEntry]:
-        """Entries for the leading full pages of a prompt, its last token left out."""
-        pool = self.main.pool
-        if not self.caching:
-            return []
-        pages = key.pages(len(key) - 1, pool.page_size)
-        digests = key.digests(pool.cache, pool.page_size)
-        namespace = key.namespace(pool.cache, pool.page_size)
-        return pool.cache.match(namespace, islice(digests, len(pages)), pages, pool.tokens)
+    def match(self, key: PromptKey) -> tuple[Namespace, list[CacheEntry]]:
+        """The salt's namespace, and entries for the leading full pages, the last token left out."""
+        cache, size = self.cache, self.main.pool.page_size
+        chain, pages = key.chain(cache, size), key.pages(len(key) - 1, size)
+        if not self.caching or not len(pages):
+            return chain.root, []
+        digests = islice(key.digests(cache, size, chain), len(pages))
+        return chain.root, cache.match(chain.root, digests, pages, self.main.pool.tokens)
 
     def plan_allocate(self, key: PromptKey, keep_free: int) -> Plan[Handle]:
         """`BlockAllocator.allocate`."""
@@ -106,16 +105,18 @@ class Bookkeeping:
                 f"{pool.page_size}, but the whole pool has {pool.usable}; shorten it, or "
                 "create a larger pool"
             )
-        entries = self.match(key)
-        namespace = key.namespace(pool.cache, pool.page_size)
+        namespace, entries = self.match(key)
         hits = np.array([entry.page for entry in entries], np.int32)
-        revived, num_new = int((pool.refs[hits] == 0).sum()), num_pages - len(hits)
+        revived = int((pool.refs[hits] == 0).sum()) if entries else 0
+        num_new = num_pages - len(hits)
         pool.require(num_new + revived + keep_free)
         self._make_room(1, num_pages)
-        found, known = len(hits) * pool.page_size, key.known(pool.cache, pool.page_size)
+        found = len(hits) * pool.page_size
+        known = list(key.chain(pool.cache, pool.page_size).digests)
 
         def apply() -> Handle:
-            pool.share(hits)  # first: from here on they cannot be evicted for the new pages
+            if entries:
+                pool.share(hits)  # first: from here on they cannot be evicted for the new pages
             pages = np.concatenate([hits, pool.take(num_new)])
             row = rows.open(namespace)
             table.set(row, pages)
@@ -150,7 +151,7 @@ class Bookkeeping:
 
     def plan_free(self, row: np.ndarray) -> Plan[None]:
         """`BlockAllocator.free`."""
-        cuts = self._plan_cut(row, np.zeros_like(row))
+        cuts = self._plan_cut(row)
 
         def apply() -> None:
             self._cut(row, cuts)
@@ -243,7 +244,7 @@ class Bookkeeping:
             )
         cuts = self._plan_cut(row, length)
         tail = np.where(length % size, table.ids[row, length // size], 0)
-        owners = pool.refs[tail] - cuts[0].release.owners_of(tail)
+        owners = cuts[0].release.owners_of(tail, pool.refs[tail])
         unpublished = tail[pool.cache.published[tail] & (owners == 1)].tolist()
 
         def apply() -> None:
@@ -386,21 +387,21 @@ class Bookkeeping:
             if num_rows or num_pages >= group.table.ids.shape[1]:
                 group.table.make_room(len(self.rows), num_pages)
 
-    def _plan_cut(self, row: np.ndarray, length: np.ndarray) -> list[Cut]:
-        """For every group: let go of the pages that only tokens from `length[b]` on need."""
-        cuts = []
+    def _plan_cut(self, row: np.ndarray, length: np.ndarray | None = None) -> list[Cut]:
+        """For every group: let go of the pages that only tokens from `length[b]`, or 0, on need."""
+        cuts, rows = [], row.tolist()
         for pool, table, *_ in self.groups:
-            ends = -(-length // pool.page_size)
-            pairs = zip(row.tolist(), ends.tolist(), strict=True)
-            gone = [table.beyond(each, end)[::-1] for each, end in pairs]
+            ends = [0] * len(rows) if length is None else (-(-length // pool.page_size)).tolist()
+            gone = [table.beyond(at, end)[::-1] for at, end in zip(rows, ends, strict=True)]
             pages = np.concatenate(gone) if gone else np.empty(0, np.int32)
-            cuts.append(Cut(ends, pool.plan_release(pages), len(pages)))
+            release = pool.plan_release(pages, several=len(gone) > 1)
+            cuts.append(Cut(ends, release, len(pages)))
         return cuts
 
     def _cut(self, row: np.ndarray, cuts: list[Cut]) -> int:
         """Carry it out; returns how many pages the rows had there."""
         for (pool, table, *_), cut in zip(self.groups, cuts, strict=True):
-            for each, end in zip(row.tolist(), cut.ends.tolist(), strict=True):
+            for each, end in zip(row.tolist(), cut.ends, strict=True):
                 table.cut(each, end)
             pool.release(cut.release)
         return sum(cut.num_pages for cut in cuts)

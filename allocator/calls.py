@@ -269,8 +269,10 @@ class AllocatorCalls(AllocatorView):
         if count > _MAX_FORKS:
             raise ValueError(f"n must be at most {_MAX_FORKS}, got {count}")
         ((books, row, _),) = self._split(as_handle(handle))
-        first = [books.plan_commit(row, None)] if commit else []
-        return _run([*first, books.plan_fork(row, count)])[-1]
+        committed = books.plan_commit(row, None) if commit else lambda: None
+        forked = books.plan_fork(row, count)
+        committed()
+        return forked()
 
     @changing
     def truncate(self, handles: Ints, length: Ints) -> None:
@@ -389,7 +391,9 @@ class AllocatorCalls(AllocatorView):
         if self._only is not None:
             return self._only.plan_allocate(key, keep_free)
         refusals: list[OutOfPages] = []
-        order = [(-len(books.match(key)), -books.main.pool.num_available) for books in self._shards]
+        order = [
+            (-len(books.match(key)[1]), -books.main.pool.num_available) for books in self._shards
+        ]
         for i in sorted(range(len(order)), key=lambda i: (order[i], i)):
             try:
                 return self._shards[i].plan_allocate(key, -(-keep_free // len(order)))

@@ -44,8 +44,8 @@ class PageTable:
 
     def cut(self, row: int, end: int) -> None:
         """Hold no page in columns from `end` on."""
-        if end < self.end[row]:
-            self.beyond(row, end)[:] = 0
+        if end < (held := int(self.end[row])):
+            self.ids[row, end:held] = 0
             self.first[row], self.end[row] = min(end, int(self.first[row])), end
 
     def make_room(self, rows: int, num_pages: int) -> None:

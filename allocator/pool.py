@@ -31,21 +31,20 @@ class Release(NamedTuple):
     """Owners that go: the plan of `PagePool.release`.
 
     Attributes:
-      pages, owners: distinct pages, and how many owners each of them loses.
+      pages, left: distinct pages, and how many owners each of them has then.
       freed: pages without an owner then, in the order in which they become free.
       retired: what the order of eviction needs of those that stay cached.
     """
 
     pages: np.ndarray
-    owners: np.ndarray | int
+    left: np.ndarray
     freed: np.ndarray
     retired: list[int] | list[Queued]
 
-    def owners_of(self, pages: np.ndarray) -> np.ndarray:
-        """How many owners each of these pages loses."""
-        owners = np.broadcast_to(self.owners, self.pages.shape)
-        lost = dict(zip(self.pages.tolist(), owners.tolist(), strict=True))
-        return np.array([lost.get(page, 0) for page in pages.tolist()], np.int64)
+    def owners_of(self, pages: np.ndarray, refs: np.ndarray) -> np.ndarray:
+        """How many owners these pages have then, which have `refs` now."""
+        then = dict(zip(self.pages.tolist(), self.left.tolist(), strict=True))
+        return np.array([then.get(*pair) for pair in zip(pages.tolist(), refs, strict=True)], int)
 
 
 class PagePool:
@@ -136,8 +135,10 @@ class PagePool:
 
     def store(self, pages: np.ndarray, tokens: np.ndarray) -> None:
         """Put the tokens into the slots of these pages, from the first slot on."""
-        slots = pages[:, None] * self.page_size + np.arange(self.page_size)
-        self.tokens.reshape(-1)[slots.reshape(-1)[: len(tokens)]] = tokens
+        full, rest = divmod(len(tokens), self.page_size)
+        self.tokens[pages[:full]] = tokens[: len(tokens) - rest].reshape(full, self.page_size)
+        if rest:
+            self.tokens[pages[full], :rest] = tokens[-rest:]
 
     def share(self, pages: np.ndarray, owners: int = 1) -> None:
         """Give distinct pages more owners; cached pages without owner come back to life."""
@@ -146,25 +147,29 @@ class PagePool:
         self.refs[pages] += owners
         self.peak_used = max(self.peak_used, self.num_used)
 
-    def plan_release(self, pages: np.ndarray) -> Release:
+    def plan_release(self, pages: np.ndarray, *, several: bool = False) -> Release:
         """Plan to take one owner from each page for every mention of it, in this order.
 
         Pages of a sequence are given from the last to the first, so a deep page is evicted before
-        the shallow ones without which it cannot be found.
+        the shallow ones without which it cannot be found. Pages of `several` may occur again.
         """
-        owners: np.ndarray | int = 1
-        idle = pages
-        if np.count_nonzero(self.refs[pages] != 1):
-            distinct, last, owners = np.unique(pages[::-1], return_index=True, return_counts=True)
-            left = np.sort(len(pages) - 1 - last[self.refs[distinct] == owners])
-            pages, idle = distinct, pages[left]
-        cached = self.cache.published[idle]
+        left, idle = self.refs.take(pages) - 1, pages
+        if np.count_nonzero(left):
+            if several:
+                distinct, last, lost = np.unique(pages[::-1], return_index=True, return_counts=True)
+                left = self.refs[distinct] - lost
+                pages, idle = distinct, pages[np.sort(len(pages) - 1 - last[left == 0])]
+            else:
+                idle = pages[left == 0]
+        cached = self.cache.published.take(idle)
+        if not np.count_nonzero(cached):
+            return Release(pages, left, idle, [])
         retired = self.cache.eviction.plan(idle[cached].tolist())
-        return Release(pages, owners, idle[~cached], retired)
+        return Release(pages, left, idle[~cached], retired)
 
     def release(self, plan: Release) -> None:
         """Carry it out."""
-        self.refs[plan.pages] -= plan.owners
+        self.refs[plan.pages] = plan.left
         self._push(plan.freed)
         self.cache.eviction.add(plan.retired)
 

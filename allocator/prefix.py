@@ -29,6 +29,10 @@ def blake2b_digest(key: bytes, payload: bytes) -> bytes:
     return hashlib.blake2b(payload, digest_size=32, key=key).digest()
 
 
+def _no_digest(value: object) -> TypeError:
+    return TypeError(f"digest must return bytes, got {type(value).__name__}")
+
+
 def new_generation() -> bytes:
     """A name for weights that nobody else has."""
     return secrets.token_bytes(16)
@@ -136,14 +140,23 @@ class PrefixCache:
         root = b"n" + width + self.fingerprint + key
         if generation:
             root = b"g" + len(generation).to_bytes(8, "little") + generation + root
-        return self._digested(root)
+        digest = self._digest(self._hash_key, root)
+        if type(digest) is not bytes:
+            raise _no_digest(digest)
+        return digest
 
-    def digests(self, parent: bytes, page_tokens: np.ndarray) -> Iterator[bytes]:
-        """Chained digests of the rows of `page_tokens` `[n, S]`; one width for every dtype."""
-        num_bytes = 4 * page_tokens.shape[1]
+    def digests(
+        self, parent: bytes, page_tokens: np.ndarray, known: list[bytes] | None = None
+    ) -> Iterator[bytes]:
+        """Chained digests of the rows of `page_tokens` `[n, S]`, which are added to `known`."""
+        digest, key, num_bytes = self._digest, self._hash_key, 4 * page_tokens.shape[1]
         data = np.ascontiguousarray(page_tokens, "<i4").tobytes()
         for begin in range(0, len(data), num_bytes):
-            parent = self._digested(b"p" + parent + data[begin : begin + num_bytes])
+            parent = digest(key, b"p" + parent + data[begin : begin + num_bytes])
+            if type(parent) is not bytes:
+                raise _no_digest(parent)
+            if known is not None:
+                known.append(parent)
             yield parent
 
     def partial_digests(self, parent: bytes, tokens: np.ndarray, page_size: int) -> Iterator[bytes]:
@@ -153,12 +166,6 @@ class PrefixCache:
             ends = [next(self.digests(parent, page[None, :n])) for n in range(1, len(page) + 1)]
             yield from ends
             parent = ends[-1]
-
-    def _digested(self, payload: bytes) -> bytes:
-        digest = self._digest(self._hash_key, payload)
-        if type(digest) is not bytes:
-            raise TypeError(f"digest must return bytes, got {type(digest).__name__}")
-        return digest
 
     # ---- what can be found
 

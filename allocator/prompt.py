@@ -1,6 +1,8 @@
 """A prompt and its digests, computed once for all who ask."""
 
+import itertools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -8,6 +10,14 @@ from .arguments import Ints, as_prompt
 from .prefix import Namespace, PrefixCache, salt_key
 
 __all__ = ["PromptKey", "as_key"]
+
+
+class Chain(NamedTuple):
+    """Digests of leading full pages, under one scheme (page size, keys, weights)."""
+
+    scheme: tuple[object, ...]
+    root: Namespace
+    digests: list[bytes]
 
 
 class PromptKey:
@@ -30,14 +40,14 @@ class PromptKey:
       5
     """
 
-    __slots__ = ("_known", "cache_salt", "tokens")
+    __slots__ = ("_chain", "cache_salt", "tokens")
 
     def __init__(self, tokens: Ints, *, cache_salt: str | bytes | None = None):
         salt_key(cache_salt)  # refuses a bad one
         self.tokens: np.ndarray = as_prompt("tokens", tokens)
         self.tokens.flags.writeable = False
         self.cache_salt = cache_salt
-        self._known: tuple[object, Namespace, list[bytes]] | None = None
+        self._chain = Chain((), Namespace(b"", b""), [])
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -50,32 +60,20 @@ class PromptKey:
         full = num_tokens // page_size
         return self.tokens[: full * page_size].reshape(full, page_size)
 
-    def namespace(self, cache: PrefixCache, page_size: int) -> Namespace:
-        """Where the chain of its digests begins."""
-        return self._for(cache, page_size)[1]
+    def chain(self, cache: PrefixCache, page_size: int) -> Chain:
+        """What is known of its digests there; whoever computes others makes a new one."""
+        chain, scheme = self._chain, (page_size, *cache.scheme)
+        if chain.scheme != scheme:
+            self._chain = chain = Chain(scheme, cache.namespace(self.cache_salt), [])
+        return chain
 
-    def known(self, cache: PrefixCache, page_size: int) -> list[bytes]:
-        """A copy of those digests of leading full pages that were asked for so far."""
-        return list(self._for(cache, page_size)[2])
-
-    def digests(self, cache: PrefixCache, page_size: int) -> Iterator[bytes]:
+    def digests(self, cache: PrefixCache, page_size: int, chain: Chain) -> Iterator[bytes]:
         """The digest of every full page, one after the other; what was computed stays known."""
-        scheme, root, known = self._for(cache, page_size)
-        yield from known
-        known = list(known)  # another thread may be reading the old one
+        known = list(chain.digests)  # another thread may be reading the old one
+        self._chain = Chain(chain.scheme, chain.root, known)
+        parent = known[-1] if known else chain.root.digest
         pages = self.pages(len(self), page_size)[len(known) :]
-        try:
-            for digest in cache.digests(known[-1] if known else root.digest, pages):
-                known.append(digest)
-                yield digest
-        finally:
-            self._known = scheme, root, known
-
-    def _for(self, cache: PrefixCache, page_size: int) -> tuple[object, Namespace, list[bytes]]:
-        scheme = page_size, *cache.scheme
-        if self._known is None or self._known[0] != scheme:
-            self._known = scheme, cache.namespace(self.cache_salt), []
-        return self._known
+        return itertools.chain(chain.digests, cache.digests(parent, pages, known))
 
 
 def as_key(tokens: Ints | PromptKey, cache_salt: str | bytes | None) -> PromptKey:

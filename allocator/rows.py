@@ -83,7 +83,6 @@ class RowTable:
       vacant: rows to be used next, the last one first.
     """
 
-    generation: np.ndarray
     length: np.ndarray
     computed: np.ndarray
     cached: np.ndarray
@@ -94,9 +93,8 @@ class RowTable:
 
     def __init__(self, shard: int = 0, num_shards: int = 1) -> None:
         self._shard, self._num_shards = shard, num_shards
-        self.handle = np.full(8, _VACANT, np.int64)
-        for name in _COLUMNS:
-            setattr(self, name, np.zeros(8, np.int64))
+        self.handle, self.generation = np.full(8, _VACANT, np.int64), np.zeros(8, np.int64)
+        self._set_columns(np.zeros((len(_COLUMNS), 8), np.int64))
         self.namespaces = [_NOWHERE] * 8
         self.digests: list[list[bytes]] = [[] for _ in range(8)]
         self.chains: list[list[CacheEntry]] = [[] for _ in range(8)]
@@ -138,11 +136,13 @@ class RowTable:
         """Make room for `count` more sequences."""
         while len(self.vacant) < count:
             old = len(self)
-            grown = {name: _doubled(getattr(self, name)) for name in (*_COLUMNS, "_last_seen")}
-            handle = np.concatenate([self.handle, np.full(old, _VACANT, np.int64)])
-            for name, column in grown.items():  # all of them, or none if memory runs out
-                setattr(self, name, column)
-            self.handle = handle
+            none = np.zeros(old, np.int64)
+            columns = np.concatenate([self._columns, np.zeros_like(self._columns)], axis=1)
+            handle = np.concatenate([self.handle, none + _VACANT])
+            generation = np.concatenate([self.generation, none])
+            self._last_seen = np.concatenate([none, none])
+            self._set_columns(columns)  # all of them, or none if memory runs out
+            self.handle, self.generation = handle, generation
             self.chains += [[] for _ in range(old)]
             self.digests += [[] for _ in range(old)]
             self.namespaces += [_NOWHERE] * old
@@ -160,9 +160,7 @@ class RowTable:
     def copy(self, row: int) -> int:
         """Start a sequence like `row`; there is room for it."""
         child = self.open(self.namespaces[row])
-        for name in _COLUMNS:
-            if name != "generation":
-                getattr(self, name)[child] = getattr(self, name)[row]
+        self._columns[:, child] = self._columns[:, row]
         self.digests[child], self.chains[child] = list(self.digests[row]), list(self.chains[row])
         return child
 
@@ -185,12 +183,15 @@ class RowTable:
 
     def close(self, row: int) -> None:
         """End a sequence; its handle is stale from now on."""
-        for name in _COLUMNS:
-            if name != "generation":
-                getattr(self, name)[row] = 0
+        self._columns[:, row] = 0
         self.handle[row], self.namespaces[row] = _VACANT, _NOWHERE
         self.digests[row], self.chains[row] = [], []
         self.vacant.append(row)
+
+    def _set_columns(self, columns: np.ndarray) -> None:
+        self._columns = columns
+        for name, column in zip(_COLUMNS, columns, strict=True):
+            setattr(self, name, column)
 
     def _row(self, handle: np.ndarray) -> np.ndarray:
         number = handle & ROW_MASK
@@ -207,7 +208,3 @@ class RowTable:
 
 
 _COLUMNS = tuple(RowTable.__annotations__)
-
-
-def _doubled(column: np.ndarray) -> np.ndarray:
-    return np.concatenate([column, np.zeros_like(column)])

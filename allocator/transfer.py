@@ -232,6 +232,6 @@ def adopt_state(
     pool.refs[pages[: state.num_owned]] -= 1
     stays = pool.cache.published[plan.idle]
     retired: list[Any] = [each for each, kept in zip(plan.retired, stays, strict=False) if kept]
-    pool.release(Release(plan.idle, 1, plan.idle[~stays], retired))
+    pool.release(Release(plan.idle, np.zeros_like(plan.idle), plan.idle[~stays], retired))
     pool.peak_used = max(pool.peak_used, pool.num_used)
     return opened

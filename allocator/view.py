@@ -119,7 +119,7 @@ class AllocatorView:
         because its logits are wanted.
         """
         key = as_key(tokens, cache_salt)
-        return max(len(books.match(key)) for books in self._shards) * self.page_size
+        return max(len(books.match(key)[1]) for books in self._shards) * self.page_size
 
     @atomic
     def page_digests(
@@ -137,8 +137,9 @@ class AllocatorView:
           partial: add one of a last page that is not full, which the prefix cache never has.
         """
         key, cache, size = as_key(tokens, cache_salt), self._shards[0].cache, self.page_size
-        found, root = list(key.digests(cache, size)), key.namespace(cache, size).digest
-        return found + self._partial(found, root, key.tokens) if partial else found
+        chain = key.chain(cache, size)
+        found = list(key.digests(cache, size, chain))
+        return found + self._partial(found, chain.root.digest, key.tokens) if partial else found
 
     @atomic
     def sequence_digests(
@@ -159,7 +160,7 @@ class AllocatorView:
         """The digest of every leading part of `tokens` `[T]`: of all that `page_digests` can give
         for one of them, with `partial`."""
         key, cache, size = as_key(tokens, cache_salt), self._shards[0].cache, self.page_size
-        root = key.namespace(cache, size).digest
+        root = key.chain(cache, size).root.digest
         return list(cache.partial_digests(root, key.tokens, size))
 
     @property

@@ -192,9 +192,39 @@ def allocator_cases() -> Iterator[tuple[str, Callable[[], float]]]:
     def whole() -> None:
         allocator.free(allocator.allocate(prompts[-1]))
 
+    def steps(crossing: int) -> Callable[[], float]:
+        """15 steps, in each of which that many of the rows begin a page."""
+
+        def run() -> float:
+            for at, handle in enumerate(handles):
+                allocator.truncate(handle, 160)
+                allocator.append([handle], [[7] * (1 + (at // crossing % 15 if crossing else 0))])
+            start = time.perf_counter()
+            for _ in range(14):
+                allocator.advance(array, token)
+            return (time.perf_counter() - start) / 14
+
+        return run
+
+    fresh = iter(range(10**9))
+
+    def publish() -> float:
+        seconds = 0.0
+        for _ in range(32):
+            handle = allocator.allocate(np.arange(256) + 1000 * next(fresh))
+            start = time.perf_counter()
+            allocator.commit([handle], [256])
+            seconds += time.perf_counter() - start
+            allocator.withdraw([handle])
+            allocator.free([handle])
+        return seconds / 32
+
     yield "allocator: advance, arrays", timed(lambda: allocator.advance(array, token), 64)
     yield "allocator: advance, lists", timed(lambda: allocator.advance(handles, tokens), 64)
     yield "allocator: advance and commit", timed(commit, 64)
+    yield "allocator: advance, no new page", steps(0)
+    yield "allocator: advance, 16 new pages", steps(16)
+    yield "allocator: commit, 16 new pages", publish
     yield "allocator: allocate and free", timed(whole, 64)
     yield (
         "allocator: match_prefix, a list",
