@@ -232,10 +232,65 @@ def allocator_cases() -> Iterator[tuple[str, Callable[[], float]]]:
     )
 
 
+def engine_cases() -> Iterator[tuple[str, Callable[[], float]]]:
+    """Visits of an engine that decodes 32 rows, and prefills of prompts, over a small model."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from paged_decode import BlockAllocator, Engine, EngineConfig, KVCache, SamplingParams
+
+    layers, width, heads, dim, vocab = 2, 128, 2, 64, 1000
+    keys = iter(jax.random.split(jax.random.key(0), 2 + 4 * layers))
+    params = {
+        name: jax.random.normal(next(keys), shape) / 8
+        for name, shape in [("embed", (vocab, width)), ("head", (width, vocab))]
+        + [(f"{each}{i}", (width, width)) for i in range(layers) for each in "qkvo"]
+    }
+
+    def model(params: Any, cache: Any, tokens: Any, batch: Any) -> Any:
+        x = params["embed"][tokens]
+        for i in range(layers):
+            q, k, v = ((x @ params[f"{n}{i}"]).reshape(*tokens.shape, heads, dim) for n in "qkv")
+            seen, cache = cache.append_and_attend(i, q, k, v, batch)
+            x = x + jnp.tanh(seen.reshape(*tokens.shape, -1) @ params[f"o{i}"])
+        return x[:, -1] @ params["head"], cache
+
+    sizes: Any = dict(num_layers=layers, num_kv_heads=heads, page_size=16, head_dim=dim)
+    cache = KVCache.create(num_pages=2049, **sizes)
+    shapes = EngineConfig(
+        max_rows=32,
+        row_buckets=(32,),
+        decode_steps=4,
+        prefill_chunk=64,
+        prefill_rows=4,
+        max_sequence_tokens=512,
+    )
+    engine = Engine(model, params, cache, BlockAllocator(2049, 16, hash_key=b"k"), shapes)
+    engine.warmup()
+    rng = np.random.default_rng(0)
+
+    def run(tokens: int, new: int) -> float:
+        for _ in range(32):
+            engine.submit(rng.integers(0, vocab, tokens), SamplingParams(max_new_tokens=new))
+        start, visits = time.perf_counter(), 0
+        while not engine.idle:
+            engine.step()
+            visits += 1
+        return (time.perf_counter() - start) / visits
+
+    yield "engine: a visit, mostly decode", lambda: run(17, 96)
+    yield "engine: a visit, mostly prefill", lambda: run(250, 4)
+
+
 def work(kinds: list[str]) -> None:
     """Name the cases, then run the one whose number comes in, and print its seconds."""
     known = dict(
-        step=step_cases, tracing=tracing_cases, sampling=sampling_cases, allocator=allocator_cases
+        step=step_cases,
+        tracing=tracing_cases,
+        sampling=sampling_cases,
+        allocator=allocator_cases,
+        engine=engine_cases,
     )
     cases = [case for kind in kinds for case in known[kind]()]
     print("\t".join(name for name, _ in cases), flush=True)
@@ -308,7 +363,9 @@ def main() -> None:
     parser.add_argument("before", type=Path, nargs="?")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--name", default="before")
-    parser.add_argument("--kinds", nargs="+", default=["step", "tracing", "sampling", "allocator"])
+    parser.add_argument(
+        "--kinds", nargs="+", default=["step", "tracing", "sampling", "allocator", "engine"]
+    )
     parser.add_argument("--work", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:

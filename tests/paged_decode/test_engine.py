@@ -467,3 +467,15 @@ def test_out_of_pages_is_never_seen_by_the_caller():
     except OutOfPages:
         pytest.fail("the engine must preempt or finish")
     assert_empty(engine)
+
+
+def test_a_prompt_that_waits_is_digested_once():
+    engine, calls = make_engine(max_rows=1, row_buckets=(1,)), []
+    cache = engine.allocator._cache
+    real = cache._digest
+    cache._digest = lambda key, payload: calls.append(payload) or real(key, payload)
+    shared, asked = list(range(12)), prompts(5, low=9, high=20)
+    done = engine.generate([shared + p for p in asked], SamplingParams(max_new_tokens=9))
+    assert [c.tokens for c in done] == [dense_greedy(shared + p, 9) for p in asked]
+    pages = sum((len(shared + p) + 8) // 4 for p in asked)
+    assert pages - 4 * 3 <= len(calls) <= pages + len(asked)  # and a root for each prompt
