@@ -23,7 +23,8 @@ class ShardedAllocator(AllocatorCalls):
     changed nothing, on no shard.
 
     A new sequence goes to the shard that knows most of its prefix, and among equals to the one
-    with most pages to give. A prefix that only another shard has is computed again.
+    with most pages to give. A prefix that only another shard has is computed again. `keep_free` of
+    `allocate` counts pages of the whole pool, of which a shard keeps its part.
 
     Args:
       num_pages: N, a multiple of R, with at least 2 pages a shard.

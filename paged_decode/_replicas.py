@@ -44,7 +44,7 @@ class ReplicatedAllocator(BlockAllocator):
       page_size: as there.
       every: batches between two comparisons. One costs an exchange of 16 bytes.
 
-    Raises (from `batch` and `advance`):
+    Raises (from `batch`, `advance` and `extend`):
       ReplicaMismatch: on every process, when the tables differ.
 
     Example:
@@ -71,8 +71,15 @@ class ReplicatedAllocator(BlockAllocator):
         self._compare(batch)
         return batch, copies
 
+    def extend(self, *args: Any, **options: Any) -> Any:
+        """As `BlockAllocator.extend`, compared over the processes."""
+        batch, copies = super().extend(*args, **options)
+        self._compare(batch)
+        return batch, copies
+
     def _compare(self, batch: DecodeBatch) -> None:
-        for array in (batch.page_table, batch.seq_lens, batch.positions, batch.slots):
+        groups = (array for group in batch.groups for array in (group.page_table, group.slots))
+        for array in (batch.tokens, batch.seq_lens, batch.positions, *groups):
             self._seen.update(repr(array.shape).encode() + array.tobytes())
         self._batches += 1
         if self._batches % self._every:

@@ -68,7 +68,7 @@ def test_a_rank_equal_to_lru_gives_the_page_ids_of_lru():
         BlockAllocator(20, 2, hash_key=b"k", eviction=ByLastUse()),
     ]
     rng = np.random.default_rng(0)
-    for _ in range(2000):
+    for _ in range(700):
         prompt = np.repeat(rng.integers(0, 4, rng.integers(1, 9)), 2)
         seen = []
         for allocator in allocators:
