@@ -39,18 +39,14 @@ _MANY = 2**32  # tokens: more than any pool holds, and far from overflow
 class Growing(NamedTuple):
     """What a call takes for rows of `start` tokens that are to have `stop`: a plan for each group.
 
-    `needed` pages are those of the longest row.
+    `held` and `needed` are the most pages of a row, now and then.
     """
 
     start: np.ndarray
     stop: np.ndarray
+    held: int
     needed: int
     groups: list[Growth]
-
-    @property
-    def held(self) -> int:
-        """The most pages that a row holds now."""
-        return max(int(g.held[g.held.argmax()]) if len(g.held) else 0 for g in self.groups)
 
 
 class Cut(NamedTuple):
@@ -179,7 +175,8 @@ class Bookkeeping:
         growths = [plan_growth(group, row, start, stop) for group in self.groups]
         needed = pool.pages_for(longest)
         self._make_room(0, needed)
-        return Growing(start, stop, needed, growths)
+        held = max([growth.held for growth in growths])
+        return Growing(start, stop, held, needed, growths)
 
     def grow(self, growing: Growing) -> list[Prepared]:
         """Carry it out; lengths are what they were."""

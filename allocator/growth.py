@@ -32,7 +32,7 @@ class Growth(NamedTuple):
     Attributes:
       row: int64 `[B]`.
       tail: int32 `[B]`, the page in whose column the next token lies; 0 where none is there yet.
-      held: int64 `[B]`, the column behind the last page now.
+      held: the most pages that one of the rows has now.
       places, columns: int64 `[n]`, entries of the page table that get a page, which row of the
         batch and which column; tails that are replaced by a copy come first.
       num_copied: how many those are.
@@ -41,7 +41,7 @@ class Growth(NamedTuple):
 
     row: np.ndarray
     tail: np.ndarray
-    held: np.ndarray
+    held: int
     places: np.ndarray
     columns: np.ndarray
     num_copied: int
@@ -72,7 +72,8 @@ def plan_growth(group: PageGroup, row: np.ndarray, start: np.ndarray, stop: np.n
         places = np.concatenate([np.array(copied, np.int64), places])
         columns = np.concatenate([column[copied], columns])
     pool.require(len(places))
-    return Growth(row, tail, held, places, columns, len(copied), unpublished)
+    most = int(held[held.argmax()]) if held.size else 0
+    return Growth(row, tail, most, places, columns, len(copied), unpublished)
 
 
 def _new_entries(
