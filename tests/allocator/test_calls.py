@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -14,7 +16,10 @@ from paged_decode.allocator import (
     StaleHandle,
 )
 from paged_decode.allocator.prefix import blake2b_digest
+from paged_decode.policies import LFU
 
+from .device import freeze
+from .test_machine import Boom, Fuse
 from .test_scenarios import S, computed, counts, make, pages, refuses
 
 KINDS = [lambda n: BlockAllocator(n + 1, S), lambda n: ShardedAllocator(2 * n + 2, S, num_shards=2)]
@@ -291,9 +296,7 @@ def test_one_shard_gives_the_answers_of_a_plain_allocator(seed):
             live.append(answers[0])
         if what == 4:
             live = [h for h in live if h not in some[:1]]
-        assert (
-            one.stats() == two.stats() and one.page_states().tolist() == two.page_states().tolist()
-        )
+        assert one.stats() == two.stats() and freeze(one) == freeze(two)[0]
     two.check_invariants()
 
 
@@ -327,3 +330,64 @@ def test_messages_about_shards_speak_of_the_whole():
         allocator.free([a, b + 2])
     with pytest.raises(Exception, match=r"pages \[10\] were not handed out"):
         allocator.free_pages([10])
+
+
+# ---- what a user's objects raise, in calls that the random programs leave out
+
+
+def at_every_call(allocator, fuse, call):
+    """The answer, after the call has failed with the first, second, ... call of the fuse."""
+    for k in itertools.count(1):
+        before = freeze(allocator)
+        fuse.left = k
+        try:
+            return k, call()
+        except Boom:
+            assert freeze(allocator) == before
+            allocator.check_invariants()
+        finally:
+            fuse.left = 0
+
+
+@both
+def test_new_weights_and_resets_come_whole_or_not_at_all(new):
+    fuse = Fuse(blake2b_digest)
+    options = dict(digest=fuse.digest, eviction=fuse, hash_key=b"k")
+    allocator = (
+        BlockAllocator(41, S, **options)
+        if isinstance(new(4), BlockAllocator)
+        else ShardedAllocator(42, S, num_shards=2, **options)
+    )
+    held = [computed(allocator, range(9 + i)) for i in range(3)]
+    empty = [allocator.allocate([i], cache_salt=str(i)) for i in range(3)]
+    allocator.truncate(empty, 0)
+    tries, _ = at_every_call(allocator, fuse, lambda: allocator.new_weights(b"x"))
+    assert tries > 3 and allocator.generation == allocator.weights == b"x"
+    assert [allocator.sequence(h).private for h in (*held, *empty)] == [True] * 3 + [False] * 3
+    allocator.free(held)
+    tries, done = at_every_call(allocator, fuse, lambda: allocator.reset_prefix_cache())
+    assert tries > 3 and done and allocator.generation != b"x" and allocator.weights == b"x"
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_an_import_comes_whole_or_not_at_all(cached):
+    old = BlockAllocator(41, S, hash_key=b"k", eviction=LFU())
+    live = [computed(old, range(9 + 4 * i)) for i in range(3)]
+    live += old.fork(live[0])
+    for i in range(4):
+        old.free(computed(old, range(20 * i, 20 * i + 9)))
+    state, _ = old.export_state(cached=cached)
+    fuse = Fuse(blake2b_digest)
+    new = BlockAllocator(41, S, hash_key=b"k", digest=fuse.digest, eviction=fuse)
+    new.free(computed(new, range(9)))  # some of it is here already
+    pages = new.allocate_pages(state.num_pages)
+    tries, handles = at_every_call(new, fuse, lambda: new.import_state(state, pages))
+    assert tries > 5 and [new.tokens(h).tolist() for h in handles] == [
+        old.tokens(h).tolist() for h in live
+    ]
+    new.check_invariants()
+    for handle, before in zip(handles, live, strict=True):
+        assert new.sequence(handle).computed == old.sequence(before).computed
+    assert new.match_prefix(range(20, 29)) == (8 if cached else 0)
+    tries, _ = at_every_call(new, fuse, lambda: new.free(handles))
+    assert tries > 1 and new.num_used == 0
