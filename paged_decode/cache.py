@@ -175,7 +175,7 @@ class KVCache:
             group.page_table,
             batch.seq_lens,
             placement=self.placement,
-            **options,
+            **_seen(group) | options,
         )
 
     def append_and_attend(
@@ -205,7 +205,7 @@ class KVCache:
             batch.seq_lens,
             slots=group.slots,
             placement=self.placement,
-            **options,
+            **_seen(group) | options,
         )
         return (out[0] if len(out) == 1 else tuple(out)), self._with_layer(layer, k_pages, v_pages)
 
@@ -417,6 +417,12 @@ class KVCache:
             f"KVCache({self.num_layers} layers, {pages} pages of {page_size} tokens, "
             f"{heads} heads of {head_dim}, {first.dtype}, {mib:.1f} MiB)"
         )
+
+
+def _seen(group: GroupBatch) -> dict[str, Any]:
+    """What a batch says about the tokens that its rows see, as options of attention."""
+    said = dict(starts=group.starts, sliding_window=group.window)
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def one_token_batch(

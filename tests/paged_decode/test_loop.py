@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -167,6 +168,20 @@ def test_a_batch_made_by_hand_says_its_sizes_or_is_not_compared():
         cache.attend(0, q, several)
     with pytest.raises(ValueError, match="2 groups"):
         _ = several.page_table
+
+
+def test_what_a_batch_says_of_the_tokens_that_rows_see_is_obeyed():
+    cache, allocator = make()
+    cache = jax.tree.map(lambda a: jax.random.normal(jax.random.key(a.size), a.shape), cache)
+    handle = allocator.allocate(range(9))
+    batch = allocator.batch([handle], 8, 9)
+    q = np.ones((1, 1, 4, DIM), np.float32)
+    (group,), starts = batch.groups, np.array([5], np.int32)
+    for said, option in ((dict(starts=starts), "starts"), (dict(window=3), "sliding_window")):
+        told = replace(batch, groups=(replace(group, **said),))
+        want = cache.attend(0, q, batch, **{option: next(iter(said.values()))})
+        np.testing.assert_array_equal(cache.attend(0, q, told), want)
+        assert not np.array_equal(cache.attend(0, q, batch), want)
 
 
 @pytest.mark.parametrize("call", ["advance", "extend", "reserve", "fork"])
