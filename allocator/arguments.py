@@ -57,6 +57,8 @@ def as_ints(name: str, value: Ints) -> np.ndarray:
         return value  # the hot path
     anything: Any = value
     try:
+        if hasattr(value, "__index__") and not (_is_bool(value) or hasattr(value, "dtype")):
+            anything = operator.index(anything)
         array = np.asarray(anything)
     except ValueError as error:
         raise ValueError(f"{name} must be an integer array without ragged rows: {error}") from None

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .arguments import as_count
+
 __all__ = ["DecodeBatch", "GroupBatch", "PageCopies", "Prepared"]
 
 
@@ -19,7 +21,7 @@ class GroupBatch:
       slots: int32 `[B, T]`, where K and V go: page * page_size + offset; 0 for padding.
       starts: int32 `[B]`, the first token that each row still holds; None: all are held.
       page_size: S of the pool; None in a batch made by hand: not compared.
-      num_pages: N of the whole pool; None as above.
+      num_pages: N of the whole pool, N / R of a batch that was split; None as above.
       window: newest tokens that the layers see; None: all.
     """
 
@@ -79,6 +81,10 @@ class DecodeBatch:
           >>> batch.slots
           [[9]]
         """
+        if page_size is not None:
+            page_size = as_count("page_size", page_size, 1)
+        if num_pages is not None:
+            num_pages = as_count("num_pages", num_pages, 1)
         group = GroupBatch(page_table, slots, starts, page_size, num_pages, window)
         return cls(tokens, seq_lens, positions, (group,))
 

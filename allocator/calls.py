@@ -202,7 +202,8 @@ class AllocatorCalls(AllocatorView):
     ) -> DecodeBatch:
         """Describe a step that computes positions begin[b] to end[b] - 1.
 
-        Nothing changes but what `advance(commit=True)` may take for computed later.
+        Nothing changes but what `advance(commit=True)` may take for computed later: positions
+        described in their order, up to the length. Those past it, `commit` after `append`.
 
         Args:
           handles: B distinct handles.
@@ -317,8 +318,8 @@ class AllocatorCalls(AllocatorView):
 
         It lasts until the page leaves the cache. Pages that are not cached are passed over.
         """
-        ids, value = np.array(as_counts("pages", pages), np.int64), as_int("priority", priority)
-        ids = ids[ids < self.num_pages]
+        value, last = as_int("priority", priority), self.num_pages - 1
+        ids = np.array([page for page in as_counts("pages", pages) if page <= last], np.int64)
         self._each_pool(ids, lambda books, own: books.plan_prioritize(own.tolist(), value))
 
     @changing

@@ -210,6 +210,6 @@ def _plain(value: Any) -> Number | None:
         value = value.item()
     if isinstance(value, int):
         return int(value)
-    if isinstance(value, float) and value == value:
-        return float(value)
+    if isinstance(value, float) and (number := float(value)) == number:
+        return number
     return None

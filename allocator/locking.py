@@ -24,7 +24,7 @@ def atomic(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P]
 
 
 def changing(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
-    """The same for one that changes the object: it cannot be called from within such a call."""
+    """The same for one that changes it, or asks a user's digest: never within another such call."""
 
     @functools.wraps(method)
     def locked(self: S, *args: P.args, **kwargs: P.kwargs) -> R:

@@ -69,11 +69,12 @@ class PromptKey:
 
     def digests(self, cache: PrefixCache, page_size: int, chain: Chain) -> Iterator[bytes]:
         """The digest of every full page, one after the other; what was computed stays known."""
-        known = list(chain.digests)  # another thread may be reading the old one
+        before = tuple(chain.digests)  # which another thread may be adding to
+        known = list(before)
         self._chain = Chain(chain.scheme, chain.root, known)
         parent = known[-1] if known else chain.root.digest
         pages = self.pages(len(self), page_size)[len(known) :]
-        return itertools.chain(chain.digests, cache.digests(parent, pages, known))
+        return itertools.chain(before, cache.digests(parent, pages, known))
 
 
 def as_key(tokens: Ints | PromptKey, cache_salt: str | bytes | None) -> PromptKey:

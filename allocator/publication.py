@@ -27,7 +27,7 @@ def digests_of(group: PageGroup, rows: RowTable, row: int, full: int) -> list[by
     if len(known) < full:
         parent = known[-1] if known else rows.namespaces[row].digest
         tokens = group.pool.tokens[group.table.pages(row)[len(known) : full]]
-        known += list(group.pool.cache.digests(parent, tokens))
+        known = rows.digests[row] = [*known, *group.pool.cache.digests(parent, tokens)]
     return known[:full]
 
 

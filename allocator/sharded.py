@@ -7,6 +7,7 @@ from .arguments import as_count
 from .bookkeeping import Bookkeeping
 from .calls import AllocatorCalls
 from .eviction import EvictionRank
+from .locking import atomic
 from .pool import check_pool_size
 from .prefix import Digest, PrefixCache
 from .view import AllocatorView
@@ -77,6 +78,7 @@ class ShardedAllocator(AllocatorCalls):
         """The parts, to read from: handles and page ids are those of the whole."""
         return tuple(AllocatorView((books,), self._lock) for books in self._shards)
 
+    @atomic
     def shard_of(self, handle: SupportsIndex) -> int:
         """On which shard a sequence lives."""
         return self._shards.index(self._home(handle)[0])

@@ -168,6 +168,7 @@ class AllocatorState:
             evictable=entry_place[self.evictable[keep[self.evictable]]].astype(np.int32),
             tokens=self.tokens[kept],
         )
+        smaller.tokens[smaller.empty_slots] = 0  # of a page that only an entry had to the end
         return smaller, kept
 
 

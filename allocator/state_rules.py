@@ -1,5 +1,7 @@
 """Every rule that the bookkeeping as plain arrays has to keep, wherever it comes from."""
 
+from dataclasses import fields
+
 import numpy as np
 
 from .errors import PageTableError
@@ -12,8 +14,9 @@ _MAX_TOKENS = 2**31
 
 
 def check_state(state: AllocatorState) -> None:
-    """Raise PageTableError with the first rule that the state breaks; types are taken on trust."""
+    """Raise PageTableError with the first rule that the state breaks."""
     for rule in (
+        _check_types,
         _check_sequences,
         _check_numbering,
         _check_sharing,
@@ -27,6 +30,15 @@ def check_state(state: AllocatorState) -> None:
 def _require(holds: bool | np.bool_, message: str) -> None:
     if not holds:
         raise PageTableError(message)
+
+
+def _check_types(state: AllocatorState) -> None:
+    for field in fields(state):
+        value = getattr(state, field.name)
+        if field.name not in ("page_size", "salt_keys"):
+            axes = 2 if field.name == "tokens" else 1
+            fits = isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.ndim == axes
+            _require(fits, f"{field.name} must be an integer array of {axes} axes")
 
 
 def _check_sequences(state: AllocatorState) -> None:
@@ -62,6 +74,7 @@ def _check_sequences(state: AllocatorState) -> None:
         state.tokens.shape[1:] == (state.page_size,) and (state.tokens >= 0).all(),
         "a page holds a negative token, or another number of tokens than the page size",
     )
+    _require((state.tokens < _MAX_TOKENS).all(), "a page holds a token beyond 2**31 - 1")
 
 
 def _check_numbering(state: AllocatorState) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from .arguments import Ints, as_count
 from .bookkeeping import Bookkeeping
 from .invariants import require_consistent
-from .locking import atomic
+from .locking import atomic, changing
 from .prefix import salt_of
 from .prompt import PromptKey, as_key
 from .publication import digests_of
@@ -69,6 +69,11 @@ class AllocatorView:
         return self._shards[0].main.pool.usable
 
     @property
+    def num_shards(self) -> int:
+        """R, into how many parts the pages are split."""
+        return len(self._shards)
+
+    @property
     def num_free(self) -> int:
         """Pages that hold nothing."""
         return sum(books.main.pool.num_free for books in self._shards)
@@ -109,7 +114,7 @@ class AllocatorView:
         pages = books.main.table.pages(row)
         return books.main.pool.tokens[pages].reshape(-1)[: books.rows.length[row]]
 
-    @atomic
+    @changing
     def match_prefix(
         self, tokens: Ints | PromptKey, *, cache_salt: str | bytes | None = None
     ) -> int:
@@ -121,7 +126,7 @@ class AllocatorView:
         key = as_key(tokens, cache_salt)
         return max(len(books.match(key)[1]) for books in self._shards) * self.page_size
 
-    @atomic
+    @changing
     def page_digests(
         self,
         tokens: Ints | PromptKey,
@@ -141,7 +146,7 @@ class AllocatorView:
         found = list(key.digests(cache, size, chain))
         return found + self._partial(found, chain.root.digest, key.tokens) if partial else found
 
-    @atomic
+    @changing
     def sequence_digests(
         self, handle: SupportsIndex, num_tokens: SupportsIndex, *, partial: bool = False
     ) -> list[bytes]:
@@ -155,7 +160,7 @@ class AllocatorView:
         tokens, root = self.tokens(handle)[:count], books.rows.namespaces[row].digest
         return found + self._partial(found, root, tokens) if partial else found
 
-    @atomic
+    @changing
     def prefix_digests(self, tokens: Ints, *, cache_salt: str | bytes | None = None) -> list[bytes]:
         """The digest of every leading part of `tokens` `[T]`: of all that `page_digests` can give
         for one of them, with `partial`."""
@@ -166,16 +171,19 @@ class AllocatorView:
     @property
     def handles(self) -> tuple[Handle, ...]:
         """The live sequences, in the order in which `export_state` lists them."""
-        return tuple(
-            books.rows.name(row) for books in self._shards for row in books.rows.live.tolist()
-        )
+        with self._lock:
+            return tuple(
+                books.rows.name(row) for books in self._shards for row in books.rows.live.tolist()
+            )
 
     def ref_count(self, page: SupportsIndex) -> int:
         """How many owners a page has: sequences, or 1 if it is raw. A null page has 0."""
-        page, last = as_count("page", page), self.num_pages - 1
-        if page > last:
-            raise ValueError(f"page must be at most {last}, got {page}")
-        shard, own = divmod(page, (last + 1) // len(self._shards))
+        base, size = self._shards[0].main.base, self.num_pages
+        if not 0 <= (at := as_count("page", page) - base) < size:
+            raise ValueError(
+                f"page must be at least {base} and at most {base + size - 1}, got {page}"
+            )
+        shard, own = divmod(at, size // len(self._shards))
         return int(self._shards[shard].main.pool.refs[own]) if own else 0
 
     @atomic

@@ -118,6 +118,7 @@ class EngineScheduling:
             else:
                 self._outbox.add(rows[0], None, "capacity")
                 self._drop(rows[0])
+                self._release()
         return [], []
 
     def _choose_victim(self: Any) -> Sample:
@@ -135,6 +136,7 @@ class EngineScheduling:
             self.stats.swaps += stored > 0
             self.stats.swapped_out_pages += stored
         self._requeue(sample)
+        self._release()
 
     def _requeue(self: Any, sample: Sample, *, counts: bool = True) -> None:
         self._drop(sample)
@@ -144,17 +146,23 @@ class EngineScheduling:
         self._waiting.appendleft(sample)
 
     def _drop(self: Any, sample: Sample) -> None:
-        """Remove a sample from the queues and free its pages."""
+        """Remove a sample from the queues; `_release` frees its pages."""
         if sample.handle is not None:
-            self.allocator.free([sample.handle])
             self._running.remove(sample)
+            self._leaving.append(sample.handle)
         else:
             self._waiting.remove(sample)
+
+    def _release(self: Any) -> None:
+        """Free the pages of the samples that are gone; if a user's rank raises, the next time."""
+        self.allocator.free(self._leaving)
+        self._leaving = []
 
     def _requeue_all(self: Any, *, counts: bool = True) -> None:
         """The pages cannot be trusted: nobody keeps any, and nothing goes to the host tier."""
         for sample in reversed(list(self._running)):
             self._requeue(sample, counts=counts)
+        self._release()
 
     def _lose_cache(self: Any) -> None:
         """A program failed with the donated cache: start an empty one and queue all again."""

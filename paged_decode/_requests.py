@@ -12,7 +12,15 @@ from .allocator import PromptKey
 from .allocator.arguments import Ints, as_prompt
 from .sampling import SamplingParams
 
-__all__ = ["Completion", "Sample", "TokenEvent", "common_pages", "gather", "prompt_ids"]
+__all__ = [
+    "Completion",
+    "Sample",
+    "TokenEvent",
+    "check_sampling",
+    "common_pages",
+    "gather",
+    "prompt_ids",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +132,13 @@ def prompt_ids(prompt: Ints, vocab_size: int | None = None) -> list[int]:
     if vocab_size is not None and ids.max() >= vocab_size:
         raise ValueError(f"prompt must be ids below vocab_size {vocab_size}, got {ids.max()}")
     return ids.tolist()
+
+
+def check_sampling(params: SamplingParams) -> SamplingParams:
+    """Refuse what is not `SamplingParams`, before it is queued."""
+    if not isinstance(params, SamplingParams):
+        raise TypeError(f"params must be SamplingParams, got {type(params).__name__}")
+    return params
 
 
 def common_pages(a: Sequence[int], b: Sequence[int], page_size: int) -> int:

@@ -23,8 +23,10 @@ from .allocator import (
     PageCopies,
     ShardedAllocator,
 )
-from .allocator.arguments import Ints, as_count
+from .allocator.arguments import Ints, as_count, as_rows
 from .allocator.pool import check_pool_size
+from .allocator.rows import as_handles
+from .allocator.view import AllocatorView
 from .kernels import Placement, append_and_attend, append_kv, copy_pages, paged_attention
 from .kernels.checks import AnyArray, check_live
 from .kernels.placement import Axis
@@ -224,19 +226,26 @@ class KVCache:
             raise ValueError(f"layer must be in 0 .. {self.num_layers - 1}; got {index}")
         return index
 
-    def _group(self, batch: DecodeBatch) -> GroupBatch:
-        """The batch's part for our pool, if it is for one like ours; known while tracing."""
+    def _group(self, batch: DecodeBatch, *, whole: bool = False) -> GroupBatch:
+        """The batch's part for our pool, if it is for one like ours; known while tracing.
+
+        Over a data axis, the ids of a batch are those of a shard, or with `whole` of all of them.
+        """
+        if not isinstance(batch, DecodeBatch):
+            raise TypeError(f"batch must be a DecodeBatch, got {type(batch).__name__}")
         if len(batch.groups) != 1:
             raise ValueError(f"the batch has {len(batch.groups)} groups of layers, the cache one")
         (group,) = batch.groups
-        pages = self.num_pages
-        ours = dict(page_size=(self.page_size,), num_pages=(pages, pages // self.data_shards))
-        for name, allowed in ours.items():
+        pages = self.num_pages if whole else self.num_pages // self.data_shards
+        for name, ours in dict(page_size=self.page_size, num_pages=pages).items():
             theirs = getattr(group, name)
-            if theirs is not None and theirs not in allowed:
+            if theirs is not None and theirs != ours:
+                split = (
+                    "" if whole or self.data_shards == 1 else " in each shard (call split first)"
+                )
                 raise ValueError(
-                    f"the batch is for a pool with {name} {theirs}, but the cache has {allowed[0]}:"
-                    " make the cache and the allocator with the same sizes"
+                    f"the batch is for a pool with {name} {theirs}, but the cache has {ours}{split}"
+                    ": make the cache and the allocator with the same sizes"
                 )
         return group
 
@@ -289,7 +298,7 @@ class KVCache:
         Raises:
           OutOfPages, SequenceTooLong, StaleHandle, ValueError: nothing has changed.
         """
-        self._check_allocator(allocator)
+        self.check_allocator(allocator)
         frame: Any = dict(pad_to=pad_to, columns=columns, commit=commit)
         batch, copies = allocator.advance(handles, tokens, **frame)
         return self.copy_pages(copies), batch
@@ -317,7 +326,7 @@ class KVCache:
           columns: as in `advance`.
           commit: as in `advance`.
         """
-        self._check_allocator(allocator)
+        self.check_allocator(allocator)
         frame: Any = dict(pad_to=pad_to, columns=columns, commit=commit)
         batch, copies = allocator.extend(handles, tokens, counts, **frame)
         return self.copy_pages(copies), batch
@@ -349,10 +358,12 @@ class KVCache:
         Raises:
           OutOfPages, SequenceTooLong, StaleHandle, ValueError: nothing has changed.
         """
-        self._check_allocator(allocator)
-        none = np.zeros((*np.shape(np.asarray(handles)), 0), np.int32)
+        self.check_allocator(allocator)
+        handle = as_handles(handles)
+        count = as_rows("num_tokens", num_tokens, handle.size)
+        none = np.zeros((*handle.shape, 0), np.int32)
         batch, copies = allocator.extend(
-            handles, none, reserve=num_tokens, pad_to=pad_to, columns=columns, commit=commit
+            handle, none, reserve=count, pad_to=pad_to, columns=columns, commit=commit
         )
         return self.copy_pages(copies), batch
 
@@ -364,21 +375,32 @@ class KVCache:
         So the forks may grow at once: none of them has to compute what they share. Nothing is
         copied yet; the cache comes back as it is.
         """
-        self._check_allocator(allocator)
+        self.check_allocator(allocator)
         return self, allocator.fork(handle, n, commit=True)
 
-    def _check_allocator(self, allocator: Allocator) -> None:
+    def check_allocator(self, allocator: Allocator) -> None:
+        """Refuse an allocator of another pool, or a cache that was donated; changes nothing."""
+        if not isinstance(allocator, AllocatorView):
+            raise TypeError(f"allocator must be one, got {type(allocator).__name__}")
         for name in ("page_size", "num_pages"):
             ours, theirs = getattr(self, name), getattr(allocator, name)
             if ours != theirs:
                 raise ValueError(f"cache and allocator differ in {name}: {ours} and {theirs}")
-        check_live("k_pages", self.k_pages[0])
+        if self.data_shards not in (1, allocator.num_shards):
+            raise ValueError(
+                f"cache and allocator differ in shards: {self.data_shards} and "
+                f"{allocator.num_shards}; use a ShardedAllocator with as many"
+            )
+        for name in ("k_pages", "v_pages"):
+            for pages in getattr(self, name):
+                check_live(name, pages)
 
     def split(self, batch: DecodeBatch, sizes: Sequence[int]) -> tuple[DecodeBatch, Spread]:
         """The batch as the device takes it, and where its rows lie; see `split_batch`.
 
         Without a data axis it is the batch itself.
         """
+        self._group(batch, whole=True)
         if self.data_shards == 1:
             rows = len(batch.seq_lens)
             return batch, Spread(None, rows, rows)
@@ -398,6 +420,11 @@ class KVCache:
         """
         if len(copies.src) == 0:
             return self
+        for name, ids in zip(("src", "dst"), copies, strict=True):
+            if min(ids) < 0 or max(ids) >= self.num_pages:
+                raise ValueError(
+                    f"copies.{name} must be page ids from 0 to {self.num_pages - 1}, got {ids}"
+                )
         check_live("k_pages", self.k_pages[0])
         if (shards := self.data_shards) > 1:
             pages = self.num_pages // shards

@@ -29,7 +29,7 @@ from ._engine_scheduling import EngineScheduling
 from ._engine_snapshot import EngineSnapshots
 from ._outbox import Outbox
 from ._programs import DecodeOut, Model, decode, null_batch, prefill
-from ._requests import Completion, Sample, TokenEvent, gather, prompt_ids
+from ._requests import Completion, Sample, TokenEvent, check_sampling, gather, prompt_ids
 from .allocator import BlockAllocator, ShardedAllocator
 from .allocator.arguments import Ints, as_count, as_int
 from .allocator.prefix import salt_key
@@ -88,10 +88,9 @@ class Engine(EngineScheduling, EngineSnapshots):
         admission: AdmissionPolicy | None = None,
     ):
         config = config or EngineConfig()
-        for name in ("num_pages", "page_size"):
-            ours, theirs = getattr(cache, name), getattr(allocator, name)
-            if ours != theirs:
-                raise ValueError(f"cache and allocator differ in {name}: {ours} and {theirs}")
+        if cache.is_deleted:
+            raise ValueError("the cache was donated to an earlier call; pass what that returned")
+        cache.check_allocator(allocator)
         capacity = allocator.sequence_pages * allocator.page_size
         limit = config.max_sequence_tokens or capacity
         if not 2 <= limit <= capacity:
@@ -99,8 +98,6 @@ class Engine(EngineScheduling, EngineSnapshots):
                 f"max_sequence_tokens must be in [2, {capacity}] for a pool of "
                 f"{allocator.sequence_pages} usable pages of {allocator.page_size}, got {limit}"
             )
-        if cache.is_deleted:
-            raise ValueError("the cache was donated to an earlier call; pass what that returned")
         self.config, self._params, self.cache, self.allocator = config, params, cache, allocator
         if tier is not None and not isinstance(allocator, BlockAllocator):
             raise NotImplementedError("a host tier serves one pool, not one split over a data axis")
@@ -119,6 +116,7 @@ class Engine(EngineScheduling, EngineSnapshots):
         self._shapes: set[tuple[int, int]] = set()  # rows, chunk; chunk 0 decodes
         self._waiting: deque[Sample] = deque()
         self._running: list[Sample] = []  # in order of admission
+        self._leaving: list[Any] = []  # handles of samples that are gone, yet to be freed
         self._outbox = Outbox()
         self._next_id = 0
 
@@ -174,7 +172,9 @@ class Engine(EngineScheduling, EngineSnapshots):
           SequenceTooLong: the prompt and one token can never fit.
           TypeError, ValueError: the prompt, n or the salt is not what it should be.
         """
-        params = params or SamplingParams()
+        params = check_sampling(params or SamplingParams())
+        if not (on_token is None or callable(on_token)):
+            raise TypeError(f"on_token must be callable, got {type(on_token).__name__}")
         tokens = prompt_ids(prompt, self.config.vocab_size)
         salt_key(cache_salt)  # refuses a bad one now
         n, priority = as_count("n", n, 1, MAX_SAMPLES), as_int("priority", priority)
@@ -211,7 +211,7 @@ class Engine(EngineScheduling, EngineSnapshots):
             raise KeyError(f"request {request_id} is not decoding")
         if len(self._running) >= self.config.max_rows:
             raise ValueError(f"all {self.config.max_rows} rows are taken; fork later")
-        child = parent.spawn(self._next_id, 0, params)
+        child = parent.spawn(self._next_id, 0, check_sampling(params))
         if child.left < 1:
             raise ValueError(
                 f"max_new_tokens must exceed the {child.generated} tokens generated before the "
@@ -237,24 +237,28 @@ class Engine(EngineScheduling, EngineSnapshots):
             for ended in (sample, *sample.siblings):
                 self._outbox.add(ended, None, "cancelled")
             self._drop(sample)
+        self._release()
 
     @property
     def idle(self) -> bool:
         """Whether nothing waits, runs or is yet to be delivered."""
-        return not (self._waiting or self._running or self._outbox)
+        return not (self._waiting or self._running or self._outbox or self._leaving)
 
     def step(self) -> list[TokenEvent]:
         """One host visit: admit what fits, prefill one chunk, decode k steps, deliver.
 
         If a device program fails, no request is lost: those whose pages it took with it are
-        queued again.
+        queued again. What an eviction rank or a digest of the user's raises comes out here, and
+        the next step goes on.
         """
         try:
+            self._release()
             if self.tier is not None:
                 self.tier.settle()
             self._admit()
             self._prefill_visit()
             self._decode_visit()
+            self._release()
         except BaseException:
             if self.cache.is_deleted:
                 self._lose_cache()
@@ -386,16 +390,20 @@ class Engine(EngineScheduling, EngineSnapshots):
                 )
                 self._outbox.add(sample, sample.tokens[-1], reason, tuple(top))
             sample.computed = len(sample.tokens) - 1
-        self.allocator.commit(handles, [s.computed for s in rows])
-        for sample, invalid in zip(rows, out.invalid[: len(rows)], strict=True):
-            if invalid:
+        invalid = [s for s, bad in zip(rows, out.invalid[: len(rows)], strict=True) if bad]
+        for sample in rows:
+            if sample in invalid:
                 self._outbox.add(sample, None, "invalid_logits")
-                self.allocator.withdraw([sample.handle])
-                if self.tier is not None:
-                    self.tier.forget(cast(BlockAllocator, self.allocator), sample.handle)
                 self._drop(sample)
             elif sample.ending(self.max_sequence_tokens) is not None:
                 self._drop(sample)
+        try:
+            self.allocator.commit(handles, [s.computed for s in rows])
+        finally:  # whatever a digest of the user's raises
+            for sample in invalid:
+                self.allocator.withdraw([sample.handle])
+                if self.tier is not None:
+                    self.tier.forget(cast(BlockAllocator, self.allocator), sample.handle)
 
     def _batch(
         self, rows: list[Sample], begin: Sequence[int], end: Sequence[int], width: int, size: int

@@ -19,20 +19,22 @@ class Spread:
     """Where the rows of a host batch lie among the rows of all shards.
 
     ```
-    host rows     a(shard 1)  b(shard 0)  c(shard 1)  padding
+    host rows     a(shard 1)  b(shard 0)  (length 0)  c(shard 1)  padding
     device rows   [ b  .  |  a  c ]        2 rows a shard;  rows = [2, 0, 3], total 4
     ```
 
     Attributes:
-      rows: int64 `[n]`, the device row of each living host row, which come first; None where
-        pages are not split and host and device rows are the same.
+      rows: int64 `[n]`, the device row of each living host row; None where pages are not split
+        and host and device rows are the same.
       total: device rows, R times the rows of a shard.
       host_rows: rows of the host batch, its padding included.
+      living: int64 `[n]`, which of them have a length above 0; those alone are on the device.
     """
 
     rows: np.ndarray | None
     total: int
     host_rows: int
+    living: np.ndarray | None = None
 
     def put(self, tree: Any) -> Any:
         """Host arrays `[B, ...]` as device arrays `[total, ...]`; other rows are 0."""
@@ -43,7 +45,7 @@ class Spread:
 
         def one(array: Any) -> np.ndarray:
             out = np.zeros((self.total, *array.shape[1:]), array.dtype)
-            out[rows] = array[: len(rows)]
+            out[rows] = array[self.living]
             return out
 
         return jax.tree.map(one, tree)
@@ -54,7 +56,7 @@ class Spread:
             return np.asarray(array)
         moved = np.moveaxis(np.asarray(array), axis, 0)
         out = np.zeros((self.host_rows, *moved.shape[1:]), moved.dtype)
-        out[: len(self.rows)] = moved[self.rows]
+        out[self.living] = moved[self.rows]
         return np.moveaxis(out, 0, axis)
 
 
@@ -64,8 +66,7 @@ def split_batch(
     """Sort the rows of a host batch by shard and make their ids local.
 
     Args:
-      batch: NumPy arrays with ids of the whole pool, living rows first, as `ShardedAllocator`
-        makes them.
+      batch: NumPy arrays with ids of the whole pool, as `ShardedAllocator` makes them.
       shards: R, data shards.
       pages_per_shard: N / R.
       page_size: S.
@@ -76,9 +77,9 @@ def split_batch(
       PageTableError: a row's pages or slots lie on several shards, or on a shard's null page.
       ValueError: one shard has more rows than the last of `sizes`.
     """
-    count = int(np.count_nonzero(batch.seq_lens))
-    (group,) = batch.groups
-    table, slots = group.page_table[:count], group.slots[:count]
+    living = np.flatnonzero(batch.seq_lens)
+    count, (group,) = len(living), batch.groups
+    table, slots = group.page_table[living], group.slots[living]
     shard = table[:, 0] // pages_per_shard
     _refuse_foreign("page", table, shard, pages_per_shard, shards)
     _refuse_foreign("page of slot", slots // page_size, shard, pages_per_shard, shards)
@@ -89,7 +90,8 @@ def split_batch(
     order = np.argsort(shard, kind="stable")
     rank = np.empty(count, np.int64)
     rank[order] = np.arange(count) - np.searchsorted(shard[order], shard[order])
-    spread = Spread(shard * size + rank, shards * size, len(batch.seq_lens))
+    spread = Spread(shard * size + rank, shards * size, len(batch.seq_lens), living)
+    here = Spread(spread.rows, spread.total, count, np.arange(count))
     first = (shard * pages_per_shard)[:, None].astype(np.int32)
     group = replace(
         group,
@@ -98,12 +100,12 @@ def split_batch(
         num_pages=pages_per_shard,
     )
     local = DecodeBatch(
-        tokens=None if batch.tokens is None else batch.tokens[:count],
-        seq_lens=batch.seq_lens[:count],
-        positions=batch.positions[:count],
+        tokens=None if batch.tokens is None else batch.tokens[living],
+        seq_lens=batch.seq_lens[living],
+        positions=batch.positions[living],
         groups=(group,),
     )
-    return spread.put(local), spread
+    return here.put(local), spread
 
 
 def split_copies(copies: PageCopies, *, shards: int, pages_per_shard: int) -> PageCopies:

@@ -15,6 +15,7 @@ import numpy as np
 
 from .._text import printable, shown
 from ..allocator import BlockAllocator, Handle
+from ..cache import KVCache
 from ..errors import SnapshotError
 from ._files import Files, OSFiles
 from ._format import (
@@ -235,6 +236,8 @@ def plan_save(
     path = Path(path).absolute()  # wherever the process goes while a thread writes
     metadata = {} if metadata is None else metadata
     check_metadata(metadata, ValueError)
+    if isinstance(cache, KVCache):
+        cache.check_allocator(allocator)
     parts = parts_of(cache, allocator.num_pages)
     state, where = allocator.export_state(
         None if handles is None else list(handles), cached=cached, committed_only=committed_only

@@ -12,6 +12,7 @@ import numpy as np
 from .._devices import tied
 from ..allocator import BlockAllocator, Handle
 from ..allocator.arguments import as_count, as_counts
+from ..cache import KVCache
 from ._device import CopyPending, DeviceMover, PageMover, fits
 from ._disk import DiskTier
 
@@ -137,6 +138,7 @@ class HostTier:
         Returns:
           How many of its leading pages are here now, or on their way.
         """
+        _check_pool(cache, allocator)
         info = allocator.sequence(handle)
         wanted = _wanted(allocator, handle, 0 if info.private else info.computed)
         known = [key in self._where or key in self._coming for key in wanted.keys]
@@ -177,6 +179,7 @@ class HostTier:
         Raises:
           RuntimeError: a program failed and took the cache with it.
         """
+        _check_pool(cache, allocator)
         info = allocator.sequence(handle)
         first, rest = divmod(info.computed, allocator.page_size)
         if rest or info.private or info.computed == info.length:
@@ -327,6 +330,11 @@ class HostTier:
         self.stats.revived += len(keys)
         self._shelve(_Chunk(keys, tokens, pages))
         return True
+
+
+def _check_pool(cache: Any, allocator: BlockAllocator) -> None:
+    if isinstance(cache, KVCache):
+        cache.check_allocator(allocator)
 
 
 def _wanted(allocator: BlockAllocator, handle: Handle, num_tokens: int) -> _Wanted:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from paged_decode.allocator import (
     BlockAllocator,
     OutOfPages,
+    PageTableError,
     PromptKey,
     SequenceTooLong,
     ShardedAllocator,
@@ -391,3 +394,81 @@ def test_an_import_comes_whole_or_not_at_all(cached):
     assert new.match_prefix(range(20, 29)) == (8 if cached else 0)
     tries, _ = at_every_call(new, fuse, lambda: new.free(handles))
     assert tries > 1 and new.num_used == 0
+
+
+def test_a_state_without_entries_has_no_token_behind_its_sequences():
+    """The page was published to its end, and its last owner has it in part."""
+    old = BlockAllocator(9, S)
+    first = computed(old, range(8))
+    (child,) = old.fork(first)
+    old.truncate(child, 6)
+    old.free(first)
+    state, _ = old.export_state()
+    for smaller in (state.without_entries()[0], state.fit(2)[0], state.under(b"sx")[0]):
+        new = BlockAllocator(9, S)
+        (handle,) = new.import_state(smaller, new.allocate_pages(smaller.num_pages))
+        assert new.tokens(handle).tolist() == list(range(6))
+        new.check_invariants()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(tokens=np.array([[2**31, 2, 3, 0]])),
+        dict(cached=np.array([[0]])),
+        dict(salts=np.array([0.0])),
+        dict(evictable=np.zeros(0, bool)),
+        dict(lengths=[3]),
+    ],
+    ids=lambda wrong: next(iter(wrong)),
+)
+@pytest.mark.usefixtures("unchecked")
+def test_a_state_of_wrong_types_is_refused_whole(wrong):
+    old = BlockAllocator(9, S)
+    old.allocate([1, 2, 3])
+    state = replace(old.export_state()[0], **wrong)
+    new = BlockAllocator(9, S)
+    taken = new.allocate_pages(1)
+    refuses(new, PageTableError, new.import_state, state, taken)
+
+
+def test_a_digest_must_not_use_the_allocator_that_asks_it():
+    called = []
+
+    def digest(key: bytes, payload: bytes) -> bytes:
+        if called:
+            called.pop()(allocator)
+        return blake2b_digest(key, payload)
+
+    allocator = BlockAllocator(20, S, digest=digest)
+    handle = allocator.allocate(range(12))
+    for outer in (
+        lambda: allocator.commit(handle, 8),
+        lambda: allocator.sequence_digests(handle, 8),
+        lambda: allocator.match_prefix(range(9)),
+        lambda: allocator.page_digests(range(9)),
+    ):
+        for inner in (
+            lambda a: a.truncate(handle, 0),
+            lambda a: a.sequence_digests(handle, 8),
+        ):
+            called[:] = [inner]
+            with pytest.raises(RuntimeError, match="must not change"):
+                outer()
+    assert allocator.sequence_digests(handle, 12) == allocator.page_digests(range(12))
+
+
+def test_one_key_in_many_threads_gives_the_digests_of_its_tokens():
+    tokens = np.arange(1600)
+    allocators = [BlockAllocator(500, S, hash_key=b"k") for _ in range(2)]
+    want, wrong = allocators[0].page_digests(tokens), []
+    for _ in range(5):
+        key = PromptKey(tokens)
+
+        def ask(allocator, key=key):
+            wrong.append(allocator.page_digests(key) != want)
+
+        threads = [threading.Thread(target=ask, args=(a,)) for a in allocators * 2]
+        [t.start() for t in threads]
+        [t.join() for t in threads]
+    assert wrong == [False] * 20

@@ -266,3 +266,33 @@ def test_pages_that_do_not_divide_are_refused():
         make_cache(2, 1, num_pages=15)
     with pytest.raises(ValueError, match="2 shards"):
         ShardedAllocator(15, 4, num_shards=2)
+
+
+def test_rows_of_length_0_may_stand_anywhere():
+    """A row that computes nothing is not on the device; the others keep their place."""
+    allocator = ShardedAllocator(32, 4, num_shards=2)
+    handles = [allocator.allocate([i, 2, 3, 4, 5]) for i in range(4)]
+    batch = allocator.batch(handles, 0, [5, 0, 5, 5], tokens_per_row=5, pad_to=6)
+    local, spread = make_cache(2, 1, num_pages=32).split(batch, (2, 4))
+    assert spread.total == 4 and sorted(local.seq_lens.tolist()) == [0, 5, 5, 5]
+    assert spread.take(local.tokens)[:4, 0].tolist() == [0, 0, 2, 3]
+    assert spread.put(batch.tokens).tolist() == local.tokens.tolist()
+    assert spread.take(spread.put(batch.tokens)).tolist() == batch.tokens.tolist()
+
+
+def test_an_allocator_of_other_shards_and_batches_that_are_not_split_are_refused():
+    cache = make_cache(2, 1)
+    for other in (BlockAllocator(16, 4), ShardedAllocator(16, 4, num_shards=4)):
+        with pytest.raises(ValueError, match="differ in shards"):
+            cache.advance(other, [other.allocate([1])], [2])
+        with pytest.raises(ValueError, match="differ in shards"):
+            Engine(tiny.model, tiny.PARAMS, cache, other)
+    allocator = ShardedAllocator(16, 4, num_shards=2)
+    batch = allocator.batch([allocator.allocate([1, 2])], 0, 2, tokens_per_row=2)
+    q = np.zeros((1, 2, 2, 8), np.float32)
+    with pytest.raises(ValueError, match="call split first"):
+        cache.attend(0, q, batch)
+    local, _ = cache.split(batch, (1,))
+    for wrong in (local, BlockAllocator(8, 4).batch([], [], [])):
+        with pytest.raises(ValueError, match="num_pages 8, but the cache has 16"):
+            cache.split(wrong, (1,))

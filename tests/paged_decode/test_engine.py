@@ -5,11 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from paged_decode import EngineConfig, OutOfPages, SamplingParams, SequenceTooLong
+from paged_decode import (
+    BlockAllocator,
+    EngineConfig,
+    OutOfPages,
+    SamplingParams,
+    SequenceTooLong,
+)
 from paged_decode._programs import decode, null_batch, prefill
+from paged_decode._requests import gather
+from paged_decode.allocator.prefix import blake2b_digest
 from paged_decode.policies import SLRU, Watermark
 from paged_decode.sampling import SamplingRows
+from paged_decode.tiers import HostTier
 
+from ..allocator.test_machine import Boom, Fuse
 from .tiny import MAX_LEN, dense_greedy, dense_logits, make_engine, model, prompts
 
 GREEDY = SamplingParams(max_new_tokens=12)
@@ -479,3 +489,37 @@ def test_a_prompt_that_waits_is_digested_once():
     assert [c.tokens for c in done] == [dense_greedy(shared + p, 9) for p in asked]
     pages = sum((len(shared + p) + 8) // 4 for p in asked)
     assert pages - 4 * 3 <= len(calls) <= pages + len(asked)  # and a root for each prompt
+
+
+@pytest.mark.parametrize("kind", ["rank", "digest"])
+@pytest.mark.parametrize("tier", [False, True])
+def test_the_engine_goes_on_after_whatever_a_users_object_raises(kind, tier):
+    """At its k-th call, for several k: the step raises it, and nothing is lost."""
+    asked = prompts(5, seed=3, low=8, high=14)
+    want = [dense_greedy(p, 10) for p in asked]
+    for k in (1, 4, 9, 20):
+        fuse = Fuse(blake2b_digest)
+        options = dict(digest=fuse.digest) if kind == "digest" else dict(eviction=fuse)
+        engine = make_engine(14, policies=dict(tier=HostTier(64) if tier else None))
+        engine.allocator = BlockAllocator(14, 4, hash_key=b"test", **options)
+        for prompt in asked:
+            engine.submit(prompt, SamplingParams(max_new_tokens=10))
+        fuse.left, events, raised = k, [], 0
+        while not engine.idle:
+            try:
+                events += engine.step()
+            except Boom:
+                raised += 1
+                engine.allocator.check_invariants()
+        fuse.left = 0
+        assert [c.tokens for c in gather(events)] == want and raised <= 1
+        assert engine.allocator.num_used == 0 and engine.stats.preemptions
+        engine.allocator.check_invariants()
+
+
+def test_what_is_no_sampling_params_or_callback_is_refused_before_it_is_queued(unchecked):
+    engine = make_engine()
+    for bad in (dict(params={"max_new_tokens": 3}), dict(params=SamplingParams), dict(on_token=5)):
+        with pytest.raises(TypeError, match=next(iter(bad))):
+            engine.submit([1, 2], **bad)
+    assert engine.idle
