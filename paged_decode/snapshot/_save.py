@@ -236,9 +236,9 @@ def plan_save(
     path = Path(path).absolute()  # wherever the process goes while a thread writes
     metadata = {} if metadata is None else metadata
     check_metadata(metadata, ValueError)
+    parts = parts_of(cache, allocator.num_pages)
     if isinstance(cache, KVCache):
         cache.check_allocator(allocator)
-    parts = parts_of(cache, allocator.num_pages)
     state, where = allocator.export_state(
         None if handles is None else list(handles), cached=cached, committed_only=committed_only
     )
