@@ -155,8 +155,9 @@ class EngineScheduling:
 
     def _release(self: Any) -> None:
         """Free the pages of the samples that are gone; if a user's rank raises, the next time."""
-        self.allocator.free(self._leaving)
-        self._leaving = []
+        if self._leaving:
+            self.allocator.free(self._leaving)
+            self._leaving = []
 
     def _requeue_all(self: Any, *, counts: bool = True) -> None:
         """The pages cannot be trusted: nobody keeps any, and nothing goes to the host tier."""

@@ -382,6 +382,8 @@ class KVCache:
         """Refuse an allocator of another pool, or a cache that was donated; changes nothing."""
         if not isinstance(allocator, AllocatorView):
             raise TypeError(f"allocator must be one, got {type(allocator).__name__}")
+        if isinstance(self.k_pages[0], Tracer):
+            raise TypeError("an allocator is the host's: call this outside jit, once a step")
         for name in ("page_size", "num_pages"):
             ours, theirs = getattr(self, name), getattr(allocator, name)
             if ours != theirs:

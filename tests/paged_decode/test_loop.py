@@ -203,6 +203,8 @@ def test_what_fails_changes_neither_cache_nor_allocator(call):
         with pytest.raises(ValueError, match=f"differ in {name}"):
             both(cache, other)
     assert (allocator.sequence(handle), allocator.stats()) == before and not cache.is_deleted
+    with pytest.raises(TypeError, match="outside jit"):
+        jax.jit(lambda c: both(c, allocator))(cache)
     jax.tree.map(lambda a: a.delete(), cache)
     with pytest.raises(RuntimeError, match="donated"):
         both(cache, allocator)
