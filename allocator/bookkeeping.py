@@ -315,7 +315,8 @@ class Bookkeeping:
         Who holds pages is private afterwards, who holds none begins anew. None keeps the root, or
         what a snapshot calls the weights.
         """
-        cache, rows, live = self.cache, self.rows, self.rows.live.tolist()
+        cache, rows = self.cache, self.rows
+        live = [] if generation is None else rows.live.tolist()
         new = cache.generation if generation is None else generation
         keys = {rows.namespaces[row].key for row in live}
         roots = {key: Namespace(key, cache.root_digest(key, new)) for key in keys}
@@ -324,7 +325,7 @@ class Bookkeeping:
             cache.generation = new
             if weights is not None:
                 cache.num_updates, cache.weights = cache.num_updates + 1, weights
-            for row in live if generation is not None else ():
+            for row in live:
                 if rows.private[row] or any(g.table.end[row] for g in self.groups):
                     rows.make_private(row)
                 rows.namespaces[row], rows.digests[row] = roots[rows.namespaces[row].key], []

@@ -20,6 +20,7 @@ __all__ = ["AllocatorCalls"]
 
 _MAX_FORKS = 2**16  # per call: far below what int32 reference counts and memory for rows can hold
 T = TypeVar("T")
+Grown = list[tuple[Bookkeeping, np.ndarray, Any, Growing]]  # shard, rows, their places, plan
 
 
 class AllocatorCalls(AllocatorView):
@@ -168,10 +169,12 @@ class AllocatorCalls(AllocatorView):
           OutOfPages, SequenceTooLong, StaleHandle: no sequence has changed.
         """
         handle = as_handles(handles)
-        ends, length = as_rows("end", end, handle.size), np.zeros(handle.size, np.int64)
-        for books, row, at in self._split(handle):
-            length[at] = books.rows.length[row]
-        return self._prepare(handle, (ends - length).clip(0))
+        ends = as_rows("end", end, handle.size)
+        parts = [
+            (books, row, at, books.plan_growth(row, (ends[at] - books.rows.length[row]).clip(0)))
+            for books, row, at in self._split(handle)
+        ]
+        return _prepared(parts, handle.size)
 
     @changing
     def reserve(self, handles: Ints, num_tokens: Ints) -> PageCopies:
@@ -180,7 +183,8 @@ class AllocatorCalls(AllocatorView):
         Pages reserved before count. Returns the pages to copy before anything is written there.
         """
         handle = as_handles(handles)
-        return self._prepare(handle, as_rows("num_tokens", num_tokens, handle.size)).copies
+        count = as_rows("num_tokens", num_tokens, handle.size)
+        return _prepared(self._grown(handle, count), handle.size).copies
 
     @changing
     def trim(self, handles: Ints) -> int:
@@ -362,11 +366,11 @@ class AllocatorCalls(AllocatorView):
     def allocate_pages(self, k: SupportsIndex) -> list[int]:
         """Take k raw pages, by number, until `free_pages`; raises OutOfPages."""
         count, room = as_count("k", k), [books.main.pool.num_available for books in self._shards]
-        if count > sum(room) and self._only is None:
+        if count > sum(room):
             raise OutOfPages(count, self.num_free, self.num_evictable)
         plans: list[Plan[list[int]]] = []
         for i in sorted(range(len(room)), key=lambda i: (-room[i], i)):
-            share = count if self._only is not None else min(count, room[i])
+            share = min(count, room[i])
             plans.append(self._shards[i].plan_take_raw(share))
             count -= share
         return sum(_run(plans), [])
@@ -402,18 +406,9 @@ class AllocatorCalls(AllocatorView):
                 refusals.append(error)
         raise refusals[0]
 
-    def _prepare(self, handle: np.ndarray, count: np.ndarray) -> Prepared:
-        done = [(at, books.grow(each)[0]) for books, _, at, each in self._grown(handle, count)]
-        where = np.arange(handle.size)
-        return Prepared(
-            _copies([each.copies for _, each in done]),
-            np.concatenate([where[at][each.places] for at, each in done]),
-            *(np.concatenate([each[i] for _, each in done]) for i in (2, 3)),
-        )
-
     def _step(
         self,
-        parts: list[tuple[Any, np.ndarray, Any, Growing]],
+        parts: Grown,
         token: np.ndarray,
         count: np.ndarray | None,
         pad_to: SupportsIndex | None,
@@ -439,7 +434,7 @@ class AllocatorCalls(AllocatorView):
         ]
         return frame.batch(groups), _copies(copies)
 
-    def _grown(self, handle: np.ndarray, count: Any) -> list[tuple[Any, np.ndarray, Any, Growing]]:
+    def _grown(self, handle: np.ndarray, count: Any) -> Grown:
         """`_split`, and on every shard the plan for `count[b]` more tokens."""
         return [
             (books, row, at, books.plan_growth(row, 1 if isinstance(count, int) else count[at]))
@@ -478,6 +473,17 @@ def _as_appended(
     if count.size and count.max() > width:
         raise ValueError(f"counts must be at most k = {width}, got {count.max()}")
     return token.reshape(handle.size, width), count
+
+
+def _prepared(parts: Grown, size: int) -> Prepared:
+    """Carry out the growth of every shard; its places become those among `size` handles."""
+    done = [(at, books.grow(growing)[0]) for books, _, at, growing in parts]
+    where = np.arange(size)
+    return Prepared(
+        _copies([each.copies for _, each in done]),
+        np.concatenate([where[at][each.places] for at, each in done]),
+        *(np.concatenate([each[i] for _, each in done]) for i in (2, 3)),
+    )
 
 
 def _copies(parts: list[PageCopies]) -> PageCopies:

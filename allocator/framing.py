@@ -10,7 +10,7 @@ from .errors import PageTableError
 from .groups import PageGroup
 from .rows import RowTable
 
-__all__ = ["Frame", "check_span"]
+__all__ = ["Frame", "check_span", "fill_span"]
 
 _MAX_ENTRIES = 2**28  # 1 GiB of int32: a ValueError, before memory runs out
 Groups = tuple[PageGroup, ...]
@@ -93,15 +93,16 @@ def fill_span(
     positions = end[:, None] - width + np.arange(width)
     valid = positions >= begin[:, None]
     owner, written = np.broadcast_to(row[:, None], valid.shape)[valid], positions[valid]
+    tokens = np.zeros(positions.shape, np.int32)
     for number, group in enumerate(groups):
         slots = np.zeros(positions.shape, np.int64)
-        slots[valid] = group.slots(owner, written)
-        _check_one_writer(group, rows, owner, slots[valid])
+        slots[valid] = local = group.slots(owner, written)
+        _check_one_writer(group, rows, owner, local)
+        if number == 0:
+            known = group.pool.tokens.reshape(-1)[local]
+            tokens[valid] = np.where(written < rows.length[owner], known, 0)
         frame.put(number, group, at, row)
         frame.groups[number][1][at] = group.whole(slots, group.pool.page_size)
-    tokens = np.zeros(positions.shape, np.int32)
-    known = groups[0].pool.tokens.reshape(-1)[groups[0].slots(owner, written)]
-    tokens[valid] = np.where(written < rows.length[owner], known, 0)
     frame.tokens[at], frame.seq_lens[at], frame.positions[at] = tokens, end, positions.clip(0)
 
 

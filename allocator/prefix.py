@@ -84,8 +84,8 @@ class CacheEntry:
 class PrefixCache:
     """Digest to page, and the unreferenced pages among them in the order of eviction.
 
-    It knows nothing of reference counts: the pool tells it when a page loses its last owner
-    and when it gets one again (`revive`).
+    It knows nothing of reference counts: the pool tells its order of eviction when a page loses
+    its last owner, and when it gets one again.
     """
 
     def __init__(
@@ -124,14 +124,14 @@ class PrefixCache:
         """What a digest depends on beside the tokens, the page size and the salt."""
         return self._digest, self._hash_key, self.fingerprint, self.generation
 
-    def namespace(self, salt: str | bytes | None, generation: bytes | None = None) -> Namespace:
+    def namespace(self, salt: str | bytes | None) -> Namespace:
         """The start of every chain under this salt; None, "", b"" and "x", b"x" all differ.
 
         What is digested begins with "n" or "g" here and with "p" for pages, so that no salt can be
         chosen to look like a page.
         """
         key = salt_key(salt)
-        return Namespace(key, self.root_digest(key, generation))
+        return Namespace(key, self.root_digest(key))
 
     def root_digest(self, key: bytes, generation: bytes | None = None) -> bytes:
         """The digest of the empty prefix in the namespace with that key; None is ours."""

@@ -11,14 +11,14 @@ __all__ = ["Publication", "digests_of", "plan_publication", "publish"]
 class Publication(NamedTuple):
     """What a row will publish: the entries it keeps, and the digests of the pages behind them.
 
-    `withdrawn` and `evicted` are the cache's counts when the kept ones were seen to be live.
+    `lost` is the cache's `num_lost` when the kept ones were seen to be live, for a row without
+    borrowed entries and for one with.
     """
 
     row: int
     keep: int
     digests: list[bytes]
-    withdrawn: int
-    evicted: int
+    lost: tuple[int, int]
 
 
 def digests_of(group: PageGroup, rows: RowTable, row: int, full: int) -> list[bytes]:
@@ -45,7 +45,7 @@ def plan_publication(group: PageGroup, rows: RowTable, row: int, full: int) -> P
         live = map(cache.is_live, chain)
         keep = next((i for i, alive in enumerate(live) if not alive), keep)
     digests = digests_of(group, rows, row, full)[keep:]
-    return Publication(row, keep, digests, cache.num_withdrawn, cache.num_evicted)
+    return Publication(row, keep, digests, (cache.num_lost(0), cache.num_lost(1)))
 
 
 def publish(group: PageGroup, rows: RowTable, plan: Publication) -> None:
@@ -60,4 +60,4 @@ def publish(group: PageGroup, rows: RowTable, plan: Publication) -> None:
         parent = entry.serial
         if entry.page != page:
             rows.borrows[row] = True
-    rows.chain_seen[row] = plan.withdrawn + (plan.evicted if rows.borrows[row] else 0)
+    rows.chain_seen[row] = plan.lost[rows.borrows[row]]

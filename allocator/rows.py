@@ -9,7 +9,7 @@ from .arguments import Ints, as_ints
 from .errors import StaleHandle
 from .prefix import CacheEntry, Namespace
 
-__all__ = ["Handle", "RowTable", "SequenceInfo", "as_handles"]
+__all__ = ["ALL", "ROW_MASK", "Handle", "RowTable", "SequenceInfo", "as_handle", "as_handles"]
 
 Handle = NewType("Handle", int)
 """Names one sequence: a plain int, generation << 32 | row. A freed handle never becomes valid."""

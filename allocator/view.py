@@ -157,8 +157,10 @@ class AllocatorView:
         books, row = self._home(handle)
         count = as_count("num_tokens", num_tokens, 0, int(books.rows.length[row]))
         found = digests_of(books.main, books.rows, row, count // self.page_size)
-        tokens, root = self.tokens(handle)[:count], books.rows.namespaces[row].digest
-        return found + self._partial(found, root, tokens) if partial else found
+        if not partial:
+            return found
+        root = books.rows.namespaces[row].digest
+        return found + self._partial(found, root, self.tokens(handle)[:count])
 
     @changing
     def prefix_digests(self, tokens: Ints, *, cache_salt: str | bytes | None = None) -> list[bytes]:

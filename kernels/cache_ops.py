@@ -16,8 +16,8 @@ from .checks import (
     check_float,
     check_index,
     check_live,
+    check_range,
     check_twins,
-    concrete,
     narrow,
 )
 from .placement import Placement
@@ -86,7 +86,7 @@ def append_kv(
     if placement is not None:
         placement.check(slots.shape[0])
         pages //= placement.data_shards
-    _check_range("slots", slots, pages * page_size)
+    check_range("slots", slots, pages * page_size)
     platform = dispatch.default_platform(placement.platform if placement else None)
     return _append(k_pages, v_pages, k, v, slots, layer, placement, platform)
 
@@ -159,8 +159,8 @@ def copy_pages(
     if placement is not None:
         placement.check(src.shape[0])
         pages //= placement.data_shards
-    _check_range("src", src, pages)
-    _check_range("dst", dst, pages)
+    check_range("src", src, pages)
+    check_range("dst", dst, pages)
     return _copy(k_pages, v_pages, src, dst, placement)
 
 
@@ -194,10 +194,3 @@ def _check_pools(k_pages: Any, v_pages: Any, axes: str) -> None:
         raise NotImplementedError(
             f"pages of dtype {k_pages.dtype} would need scales, which this operation does not take"
         )
-
-
-def _check_range(name: str, ids: Any, end: int) -> None:
-    values = concrete(ids)
-    if values is not None and values.size and not (0 <= values.min() and values.max() < end):
-        bad = values[(values < 0) | (values >= end)][0]
-        raise ValueError(f"{name} must be in 0 .. {end - 1}; got {bad}")

@@ -21,6 +21,7 @@ __all__ = [
     "check_index",
     "check_live",
     "check_number",
+    "check_range",
     "check_twins",
     "concrete",
     "narrow",
@@ -101,6 +102,14 @@ def concrete(array: Any) -> np.ndarray | None:
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         return None
     return np.asarray(array)
+
+
+def check_range(name: str, ids: Any, end: int) -> None:
+    """Raise ValueError unless `ids` are in `0 .. end-1`, where they are concrete."""
+    values = concrete(ids)
+    if values is not None and values.size and not (0 <= values.min() and values.max() < end):
+        bad = values[(values < 0) | (values >= end)][0]
+        raise ValueError(f"{name} must be in 0 .. {end - 1}; got {bad}")
 
 
 def narrow(ids: Int[Array, "*axes"], end: int) -> Int32[Array, "*axes"]:

@@ -28,7 +28,7 @@ from .allocator.pool import check_pool_size
 from .allocator.rows import as_handles
 from .allocator.view import AllocatorView
 from .kernels import Placement, append_and_attend, append_kv, copy_pages, paged_attention
-from .kernels.checks import AnyArray, check_live
+from .kernels.checks import AnyArray, check_live, check_range
 from .kernels.placement import Axis
 from .sharding import Spread, split_batch, split_copies
 
@@ -299,8 +299,9 @@ class KVCache:
           OutOfPages, SequenceTooLong, StaleHandle, ValueError: nothing has changed.
         """
         self.check_allocator(allocator)
-        frame: Any = dict(pad_to=pad_to, columns=columns, commit=commit)
-        batch, copies = allocator.advance(handles, tokens, **frame)
+        batch, copies = allocator.advance(
+            handles, tokens, pad_to=pad_to, columns=columns, commit=commit
+        )
         return self.copy_pages(copies), batch
 
     def extend(
@@ -327,8 +328,9 @@ class KVCache:
           commit: as in `advance`.
         """
         self.check_allocator(allocator)
-        frame: Any = dict(pad_to=pad_to, columns=columns, commit=commit)
-        batch, copies = allocator.extend(handles, tokens, counts, **frame)
+        batch, copies = allocator.extend(
+            handles, tokens, counts, pad_to=pad_to, columns=columns, commit=commit
+        )
         return self.copy_pages(copies), batch
 
     def reserve(
@@ -378,16 +380,20 @@ class KVCache:
         self.check_allocator(allocator)
         return self, allocator.fork(handle, n, commit=True)
 
+    def check_sizes(self, allocator: Allocator) -> None:
+        """Refuse an allocator of pages of another size, or of another number of them."""
+        for name in ("page_size", "num_pages"):
+            ours, theirs = getattr(self, name), getattr(allocator, name)
+            if ours != theirs:
+                raise ValueError(f"cache and allocator differ in {name}: {ours} and {theirs}")
+
     def check_allocator(self, allocator: Allocator) -> None:
         """Refuse an allocator of another pool, or a cache that was donated; changes nothing."""
         if not isinstance(allocator, AllocatorView):
             raise TypeError(f"allocator must be one, got {type(allocator).__name__}")
         if isinstance(self.k_pages[0], Tracer):
             raise TypeError("an allocator is the host's: call this outside jit, once a step")
-        for name in ("page_size", "num_pages"):
-            ours, theirs = getattr(self, name), getattr(allocator, name)
-            if ours != theirs:
-                raise ValueError(f"cache and allocator differ in {name}: {ours} and {theirs}")
+        self.check_sizes(allocator)
         if self.data_shards not in (1, allocator.num_shards):
             raise ValueError(
                 f"cache and allocator differ in shards: {self.data_shards} and "
@@ -422,11 +428,8 @@ class KVCache:
         """
         if len(copies.src) == 0:
             return self
-        for name, ids in zip(("src", "dst"), copies, strict=True):
-            if min(ids) < 0 or max(ids) >= self.num_pages:
-                raise ValueError(
-                    f"copies.{name} must be page ids from 0 to {self.num_pages - 1}, got {ids}"
-                )
+        for name, ids in zip(("copies.src", "copies.dst"), copies, strict=True):
+            check_range(name, ids, self.num_pages)
         check_live("k_pages", self.k_pages[0])
         if (shards := self.data_shards) > 1:
             pages = self.num_pages // shards

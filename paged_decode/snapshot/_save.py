@@ -237,9 +237,8 @@ def plan_save(
     metadata = {} if metadata is None else metadata
     check_metadata(metadata, ValueError)
     parts = parts_of(cache, allocator.num_pages)
-    if isinstance(cache, KVCache) and cache.page_size != allocator.page_size:
-        sizes = f"{cache.page_size} and {allocator.page_size}"
-        raise ValueError(f"cache and allocator differ in page_size: {sizes}")
+    if isinstance(cache, KVCache):
+        cache.check_sizes(allocator)
     state, where = allocator.export_state(
         None if handles is None else list(handles), cached=cached, committed_only=committed_only
     )

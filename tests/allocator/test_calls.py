@@ -25,7 +25,10 @@ from .device import freeze
 from .test_machine import Boom, Fuse
 from .test_scenarios import S, computed, counts, make, pages, refuses
 
-KINDS = [lambda n: BlockAllocator(n + 1, S), lambda n: ShardedAllocator(2 * n + 2, S, num_shards=2)]
+KINDS = [
+    lambda n, **options: BlockAllocator(n + 1, S, **options),
+    lambda n, **options: ShardedAllocator(2 * n + 2, S, num_shards=2, **options),
+]
 both = pytest.mark.parametrize("new", KINDS, ids=["one", "two shards"])
 
 
@@ -215,12 +218,7 @@ def counting(calls):
 @both
 def test_digests_of_a_key_are_computed_once(new):
     calls: list[bytes] = []
-    options = dict(hash_key=b"k", digest=counting(calls))
-    allocator = (
-        BlockAllocator(41, S, **options)
-        if isinstance(new(4), BlockAllocator)
-        else ShardedAllocator(42, S, num_shards=2, **options)
-    )
+    allocator = new(40, hash_key=b"k", digest=counting(calls))
     first = computed(allocator, range(4 * S + 1))
     calls.clear()
     key = PromptKey(range(4 * S + 1))
@@ -355,12 +353,7 @@ def at_every_call(allocator, fuse, call):
 @both
 def test_new_weights_and_resets_come_whole_or_not_at_all(new):
     fuse = Fuse(blake2b_digest)
-    options = dict(digest=fuse.digest, eviction=fuse, hash_key=b"k")
-    allocator = (
-        BlockAllocator(41, S, **options)
-        if isinstance(new(4), BlockAllocator)
-        else ShardedAllocator(42, S, num_shards=2, **options)
-    )
+    allocator = new(40, digest=fuse.digest, eviction=fuse, hash_key=b"k")
     held = [computed(allocator, range(9 + i)) for i in range(3)]
     empty = [allocator.allocate([i], cache_salt=str(i)) for i in range(3)]
     allocator.truncate(empty, 0)
