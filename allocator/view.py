@@ -1,6 +1,7 @@
 """What can be read from an allocator without changing it, of one shard or several."""
 
 import threading
+from itertools import islice
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -133,6 +134,7 @@ class AllocatorView:
         *,
         cache_salt: str | bytes | None = None,
         partial: bool = False,
+        num_tokens: SupportsIndex | None = None,
     ) -> list[bytes]:
         """The digests of the full pages of `tokens`: the keys by which they would be cached.
 
@@ -140,11 +142,14 @@ class AllocatorView:
 
         Args:
           partial: add one of a last page that is not full, which the prefix cache never has.
+          num_tokens: of so many leading tokens alone; None is all.
         """
         key, cache, size = as_key(tokens, cache_salt), self._shards[0].cache, self.page_size
+        count = len(key) if num_tokens is None else as_count("num_tokens", num_tokens, 0, len(key))
         chain = key.chain(cache, size)
-        found = list(key.digests(cache, size, chain))
-        return found + self._partial(found, chain.root.digest, key.tokens) if partial else found
+        found = list(islice(key.digests(cache, size, chain), count // size))
+        root = chain.root.digest
+        return found + self._partial(found, root, key.tokens[:count]) if partial else found
 
     @changing
     def sequence_digests(

@@ -12,8 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
-__all__ = ["bits", "pinned_sharding", "tied", "unbits"]
+__all__ = ["bits", "pinned_sharding", "put_beside", "tied", "unbits"]
 
 
 def pinned_sharding(array: Any) -> Any:
@@ -57,3 +58,14 @@ def bits(array: Any) -> Any:
 def unbits(array: Any, dtype: Any) -> Any:
     """What `bits` was made of."""
     return array if array.dtype == dtype else lax.bitcast_convert_type(array, dtype)
+
+
+def put_beside(array: Any, tree: Any) -> Any:
+    """Host arrays of a tree on the devices of `array`, whole on each of them: an explicit transfer.
+
+    They are committed where `array` is, so that no program is compiled twice.
+    """
+    sharding = array.sharding
+    if isinstance(sharding, NamedSharding):
+        return jax.device_put(tree, NamedSharding(sharding.mesh, PartitionSpec()))
+    return jax.device_put(tree, sharding if array.committed else None)

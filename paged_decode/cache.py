@@ -15,6 +15,7 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 
+from ._devices import put_beside
 from .allocator import (
     BlockAllocator,
     DecodeBatch,
@@ -433,11 +434,11 @@ class KVCache:
         check_live("k_pages", self.k_pages[0])
         if (shards := self.data_shards) > 1:
             pages = self.num_pages // shards
-            return _copy_pages(self, *split_copies(copies, shards=shards, pages_per_shard=pages))
-        width = 1 << (len(copies.src) - 1).bit_length()
-        src, dst = (np.zeros(width, np.int32) for _ in range(2))
-        src[: len(copies.src)], dst[: len(copies.dst)] = copies.src, copies.dst
-        return _copy_pages(self, src, dst)
+            ids = split_copies(copies, shards=shards, pages_per_shard=pages)
+        else:
+            ids = np.zeros((2, 1 << (len(copies.src) - 1).bit_length()), np.int32)
+            ids[:, : len(copies.src)] = copies
+        return _copy_pages(self, *put_beside(self.k_pages[0], tuple(ids)))
 
     def __repr__(self) -> str:
         first = self.k_pages[0]

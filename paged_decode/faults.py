@@ -10,6 +10,7 @@ again = Faults(faults.replay())       # the same faults at the same places, by n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .allocator import BlockAllocator, PageState
+from .allocator import BlockAllocator, PageState, ShardedAllocator
 from .cache import KVCache
+from .engine import Engine
+from .engine.records import Prefill
+from .engine.scheduler import NeedsTruth
 from .errors import OutOfPages
 from .tiers import CopyFailed, CopyPending, PageMover
 
@@ -34,9 +38,13 @@ class FaultPlan:
       allocation_rate: part of the allocations that fail with OutOfPages.
       copy_rate: part of the copies between device and host that fail with CopyFailed.
       allocations, copies: numbers of allocations and copies that fail in any case.
-      preempt_every: steps of the engine between two forced preemptions; 0 forces none.
+      preempt_every: visits of the engine between two forced preemptions, of samples that were not
+        preempted too often; 0 forces none.
       delay_copies: visits for which a copy to the host stays in flight.
-      poison: fill every free page with NaN before every step.
+      poison: fill every free page with NaN before every visit.
+
+    Raises:
+      ValueError: a rate is not at least 0 and below 1: nothing would ever be done.
     """
 
     seed: int = 0
@@ -47,6 +55,11 @@ class FaultPlan:
     preempt_every: int = 0
     delay_copies: int = 0
     poison: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("allocation_rate", "copy_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
 
 
 class Faults:
@@ -59,7 +72,7 @@ class Faults:
     def __init__(self, plan: FaultPlan):
         self.plan = plan
         self.log: list[tuple[str, int]] = []
-        self._counts = {"allocation": 0, "copy": 0, "step": 0}
+        self._counts = {"allocation": 0, "copy": 0, "visit": 0}
         self._draws = {
             kind: np.random.default_rng([plan.seed, at])
             for at, kind in enumerate(("allocation", "copy"))
@@ -79,30 +92,25 @@ class Faults:
             poison=plan.poison,
         )
 
-    def install(self, engine: Any) -> None:
+    def install(self, engine: Engine) -> None:
         """Put the faults into an engine, its allocator and its host tier; once per engine."""
         self.install_allocator(engine.allocator)
         if engine.tier is not None:
             engine.tier.mover = self.wrap_mover(engine.tier.mover)
-        step = engine.step
+        engine.loop.scheduler = _FaultyPlans(engine, self)
 
-        def faulty_step() -> Any:
-            self._before_step(engine)
-            return step()
-
-        engine.step = faulty_step
-
-    def install_allocator(self, allocator: BlockAllocator) -> None:
+    def install_allocator(self, allocator: BlockAllocator | ShardedAllocator) -> None:
         """Let calls fail that take pages; what fails has changed nothing, as ever."""
-        pool = allocator._pool
-        require = pool.require
+        for books in allocator._shards:
+            books.main.pool.require = self._faulty(books.main.pool.require)
 
+    def _faulty(self, require: Callable[[int], None]) -> Callable[[int], None]:
         def faulty_require(needed: int) -> None:
             require(needed)
             if needed and self.fails("allocation"):
                 raise OutOfPages(needed, 0, 0)
 
-        pool.require = faulty_require
+        return faulty_require
 
     def wrap_mover(self, mover: PageMover) -> PageMover:
         """A mover whose copies fail and are delayed as planned."""
@@ -120,15 +128,32 @@ class Faults:
             self.log.append((kind, number))
         return fails
 
-    def _before_step(self, engine: Any) -> None:
-        number, plan = self._counts["step"], self.plan
-        self._counts["step"] += 1
-        if plan.preempt_every and number % plan.preempt_every == plan.preempt_every - 1:
-            if engine._running:
-                engine._preempt(engine._choose_victim())
-                self.log.append(("preemption", number))
+    def before_visit(self, engine: Engine) -> None:
+        """What is forced before a visit is planned; a preemption books what is in flight first."""
+        number, plan = self._counts["visit"], self.plan
+        forced = plan.preempt_every and number % plan.preempt_every == plan.preempt_every - 1
+        if forced and engine.loop.in_flight:
+            raise NeedsTruth
+        self._counts["visit"] += 1
+        if forced and engine.scheduler.force_preemption():
+            self.log.append(("preemption", number))
         if plan.poison:
-            engine.cache = poison_free_pages(engine.cache, engine.allocator)
+            runner = engine.runner
+            runner.cache = poison_free_pages(runner.cache, engine.allocator)
+
+
+class _FaultyPlans:
+    """A scheduler before whose visits something is forced."""
+
+    def __init__(self, engine: Engine, faults: Faults):
+        self._engine, self._faults, self._plans = engine, faults, engine.loop.scheduler
+        self.prefilled, self.plan_decode = self._plans.prefilled, self._plans.plan_decode
+        self.book, self.reset = self._plans.book, self._plans.reset
+        self.release = self._plans.release
+
+    def plan_prefill(self) -> Prefill | None:
+        self._faults.before_visit(self._engine)
+        return self._plans.plan_prefill()
 
 
 @dataclass(slots=True)

@@ -18,10 +18,10 @@ allocator = BlockAllocator(1024, 16, eviction=ShallowLast())
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, SupportsIndex, runtime_checkable
+from typing import Any, NamedTuple, Protocol, SupportsIndex, TypeVar, runtime_checkable
 
 from .allocator import LRU, CachedPage, EvictionRank
-from .allocator.arguments import as_count
+from .allocator.arguments import as_count, as_counts
 from .allocator.eviction import Rank
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "Cheaper",
     "CostAware",
     "EvictionRank",
+    "GroupPages",
     "LastAdmitted",
     "LeastComputed",
     "LowestPriority",
@@ -42,9 +43,14 @@ __all__ = [
     "PreemptionPolicy",
     "Priority",
     "Recompute",
+    "SampleView",
     "Swap",
     "VictimPolicy",
     "Watermark",
+    "ask_keep_free",
+    "ask_swaps",
+    "ask_victim",
+    "require_policy",
 ]
 
 
@@ -96,14 +102,62 @@ class Priority:
 
 
 @runtime_checkable
+class SampleView(Protocol):
+    """What a policy sees of a sample; it must not be changed.
+
+    Attributes:
+      request_id, index: which sample of which request.
+      tokens: prompt and generated tokens that were read, int each.
+      computed: of them, from the first, those whose keys and values are in the cache.
+      left: tokens that it can still get, by `max_new_tokens` and the longest sequence allowed.
+      preemptions: how often it has lost its pages.
+      priority: what `submit` was told.
+      siblings: samples of the same prompt that will be forked from it.
+    """
+
+    @property
+    def request_id(self) -> int: ...
+    @property
+    def index(self) -> int: ...
+    @property
+    def tokens(self) -> Sequence[int]: ...
+    @property
+    def computed(self) -> int: ...
+    @property
+    def left(self) -> int: ...
+    @property
+    def preemptions(self) -> int: ...
+    @property
+    def priority(self) -> int: ...
+    @property
+    def siblings(self) -> Sequence[SampleView]: ...
+
+
+class GroupPages(NamedTuple):
+    """What a policy sees of the pool of one group of layers.
+
+    Attributes:
+      page_size: tokens per page.
+      usable: pages that there are.
+    """
+
+    page_size: int
+    usable: int
+
+    def pages_for(self, num_tokens: int) -> int:
+        """Pages that hold so many tokens of one sequence."""
+        return -(-num_tokens // self.page_size)
+
+
+@runtime_checkable
 class VictimPolicy(Protocol):
     """Chooses who loses its pages when the running samples do not fit any more."""
 
     def choose(self, running: Sequence[Any]) -> Any:
-        """One of these samples, given in order of admission; there are at least two.
+        """One of these samples (`SampleView`), given in order of admission, at least two.
 
-        Samples that were preempted as often as the engine allows are not among them. A sample has
-        `tokens`, `computed`, `preemptions` and `priority`, and must not be changed.
+        Samples that were preempted as often as the engine allows are not among them; over data
+        shards, they are those of the shard that is short of pages.
         """
         ...
 
@@ -188,8 +242,19 @@ class Cheaper:
 class AdmissionPolicy(Protocol):
     """Decides how much room the running samples keep when another one is let in."""
 
-    def keep_free(self, sample: Any, running: Sequence[Any], page_size: int) -> int:
-        """Pages to be left when `sample` has those for its tokens; not asked if nothing runs."""
+    def keep_free(
+        self, sample: Any, running: Sequence[Any], groups: Sequence[GroupPages]
+    ) -> int | Sequence[int]:
+        """Pages to be left when `sample` has those for its tokens; not asked if nothing runs.
+
+        Args:
+          sample: a `SampleView`, as are those that run.
+          running: in order of admission.
+          groups: one for each group of layers.
+
+        Returns:
+          One number for each group, or one for all of them.
+        """
         ...
 
 
@@ -199,18 +264,74 @@ class Watermark:
     def __init__(self, pages_per_sample: SupportsIndex = 1):
         self.pages_per_sample = as_count("pages_per_sample", pages_per_sample)
 
-    def keep_free(self, sample: Any, running: Sequence[Any], page_size: int) -> int:
+    def keep_free(
+        self, sample: Any, running: Sequence[Any], groups: Sequence[GroupPages]
+    ) -> int | Sequence[int]:
         return self.pages_per_sample * len(running)
 
 
 class MustFit:
     """All pages that it and the running samples can still grow to: no preemption, less overlap."""
 
-    def keep_free(self, sample: Any, running: Sequence[Any], page_size: int) -> int:
-        pages = 0
-        for each in (*running, sample):
-            held = len(each.tokens) - 1  # the newest token is written by the next step
-            pages += -(-(held + each.left) // page_size) - -(-held // page_size)
-            for sibling in each.siblings:  # shares the full pages, but not those to come
-                pages += -(-(held + sibling.left) // page_size) - held // page_size
-        return pages
+    def keep_free(
+        self, sample: Any, running: Sequence[Any], groups: Sequence[GroupPages]
+    ) -> int | Sequence[int]:
+        return [sum(_growth(each, group) for each in (*running, sample)) for group in groups]
+
+
+def _growth(sample: Any, group: GroupPages) -> int:
+    """Pages that a sample can take beyond those of its tokens, and its siblings with it."""
+    held = len(sample.tokens) - 1  # the newest token is written by the next step
+    pages = group.pages_for(held + sample.left) - group.pages_for(held)
+    for sibling in sample.siblings:  # shares the full pages, but not those to come
+        pages += group.pages_for(held + sibling.left) - held // group.page_size
+    return pages
+
+
+# ---- what an engine makes of the answers
+
+T = TypeVar("T")
+
+
+def require_policy(name: str, policy: T, protocol: type) -> T:
+    """Refuse what is no object with the methods of that protocol."""
+    if isinstance(policy, type) or not isinstance(policy, protocol):
+        method = next(m for m in vars(protocol) if not m.startswith("_"))
+        raise TypeError(
+            f"{name} must be an object with a method {method}, a {protocol.__name__}; "
+            f"got {policy!r}"
+        )
+    return policy
+
+
+def ask_victim(policy: VictimPolicy, candidates: Sequence[T]) -> T:
+    """Which of the samples gives up its pages."""
+    chosen = policy.choose(candidates)
+    if not any(chosen is each for each in candidates):
+        raise TypeError(
+            f"{type(policy).__name__}.choose must return one of the {len(candidates)} samples that "
+            f"it was given, got {chosen!r}"
+        )
+    return chosen
+
+
+def ask_keep_free(
+    policy: AdmissionPolicy, sample: Any, running: Sequence[Any], groups: Sequence[GroupPages]
+) -> tuple[int, ...]:
+    """How many pages stay free in every group."""
+    name = f"{type(policy).__name__}.keep_free must return a number of pages; it"
+    kept: Any = policy.keep_free(sample, running, groups)
+    if hasattr(kept, "__len__"):
+        kept = as_counts(name, kept)
+        if len(kept) != len(groups):
+            raise ValueError(f"{name} returned {len(kept)} numbers for {len(groups)} groups")
+        return kept
+    return (as_count(name, kept),) * len(groups)
+
+
+def ask_swaps(policy: PreemptionPolicy, sample: Any) -> bool:
+    """Whether the pages of a sample go to the host tier."""
+    swaps: Any = policy.swaps(sample)
+    if not isinstance(swaps, bool) and type(swaps).__name__ != "bool_":
+        raise TypeError(f"{type(policy).__name__}.swaps must return a bool, got {swaps!r}")
+    return bool(swaps)

@@ -9,8 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from .._engine_config import EngineConfig
 from ..allocator import BlockAllocator
+from ..engine import EngineConfig
 from ..policies import (
     FIFO,
     LFU,

@@ -1,4 +1,4 @@
-"""A workload through a real engine and its model, on the clock of the wall."""
+"""A workload through a real engine and its model, in wall-clock time."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from .._requests import Sample, TokenEvent
 from ..allocator import BlockAllocator
-from ..engine import Engine
+from ..engine import Engine, EngineConfig
+from ..engine.loop import Plans
+from ..engine.records import Decode, Prefill, Result, Runner, Ticket
+from ..engine.swapping import CacheHolder
+from ..policies import SampleView
+from ..requests import TokenEvent
 from ..sampling import SamplingParams
 from ..tiers import PageMover
 from .costs import Program
@@ -24,8 +28,9 @@ __all__ = ["ProgramTimer", "run"]
 class ProgramTimer:
     """Notes every device program of an engine and how long it took, to calibrate `Measured`.
 
-    The host's time of a step counts for the program that comes after it, and at the end of the
-    step for the last one, so that the times of a step add up to it.
+    The engine waits for every program then, so the times are those of one that collects at once.
+    The host's time of a visit counts for the program that comes after it, and at the end of the
+    visit for the last one, so that the times of a visit add up to it.
 
     Attributes:
       timings: programs and seconds, in order.
@@ -34,54 +39,81 @@ class ProgramTimer:
     def __init__(self, engine: Engine):
         self.timings: list[tuple[Program, float]] = []
         self._mark = 0.0
-        self._engine = engine
-        self._wrap("_launch_prefill", self._prefill_program)
-        self._wrap("_launch_decode", self._decode_program)
-        self._wrap("_run_copies", lambda copies: Program("copy", len(copies.src), 1, 0, 0))
-        if engine.tier is not None:
-            engine.tier.mover = _TimedMover(engine.tier.mover, self)
-        step = engine.step
+        loop, tier = engine.loop, engine.tier
+        loop.runner = _TimedRunner(loop.runner, engine.runner, engine.config, self)
+        loop.scheduler = _TimedPlans(loop.scheduler, self)
+        if tier is not None:
+            tier.mover = _TimedMover(tier.mover, self)
 
-        def timed_step() -> list[TokenEvent]:
-            self._mark = time.perf_counter()
-            count = len(self.timings)
-            events = step()
-            if len(self.timings) > count:
-                program, seconds = self.timings[-1]
-                rest = time.perf_counter() - self._mark
-                self.timings[-1] = program, seconds + rest
-            return events
-
-        engine.step = timed_step
+    def begin(self) -> None:
+        """A visit begins."""
+        self._mark = time.perf_counter()
 
     def note(self, program: Program) -> None:
         """The program has just ended."""
+        self.timings.append((program, self._elapsed()))
+
+    def note_rest(self) -> None:
+        """What was done since the last program belongs to it."""
+        if self.timings:
+            program, seconds = self.timings[-1]
+            self.timings[-1] = program, seconds + self._elapsed()
+
+    def _elapsed(self) -> float:
         now = time.perf_counter()
-        self.timings.append((program, now - self._mark))
-        self._mark = now
+        seconds, self._mark = now - self._mark, now
+        return seconds
 
-    def _wrap(self, name: str, describe: Callable[..., Program]) -> None:
-        launch = getattr(self._engine, name)
 
-        def timed(*args: Any) -> Any:
-            program = describe(*args)
-            out = launch(*args)
-            if program.rows:
-                self.note(program)
-            return out
+class _TimedPlans:
+    """A scheduler whose visits are noted as they begin and end."""
 
-        setattr(self._engine, name, timed)
+    def __init__(self, plans: Plans, timer: ProgramTimer):
+        self._plans, self._timer = plans, timer
+        self.plan_prefill, self.prefilled = plans.plan_prefill, plans.prefilled
+        self.plan_decode, self.reset = plans.plan_decode, plans.reset
 
-    def _prefill_program(
-        self, rows: list[Sample], begin: list[int], end: list[int], chunk: int
-    ) -> Program:
-        size = self._engine.config.prefill_rows
-        return Program("prefill", size, chunk, sum(end) - sum(begin), sum(begin))
+    def release(self) -> None:
+        self._timer.begin()
+        self._plans.release()
 
-    def _decode_program(self, rows: list[Sample], budget: list[int]) -> Program:
-        size = self._engine._bucket(self._engine.config.row_buckets, len(rows))
-        context = sum(b * len(s.tokens) for s, b in zip(rows, budget, strict=True))
-        return Program("decode", size, max(budget), sum(budget), context)
+    def book(self, ticket: Ticket, result: Result) -> None:
+        self._plans.book(ticket, result)
+        self._timer.note_rest()
+
+
+class _TimedRunner:
+    """A runner that waits for every program and notes it."""
+
+    def __init__(
+        self, runner: Runner, holder: CacheHolder, config: EngineConfig, timer: ProgramTimer
+    ):
+        self._runner, self._holder, self._config, self._timer = runner, holder, config, timer
+        self.wait, self.collect, self.restart = runner.wait, runner.collect, runner.restart
+
+    @property
+    def is_lost(self) -> bool:
+        return self._runner.is_lost
+
+    def prefill(self, plan: Prefill) -> None:
+        for width, chunks in plan.programs:
+            self._runner.prefill(plan._replace(programs=((width, chunks),)))
+            jax.block_until_ready(self._holder.cache)
+            tokens = sum(len(chunk.tokens) for chunk in chunks)
+            context = sum(chunk.begin for chunk in chunks)
+            rows = self._config.prefill_rows
+            self._timer.note(Program("prefill", rows, width, tokens, context))
+
+    def decode(self, plan: Decode) -> Ticket:
+        ticket = self._runner.decode(plan)
+        self._runner.wait(ticket.out)
+        if copied := len(plan.copies.src):  # with the program: one wait less
+            self._timer.timings.append((Program("copy", copied, 1, 0, 0), 0.0))
+        size = next(s for s in self._config.row_buckets if s >= len(plan.slots))
+        context, budgets = int((plan.context * plan.budgets).sum()), plan.budgets
+        steps, tokens = int(budgets.max()), int(budgets.sum())
+        self._timer.note(Program("decode", size, steps, tokens, context))
+        return ticket
 
 
 class _TimedMover:
@@ -143,7 +175,7 @@ def run(
         while (
             upcoming is not None
             and upcoming.arrival_seconds * time_scale <= now
-            and len(engine._waiting) < queue_rows * engine.config.max_rows
+            and engine.num_waiting < queue_rows * engine.config.max_rows
         ):
             watch.accept(upcoming, upcoming.arrival_seconds * time_scale, vocab)
             upcoming = next(coming, None)
@@ -159,45 +191,49 @@ def run(
 
 
 class _Watch:
-    """Turns events into records."""
+    """Turns events into records, which have numbers of their own."""
 
     def __init__(self, engine: Engine):
         self.engine, self.records = engine, dict[int, Record]()
-        self._open: dict[int, int] = {}
-        engine._admitted = self._admitted
+        self._open: dict[int, int] = {}  # by record: samples that have not ended
+        self._numbers: dict[int, int] = {}  # by request: its record
+        engine.scheduler.on_admitted = self._admitted
 
-    def _admitted(self, sample: Sample) -> None:
-        self.records[sample.request_id].note_admission(sample)
+    def _admitted(self, sample: SampleView) -> None:
+        if (number := self._numbers.get(sample.request_id)) is not None:
+            self.records[number].note_admission(sample)
 
     def accept(self, request: Request, arrival: float, vocab: int) -> None:
         engine, size = self.engine, request.prompt_tokens
-        key, fits = engine._next_id, size + 1 <= engine.max_sequence_tokens
-        record = Record(key, arrival, size, samples=request.samples, finished=fits)
-        self.records[key] = record
+        number, fits = len(self.records), size + 1 <= engine.max_sequence_tokens
+        record = Record(number, arrival, size, samples=request.samples, finished=fits)
+        self.records[number] = record
         if not fits:
             record.end_seconds = arrival
-            engine._next_id += 1
             return
-        self._open[key] = request.samples
-        engine.submit(
+        self._open[number] = request.samples
+        request_id = engine.submit(
             request.text(vocab).tolist(),
             SamplingParams(max_new_tokens=request.output_tokens),
             n=request.samples,
             priority=request.priority,
         )
+        self._numbers[request_id] = number
 
     def note(self, events: list[TokenEvent], now: float) -> int:
         """Enter events of a step that has just ended; returns how many requests ended."""
         before = len(self._open)
         for event in events:
-            record = self.records[event.request_id]
+            if (number := self._numbers.get(event.request_id)) is None:
+                continue  # of a request that was there before
+            record = self.records[number]
             if event.token is not None:
                 record.output_tokens += 1
                 record.first_seconds = now if record.first_seconds is None else record.first_seconds
             if event.finish_reason is not None:
                 record.end_seconds = now
                 record.finished = record.finished and event.finish_reason == "length"
-                self._open[event.request_id] -= 1
-                if self._open[event.request_id] == 0:
-                    del self._open[event.request_id]
+                self._open[number] -= 1
+                if self._open[number] == 0:
+                    del self._open[number]
         return before - len(self._open)

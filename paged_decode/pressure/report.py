@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from .._engine_config import EngineStats
 from ..allocator import BlockAllocator, PageState
+from ..engine import EngineStats
 
 __all__ = ["LIFETIME_EDGES", "Record", "Report", "UsageLog", "summarize"]
 

@@ -1,23 +1,32 @@
-"""The real engine, allocator and host tier on a virtual clock: only the device is a model."""
+"""The engine's own scheduler, allocator and tier in virtual time: only the device is a model."""
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from types import SimpleNamespace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 
-from .._engine_config import EngineConfig
-from .._engine_scheduling import protected
-from .._requests import Sample
 from ..allocator import BlockAllocator
-from ..cache import KVCache, PageCopies
-from ..engine import Engine
-from ..policies import AdmissionPolicy, PreemptionPolicy, VictimPolicy, Watermark
+from ..cache import KVCache
+from ..engine import EngineConfig, EngineStats
+from ..engine.config import sequence_limit
+from ..engine.loop import Loop
+from ..engine.records import Decode, Prefill, Result, Ticket
+from ..engine.scheduler import Outcome, Scheduler
+from ..engine.swapping import TierSwapping
+from ..policies import (
+    AdmissionPolicy,
+    LastAdmitted,
+    PreemptionPolicy,
+    Swap,
+    VictimPolicy,
+    Watermark,
+)
+from ..requests import Sample
 from ..sampling import SamplingParams
 from ..tiers import HostTier
 from .costs import CostModel, Program
@@ -30,158 +39,112 @@ _GENERATED = 2**30  # ids of generated tokens, which no prompt has
 
 
 @dataclass(slots=True)
+class _Clock:
+    now: float = 0.0
+
+
 class _ModelledCopies:
     """A `PageMover` that takes time only; what leaves the device does so beside other programs."""
 
-    engine: Any
-    free_seconds: float = 0.0  # when the link out is idle again
+    def __init__(self, clock: _Clock, costs: CostModel):
+        self._clock, self._costs = clock, costs
+        self._free_seconds = 0.0  # when the link out is idle again
 
     def take(self, cache: Any, pages: np.ndarray) -> float:
-        seconds = self.engine.costs.seconds(Program("store", len(pages), 1, 0, 0))
-        self.free_seconds = max(self.free_seconds, self.engine.now) + seconds
-        return self.free_seconds
+        seconds = self._costs.seconds(Program("store", len(pages), 1, 0, 0))
+        self._free_seconds = max(self._free_seconds, self._clock.now) + seconds
+        return self._free_seconds
 
     def finish(self, copy: float) -> None:
-        self.engine.now = max(self.engine.now, copy)
+        self._clock.now = max(self._clock.now, copy)
 
     def put(self, cache: Any, rested: Any, pages: np.ndarray) -> Any:
-        self.engine._spend(Program("load", len(pages), 1, 0, 0))
+        self._clock.now += self._costs.seconds(Program("load", len(pages), 1, 0, 0))
         return cache
 
 
-class _SimulatedEngine(Engine):
-    """The engine with its device programs replaced by their modelled time.
+@dataclass(frozen=True, slots=True)
+class _Times:
+    """When a visit's steps began, and how long each took."""
 
-    Everything that decides (admission, prefill order, reservation, preemption) is inherited.
-    What is overridden are the device calls, and the entering of tokens, which here has no values
-    to stream and is done for all rows at once.
-    """
+    start: float
+    step_seconds: float
+
+
+class _ModelledRunner:
+    """A `Runner` whose programs take the time that a cost model says, and compute nothing."""
+
+    is_lost = False
 
     def __init__(
-        self,
-        allocator: BlockAllocator,
-        config: EngineConfig,
-        costs: CostModel,
-        **policies: Any,
+        self, cache: Any, config: EngineConfig, costs: CostModel, clock: _Clock, stats: EngineStats
     ):
-        shapes = jax.eval_shape(
-            lambda: KVCache.create(
-                num_layers=1,
-                num_pages=allocator.num_pages,
-                num_kv_heads=1,
-                page_size=allocator.page_size,
-                head_dim=1,
-            )
-        )  # a pool without memory
-        super().__init__(_no_model, None, shapes, allocator, config, **policies)
-        self.now, self.costs = 0.0, costs
-        if self.tier is not None:
-            self.tier.mover = _ModelledCopies(self)
-        self.records: dict[int, Record] = {}
-        self._step_seconds = 0.0
-        self._blocked: tuple[Sample, int, int] | None = None
+        self.cache = cache
+        self._config, self._costs, self._clock, self._stats = config, costs, clock, stats
+        self._shapes: set[tuple[int, int]] = set()
+        self.collected: _Times | None = None  # of the visit that is being booked
 
-    def accept(self, request: Request) -> None:
-        """Queue a request; like `submit`, with the prompt in four bytes per token."""
-        record = Record(
-            self._next_id,
-            request.arrival_seconds,
-            request.prompt_tokens,
-            samples=request.samples,
-            finished=True,  # until a sample ends early
-        )
-        self.records[self._next_id] = record
-        self._next_id += 1
-        if request.prompt_tokens + 1 > self.max_sequence_tokens:
-            record.end_seconds = max(self.now, request.arrival_seconds)
-            record.finished = False
-            return
-        tokens: Any = array("i", request.prompt().tobytes())
-        params = SamplingParams(max_new_tokens=request.output_tokens)
-        sample = Sample(
-            record.request_id, 0, len(tokens), tokens, params, None, None, priority=request.priority
-        )
-        for index in range(1, request.samples):
-            sibling = replace(sample, index=index, tokens=tokens[:], siblings=[])
-            sample.siblings.append(sibling)
-        self._waiting.append(sample)
+    def prefill(self, plan: Prefill) -> None:
+        rows = self._config.prefill_rows
+        for width, chunks in plan.programs:
+            tokens = sum(len(chunk.tokens) for chunk in chunks)
+            context = sum(chunk.begin for chunk in chunks)
+            self._spend(Program("prefill", rows, width, tokens, context))
 
-    def _admit(self) -> None:
-        """As in the engine, but a sample that cannot fit is not tried again in vain.
-
-        With other policies than a watermark, what could not be let in may be later all the same.
-        """
-        free = self.allocator.num_free + self.allocator.num_evictable
-        head = self._waiting[0] if self._waiting else None
-        if self._blocked and self._blocked[0] is head:
-            if free <= self._blocked[1] and len(self._running) >= self._blocked[2]:
-                return
-        super()._admit()
-        self._blocked = None
-        steady = isinstance(self._admission, Watermark) and all(s.decoding for s in self._running)
-        if self._waiting and steady and not protected(self, self._waiting[0]):
-            free = self.allocator.num_free + self.allocator.num_evictable
-            self._blocked = (self._waiting[0], free, len(self._running))
-
-    def _admitted(self, sample: Sample) -> None:
-        self.records[sample.request_id].note_admission(sample)
-
-    def _launch_prefill(
-        self, rows: list[Sample], begin: list[int], end: list[int], chunk: int
-    ) -> None:
-        tokens, context = sum(end) - sum(begin), sum(begin)
-        self._spend(Program("prefill", self.config.prefill_rows, chunk, tokens, context))
-        self._note_program(self.config.prefill_rows, chunk)
-
-    def _run_copies(self, copies: PageCopies) -> None:
-        if len(copies.src):
-            self._spend(Program("copy", len(copies.src), 1, 0, 0))
-
-    def _launch_decode(self, rows: list[Sample], budget: list[int]) -> Any:
-        size = self._bucket(self.config.row_buckets, len(rows))
+    def decode(self, plan: Decode) -> Ticket:
+        if copied := len(plan.copies.src):
+            self._clock.now += self._costs.seconds(Program("copy", copied, 1, 0, 0))
+        count, steps = len(plan.slots), int(plan.budgets.max())
+        size = next(size for size in self._config.row_buckets if size >= count)
+        budgets = plan.budgets.astype(np.int64)
         # A row of n tokens reads n, n + 1, ... of them in its steps.
-        context = sum(
-            b * len(s.tokens) + b * (b - 1) // 2 for s, b in zip(rows, budget, strict=True)
-        )
-        steps = max(budget)
-        program = Program("decode", size, steps, sum(budget), context)
-        self._step_seconds = self._spend(program) / steps
-        self._note_program(size, 0)
-        return SimpleNamespace(counts=budget)
+        context = int((budgets * plan.context + budgets * (budgets - 1) // 2).sum())
+        start = self._clock.now
+        seconds = self._spend(Program("decode", size, steps, int(budgets.sum()), context))
+        return Ticket(plan, _Times(start, seconds / steps))
 
-    def _book(self, rows: list[Sample], out: Any) -> None:
-        counts, most = out.counts, max(out.counts)
-        handles = [s.handle for s in rows]
-        texts = [_generated(s) for s in rows]
-        written = np.array(texts, np.int32)[:, None].repeat(most, axis=1)
-        written[:, 0] = [s.tokens[-1] for s in rows]
-        self.allocator.append(handles, written, counts)
-        start = self.now - self._step_seconds * most
-        for sample, count, text in zip(rows, counts, texts, strict=True):
-            record = self.records[sample.request_id]
-            if record.first_seconds is None:
-                record.first_seconds = start + self._step_seconds
-            sample.tokens.extend([text] * count)
-            sample.computed += count
-            record.output_tokens += count
-        self.allocator.commit(handles, [s.computed for s in rows])
-        self.stats.decode_tokens += sum(counts)
-        for sample, count in zip(rows, counts, strict=True):
-            left = sample.left
-            if left == 0 or len(sample.tokens) >= self.max_sequence_tokens:
-                self._drop(sample)
-                self.note_end(sample.request_id, start + count * self._step_seconds, left)
+    def wait(self, out: Any) -> None:
+        """The time has passed."""
 
-    def note_end(self, request_id: int, seconds: float, missing: int) -> None:
-        """A sample has ended, so many tokens before its length."""
-        record = self.records[request_id]
-        record.end_seconds = max(seconds, record.end_seconds or 0.0)
-        record.finished = record.finished and not missing
+    def collect(self, ticket: Ticket) -> Result:
+        plan, self.collected = ticket.plan, ticket.out
+        texts = np.array([_generated(sample) for sample in plan.samples], np.int32)
+        tokens = np.broadcast_to(texts, (int(plan.budgets.max()), len(texts)))
+        return Result(tokens, plan.budgets, np.zeros(len(texts), bool))
+
+    def restart(self) -> None:
+        """Nothing is lost here."""
 
     def _spend(self, program: Program) -> float:
-        seconds = self.costs.seconds(program)
-        self.now += seconds
+        seconds = self._costs.seconds(program)
+        self._clock.now += seconds
+        self._shapes.add((program.rows, program.width if program.kind == "prefill" else 0))
+        self._stats.programs = len(self._shapes)
         return seconds
+
+
+class _Records:
+    """What becomes of requests, in virtual time; tokens are counted, not kept as events."""
+
+    def __init__(self, clock: _Clock, runner: _ModelledRunner):
+        self.records: dict[int, Record] = {}
+        self._clock, self._runner = clock, runner
+
+    def note_admission(self, sample: Sample) -> None:
+        self.records[sample.request_id].note_admission(sample)
+
+    def put(self, serial: int, outcomes: Sequence[Outcome]) -> None:
+        for sample, _, tokens, reason, *_ in outcomes:
+            record, times = self.records[sample.request_id], self._runner.collected
+            seconds = self._clock.now
+            if tokens and times is not None:
+                seconds = times.start + len(tokens) * times.step_seconds
+                if record.first_seconds is None:
+                    record.first_seconds = times.start + times.step_seconds
+                record.output_tokens += len(tokens)
+            if reason is not None:
+                record.end_seconds = max(seconds, record.end_seconds or 0.0)
+                record.finished = record.finished and reason == "length"
 
 
 def simulate(
@@ -214,38 +177,109 @@ def simulate(
       queue_rows: requests that wait in the engine, per row of it; the engine may take those out
         of order whose prefix is not being computed just then.
     """
-    engine = _SimulatedEngine(
+    simulation = _Simulation(
         allocator,
         config or EngineConfig(),
         costs,
-        victim=victim,
         tier=tier,
-        preemption=preemption,
-        admission=admission,
+        victim=victim or LastAdmitted(),
+        preemption=preemption or Swap(),
+        admission=admission or Watermark(),
     )
-    coming = iter(requests)
-    upcoming = next(coming, None)
-    usage = UsageLog(allocator)
-    while upcoming is not None or not engine.idle:
-        if engine.idle and upcoming is not None:
-            engine.now = max(engine.now, upcoming.arrival_seconds)
-        while (
-            upcoming is not None
-            and upcoming.arrival_seconds <= engine.now
-            and len(engine._waiting) < queue_rows * engine.config.max_rows
-        ):
-            engine.accept(upcoming)
-            upcoming = next(coming, None)
-        for event in engine.step():  # only samples that outgrew the pool have events here
-            engine.note_end(event.request_id, engine.now, 1)
-        usage.note(engine.now)
-    return summarize(list(engine.records.values()), engine.stats, allocator, usage, engine.now)
+    return simulation.run(iter(requests), queue_rows)
+
+
+class _Simulation:
+    """The parts of an engine, with a clock and a cost model where the device is."""
+
+    def __init__(
+        self,
+        allocator: BlockAllocator,
+        config: EngineConfig,
+        costs: CostModel,
+        *,
+        tier: HostTier | None,
+        **policies: Any,
+    ):
+        self.allocator, self.config, self.clock = allocator, config, _Clock()
+        self.stats, self.limit = EngineStats(), sequence_limit(config, allocator)
+        self.runner = _ModelledRunner(
+            _pool_without_memory(allocator), config, costs, self.clock, self.stats
+        )
+        swapping = None
+        if tier is not None:
+            tier.mover = _ModelledCopies(self.clock, costs)
+            swapping = TierSwapping(tier, allocator, self.runner)
+        self.records = _Records(self.clock, self.runner)
+        self.scheduler = Scheduler(
+            allocator,
+            config,
+            self.records,
+            self.stats,
+            limit=self.limit,
+            swapping=swapping,
+            **policies,
+        )
+        self.scheduler.on_admitted = self.records.note_admission
+        self.loop = Loop(self.scheduler, self.runner, self.stats)
+
+    def run(self, coming: Any, queue_rows: int) -> Report:
+        """Hand over what has arrived, visit after visit."""
+        upcoming, usage = next(coming, None), UsageLog(self.allocator)
+        room = queue_rows * self.config.max_rows
+        while upcoming is not None or not self.idle:
+            if self.idle and upcoming is not None:
+                self.clock.now = max(self.clock.now, upcoming.arrival_seconds)
+            while (
+                upcoming is not None
+                and upcoming.arrival_seconds <= self.clock.now
+                and self.scheduler.num_waiting < room
+            ):
+                self.accept(upcoming)
+                upcoming = next(coming, None)
+            self.loop.visit()
+            usage.note(self.clock.now)
+        records = list(self.records.records.values())
+        return summarize(records, self.stats, self.allocator, usage, self.clock.now)
+
+    @property
+    def idle(self) -> bool:
+        return self.scheduler.idle and not self.loop.in_flight
+
+    def accept(self, request: Request) -> None:
+        """Queue a request; like `submit`, with the prompt in four bytes per token."""
+        number, size = len(self.records.records), request.prompt_tokens
+        record = Record(
+            number,
+            request.arrival_seconds,
+            size,
+            samples=request.samples,
+            finished=True,  # until a sample ends early
+        )
+        self.records.records[number] = record
+        if size + 1 > self.limit:
+            record.end_seconds = max(self.clock.now, request.arrival_seconds)
+            record.finished = False
+            return
+        tokens: Any = array("i", request.prompt().tobytes())
+        sampling = SamplingParams(max_new_tokens=request.output_tokens)
+        first = Sample(number, 0, size, tokens, sampling, None, priority=request.priority)
+        first.siblings = [first.spawn(number, i, sampling) for i in range(1, request.samples)]
+        self.scheduler.add(first)
+
+
+def _pool_without_memory(allocator: BlockAllocator) -> KVCache:
+    return jax.eval_shape(
+        lambda: KVCache.create(
+            num_layers=1,
+            num_pages=allocator.num_pages,
+            num_kv_heads=1,
+            page_size=allocator.page_size,
+            head_dim=1,
+        )
+    )
 
 
 def _generated(sample: Sample) -> int:
     """A token for the text of this sample alone."""
     return _GENERATED + (sample.request_id * 64 + sample.index) % _GENERATED
-
-
-def _no_model(*_: Any) -> Any:
-    raise RuntimeError("a simulation runs no model")

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from .._requests import Sample, TokenEvent
 from ..allocator import AllocatorState
 from ..allocator.prefix import salt_key, salt_of
 from ..errors import SnapshotCorrupt
+from ..requests import Sample, TokenEvent
 from ..sampling import MAX_STOP_TOKENS, SamplingParams
 from ._state import pack_bytes, require_split, unpack_bytes
 
@@ -81,7 +81,7 @@ def engine_arrays(state: EngineState) -> dict[str, np.ndarray]:
         raise ValueError(
             f"request ids are at most 2**53 in a snapshot, the next is {state.next_id}"
         )
-    samples, params = state.samples, [s.params for s in state.samples]
+    samples, params = state.samples, [s.sampling for s in state.samples]
     place = {id(s): at for at, s in enumerate(samples)}
     sibling_of = np.full(len(samples), -1)
     for first in samples:
@@ -204,7 +204,6 @@ def _samples(columns: Mapping[str, np.ndarray]) -> Iterator[Sample]:
             tokens,
             params,
             _salt_of(salt),
-            None,
             preemptions=int(columns["preemptions"][row]),
         )
         _require(sample.left >= 1, f"request {sample.request_id} has ended already")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from .._devices import bits, pinned_sharding, unbits
+from .._devices import bits, pinned_sharding, put_beside, unbits
 
 __all__ = ["CopyFailed", "CopyPending", "DeviceMover", "PageMover", "fits"]
 
@@ -73,21 +73,22 @@ class DeviceMover:
         leaves = jax.tree.leaves(cache)
         if not leaves[0].is_fully_addressable:
             raise NotImplementedError("a host tier serves a cache of one process, not of several")
-        copies = _gather(leaves, pages)
+        copies = _gather(leaves, put_beside(leaves[0], pages))
         if self.memory == "pinned_host" or pinned_sharding(copies[0]) is not None:
             return self._sender.submit(_send, copies)
         return copies
 
     def finish(self, copy: Any) -> Any:
         if not isinstance(copy, Future):
-            return [np.asarray(each) for each in copy]
+            return [np.asarray(each) for each in jax.device_get(copy)]
         pinned = copy.result()
         return [np.array(each) for each in pinned] if self.memory == "numpy" else pinned
 
     def put(self, cache: Any, rested: Any, pages: np.ndarray) -> Any:
         leaves, tree = jax.tree.flatten(cache)
         where = [leaves[group[0]].sharding for group in _groups(leaves, len(pages))]
-        return jax.tree.unflatten(tree, _scatter(leaves, jax.device_put(rested, where), pages))
+        new, ids = jax.device_put(rested, where), put_beside(leaves[0], pages)
+        return jax.tree.unflatten(tree, _scatter(leaves, new, ids))
 
 
 def fits(cache: Any, rested: list[Any], num_pages: int) -> bool:

@@ -12,15 +12,21 @@ from paged_decode import (
     SamplingParams,
     SequenceTooLong,
 )
-from paged_decode._programs import decode, null_batch, prefill
-from paged_decode._requests import gather
 from paged_decode.allocator.prefix import blake2b_digest
 from paged_decode.policies import SLRU, Watermark
-from paged_decode.sampling import SamplingRows
+from paged_decode.requests import gather
 from paged_decode.tiers import HostTier
 
 from ..allocator.test_machine import Boom, Fuse
-from .tiny import MAX_LEN, dense_greedy, dense_logits, make_engine, model, prompts
+from .tiny import (
+    MAX_LEN,
+    dense_greedy,
+    dense_logits,
+    fail_decode,
+    make_engine,
+    model,
+    prompts,
+)
 
 GREEDY = SamplingParams(max_new_tokens=12)
 
@@ -175,7 +181,7 @@ def test_cancel_returns_every_page_in_every_state(visits):
     engine = make_engine(num_pages=16, page_size=4)
     ids = [engine.submit(p, GREEDY, n=2) for p in prompts(5, seed=12)]
     events = [event for _ in range(visits) for event in engine.step()]
-    open_ids = {s.request_id for s in (*engine._running, *engine._waiting)}
+    open_ids = {s.request_id for s in (*engine.scheduler.running, *engine.scheduler.queue())}
     for i in open_ids:
         engine.cancel(i)
     events += engine.step()
@@ -255,17 +261,7 @@ def test_a_model_that_cannot_be_traced_leaves_the_engine_usable(expected):
 def test_a_program_that_dies_with_the_cache_loses_no_request(expected, at):
     engine = make_engine()
     streams = {engine.submit(p, GREEDY): [] for p in expected}
-    decode, calls = engine._decode, [0]
-
-    def dying(cache, *args):
-        calls[0] += 1
-        if calls[0] == at + 1:
-            for array in (*cache.k_pages, *cache.v_pages):
-                array.delete()
-            raise RuntimeError("device")
-        return decode(cache, *args)
-
-    engine._decode = dying
+    fail_decode(engine, {at}, RuntimeError("device"), deleting=True)
     with pytest.raises(RuntimeError, match="device"):
         while True:
             for event in engine.step():
@@ -316,24 +312,13 @@ def test_after_warmup_nothing_compiles(compiled):
 
 def test_no_program_copies_the_pool():
     engine = make_engine(num_pages=8192, page_size=16, max_sequence_tokens=MAX_LEN)
-    rows, chunk = 4, 8
     pool_bytes = engine.cache.page_bytes * 8192
-    zeros, columns = np.zeros(rows, np.int32), engine._columns
-    decoding = decode.lower(
-        engine.cache,
-        engine.params,
-        zeros,
-        null_batch(engine.cache, rows, 1, columns=columns),
-        zeros,
-        SamplingRows.create([], [], rows),
-        **engine._decode.keywords,
-    )
-    prefilling = prefill.lower(
-        engine.cache,
-        engine.params,
-        null_batch(engine.cache, rows, chunk, columns=columns),
-        **engine._prefill.keywords,
-    )
+    runner = engine.runner
+    given = engine.cache, runner._state, runner._table, runner.params
+    steps = dict(steps=engine.config.decode_steps, top=0)
+    idle = runner._put(runner._idle_rows(4)), runner._put(runner._prefill_message(8, ()))
+    decoding = runner._programs.decode.lower(*given, idle[0], **steps)
+    prefilling = runner._programs.prefill.lower(given[0], *given[2:], idle[1])
     for lowered in (decoding, prefilling):
         memory = lowered.compile().memory_analysis()
         assert memory.alias_size_in_bytes >= pool_bytes
@@ -452,8 +437,10 @@ def test_a_random_life_keeps_every_invariant_and_every_token():
             pick = int(rng.integers(len(pool)))
             request = engine.submit(pool[pick], GREEDY, n=int(rng.integers(1, 3)))
             prompt_of[request] = pick
-        elif move == 3 and engine._running:
-            request = engine._running[int(rng.integers(len(engine._running)))].request_id
+        elif move == 3 and engine.scheduler.running:
+            request = engine.scheduler.running[
+                int(rng.integers(len(engine.scheduler.running)))
+            ].request_id
             engine.cancel(request)
             cancelled.add(request)
         for event in engine.step():
@@ -500,8 +487,11 @@ def test_the_engine_goes_on_after_whatever_a_users_object_raises(kind, tier):
     for k in (1, 4, 9, 20):
         fuse = Fuse(blake2b_digest)
         options = dict(digest=fuse.digest) if kind == "digest" else dict(eviction=fuse)
-        engine = make_engine(14, policies=dict(tier=HostTier(64) if tier else None))
-        engine.allocator = BlockAllocator(14, 4, hash_key=b"test", **options)
+        engine = make_engine(
+            14,
+            policies=dict(tier=HostTier(64) if tier else None, admission=Watermark(0)),
+            allocator=BlockAllocator(14, 4, hash_key=b"test", **options),
+        )
         for prompt in asked:
             engine.submit(prompt, SamplingParams(max_new_tokens=10))
         fuse.left, events, raised = k, [], 0
@@ -519,7 +509,11 @@ def test_the_engine_goes_on_after_whatever_a_users_object_raises(kind, tier):
 
 def test_what_is_no_sampling_params_or_callback_is_refused_before_it_is_queued(unchecked):
     engine = make_engine()
-    for bad in (dict(params={"max_new_tokens": 3}), dict(params=SamplingParams), dict(on_token=5)):
+    for bad in (
+        dict(sampling={"max_new_tokens": 3}),
+        dict(sampling=SamplingParams),
+        dict(on_token=5),
+    ):
         with pytest.raises(TypeError, match=next(iter(bad))):
             engine.submit([1, 2], **bad)
     assert engine.idle

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,6 +79,40 @@ def dense_greedy(prompt, count: int, params=PARAMS) -> tuple[int, ...]:
     return tuple(tokens[len(prompt) :])
 
 
+class Wrapped:
+    """A part of an engine, some of whose methods are others."""
+
+    def __init__(self, part, **methods):
+        self._part = part
+        for name, method in methods.items():
+            setattr(self, name, method)
+
+    def __getattr__(self, name):
+        return getattr(self._part, name)
+
+
+def fail_decode(engine, at: set[int], error: BaseException, *, deleting: bool = False) -> None:
+    """Let the launches of decode programs with these numbers raise, with the cache or without."""
+    runner, calls = engine.loop.runner, itertools.count()
+
+    def decode(plan):
+        if next(calls) in at:
+            if deleting:
+                for array in (*engine.cache.k_pages, *engine.cache.v_pages):
+                    array.delete()
+            raise error
+        return runner.decode(plan)
+
+    engine.loop.runner = Wrapped(runner, decode=decode)
+
+
+def preempt(engine, at: int = -1) -> None:
+    """Let a running sample lose its pages."""
+    engine.loop.collect()
+    if running := engine.scheduler.running:
+        engine.loop.change(lambda: engine.scheduler.preempt(running[at]))
+
+
 def prompts(count: int, seed: int = 1, low: int = 1, high: int = 30) -> list[list[int]]:
     rng = np.random.default_rng(seed)
     return [rng.integers(0, VOCAB, rng.integers(low, high + 1)).tolist() for _ in range(count)]
@@ -89,6 +125,7 @@ def make_engine(
     prefix_cache: bool = True,
     fn=model,
     policies: dict | None = None,
+    allocator: BlockAllocator | None = None,
     **config,
 ) -> Engine:
     shapes = (
@@ -101,6 +138,8 @@ def make_engine(
         page_size=page_size,
         head_dim=DIM,
     )
-    allocator = BlockAllocator(num_pages, page_size, prefix_cache=prefix_cache, hash_key=b"test")
+    if allocator is None:
+        options = dict(prefix_cache=prefix_cache, hash_key=b"test")
+        allocator = BlockAllocator(num_pages, page_size, **options)
     shapes.setdefault("max_sequence_tokens", min(MAX_LEN, allocator.usable_pages * page_size))
     return Engine(fn, PARAMS, cache, allocator, EngineConfig(**shapes), **policies or {})

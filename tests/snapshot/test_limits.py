@@ -7,7 +7,7 @@ import pytest
 
 from paged_decode import PagedDecodeError, SamplingParams, SequenceTooLong, SnapshotError
 
-from ..paged_decode.tiny import dense_greedy, make_engine
+from ..paged_decode.tiny import dense_greedy, make_engine, preempt
 from . import independent_reader
 from .forge import build, put
 
@@ -36,7 +36,7 @@ def saved(tmp_path_factory):
     path = tmp_path_factory.mktemp("saved") / "s"
     engine.save(path)
     fields, arrays, _ = independent_reader.read(path)
-    assert arrays["engine/running"][0] == 4 and len(arrays["engine/event_request"]) == 2
+    assert arrays["engine/running"][0] == 4 and len(arrays["engine/event_request"]) >= 2
     return fields, arrays
 
 
@@ -48,15 +48,14 @@ def goes_on(path, engine) -> bool:
         return False
     engine.step()
     engine.submit([9, 9, 9], SamplingParams(max_new_tokens=3), n=2)
-    if engine._running:
-        engine._preempt(engine._running[-1])
+    preempt(engine)
     engine.save(f"{path}.again")
     other = make_engine(top_logits=2)
     other.restore(f"{path}.again")
     other.submit([5], SamplingParams(max_new_tokens=2))
     for _ in range(20):
         other.step()
-    for request in {s.request_id for s in (*other._running, *other._waiting)}:
+    for request in list(other.scheduler.living):
         other.cancel(request)
     other.step()
     assert other.idle and other.allocator.num_used == 0
@@ -139,8 +138,8 @@ def test_preemptions_count_to_the_end_of_the_format_and_stay_there(tmp_path, sav
     (tmp_path / "s").write_bytes(build(fields, changed))
     engine = make_engine(top_logits=2)
     engine.restore(tmp_path / "s")
-    for sample in list(engine._running):
-        engine._preempt(sample)
+    while engine.scheduler.running:
+        preempt(engine)
     engine.save(tmp_path / "again")
     _, arrays, _ = independent_reader.read(tmp_path / "again")
     assert set(arrays["engine/preemptions"]) == {2**63 - 1}

@@ -17,7 +17,7 @@ from paged_decode import (
 from paged_decode.snapshot import AS_SAVED
 from paged_decode.tiers import HostTier
 
-from ..paged_decode.tiny import dense_greedy, make_engine
+from ..paged_decode.tiny import dense_greedy, make_engine, preempt
 from . import independent_reader
 from .forge import build
 from .small import assert_same_content, busy, content, make_allocator, make_cache
@@ -72,7 +72,7 @@ def test_without_prefix_cache_forks_and_preempted_requests_of_the_file_poison_no
     (request,) = engine.restore(poisoned, prefix_cache=False).values()
     engine.fork(request, SamplingParams(max_new_tokens=40))
     engine.step()
-    engine._preempt(engine._running[0])
+    preempt(engine, 0)
     assert engine.tier.num_pages == 0 and engine.stats.swaps == 0
     for _ in range(4):
         engine.step()
@@ -90,8 +90,8 @@ def test_what_the_engine_computes_itself_under_a_salt_of_the_callers_is_found_th
     engine.save(tmp_path / "s")
     other = make_engine()
     other.restore(tmp_path / "s", cache_salt="mine")
-    assert {s.cache_salt for s in (*other._running, *other._waiting)} == {"mine"}
-    assert {s.cache_salt for first in other._running for s in first.siblings} <= {"mine"}
+    assert {s.cache_salt for s in (*other.scheduler.running, *other.scheduler.queue())} == {"mine"}
+    assert {s.cache_salt for first in other.scheduler.running for s in first.siblings} <= {"mine"}
     tokens = {}
     for event in list(other.stream()):
         tokens.setdefault((event.request_id, event.sample), []).append(event.token)

@@ -22,7 +22,7 @@ from paged_decode.policies import (
 from paged_decode.pressure import Roofline
 from paged_decode.tiers import DeviceMover, HostTier
 
-from ..tiny import dense_greedy, make_engine, prompts
+from ..tiny import dense_greedy, fail_decode, make_engine, prompts
 
 PAGES = 16  # of 4 tokens: two or three of the requests below fit at their full length
 ASKED = prompts(7, seed=3, low=8, high=14)
@@ -109,9 +109,9 @@ def test_admission_leaves_the_watermark_but_never_an_empty_engine_waiting(keep):
 
     def note(sample):
         free = engine.allocator.num_free + engine.allocator.num_evictable
-        admitted.append((len(engine._running) - 1, free))
+        admitted.append((len(engine.scheduler.running) - 1, free))
 
-    engine._admitted = note
+    engine.scheduler.on_admitted = note
     list(engine.stream())
     assert admitted[0] == (0, 0)
     assert len(admitted) == len(sizes)
@@ -125,17 +125,15 @@ def test_admission_leaves_the_watermark_but_never_an_empty_engine_waiting(keep):
 def test_no_sample_is_preempted_more_often_than_allowed(expected, most, victim):
     engine = make_engine(PAGES, policies=dict(victim=victim), max_preemptions=most)
     seen = []
-    requeue = engine._requeue
-    engine._requeue = lambda sample: (requeue(sample), seen.append(sample))
+    engine.scheduler.on_admitted = lambda sample: seen.append(sample.preemptions)
     assert finished(engine) == expected
-    assert max((s.preemptions for s in seen), default=0) <= most
+    assert max(seen) <= most and (max(seen) > 0) == (most > 0)
 
 
 def test_the_lowest_priority_gives_way_and_the_highest_never_does():
     engine = tight(victim=LowestPriority())
     seen = []
-    requeue = engine._requeue
-    engine._requeue = lambda sample: (requeue(sample), seen.append(sample.priority))
+    engine.scheduler.on_admitted = lambda s: s.preemptions and seen.append(s.priority)
     for at, prompt in enumerate(ASKED):
         engine.submit(prompt, PARAMS, priority=at % 3)
     list(engine.stream())
@@ -180,7 +178,9 @@ def test_the_same_run_twice_is_the_same_to_the_page():
             engine.submit(prompt, PARAMS)
         while not engine.idle:
             engine.step()
-            pages.append([engine.allocator.sequence(s.handle).pages for s in engine._running])
+            pages.append(
+                [engine.allocator.sequence(s.handle).pages for s in engine.scheduler.running]
+            )
         runs.append((pages, engine.stats.preemptions, engine.tier.stats))
     assert runs[0] == runs[1]
 
@@ -201,7 +201,9 @@ def test_cancelling_in_every_state_returns_every_page(visits):
     for _ in range(visits):
         engine.step()
     for request in ids:
-        if any(s.request_id == request for s in (*engine._running, *engine._waiting)):
+        if any(
+            s.request_id == request for s in (*engine.scheduler.running, *engine.scheduler.queue())
+        ):
             engine.cancel(request)
     list(engine.stream())
     engine.allocator.check_invariants()
@@ -274,16 +276,8 @@ def test_an_interrupt_in_a_program_keeps_what_the_tier_holds(expected):
     engine = tight()
     for prompt in ASKED:
         engine.submit(prompt, PARAMS)
-    events, launch, count = [], engine._launch_decode, 0
-
-    def interrupted(*args):
-        nonlocal count
-        count += 1
-        if count in (3, 8):
-            raise KeyboardInterrupt
-        return launch(*args)
-
-    engine._launch_decode = interrupted
+    events = []
+    fail_decode(engine, {2, 7}, KeyboardInterrupt())
     while not engine.idle:
         try:
             events += engine.step()

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .allocator.arguments import as_count, as_counts
+from ..allocator.arguments import as_count, as_counts
+from ..allocator.view import AllocatorView
 
-__all__ = ["EngineConfig", "EngineStats"]
+__all__ = ["EngineConfig", "EngineStats", "sequence_limit"]
 
 _LEAST = dict(
     max_rows=1,
     decode_steps=1,
     prefill_chunk=1,
     prefill_rows=1,
+    prefill_tokens=1,
     max_sequence_tokens=2,
     top_logits=0,
     vocab_size=1,
     max_preemptions=0,
 )
-_OPTIONAL = ("max_sequence_tokens", "vocab_size")  # may be None
+_OPTIONAL = ("prefill_tokens", "max_sequence_tokens", "vocab_size")  # may be None
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +30,14 @@ class EngineConfig:
     Integers may be Python's or NumPy's; they are kept as Python ints.
 
     Attributes:
-      max_rows: samples that hold pages at once.
-      decode_steps: tokens per row and host visit.
+      max_rows: samples that decode or prefill at once.
+      decode_steps: tokens per row and visit (k).
       prefill_chunk: tokens per row and prefill program.
       prefill_rows: rows per prefill program. One chunk of one row keeps a CPU busy; a large
         accelerator wants several.
+      prefill_tokens: prompt tokens that one visit computes at most, the padding of its programs
+        included, but for one program that always runs; so it bounds how long running rows wait for
+        their next tokens. Prompts take turns. None: one chunk of every prompt.
       row_buckets: rows of the compiled decode programs, ascending to max_rows; empty:
         (1, max_rows).
       chunk_buckets: chunks of the compiled prefill programs, ascending to prefill_chunk; empty:
@@ -43,18 +48,22 @@ class EngineConfig:
       vocab_size: prompts with ids from here on are refused; None: not checked.
       max_preemptions: how often a sample may lose its pages; after that it waits until all that
         it can grow to is free, and keeps them.
+      collect_at_once: wait for every visit before the host goes on. Plans, tokens and events are
+        the same; it shows what the waiting costs, and in which visit a program failed.
     """
 
     max_rows: int = 8
     decode_steps: int = 8
     prefill_chunk: int = 128
     prefill_rows: int = 1
+    prefill_tokens: int | None = None
     row_buckets: tuple[int, ...] = ()
     chunk_buckets: tuple[int, ...] = ()
     max_sequence_tokens: int | None = None
     top_logits: int = 0
     vocab_size: int | None = None
     max_preemptions: int = 8
+    collect_at_once: bool = False
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
@@ -69,6 +78,8 @@ class EngineConfig:
             if sizes[0] < 1 or sizes[-1] != last:
                 raise ValueError(f"{name} must be positive and end with {last}, got {sizes}")
             object.__setattr__(self, name, sizes)
+        if not isinstance(self.collect_at_once, bool):
+            raise TypeError(f"collect_at_once must be a bool, got {self.collect_at_once!r}")
 
 
 @dataclass(slots=True)
@@ -76,6 +87,7 @@ class EngineStats:
     """What the engine has done so far.
 
     Attributes:
+      visits: turns of the host: calls of `step`, whoever makes them.
       prefill_tokens: tokens computed by prefill; recomputed_tokens of them for a second time.
       prefix_hit_tokens: prompt tokens found in the prefix cache at first admission.
       decode_tokens: tokens generated.
@@ -85,9 +97,11 @@ class EngineStats:
         back from it.
       programs: program shapes used so far, which stops growing after `warmup`.
       peak_used_pages: most pages referenced at once.
-      prefill_seconds, decode_seconds: time in the device programs, compilation included.
+      visit_seconds: time in visits, callbacks left out; wait_seconds of it the host waited for
+        the device, and did nothing.
     """
 
+    visits: int = 0
     prefill_tokens: int = 0
     recomputed_tokens: int = 0
     prefix_hit_tokens: int = 0
@@ -98,5 +112,21 @@ class EngineStats:
     swapped_in_pages: int = 0
     programs: int = 0
     peak_used_pages: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
+    visit_seconds: float = 0.0
+    wait_seconds: float = 0.0
+
+
+def sequence_limit(config: EngineConfig, allocator: AllocatorView) -> int:
+    """Tokens that a sequence may have.
+
+    Raises:
+      ValueError: the pool cannot hold so many, or not even two.
+    """
+    capacity = allocator.sequence_pages * allocator.page_size
+    limit = config.max_sequence_tokens or capacity
+    if not 2 <= limit <= capacity:
+        raise ValueError(
+            f"max_sequence_tokens must be in [2, {capacity}] for a pool of "
+            f"{allocator.sequence_pages} usable pages of {allocator.page_size}, got {limit}"
+        )
+    return limit

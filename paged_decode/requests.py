@@ -1,10 +1,10 @@
-"""What the engine knows about its requests, and what it tells about them."""
+"""What an engine knows about its requests, and what it tells about them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, MutableSequence, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,17 +14,18 @@ from .sampling import SamplingParams
 
 __all__ = [
     "Completion",
+    "OnToken",
     "Sample",
     "TokenEvent",
     "check_sampling",
-    "common_pages",
     "gather",
     "prompt_ids",
 ]
 
+_UNLIMITED = 2**62
 
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
+
+class TokenEvent(NamedTuple):
     """One token of one sample, or its end.
 
     Attributes:
@@ -37,6 +38,7 @@ class TokenEvent:
         nothing was left to preempt), "cancelled", "invalid_logits" (the model's logits for the next
         token had a NaN, or nothing but -inf: its weights or its pages are broken).
       top_logits: the largest logits of this step as (id, logit) pairs, if the engine keeps them.
+      detail: of an end at "capacity" without a token: what holds the pages.
     """
 
     request_id: int
@@ -45,6 +47,10 @@ class TokenEvent:
     token: int | None
     finish_reason: str | None = None
     top_logits: tuple[tuple[int, float], ...] = ()
+    detail: str = ""
+
+
+OnToken = Callable[[TokenEvent], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,22 +68,39 @@ class Completion:
 class Sample:
     """One stream of tokens inside the engine: waiting (no handle), prefilling, or decoding.
 
-    `tokens` holds prompt and generated tokens. The newest one is never in the cache: the next
-    decode step writes it, so a fresh prompt, a fork and a resumed request all look alike.
+    `tokens` holds prompt and generated tokens, as far as they were read from the device. The newest
+    one is not in the cache yet: the next decode step writes it, so a fresh prompt, a fork and a
+    resumed request all look alike.
+
+    Attributes:
+      limit: tokens that it may have in all, by the engine's `max_sequence_tokens`.
+      siblings: further samples of the prompt, forked when it is in the cache.
+      handle: its pages; None while it has none.
+      computed: tokens whose keys and values are in the cache, or will be by programs launched.
+      place: its turn among those that wait, the lowest first.
+      slot: its row on the device from admission to its last visit; None without one.
+      in_flight: tokens that visits were launched for and that are not read yet.
+      asked: whether the admission policy was asked for it and its siblings.
+      ended: whether its last event is on its way.
     """
 
     request_id: int
     index: int
     prompt_len: int
     tokens: MutableSequence[int]
-    params: SamplingParams
+    sampling: SamplingParams
     cache_salt: str | bytes | None
-    on_token: Callable[[TokenEvent], None] | None
-    siblings: list[Sample] = field(default_factory=list)  # forked when the prompt is in the cache
-    handle: Any = None  # a Handle while it has pages
+    siblings: list[Sample] = field(default_factory=list)
+    handle: Any = None  # a Handle
     computed: int = 0
     preemptions: int = 0
     priority: int = 0
+    limit: int = _UNLIMITED
+    place: int = 0
+    slot: int | None = None
+    in_flight: int = 0
+    asked: bool = True
+    ended: bool = False
     _key: PromptKey | None = None
 
     @property
@@ -89,40 +112,43 @@ class Sample:
 
     @property
     def generated(self) -> int:
+        """Tokens behind the prompt."""
         return len(self.tokens) - self.prompt_len
 
     @property
     def left(self) -> int:
-        return self.params.max_new_tokens - self.generated
+        """Tokens that it can still get."""
+        more = self.sampling.max_new_tokens - self.generated
+        return min(more, self.limit - len(self.tokens))
 
     @property
     def decoding(self) -> bool:
+        """Whether all but its newest token is in the cache."""
         return self.handle is not None and self.computed == len(self.tokens) - 1
 
-    def ending(self, max_tokens: int) -> str | None:
-        """Why the sample ends with its newest token, if it does."""
-        if self.tokens[-1] in self.params.stop_tokens:
+    def ending(self, tokens: Sequence[int]) -> str | None:
+        """Why the sample ends with the last of these new tokens, if it does."""
+        if tokens[-1] in self.sampling.stop_tokens:
             return "stop"
-        if self.left == 0:
+        if self.generated + len(tokens) == self.sampling.max_new_tokens:
             return "length"
-        return "capacity" if len(self.tokens) >= max_tokens else None
+        return "capacity" if len(self.tokens) + len(tokens) >= self.limit else None
 
-    def event(self, token: int | None, reason: str | None, **fields: Any) -> TokenEvent:
-        index = self.generated - (token is not None)
-        return TokenEvent(self.request_id, self.index, index, token, reason, **fields)
-
-    def spawn(self, request_id: int, index: int, params: SamplingParams) -> Sample:
+    def spawn(self, request_id: int, index: int, sampling: SamplingParams, **fields: Any) -> Sample:
         """A sample with the same tokens and no place in the pool."""
         return replace(
             self,
             request_id=request_id,
             index=index,
-            params=params,
-            tokens=list(self.tokens),
+            sampling=sampling,
+            tokens=self.tokens[:],
             siblings=[],
             handle=None,
             computed=0,
             preemptions=0,
+            slot=None,
+            in_flight=0,
+            **fields,
         )
 
 
@@ -134,20 +160,11 @@ def prompt_ids(prompt: Ints, vocab_size: int | None = None) -> list[int]:
     return ids.tolist()
 
 
-def check_sampling(params: SamplingParams) -> SamplingParams:
+def check_sampling(sampling: SamplingParams) -> SamplingParams:
     """Refuse what is not `SamplingParams`, before it is queued."""
-    if not isinstance(params, SamplingParams):
-        raise TypeError(f"params must be SamplingParams, got {type(params).__name__}")
-    return params
-
-
-def common_pages(a: Sequence[int], b: Sequence[int], page_size: int) -> int:
-    """How many full pages two token lists begin with alike, the last token of each left out."""
-    width = (min(len(a), len(b)) - 1) // page_size * page_size
-    for page, first in enumerate(range(0, width, page_size)):
-        if a[first : first + page_size] != b[first : first + page_size]:
-            return page
-    return width // page_size
+    if not isinstance(sampling, SamplingParams):
+        raise TypeError(f"sampling must be SamplingParams, got {type(sampling).__name__}")
+    return sampling
 
 
 def gather(events: Sequence[TokenEvent]) -> list[Completion]:

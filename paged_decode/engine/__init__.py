@@ -1,0 +1,24 @@
+"""Continuous batching: a scheduler on the host, a runner on the device, and what users call.
+
+```
+engine.py     Engine: submit, fork, cancel, step, stream, generate, save, restore
+aio.py        AsyncEngine: the same for asyncio
+loop.py       one visit: schedule, launch, read the one before
+scheduler.py  who runs, on which pages, who gives them up      host only
+  queue.py      who waits, and who waits for whose prefix
+  plans.py      from samples to the records of a plan
+records.py    what goes between the two: plans, tickets, results; the Runner protocol
+runner.py     programs, their shapes, warm-up                  device
+  rows.py       the state of the rows, and messages to it
+  programs.py   what is compiled
+swapping.py   the host tier of an engine
+saving.py     requests to a snapshot and back
+outbox.py     events on their way to callbacks and callers
+```
+"""
+
+from ..requests import Completion, TokenEvent
+from .config import EngineConfig, EngineStats
+from .engine import Engine
+
+__all__ = ["Completion", "Engine", "EngineConfig", "EngineStats", "TokenEvent"]

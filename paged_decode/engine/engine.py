@@ -1,0 +1,605 @@
+"""Continuous batching over a paged cache: admit, prefill, decode, stream, fork, preempt.
+
+A sample's newest token is never in the cache. The next decode step writes it and samples its
+successor, so a fresh prompt, a forked sample and a preempted one are the same thing: tokens, all
+but the last of which must be in the cache before decoding goes on.
+
+```
+tokens     [ p0 p1 p2 ... pn | g0 g1 ... gm ]
+pages hold [<------- the allocator's ----->]        all computed: decoding
+next step                                 gm        is written, and the next one sampled
+```
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, SupportsIndex
+
+from ..allocator import BlockAllocator, ShardedAllocator
+from ..allocator.arguments import Ints, as_count, as_counts, as_int
+from ..allocator.prefix import salt_key
+from ..cache import KVCache
+from ..errors import PagedDecodeError, SequenceTooLong
+from ..policies import (
+    AdmissionPolicy,
+    LastAdmitted,
+    PreemptionPolicy,
+    Swap,
+    VictimPolicy,
+    Watermark,
+    require_policy,
+)
+from ..requests import (
+    Completion,
+    OnToken,
+    Sample,
+    TokenEvent,
+    check_sampling,
+    gather,
+    prompt_ids,
+)
+from ..sampling import SamplingParams
+from ..snapshot import AS_SAVED, OSFiles, PendingSnapshot, SavedSalt, Snapshot
+from ..snapshot._load import Terms
+from ..tiers import HostTier
+from . import saving
+from .config import EngineConfig, EngineStats, sequence_limit
+from .loop import Loop
+from .outbox import Outbox
+from .programs import Model
+from .runner import DeviceRunner, Progress
+from .scheduler import Scheduler
+from .swapping import TierSwapping
+
+__all__ = ["Engine"]
+
+MAX_SAMPLES = 2**16  # of one request: each keeps a copy of the prompt on the host
+
+
+class Engine:
+    """Generate for many requests at once from one pool of pages.
+
+    Args:
+      model: `model(params, cache, tokens, batch) -> (logits, cache)`: tokens int32 `[B, T]`, a
+        `DecodeBatch`, logits `[B, V]` of column T-1. It writes K and V of every token to
+        `batch.slots` and attends through `batch.page_table`.
+      params: whatever the model takes, a pytree.
+      cache: the pool; the engine donates it to its programs, `engine.cache` is the living one.
+      allocator: its bookkeeping, with the same number and size of pages.
+      config: shapes and limits.
+      victim: who loses its pages when they run out; None is `LastAdmitted()`.
+      tier: host memory for the pages of samples that are preempted; None computes them again.
+      preemption: whose pages go to the tier; None is `Swap()`.
+      admission: how many pages stay free; None is `Watermark()`, one per running sample.
+      check: called with every plan before it is launched, such as `ReplicaCheck()`; what it raises
+        stops the visit.
+
+    `submit` and `cancel` may be called from any thread, the rest by one thread at a time.
+
+    Attributes:
+      config, allocator, tier: as given.
+      max_sequence_tokens: the longest sequence, prompt and output.
+      stats: what was done so far.
+      scheduler, runner, loop: its parts; `loop.scheduler` and `loop.runner` may be wrapped.
+
+    Raises:
+      NotImplementedError: a tier for a pool that is split over a data axis.
+      TypeError: a policy is no object with the method that it needs.
+      ValueError: cache and allocator differ, or max_sequence_tokens does not fit the pool.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        params: Any,
+        cache: KVCache,
+        allocator: BlockAllocator | ShardedAllocator,
+        config: EngineConfig | None = None,
+        *,
+        victim: VictimPolicy | None = None,
+        tier: HostTier | None = None,
+        preemption: PreemptionPolicy | None = None,
+        admission: AdmissionPolicy | None = None,
+        check: Callable[[Any], object] | None = None,
+    ):
+        self.config = config = config or EngineConfig()
+        if cache.is_deleted:
+            raise ValueError("the cache was donated to an earlier call; pass what that returned")
+        cache.check_allocator(allocator)
+        self.allocator, self.tier, self.stats = allocator, tier, EngineStats()
+        self.max_sequence_tokens = limit = sequence_limit(config, allocator)
+        self._params, columns = params, -(-limit // allocator.page_size)
+        self.runner = DeviceRunner(model, params, cache, config, columns=columns, stats=self.stats)
+        swapping = None
+        if tier is not None:
+            if not isinstance(allocator, BlockAllocator):
+                raise NotImplementedError(
+                    "a host tier serves one pool, not one split over a data axis"
+                )
+            swapping = TierSwapping(tier, allocator, self.runner)
+        self._outbox = Outbox()
+        self.scheduler = Scheduler(
+            allocator,
+            config,
+            self._outbox,
+            self.stats,
+            limit=limit,
+            victim=require_policy("victim", victim or LastAdmitted(), VictimPolicy),
+            preemption=require_policy("preemption", preemption or Swap(), PreemptionPolicy),
+            admission=require_policy("admission", admission or Watermark(), AdmissionPolicy),
+            swapping=swapping,
+        )
+        self.loop = Loop(
+            self.scheduler,
+            self.runner,
+            self.stats,
+            wait=config.collect_at_once,
+            check=check,
+            forget_prefixes=self._forget_prefixes,
+        )
+        self._stepping = threading.RLock()  # held by whoever changes anything but what follows
+        self._calls = threading.RLock()  # of the next id, and of what came from other threads
+        self._submitted: deque[tuple[Sample, OnToken | None]] = deque()
+        self._cancelled: deque[int] = deque()
+        self._next_id = 0
+
+    # ---- what users call
+
+    @property
+    def cache(self) -> KVCache:
+        """The living cache; keep it no longer than to the next call."""
+        return self.runner.cache
+
+    @property
+    def params(self) -> Any:
+        """The weights; to assign others is `update_params`."""
+        return self._params
+
+    @params.setter
+    def params(self, params: Any) -> None:
+        self.update_params(params)
+
+    def update_params(self, params: Any, *, keep_cached: bool = False) -> None:
+        """Go on with other weights; call it between steps, or in a callback.
+
+        Nothing that was computed with the old ones is used again: the prefix cache, the host tier
+        and its disk tier forget their pages, and requests that run compute theirs again, with the
+        tokens that were delivered. Weights of the same shapes compile nothing.
+
+        Args:
+          params: the new weights. An array of the old ones that is changed in place is not seen.
+          keep_cached: keep every page, of running requests too: for weights with the same numbers,
+            or where the difference does not matter. A visit that is in flight has the old ones.
+        """
+        with self._alone():
+            if not keep_cached:
+                if self.tier is not None:
+                    self.tier.clear()
+                self.allocator.new_weights()
+                self.loop.discard()
+            self.runner.set_params(params)
+            self._params = params
+
+    def submit(
+        self,
+        prompt: Ints,
+        sampling: SamplingParams | None = None,
+        *,
+        n: SupportsIndex = 1,
+        cache_salt: str | bytes | None = None,
+        on_token: OnToken | None = None,
+        priority: SupportsIndex = 0,
+    ) -> int:
+        """Queue one prompt for n samples and return the request's id; from any thread.
+
+        Sample i uses seed + i, and n is at most 2**16. The samples share the prompt's pages.
+        `on_token` is called with every event of the request after the visit that read it; if it
+        raises, its request is cancelled, `step` raises what it raised, and the next `step` returns
+        the events. `priority` is for policies, such as `LowestPriority`; a snapshot does not keep
+        it.
+
+        Raises:
+          SequenceTooLong: the prompt and one token can never fit.
+          TypeError, ValueError: the prompt, n or the salt is not what it should be.
+        """
+        sampling = check_sampling(sampling or SamplingParams())
+        _check_callback(on_token)
+        tokens = prompt_ids(prompt, self.config.vocab_size)
+        salt_key(cache_salt)  # refuses a bad one now
+        n, priority = as_count("n", n, 1, MAX_SAMPLES), as_int("priority", priority)
+        if len(tokens) + 1 > self.max_sequence_tokens:
+            raise SequenceTooLong(
+                f"a prompt of {len(tokens)} tokens and one generated token need "
+                f"{len(tokens) + 1} places, but a sequence can have {self.max_sequence_tokens} "
+                "(usable pages * page_size, or max_sequence_tokens); shorten it or enlarge the pool"
+            )
+        first = Sample(-1, 0, len(tokens), tokens, sampling, cache_salt, priority=priority)
+        self.scheduler.digests_of(first)  # the sample keeps them: here, and not in a visit
+        with self._calls:
+            request_id, self._next_id = self._next_id, self._next_id + 1
+            first.request_id = request_id
+            first.siblings = [
+                first.spawn(request_id, i, replace(sampling, seed=(sampling.seed + i) % 2**32))
+                for i in range(1, n)
+            ]
+            self._submitted.append((first, on_token))
+        self._try_calls()
+        return request_id
+
+    def fork(
+        self,
+        request_id: SupportsIndex,
+        sampling: SamplingParams,
+        *,
+        sample: SupportsIndex | None = None,
+        on_token: OnToken | None = None,
+    ) -> int:
+        """Branch a sample that is decoding: a new request goes on from its tokens so far.
+
+        Those are the tokens of events that `step` has returned or shown. All pages but the last
+        are shared; where there is none for a copy of that one, the new request waits. The new
+        request's `max_new_tokens` counts the tokens generated before the fork, too; its stream
+        begins after them, and is told to its own `on_token`.
+
+        Args:
+          request_id: which request.
+          sampling: how the new one goes on.
+          sample: which of its samples; None if only one of them is there.
+          on_token: as in `submit`.
+
+        Raises:
+          KeyError: no such request or sample is decoding.
+          ValueError: all rows are taken, or it is not said which sample.
+        """
+        request_id, sampling = as_int("request_id", request_id), check_sampling(sampling)
+        _check_callback(on_token)
+        with self._alone():
+            parent = self._decoding(request_id, sample)
+            if len(self.scheduler.running) >= self.config.max_rows:
+                raise ValueError(f"all {self.config.max_rows} rows are taken; fork later")
+            if sampling.max_new_tokens <= parent.generated:
+                raise ValueError(
+                    f"max_new_tokens must exceed the {parent.generated} tokens generated before "
+                    f"the fork, got {sampling.max_new_tokens}"
+                )
+            with self._calls:
+                new, self._next_id = self._next_id, self._next_id + 1
+            if on_token is not None:
+                self._outbox.callbacks[new] = on_token
+            child = parent.spawn(new, 0, sampling)
+            self.loop.change(lambda: self.runner.copy(self.scheduler.fork(parent, child)))
+        return new
+
+    def _decoding(self, request_id: int, sample: SupportsIndex | None) -> Sample:
+        scheduler = self.scheduler
+        found = [
+            s
+            for s in (*scheduler.running, *scheduler.ending)
+            if s.request_id == request_id and s.decoding
+        ]
+        if sample is None and len(found) > 1:
+            raise ValueError(
+                f"request {request_id} has {len(found)} samples that are decoding: say which one, "
+                f"sample={found[0].index}"
+            )
+        index = None if sample is None else as_int("sample", sample)
+        chosen = [s for s in found if index in (None, s.index)]
+        if not chosen:
+            which = "" if index is None else f"sample {index} of "
+            raise KeyError(f"{which}request {request_id} is not decoding")
+        return chosen[0]
+
+    def cancel(self, request_id: SupportsIndex) -> None:
+        """End a request in whatever state it is and give its pages back; from any thread.
+
+        Its last event, reason "cancelled", comes with the next step; what a visit in flight makes
+        of it is dropped. One that has ended already, but whose events are yet to be returned, is
+        left as it is.
+
+        Raises:
+          KeyError: no such request is in the engine.
+        """
+        request_id = as_int("request_id", request_id)
+        with self._calls:
+            if not self._knows(request_id):
+                raise KeyError(f"request {request_id} is not in the engine")
+            self._cancelled.append(request_id)
+        self._try_calls()
+
+    def _knows(self, request_id: int) -> bool:
+        """Whether a request lives, or has events that were not returned."""
+        if request_id in self.scheduler.living or self._outbox.mentions(request_id):
+            return True
+        return any(first.request_id == request_id for first, _ in tuple(self._submitted))
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for pages, and samples of others that do."""
+        return len(self._submitted) + self.scheduler.num_waiting
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits, runs or is yet to be delivered."""
+        busy = self._submitted or self._outbox or self.loop.in_flight
+        return not busy and self.scheduler.idle
+
+    def step(self) -> list[TokenEvent]:
+        """One visit: admit what fits, launch prefill and k steps, deliver those of the one before.
+
+        The device computes while the host reads and plans: tokens come one visit late. If a
+        device program fails, no request is lost: those whose pages it took with it are queued
+        again. What an eviction rank, a policy or a digest of the user's raises comes out here, and
+        the next step goes on; so does it after an interrupt anywhere.
+
+        Raises:
+          RuntimeError: another thread is in `step`.
+        """
+        self._step()
+        return self._outbox.take()
+
+    def _step(self) -> None:
+        with self._alone():
+            self._take_calls()
+            self.loop.visit()
+            self._outbox.show(self._abandon)
+            self._outbox.forget_callbacks(self.scheduler.living.keys())
+
+    def stream(self) -> Iterator[TokenEvent]:
+        """Step until nothing is left, yielding events as they come.
+
+        What is not taken, because the caller leaves early, is there for the next call.
+        """
+        while True:
+            while (event := self._outbox.take_one()) is not None:
+                yield event
+            if self.idle:
+                return
+            self._step()
+
+    def generate(
+        self,
+        prompts: Iterable[Ints],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        n: SupportsIndex = 1,
+        cache_salt: str | bytes | None = None,
+    ) -> list[Completion]:
+        """Submit prompts together, run until they have ended, and return their completions.
+
+        The order is that of the prompts, n samples each. Requests submitted before run along, and
+        their events stay for `step` and `stream`. If it is left by an exception, its requests are
+        cancelled.
+        """
+        prompts = list(prompts)
+        each = sampling if isinstance(sampling, Sequence) else [sampling] * len(prompts)
+        if len(each) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts, but {len(each)} sampling params")
+        ids: set[int] = set()
+        events: list[TokenEvent] = []
+        others: list[TokenEvent] = []
+        try:
+            for prompt, one in zip(prompts, each, strict=True):
+                ids.add(self.submit(prompt, one, n=n, cache_salt=cache_salt))
+            left = len(ids) * as_count("n", n, 1)
+            while left:
+                self._step()
+                for event in self._outbox.take():
+                    (events if event.request_id in ids else others).append(event)
+                    left -= event.request_id in ids and event.finish_reason is not None
+        except BaseException:
+            self._withdraw(ids)
+            raise
+        finally:
+            self._outbox.put_back((), others)
+        return gather(events)
+
+    def _withdraw(self, ids: set[int]) -> None:
+        """Cancel requests without telling anybody."""
+        for request_id in ids:
+            if self._knows(request_id):
+                self.cancel(request_id)
+        pending, shown = self._outbox.contents()
+        self._outbox.replace(
+            [e for e in pending if e.request_id not in ids],
+            [e for e in shown if e.request_id not in ids],
+        )
+
+    def warmup(self, progress: Progress | None = None) -> int:
+        """Compile every program that the engine can need; returns how many are new to it.
+
+        Several are compiled at a time. `progress(done, total)` is called after each.
+        """
+        with self._alone():
+            self.loop.collect()
+            before = self.stats.programs
+            if self.tier is not None:
+                self.runner.cache = self.tier.warmup(self.runner.cache)
+            self.runner.warmup(progress)
+            self.loop.discard()
+            return self.stats.programs - before
+
+    # ---- snapshots
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        requests: Sequence[SupportsIndex] | None = None,
+        **options: Any,
+    ) -> Snapshot:
+        """Write the engine's requests, their pages and the prefix cache; call it between steps.
+
+        A request keeps its tokens, sampling state, stop conditions, place in the queue and what
+        was not delivered yet; callbacks are code and are not saved.
+
+        Args:
+          requests: ids of the requests to save, without cached pages of others; None is all.
+          options: metadata, parent, cached, progress, files: as in `save_snapshot`.
+
+        Raises:
+          KeyError: no such request is in the engine.
+          OSError: the file could not be written. The engine goes on in any case.
+        """
+        progress, files = options.pop("progress", None), options.pop("files", None)
+        return self._plan_save(path, requests, copy=False, **options).write(
+            files or OSFiles(), progress
+        )
+
+    def save_async(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        requests: Sequence[SupportsIndex] | None = None,
+        **options: Any,
+    ) -> PendingSnapshot:
+        """`save`, but return when the pages are copied out: step on while a thread writes."""
+        progress, files = options.pop("progress", None), options.pop("files", None)
+        job = self._plan_save(path, requests, copy=True, **options)
+        return PendingSnapshot(job, files or OSFiles(), progress)
+
+    def _plan_save(
+        self, path: Any, requests: Sequence[SupportsIndex] | None, *, copy: bool, **options: Any
+    ) -> Any:
+        with self._alone():
+            self._take_calls()
+            self.loop.collect()
+            return saving.plan_engine_save(
+                path,
+                self.cache,
+                self.scheduler,
+                self._outbox,
+                next_id=self._next_id,
+                requests=None if requests is None else set(as_counts("requests", requests)),
+                copy=copy,
+                **options,
+            )
+
+    def restore(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        on_token: OnToken | Mapping[int, OnToken] | None = None,
+        accept_fingerprint: bytes | None = None,
+        cache_salt: str | bytes | SavedSalt | None = AS_SAVED,
+        prefix_cache: bool = True,
+    ) -> dict[int, int]:
+        """Take up the requests of `save`; those that run here already go on.
+
+        With the same model, params and config, every request continues with the tokens that it
+        would have got. Requests for which there are no rows wait, and compute their pages again; so
+        do all, if the pool has no room for their pages now.
+
+        Args:
+          on_token: called with every event; or one per saved request id.
+          accept_fingerprint: as in `load_snapshot`.
+          cache_salt: as there; it is the salt of the requests, too.
+          prefix_cache: as there; without it the requests that run keep their pages for
+            themselves, and what is computed here is found again as ever.
+
+        Returns:
+          The new id of every saved request id; equal, if this engine had no request before (and
+          those of the file are below 2**52).
+
+        Raises:
+          SnapshotMismatch: the file is not of an engine, or does not fit; else as
+            `load_snapshot`. Nothing has changed.
+          SequenceTooLong: a request does not fit this engine's `max_sequence_tokens`.
+        """
+        terms = Terms(accept_fingerprint, cache_salt, prefix_cache)
+        with self._alone():
+            self._take_calls()
+            self.loop.collect()
+            try:
+                loaded = saving.load(
+                    path,
+                    self.cache,
+                    self.allocator,
+                    terms,
+                    limit=self.max_sequence_tokens,
+                    vocab_size=self.config.vocab_size,
+                )
+            except BaseException:
+                if self.runner.is_lost:
+                    self.loop.discard()
+                raise
+            self.runner.cache = loaded.cache
+            with self._calls:
+                ids, self._next_id = saving.adopt(
+                    loaded,
+                    self.scheduler,
+                    self._outbox,
+                    next_id=self._next_id,
+                    listen=saving.callbacks_of(on_token),
+                )
+        return ids
+
+    def __repr__(self) -> str:
+        scheduler = self.scheduler
+        return (
+            f"Engine({len(scheduler.running)} running, {scheduler.num_waiting} waiting, "
+            f"{self.allocator.num_used} of {self.allocator.usable_pages} pages used, {self.cache})"
+        )
+
+    # ---- inside
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Nobody else changes the engine meanwhile, and what was cut off before is whole again."""
+        if not self._stepping.acquire(blocking=False):
+            raise RuntimeError(
+                "another thread is in a call of this engine: one thread at a time may step, fork, "
+                "save or restore; submit and cancel are for all"
+            )
+        try:
+            self.loop.mend()
+            yield
+        finally:
+            self._stepping.release()
+
+    def _try_calls(self) -> None:
+        """Carry out calls now; if another thread is in `step`, that one will see to it."""
+        if self._stepping.acquire(blocking=False):
+            try:
+                self._take_calls()
+            finally:
+                self._stepping.release()
+
+    def _take_calls(self) -> None:
+        """What `submit` and `cancel` have left, from whatever thread."""
+        if self._submitted or self._cancelled:
+            self.loop.change(self._carry_out_calls)
+
+    def _carry_out_calls(self) -> None:
+        while self._submitted:  # each is taken out afterwards, so that an interrupt loses none
+            first, on_token = self._submitted[0]
+            if on_token is not None:
+                self._outbox.callbacks[first.request_id] = on_token
+            self.scheduler.add(first)
+            self._submitted.popleft()
+        while self._cancelled:
+            self.scheduler.cancel(self._cancelled[0])
+            self._cancelled.popleft()
+        self.scheduler.release()
+
+    def _abandon(self, request_id: int) -> None:
+        """The request's callback failed: the request ends."""
+        self.loop.change(lambda: self.scheduler.cancel(request_id))
+
+    def _forget_prefixes(self) -> None:
+        """The pages are lost: nobody may find them."""
+        if not self.allocator.reset_prefix_cache(same_weights=True):
+            raise PagedDecodeError(
+                "the cache was lost in a failed program, and with it the pages that sequences "
+                "outside the engine hold; free those, then call step again"
+            )
+
+
+def _check_callback(on_token: OnToken | None) -> None:
+    if not (on_token is None or callable(on_token)):
+        raise TypeError(f"on_token must be callable, got {type(on_token).__name__}")

@@ -1,0 +1,175 @@
+"""One visit of the host: read what is two visits old, schedule, launch, read what is one old.
+
+```
+visit      0            1               2               3
+host     plan launch | plan launch read | plan launch read | ...
+                           read of  0          read of 1
+device          [ visit 0          ][ visit 1          ][ visit 2 ...
+```
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+from .config import EngineStats
+from .records import Decode, Prefill, Result, Runner, Ticket
+from .scheduler import NeedsTruth
+
+__all__ = ["Loop", "Plans"]
+
+T = TypeVar("T")
+
+
+@runtime_checkable
+class Plans(Protocol):
+    """The scheduler, as a loop uses it."""
+
+    def plan_prefill(self) -> Prefill | None: ...
+    def prefilled(self, plan: Prefill) -> None: ...
+    def plan_decode(self) -> Decode | None: ...
+    def book(self, ticket: Ticket, result: Result) -> None: ...
+    def release(self) -> None: ...
+    def reset(self) -> None: ...
+
+
+class Loop:
+    """Drives a scheduler and a runner; what is cut off anywhere is made whole by the next call.
+
+    Args:
+      scheduler: who says what is to be done.
+      runner: who does it.
+      stats: visits and their time are counted in it.
+      wait: wait for every visit before the next step of the host (`EngineConfig.collect_at_once`).
+      check: called with every plan before it is launched; what it raises stops the visit.
+      forget_prefixes: empties the prefix cache, where the runner has lost its pages.
+    """
+
+    def __init__(
+        self,
+        scheduler: Plans,
+        runner: Runner,
+        stats: EngineStats,
+        *,
+        wait: bool = False,
+        check: Callable[[Any], object] | None = None,
+        forget_prefixes: Callable[[], None] = lambda: None,
+    ):
+        self.scheduler, self.runner, self.stats = scheduler, runner, stats
+        self._wait, self._check, self._forget_prefixes = wait, check, forget_prefixes
+        self._open: deque[Ticket] = deque()
+        self._prefilled: Any = None  # the last visit, if it did nothing but prefill
+        self._torn = self._lost = False
+
+    @property
+    def in_flight(self) -> int:
+        """Visits that are launched and not booked."""
+        return len(self._open)
+
+    def visit(self) -> None:
+        """One turn. If a program or a user's object raises, no request is lost."""
+        start = time.perf_counter()
+        self.mend()
+        if len(self._open) > 1:  # an interrupt came between launching and reading
+            self._book_one()
+        launched = self._launch()
+        while self._open and (len(self._open) > launched or self._is_over(self._open[0])):
+            self._book_one()
+        self.stats.visits += 1
+        self.stats.visit_seconds += time.perf_counter() - start
+
+    def collect(self) -> None:
+        """Book every visit in flight: afterwards all is known."""
+        self.mend()
+        while self._open:
+            self._book_one()
+
+    def change(self, call: Callable[[], object]) -> None:
+        """Change the scheduler otherwise; if it is cut off, `mend` makes it whole."""
+        self.mend()
+        self._torn = True
+        call()
+        self._torn = False
+
+    def discard(self) -> None:
+        """Give up what is in flight and the pages of every row; requests compute theirs again."""
+        self._torn = True
+        self.mend()
+
+    def mend(self) -> None:
+        """Make whole what an interrupt or an error has cut off: rows compute their pages again."""
+        if not self._torn:
+            return
+        self._open.clear()
+        self._prefilled = None
+        self.scheduler.reset()
+        if self._lost or self.runner.is_lost:
+            self._lost = True
+            self._forget_prefixes()
+            self.runner.restart()
+        self._torn = self._lost = False
+
+    def _launch(self) -> bool:
+        """Plan and launch a visit; whether a decode program runs."""
+        self._torn = True
+        self.scheduler.release()
+        over = None
+        if (prefill := self._planned(self.scheduler.plan_prefill)) is not None:
+            self._checked(prefill)
+            over = self.runner.prefill(prefill)
+            self.scheduler.prefilled(prefill)
+        plan = self._planned(self.scheduler.plan_decode)
+        if plan is not None:
+            self._checked(plan)
+            self._open.append(self.runner.decode(plan))
+        self._torn = False
+        self._throttle(over if plan is None else None)
+        return plan is not None
+
+    def _throttle(self, over: Any) -> None:
+        """Visits that only prefill are not read: the host runs one ahead of the device, no more."""
+        if self._wait and (over is not None or self._open):
+            self._waited(self.runner.wait, self._open[-1].out if over is None else over)
+        elif over is not None and self._prefilled is not None:
+            self._waited(self.runner.wait, self._prefilled)
+        self._prefilled = over
+
+    def _planned(self, plan: Callable[[], T]) -> T:
+        """A plan; where it needs the truth, such as when pages are short, after all is known."""
+        try:
+            return plan()
+        except NeedsTruth:
+            while self._open:
+                self._book_one(torn=True)
+            return plan()
+
+    def _book_one(self, *, torn: bool = False) -> None:
+        """Read the oldest visit in flight and enter what came out. `torn`: within a visit."""
+        ticket = self._open[0]
+        result = self._waited(self.runner.collect, ticket)
+        self._torn = True
+        self.scheduler.book(ticket, result)
+        self._open.popleft()
+        self._torn = torn
+
+    @staticmethod
+    def _is_over(ticket: Ticket) -> bool:
+        """Whether the visit was launched for rows that have all ended by now: it does nothing."""
+        return all(sample.ended for sample in ticket.plan.samples)
+
+    def _waited(self, call: Callable[[Any], Any], what: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return call(what)
+        except Exception:  # a program failed: what came after it worked on the same cache
+            self._torn = self._lost = True
+            raise
+        finally:
+            self.stats.wait_seconds += time.perf_counter() - start
+
+    def _checked(self, plan: Any) -> None:
+        if self._check is not None:
+            self._check(plan)

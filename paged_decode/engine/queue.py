@@ -1,0 +1,121 @@
+"""Samples that wait: in order, or set aside until another one has computed their prefix."""
+
+from __future__ import annotations
+
+import itertools
+from bisect import insort
+from collections.abc import Iterable, Iterator
+from operator import attrgetter
+
+from ..requests import Sample
+
+__all__ = ["PrefixesInFlight", "WaitingQueue"]
+
+_by_place = attrgetter("place")
+
+
+class WaitingQueue:
+    """Samples by their place; a new one goes to the end, one that was preempted to the front."""
+
+    def __init__(self) -> None:
+        self._samples: list[Sample] = []
+        self._last, self._first = itertools.count(1), itertools.count(0, -1)
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return iter(self._samples)
+
+    @property
+    def head(self) -> Sample | None:
+        """Whose turn it is."""
+        return self._samples[0] if self._samples else None
+
+    def add(self, samples: Iterable[Sample]) -> None:
+        """Samples that are new, in this order."""
+        for sample in samples:
+            sample.place = next(self._last)
+            self.put(sample)
+
+    def put_front(self, sample: Sample) -> None:
+        """A sample that comes before all others."""
+        sample.place = next(self._first)
+        self.put(sample)
+
+    def put(self, sample: Sample) -> None:
+        """A sample at the place that it has."""
+        insort(self._samples, sample, key=_by_place)
+
+    def take(self, sample: Sample) -> None:
+        """It waits no longer."""
+        self._samples.remove(sample)
+
+    def clear(self) -> None:
+        """Nobody waits."""
+        self._samples = []
+
+
+class PrefixesInFlight:
+    """Which full pages running prefills are about to publish, and who waits for which of them.
+
+    A prompt is looked at once: then it is set aside under the sample that computes its prefix, and
+    costs nothing until that sample has come past the page, or has lost its pages.
+    """
+
+    def __init__(self, page_size: int) -> None:
+        self._page_size = page_size
+        self._computing: dict[bytes, tuple[Sample, int]] = {}  # digest: by whom, which page
+        self._digests: dict[int, list[bytes]] = {}  # id(sample): what it has put there
+        self._aside: dict[int, list[tuple[int, Sample]]] = {}  # id(sample): page, who waits
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (sample for aside in self._aside.values() for _, sample in aside)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._aside.values()))
+
+    def begin(self, sample: Sample, digests: list[bytes]) -> None:
+        """The sample is to compute its pages behind `computed`; `digests` are of all full ones."""
+        first = sample.computed // self._page_size
+        own = self._digests[id(sample)] = []
+        for page, digest in enumerate(digests[first:], first):
+            if self._computing.setdefault(digest, (sample, page))[0] is sample:
+                own.append(digest)
+
+    def set_aside(self, sample: Sample, digests: list[bytes]) -> bool:
+        """Whether another one is computing a prefix of it; then it waits here."""
+        if not self._computing:
+            return False
+        for digest in reversed(digests):
+            if (found := self._computing.get(digest)) is not None:
+                other, page = found
+                self._aside.setdefault(id(other), []).append((page, sample))
+                return True
+        return False
+
+    def progress(self, sample: Sample) -> list[Sample]:
+        """Who need not wait for the sample any longer, now that it has computed so much."""
+        full = sample.computed // self._page_size
+        aside = self._aside.pop(id(sample), [])
+        if later := [(page, other) for page, other in aside if page >= full]:
+            self._aside[id(sample)] = later
+        return [other for page, other in aside if page < full]
+
+    def end(self, sample: Sample) -> list[Sample]:
+        """The sample computes no more of its prompt; returns who waited for it."""
+        for digest in self._digests.pop(id(sample), []):
+            self._computing.pop(digest, None)
+        return [other for _, other in self._aside.pop(id(sample), [])]
+
+    def forget(self, sample: Sample) -> None:
+        """The sample waits no longer."""
+        for key, aside in list(self._aside.items()):
+            if left := [pair for pair in aside if pair[1] is not sample]:
+                self._aside[key] = left
+            else:
+                del self._aside[key]
+
+    def clear(self) -> None:
+        """Nobody computes, nobody waits."""
+        self._computing, self._digests, self._aside = {}, {}, {}

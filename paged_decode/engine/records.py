@@ -1,0 +1,158 @@
+"""What goes between the scheduler and the runner: host arrays and numbers, nothing of a device.
+
+A visit is up to two plans, carried out in this order, and within each in the order of its fields:
+
+```
+scheduler   Prefill ----------> prefill(plan)                 programs are launched, nothing is read
+            Decode  ----------> decode(plan) -> Ticket        one program of k steps
+            (the next visit: both again)
+            book(ticket, result) <---- collect(ticket)        what came out, one visit late
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+
+from ..allocator import PageCopies
+from ..requests import Sample
+from ..sampling import SamplingParams
+
+__all__ = ["Chunk", "Decode", "Enter", "Prefill", "Result", "Runner", "TableDelta", "Ticket"]
+
+
+class Enter(NamedTuple):
+    """A row begins: by admission, as a fork, or after a restore.
+
+    Attributes:
+      slot: where its state lies on the device until it leaves.
+      newest, length: its newest token, which is not in the cache, and its tokens with that one.
+      generated: how many of them are behind the prompt.
+      sampling: how it is sampled, and the tokens at which it stops.
+    """
+
+    slot: int
+    newest: int
+    length: int
+    generated: int
+    sampling: SamplingParams
+
+
+class TableDelta(NamedTuple):
+    """Entries of page tables that are others now, in one group of layers.
+
+    Attributes:
+      slots, columns, pages: int32 `[n]`; no entry is named twice.
+    """
+
+    slots: np.ndarray
+    columns: np.ndarray
+    pages: np.ndarray
+
+
+class Chunk(NamedTuple):
+    """Prefill of positions begin to begin + len(tokens) - 1 of one row."""
+
+    slot: int
+    begin: int
+    tokens: Sequence[int]
+
+
+class Prefill(NamedTuple):
+    """Chunks to compute, in programs of up to `prefill_rows` rows.
+
+    Attributes:
+      tables: one for each group.
+      enter: rows that begin; their tables are in `tables` as a whole.
+      programs: the rows of each program, and how many tokens wide it is.
+      samples: the sample of every chunk, in order: the scheduler's own.
+    """
+
+    tables: tuple[TableDelta, ...]
+    enter: tuple[Enter, ...]
+    programs: tuple[tuple[int, tuple[Chunk, ...]], ...]
+    samples: tuple[Sample, ...]
+
+
+class Decode(NamedTuple):
+    """Up to k steps of some rows.
+
+    Attributes:
+      number: of the visit, from 0.
+      copies: pages to copy before anything is written.
+      tables, enter: as in `Prefill`.
+      slots, budgets: int32 `[n]`, the rows and how many tokens each may get; more than 0.
+      context: int64 `[n]`, tokens of each row at its first step, for cost models.
+      samples: the sample of every row: the scheduler's own.
+    """
+
+    number: int
+    copies: PageCopies
+    tables: tuple[TableDelta, ...]
+    enter: tuple[Enter, ...]
+    slots: np.ndarray
+    budgets: np.ndarray
+    context: np.ndarray
+    samples: tuple[Sample, ...]
+
+
+class Ticket(NamedTuple):
+    """A visit that was launched.
+
+    Attributes:
+      plan: what was launched; rows may have left their slots since.
+      out: what comes out of it, as the runner knows it.
+    """
+
+    plan: Decode
+    out: Any
+
+
+class Result(NamedTuple):
+    """What came out of a visit, for the rows of its plan in their order.
+
+    Attributes:
+      tokens: int32 `[K, n]`.
+      counts: int `[n]`, how many of them are real.
+      invalid: bool `[n]`, whether the logits behind them were broken.
+      top_ids, top_logits: `[K, n, top]`; None if the engine keeps none.
+    """
+
+    tokens: np.ndarray
+    counts: np.ndarray
+    invalid: np.ndarray
+    top_ids: np.ndarray | None = None
+    top_logits: np.ndarray | None = None
+
+
+@runtime_checkable
+class Runner(Protocol):
+    """Carries out plans: on a device, or in virtual time."""
+
+    def prefill(self, plan: Prefill) -> Any:
+        """Launch the programs; nothing is read. Returns what `wait` takes."""
+        ...
+
+    def decode(self, plan: Decode) -> Ticket:
+        """Launch one program of up to k steps."""
+        ...
+
+    def wait(self, out: Any) -> None:
+        """Return when what was launched is over: what `prefill` returned, or `Ticket.out`."""
+        ...
+
+    def collect(self, ticket: Ticket) -> Result:
+        """What came out of it; waits for it."""
+        ...
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether a program failed and took the cache with it."""
+        ...
+
+    def restart(self) -> None:
+        """Begin with an empty cache and no rows."""
+        ...

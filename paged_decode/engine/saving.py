@@ -1,0 +1,178 @@
+"""Requests in flight, to a snapshot and out of it; no visit is in flight meanwhile."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+from .._text import printable
+from ..allocator import BlockAllocator
+from ..errors import OutOfPages, SequenceTooLong, SnapshotMismatch
+from ..requests import Sample, TokenEvent
+from ..snapshot import SavedSalt
+from ..snapshot._engine import EngineState, PendingEvent, engine_arrays
+from ..snapshot._load import Opened, Terms, place_snapshot
+from ..snapshot._save import SaveJob, plan_save
+from .outbox import Outbox
+from .scheduler import Allocator, Scheduler
+
+__all__ = ["Loaded", "adopt", "load", "plan_engine_save"]
+
+_MOST_KEPT_ID = 2**52  # half of what the format holds: no engine counts through the other half
+
+
+def plan_engine_save(
+    path: str | os.PathLike[str],
+    cache: Any,
+    scheduler: Scheduler,
+    outbox: Outbox,
+    *,
+    next_id: int,
+    requests: Collection[int] | None,
+    copy: bool,
+    cached: bool | None = None,
+    **options: Any,
+) -> SaveJob:
+    """What a snapshot of these requests, or of all with None, will hold.
+
+    Raises:
+      KeyError: no such request is there.
+    """
+
+    def chosen(request_id: int) -> bool:
+        return requests is None or request_id in requests
+
+    running = [s for s in scheduler.running if chosen(s.request_id)]
+    waiting = [s for s in scheduler.queue() if chosen(s.request_id)]
+    if missing := set(requests or ()) - {s.request_id for s in (*running, *waiting)}:
+        raise KeyError(f"requests {sorted(missing)} are not in the engine")
+    pending, shown = outbox.contents()
+    events = [PendingEvent(e, False) for e in pending if chosen(e.request_id)]
+    events += [PendingEvent(e, True) for e in shown if chosen(e.request_id)]
+    state = EngineState(running, waiting, events, next_id)
+    return plan_save(
+        path,
+        cache,
+        cast(BlockAllocator, scheduler.allocator),  # of a sharded one the cache is refused
+        handles=[s.handle for s in running],
+        cached=requests is None if cached is None else cached,
+        committed_only=True,
+        extra=engine_arrays(state),
+        copy=copy,
+        **options,
+    )
+
+
+class Loaded(NamedTuple):
+    """The requests of a snapshot, and the pages of those that ran; None if there is no room."""
+
+    state: EngineState
+    cache: Any
+    handles: Sequence[Any] | None
+
+
+def load(
+    path: str | os.PathLike[str],
+    cache: Any,
+    allocator: Allocator,
+    terms: Terms,
+    *,
+    limit: int,
+    vocab_size: int | None,
+) -> Loaded:
+    """Read and check everything, and put the pages into the pool; without room for them, none.
+
+    Raises:
+      SnapshotMismatch: the file is not of an engine, or does not fit.
+      SequenceTooLong: a request does not fit `limit`.
+    """
+    with Opened(path) as opened:
+        state = opened.engine
+        if state is None:
+            raise SnapshotMismatch(f"{printable(path)} holds no requests; use load_snapshot")
+        _require_fit(state, limit, vocab_size)
+        handles: Sequence[Any] | None
+        try:
+            placed = place_snapshot(opened, cache, cast(BlockAllocator, allocator), terms)
+            cache, handles = placed.cache, placed.handles
+        except OutOfPages:
+            handles = None
+    if not isinstance(terms.cache_salt, SavedSalt):
+        for sample in state.samples:
+            sample.cache_salt = terms.cache_salt
+    return Loaded(state, cache, handles)
+
+
+def _require_fit(state: EngineState, limit: int, vocab: int | None) -> None:
+    for sample in state.samples:
+        if len(sample.tokens) + 1 > limit:
+            raise SequenceTooLong(
+                f"request {sample.request_id} has {len(sample.tokens)} tokens, but a sequence here "
+                f"can have {limit}; enlarge max_sequence_tokens or the pool"
+            )
+        if vocab is not None and max(sample.tokens) >= vocab:
+            raise SnapshotMismatch(
+                f"request {sample.request_id} has token {max(sample.tokens)}, but vocab_size here "
+                f"is {vocab}: a snapshot of another model"
+            )
+
+
+def adopt(
+    loaded: Loaded,
+    scheduler: Scheduler,
+    outbox: Outbox,
+    *,
+    next_id: int,
+    listen: Callable[[int], Callable[[TokenEvent], object] | None],
+) -> tuple[dict[int, int], int]:
+    """Take the requests up: from here on nothing can fail.
+
+    Args:
+      listen: the callback of a request, by the id that it was saved under.
+
+    Returns:
+      The new id of every saved one, and the next id.
+    """
+    state = loaded.state
+    ids, next_id = _new_ids(state, next_id)
+    callbacks = {ids[old]: callback for old in ids if (callback := listen(old)) is not None}
+    outbox.callbacks |= callbacks
+    for sample in state.samples:
+        sample.request_id = ids[sample.request_id]
+    running = state.running if loaded.handles is not None else []
+    for sample, handle in zip(running, loaded.handles or (), strict=True):
+        sample.handle = handle
+        sample.computed = scheduler.allocator.sequence(handle).computed
+    alone = {id(s) for s in running if _owns_what_it_writes(scheduler.allocator, s)}
+    scheduler.take_up(state.running, state.waiting, may_run=lambda s: id(s) in alone)
+    events = [(p.event._replace(request_id=ids[p.event.request_id]), p.shown) for p in state.events]
+    outbox.put_back([e for e, shown in events if not shown], [e for e, shown in events if shown])
+    return ids, next_id
+
+
+def _new_ids(state: EngineState, next_id: int) -> tuple[dict[int, int], int]:
+    """The new id of every request; those of an engine that had none stay, if room is left above."""
+    known = {s.request_id for s in state.samples} | {e.event.request_id for e in state.events}
+    if next_id == 0 and state.next_id <= _MOST_KEPT_ID:
+        return {old: old for old in sorted(known)}, state.next_id
+    return {old: next_id + i for i, old in enumerate(sorted(known))}, next_id + len(known)
+
+
+def _owns_what_it_writes(allocator: Allocator, sample: Sample) -> bool:
+    """Whether nobody else has the pages that it is to compute: a file may say otherwise, and two
+    rows cannot write one slot."""
+    info = allocator.sequence(sample.handle)
+    if info.computed == info.length:
+        return True
+    pages = info.pages[info.computed // allocator.page_size :]
+    return all(allocator.ref_count(page) == 1 for page in pages)
+
+
+def callbacks_of(
+    on_token: Callable[[TokenEvent], object] | Mapping[int, Any] | None,
+) -> Callable[[int], Any]:
+    """The callback of each request: one for all, or one per saved id."""
+    if isinstance(on_token, Mapping):
+        return on_token.get
+    return lambda _: on_token

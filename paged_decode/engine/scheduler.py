@@ -1,0 +1,686 @@
+"""Who runs, on which pages, and who gives them up. Host only: no array of a device comes here.
+
+```
+            add                      plan_prefill                    plan_decode
+  caller ---------> waiting --admit--> running: prefilling, decoding --last steps--> ending
+                     ^  ^ |                       |      |                             |
+                     |  | +-- aside <-- a prefix  |      +--- book: has ended ---------+--> gone
+                     |  +---- (comes back) -------+
+                     +---- preempted -------------+
+```
+
+Results come one visit late: a plan knows what `book` was told, and of the visit in flight only how
+many tokens it was launched for. A row that did not stop has got exactly those, so its pages can be
+planned; whether it stopped does not matter, because the device knows and the row is dead there.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+
+from ..allocator import BlockAllocator, PageCopies, ShardedAllocator
+from ..errors import OutOfPages
+from ..policies import (
+    AdmissionPolicy,
+    GroupPages,
+    MustFit,
+    PreemptionPolicy,
+    VictimPolicy,
+    ask_keep_free,
+    ask_swaps,
+    ask_victim,
+)
+from ..requests import Sample
+from .config import EngineConfig, EngineStats
+from .plans import Growth, chunk_of, decode_plan, entries_of, slot_of
+from .queue import PrefixesInFlight, WaitingQueue
+from .records import Chunk, Decode, Enter, Prefill, Result, TableDelta, Ticket
+
+__all__ = ["Allocator", "NeedsTruth", "Outcome", "Outcomes", "Scheduler", "Swapping"]
+
+Allocator = BlockAllocator | ShardedAllocator
+_MUST_FIT = MustFit()
+
+
+class NeedsTruth(Exception):
+    """There is no plan before all visits in flight are booked; nothing has changed."""
+
+
+class Outcome(NamedTuple):
+    """What became of one sample: the tokens that it got behind the first `at`, and its end."""
+
+    sample: Sample
+    at: int
+    tokens: Sequence[int]
+    reason: str | None = None
+    tops: tuple[Any, Any] | None = None
+    detail: str = ""
+
+
+@runtime_checkable
+class Outcomes(Protocol):
+    """Where they go: a call with a serial number that was there replaces what it said then."""
+
+    def put(self, serial: int, outcomes: Sequence[Outcome]) -> None: ...
+
+
+@runtime_checkable
+class Swapping(Protocol):
+    """A host tier, as the scheduler uses it."""
+
+    def settle(self) -> None: ...
+    def store(self, handle: Any) -> int: ...
+    def load(self, handle: Any) -> int: ...
+    def forget(self, handle: Any) -> None: ...
+
+
+class Scheduler:
+    """The queues of an engine, and the plans that follow from them.
+
+    The same calls give the same plans. Whatever is raised in a call, `reset` makes it whole.
+
+    Args:
+      allocator: the pool; sequences and pages of others in it are left alone.
+      config: shapes and limits.
+      outcomes: where tokens and endings go.
+      stats: what to count in.
+      limit: tokens that a sequence may have.
+      victim, preemption, admission: the policies.
+      swapping: the host tier, if there is one.
+
+    Attributes:
+      waiting: who has no pages; running: who has a row, in order of admission; ending: whose last
+        tokens are in flight, and who needs no row any more.
+      on_admitted: called with a sample that has got pages, for whoever watches.
+    """
+
+    def __init__(
+        self,
+        allocator: Allocator,
+        config: EngineConfig,
+        outcomes: Outcomes,
+        stats: EngineStats,
+        *,
+        limit: int,
+        victim: VictimPolicy,
+        preemption: PreemptionPolicy,
+        admission: AdmissionPolicy,
+        swapping: Swapping | None = None,
+    ):
+        self.allocator, self.config, self.stats = allocator, config, stats
+        self.limit, self.swapping = limit, swapping
+        self.victim, self.preemption, self.admission = victim, preemption, admission
+        self.on_admitted: Callable[[Sample], object] | None = None
+        self.living: dict[int, list[Sample]] = {}  # by request, who has not ended
+        self.waiting = WaitingQueue()
+        self.aside = PrefixesInFlight(allocator.page_size)
+        self._outcomes = outcomes
+        self._serials, self._visits = itertools.count(), itertools.count()
+        self._journal: tuple[int, Sequence[Outcome]] | None = None
+        self._opening: frozenset[Any] | None = None  # live handles before one more is opened
+        self._clear()
+
+    def _clear(self) -> None:
+        """Nobody runs."""
+        shards, rows = self.allocator.num_shards, self.config.max_rows
+        self.running: list[Sample] = []
+        self.ending: list[Sample] = []
+        self.flights = 0
+        self._leaving: list[Any] = []  # handles to be freed
+        self._entering: list[Sample] = []  # rows that the device does not know yet
+        self._prefilling: list[Sample] = []  # whose turn is next comes first
+        self._slots = [list(range(i * rows, (i + 1) * rows)) for i in range(shards)]
+        self._blocked: tuple[Sample, int, int] | None = None
+
+    # ---- what comes and what goes
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self.living or self._leaving)
+
+    @property
+    def num_waiting(self) -> int:
+        """Samples that wait for pages, further samples of their prompts not counted."""
+        return len(self.waiting) + len(self.aside)
+
+    def queue(self) -> list[Sample]:
+        """Who waits, in order."""
+        return sorted((*self.waiting, *self.aside), key=lambda sample: sample.place)
+
+    def add(self, first: Sample) -> None:
+        """A new request: its first sample, with the others as its siblings."""
+        if first.request_id in self.living:
+            return  # an interrupt came after the first time
+        for sample in (first, *first.siblings):
+            sample.limit = self.limit
+        self.living[first.request_id] = [first, *first.siblings]
+        self.waiting.add([first])
+        for sibling in first.siblings:
+            sibling.place = first.place
+
+    def cancel(self, request_id: int) -> None:
+        """End what has not ended of a request; pages that programs still use are safe by order."""
+        samples = self.living.get(request_id, [])
+        self._conclude([Outcome(s, len(s.tokens), (), "cancelled") for s in samples])
+
+    def fork(self, parent: Sample, child: Sample) -> PageCopies:
+        """Let a new sample go on from what is known of one that decodes; there is a free row.
+
+        Returns the pages to copy at once. The child gets a copy of the last page right away,
+        because a visit in flight may be writing to it; without room for that the child waits.
+        """
+        self.living[child.request_id] = [child]
+        self._opening = frozenset(self.allocator.handles)
+        (handle,) = self.allocator.fork(parent.handle)
+        child.handle, child.computed = handle, parent.computed
+        self._opening = None
+        try:
+            prepared = self.allocator.prepare([handle], len(child.tokens))
+        except OutOfPages:
+            self._leaving.append(handle)
+            child.handle, child.computed = None, 0
+            self.waiting.put_front(child)
+            self.release()
+            return PageCopies(*np.empty((2, 0), np.int32))
+        self._seat(child, [])
+        return prepared.copies
+
+    def release(self) -> None:
+        """Free the pages of who is gone; if a user's rank raises, the next time."""
+        if self._leaving:
+            self.allocator.free(self._leaving)
+            self._leaving = []
+
+    def reset(self) -> None:
+        """Make whole what was cut off: nobody keeps a page, whoever has not ended waits.
+
+        Done again, if it was cut off itself. What was booked stays booked: tokens are entered by
+        a journal, which is written in one assignment and replayed here.
+        """
+        if self._journal is not None:
+            self._replay(*self._journal)
+        samples = [s for group in self.living.values() for s in group if not s.ended]
+        known = (*samples, *self.running, *self.ending)
+        own = {s.handle for s in known if s.handle is not None} | set(self._leaving)
+        live = self.allocator.handles
+        if self._opening is not None:
+            own |= set(live) - self._opening
+        self._leaving = [handle for handle in live if handle in own]
+        self.release()
+        self._opening = None
+        self._clear()
+        self.waiting.clear()
+        self.aside.clear()
+        for sample in sorted(samples, key=lambda s: s.place):
+            sample.handle, sample.slot, sample.computed, sample.in_flight = None, None, 0, 0
+            sample.siblings = []
+            self.waiting.put(sample)
+
+    # ---- admission
+
+    def _admit(self) -> None:
+        """Take waiting samples in order while rows and pages last."""
+        while (sample := self.waiting.head) and len(self.running) < self.config.max_rows:
+            if self._still_blocked(sample):
+                return
+            digests = self.digests_of(sample)
+            if self.aside.set_aside(sample, digests):
+                self.waiting.take(sample)
+                continue
+            try:
+                self._open(sample)
+            except OutOfPages as error:
+                if not self._refused(sample, error):
+                    return
+                continue
+            self.waiting.take(sample)
+            self._seat(sample, digests)
+            if self.on_admitted is not None:
+                self.on_admitted(sample)
+            if sample.decoding:
+                self._fork_siblings(sample)
+
+    def digests_of(self, sample: Sample) -> list[bytes]:
+        """Of the full pages that prefill computes."""
+        if not self.allocator.prefix_cache:
+            return []
+        return self.allocator.page_digests(sample.key, num_tokens=len(sample.tokens) - 1)
+
+    def _open(self, sample: Sample) -> None:
+        """Give the sample pages for all its tokens but the newest."""
+        keep, sample.asked = self._keep_free(sample), bool(self.running)
+        self._opening = frozenset(self.allocator.handles)
+        handle = self.allocator.allocate(sample.key, keep_free=keep)
+        self.allocator.truncate(handle, len(sample.tokens) - 1)
+        sample.handle, sample.computed = handle, self.allocator.sequence(handle).computed
+        self._opening = None
+        if self.swapping is not None:
+            self.stats.swapped_in_pages += self.swapping.load(handle)
+            sample.computed = self.allocator.sequence(handle).computed
+        if sample.preemptions == 0:
+            self.stats.prefix_hit_tokens += sample.computed
+        else:
+            self.stats.recomputed_tokens += len(sample.tokens) - 1 - sample.computed
+        self._note_usage()
+
+    def take_up(
+        self,
+        running: Sequence[Sample],
+        waiting: Sequence[Sample],
+        *,
+        may_run: Callable[[Sample], bool],
+    ) -> None:
+        """Go on with the requests of another engine; no visit is in flight.
+
+        Args:
+          running: those that had a row, in order of admission. They get one as far as there are
+            any and `may_run` says so; the others wait as if they had been preempted.
+          waiting: those that had none, in order.
+          may_run: whether a sample has pages, and may compute them.
+        """
+        for sample in (*running, *waiting):
+            for each in (sample, *sample.siblings):
+                each.limit = self.limit
+                self.living.setdefault(each.request_id, []).append(each)
+        self.waiting.add(waiting)
+        late = []
+        for sample in running:
+            if may_run(sample) and len(self.running) < self.config.max_rows:
+                private = self.allocator.sequence(sample.handle).private
+                self._seat(sample, [] if private else self.digests_of(sample))
+            else:
+                late.append(sample)
+        for sample in [s for s in running if s.decoding and s.slot is not None]:
+            self._fork_siblings(sample)
+        for sample in reversed(late):
+            if sample.handle is None:
+                self.waiting.put_front(sample)
+            else:
+                self.ending.append(sample)
+                self.preempt(sample)
+
+    def _seat(self, sample: Sample, digests: list[bytes]) -> None:
+        sharded = isinstance(self.allocator, ShardedAllocator)
+        shard = self.allocator.shard_of(sample.handle) if sharded else 0
+        sample.slot = heapq.heappop(self._slots[shard])
+        self.running.append(sample)
+        self._entering.append(sample)
+        if not sample.decoding:
+            self._prefilling.append(sample)
+            self.aside.begin(sample, digests)
+
+    def _refused(self, sample: Sample, error: OutOfPages) -> bool:
+        """There are not enough pages: whether the sample was ended, for there never will be."""
+        available = self._available()
+        if self.running or self.ending or self.flights or error.needed <= available:
+            steady = not self._prefilling
+            self._blocked = (sample, available, len(self.running)) if steady else None
+            return False
+        detail = self._shortage(error.needed)
+        self._conclude(
+            [
+                Outcome(s, len(s.tokens), (), "capacity", detail=detail)
+                for s in (sample, *sample.siblings)
+            ]
+        )
+        return True
+
+    def _still_blocked(self, sample: Sample) -> bool:
+        """Whether the sample did not fit, and nothing has got better: no page and no row came free.
+
+        It is tried again at the latest when a row ends.
+        """
+        if self._blocked is None or self._blocked[0] is not sample or not self.running:
+            return False
+        return self._available() <= self._blocked[1] and len(self.running) >= self._blocked[2]
+
+    def _keep_free(self, sample: Sample) -> int:
+        """Pages that must be left; an empty engine admits whatever fits.
+
+        A sample that was preempted too often comes back for good: it is let in when all that it and
+        others like it can grow to is free. Those always finish, and each sample is preempted a
+        bounded number of times.
+        """
+        if not self.running:
+            return 0
+        groups = self._groups()
+        keep = ask_keep_free(self.admission, sample, tuple(self.running), groups)
+        if self._protected(sample):
+            others = tuple(s for s in self.running if self._protected(s))
+            must = ask_keep_free(_MUST_FIT, sample, others, groups)
+            keep = tuple(map(max, keep, must))
+        return keep[0]
+
+    def _groups(self) -> tuple[GroupPages, ...]:
+        return (GroupPages(self.allocator.page_size, self.allocator.usable_pages),)
+
+    def _protected(self, sample: Sample) -> bool:
+        """Whether the sample was preempted so often that it must not be again."""
+        return sample.preemptions >= self.config.max_preemptions
+
+    def _fork_siblings(self, sample: Sample) -> None:
+        """The prompt is computed: let the other samples share it, or wait for a row or for room.
+
+        Where the first was let in without a question, because nothing ran, it is put for each.
+        """
+        siblings, sample.siblings = sample.siblings, []
+        for position, sibling in enumerate(siblings):
+            full = len(self.running) >= self.config.max_rows
+            if full or not (sample.asked or self._has_room(sibling, self._shard(sample))):
+                for other in reversed(siblings[position:]):
+                    self.waiting.put_front(other)
+                return
+            self._adopt(sibling, sample)
+
+    def _has_room(self, sibling: Sample, shard: int) -> bool:
+        """Whether the policy lets a fork in, which copies a partial page when it writes."""
+        copied = (len(sibling.tokens) - 1) % self.allocator.page_size > 0
+        return self._keep_free(sibling) + copied <= self._available(shard)
+
+    def _adopt(self, child: Sample, parent: Sample) -> None:
+        """Give the child a fork of the parent's pages, and a row."""
+        self._opening = frozenset(self.allocator.handles)
+        (handle,) = self.allocator.fork(parent.handle)
+        child.handle, child.computed = handle, parent.computed
+        self._opening = None
+        self._seat(child, [])
+
+    def _shard(self, sample: Sample) -> int:
+        return slot_of(sample) // self.config.max_rows
+
+    def _enter(
+        self, grown: TableDelta | None = None
+    ) -> tuple[tuple[Enter, ...], tuple[TableDelta, ...]]:
+        """What the device has yet to learn of rows and tables."""
+        entering, self._entering = self._entering, []
+        pages = [self.allocator.sequence(sample.handle).pages for sample in entering]
+        return entries_of(entering, pages, grown)
+
+    def _note_usage(self) -> None:
+        self.stats.peak_used_pages = max(self.stats.peak_used_pages, self.allocator.num_used)
+
+    # ---- prefill
+
+    def plan_prefill(self) -> Prefill | None:
+        """Admit who fits, and choose the chunks of this visit."""
+        if self.swapping is not None:
+            self.swapping.settle()
+        self._admit()
+        if not self._prefilling:
+            return None
+        programs = self._programs()
+        chunked = sum(len(chunks) for _, chunks in programs)
+        enter, tables = self._enter()
+        return Prefill(tables, enter, programs, tuple(self._prefilling[:chunked]))
+
+    def _programs(self) -> tuple[tuple[int, tuple[Chunk, ...]], ...]:
+        """As many as the budget of tokens has room for, one at least; prompts take turns."""
+        config, programs = self.config, []
+        budget = config.prefill_tokens
+        for first in range(0, len(self._prefilling), config.prefill_rows):
+            rows = self._prefilling[first : first + config.prefill_rows]
+            chunks = tuple(chunk_of(sample, config.prefill_chunk) for sample in rows)
+            widest = max(len(chunk.tokens) for chunk in chunks)
+            width = next(size for size in config.chunk_buckets if size >= widest)
+            if budget is not None:
+                budget -= width * config.prefill_rows
+                if budget < 0 and programs:
+                    break
+            programs.append((width, chunks))
+        return tuple(programs)
+
+    def prefilled(self, plan: Prefill) -> None:
+        """The programs are launched: whoever reads what they write comes after them."""
+        chunks = [chunk for _, chunks in plan.programs for chunk in chunks]
+        ends = [chunk.begin + len(chunk.tokens) for chunk in chunks]
+        self.allocator.commit([s.handle for s in plan.samples], ends)
+        self.stats.prefill_tokens += sum(len(chunk.tokens) for chunk in chunks)
+        later = self._prefilling[len(plan.samples) :]
+        for sample, end in zip(plan.samples, ends, strict=True):
+            sample.computed = end
+            if not sample.decoding:
+                later.append(sample)
+        self._prefilling = later
+        for sample in plan.samples:
+            done = self.aside.end(sample) if sample.decoding else self.aside.progress(sample)
+            for other in done:
+                self.waiting.put(other)
+            if sample.decoding:
+                self._fork_siblings(sample)
+
+    # ---- growth
+
+    def plan_decode(self) -> Decode | None:
+        """Find pages for the next steps, preempting who must be, and plan them.
+
+        Raises:
+          NeedsTruth: pages are short, and what is in flight may have ended rows.
+        """
+        if not (rows := self._growing(self.running)):
+            return None
+        grown = self._grow(rows, self.config.decode_steps)
+        if isinstance(grown, OutOfPages):
+            if self.flights:
+                raise NeedsTruth
+            grown = Growth.total([self._squeeze(shard) for shard in range(len(self._slots))])
+        self._note_usage()
+        if not grown.rows:
+            return None
+        enter, tables = self._enter(grown.tables)
+        plan = decode_plan(next(self._visits), grown, enter, tables)
+        for sample, budget in zip(grown.rows, grown.budgets, strict=True):
+            sample.in_flight += budget
+        self.flights += 1
+        self._let_end()
+        return plan
+
+    def _growing(self, samples: Iterable[Sample]) -> list[Sample]:
+        return [s for s in samples if s.decoding and s.left > s.in_flight]
+
+    def _grow(self, rows: list[Sample], steps: int) -> Growth | OutOfPages:
+        """Pages for so many steps of each row, as far as it may go; all of them or none."""
+        budgets = [min(steps, s.left - s.in_flight) for s in rows]
+        ends = [len(s.tokens) - 1 + s.in_flight + b for s, b in zip(rows, budgets, strict=True)]
+        try:
+            prepared = self.allocator.prepare([s.handle for s in rows], ends)
+        except OutOfPages as error:
+            return error
+        return Growth.of(rows, budgets, prepared)
+
+    def _squeeze(self, shard: int) -> Growth:
+        """The same for one shard that may be short: fewer steps, then fewer rows."""
+        while rows := self._growing(self._on(shard)):
+            steps = self.config.decode_steps
+            while isinstance(grown := self._grow(rows, steps), OutOfPages) and steps > 1:
+                steps //= 2
+            if isinstance(grown, Growth):
+                return grown
+            if not self._make_way(shard, grown):
+                break
+        return Growth.total([])
+
+    def _make_way(self, shard: int, error: OutOfPages) -> bool:
+        """Take the pages of one sample; whether that was possible.
+
+        One that is alone ends, if the pages are really not there: a failure that was injected, or
+        that passes, is none of its own.
+        """
+        here = self._on(shard)
+        if len(here) > 1:
+            self.preempt(self.choose_victim(here))
+            return True
+        if error.needed <= self._available(shard):
+            return False
+        detail = self._shortage(error.needed, shard)
+        self._conclude([Outcome(here[0], len(here[0].tokens), (), "capacity", detail=detail)])
+        self.release()
+        return True
+
+    def _on(self, shard: int) -> list[Sample]:
+        """Who runs on a shard."""
+        if len(self._slots) == 1:
+            return self.running
+        return [s for s in self.running if self._shard(s) == shard]
+
+    def _available(self, shard: int | None = None) -> int:
+        """Pages that can be had on a shard, or on the one that has most."""
+        parts = self.allocator.shards if isinstance(self.allocator, ShardedAllocator) else ()
+        if shard is not None and parts:
+            parts = (parts[shard],)
+        return max(each.num_free + each.num_evictable for each in parts or (self.allocator,))
+
+    def _shortage(self, needed: int, shard: int | None = None) -> str:
+        """Who has the pages, when nothing runs that could give some back."""
+        pages = self.allocator.sequence_pages
+        stats = self.allocator.stats()
+        return (
+            f"needed {needed} pages, but only {self._available(shard)} of {pages} can be had: "
+            f"{stats.raw} are held by number (allocate_pages), others by sequences outside the "
+            "engine; free those, or create a larger pool"
+        )
+
+    def _let_end(self) -> None:
+        """Who needs no more steps gives its row to others, though its tokens are still to come."""
+        over = [s for s in self.running if s.decoding and s.left == s.in_flight]
+        for sample in over:
+            self._vacate(sample)
+        if over:
+            self.ending += over
+            self.running = [s for s in self.running if s.slot is not None]
+
+    # ---- preemption
+
+    def choose_victim(self, candidates: Sequence[Sample]) -> Sample:
+        """Whom the policy names among those that were not preempted too often before."""
+        free = [s for s in candidates if not self._protected(s)] or list(candidates)
+        return ask_victim(self.victim, free) if len(free) > 1 else free[0]
+
+    def force_preemption(self) -> bool:
+        """Preempt whom the policy names, if there is one that may be; all visits are booked."""
+        free = [s for s in self.running if not self._protected(s)]
+        if free:
+            self.preempt(self.choose_victim(free))
+        return bool(free)
+
+    def preempt(self, sample: Sample) -> None:
+        """Take a sample's pages; it waits at the front, and comes back with its tokens."""
+        if self.swapping is not None and sample.computed and ask_swaps(self.preemption, sample):
+            stored = self.swapping.store(sample.handle)
+            self.stats.swaps += stored > 0
+            self.stats.swapped_out_pages += stored
+        self._leave(sample)
+        sample.preemptions += 1
+        self.stats.preemptions += 1
+        self.waiting.put_front(sample)
+        self.release()
+
+    # ---- what came out
+
+    def book(self, ticket: Ticket, result: Result) -> None:
+        """Enter what a visit wrote and generated.
+
+        The token that a row with invalid logits had read is not entered: what the device wrote for
+        it may be NaN, as may be what prefill wrote before, so none of its pages stays cached. What
+        a row got that was cancelled meanwhile is dropped.
+        """
+        plan = ticket.plan
+        kept = [i for i, sample in enumerate(plan.samples) if not sample.ended]
+        samples = [plan.samples[i] for i in kept]
+        counts, invalid = result.counts[kept], result.invalid[kept].tolist()
+        written = np.empty((len(kept), len(result.tokens)), np.int32)
+        written[:, 0] = [s.tokens[-1] for s in samples]
+        written[:, 1:] = result.tokens[:-1, kept].T
+        outcomes = self._outcomes_of(samples, kept, counts.tolist(), result)
+        broken = [i for i, bad in enumerate(invalid) if bad]
+        outcomes += [
+            Outcome(samples[i], len(samples[i].tokens) + int(counts[i]), (), "invalid_logits")
+            for i in broken
+        ]
+        handles = [s.handle for s in samples]
+        for sample, budget in zip(samples, plan.budgets[kept].tolist(), strict=True):
+            sample.in_flight -= budget
+        self.flights -= 1
+        self._conclude(outcomes)
+        self.stats.decode_tokens += int(counts.sum())
+        if not handles:
+            return
+        self.allocator.append(handles, written, counts)
+        try:
+            self.allocator.commit(handles, [len(s.tokens) - 1 for s in samples])
+        finally:  # whatever a digest of the user's raises
+            for handle in [handles[i] for i in broken]:
+                self.allocator.withdraw([handle])
+                if self.swapping is not None:
+                    self.swapping.forget(handle)
+        self.release()
+
+    def _outcomes_of(
+        self, samples: Sequence[Sample], kept: Sequence[int], counts: Sequence[int], result: Result
+    ) -> list[Outcome]:
+        texts, outcomes = result.tokens.T.tolist(), []
+        for i, sample, count in zip(kept, samples, counts, strict=True):
+            if not count:
+                continue
+            tops = None
+            if result.top_ids is not None and result.top_logits is not None:
+                tops = result.top_ids[:count, i], result.top_logits[:count, i]
+            tokens = texts[i][:count]
+            reason = sample.ending(tokens)
+            outcomes.append(Outcome(sample, len(sample.tokens), tokens, reason, tops))
+        return outcomes
+
+    def _conclude(self, outcomes: Sequence[Outcome]) -> None:
+        """Let this have happened, all of it at once, whatever interrupts it from here on."""
+        self._journal = next(self._serials), outcomes
+        self._replay(*self._journal)
+        for sample in [o.sample for o in outcomes if o.reason is not None]:
+            self._leave(sample)
+
+    def _replay(self, serial: int, outcomes: Sequence[Outcome]) -> None:
+        """Enter outcomes; a second time changes nothing."""
+        for sample, at, tokens, reason, *_ in outcomes:
+            if tokens:
+                del sample.tokens[at:]
+                sample.tokens.extend(tokens)
+                sample.computed = len(sample.tokens) - 1
+            sample.ended = sample.ended or reason is not None
+        self._outcomes.put(serial, outcomes)
+        for request in {o.sample.request_id for o in outcomes if o.reason is not None}:
+            if group := [s for s in self.living.get(request, ()) if not s.ended]:
+                self.living[request] = group
+            else:
+                self.living.pop(request, None)
+        self._journal = None
+
+    def _leave(self, sample: Sample) -> None:
+        """Take a sample out of wherever it is; `release` frees its pages."""
+        if sample.handle is None:
+            if sample in self.waiting:
+                self.waiting.take(sample)
+            else:
+                self.aside.forget(sample)
+            return
+        self._leaving.append(sample.handle)
+        sample.handle, sample.computed, sample.in_flight = None, 0, 0
+        if sample.slot is not None:
+            self.running.remove(sample)
+            self._vacate(sample)
+        else:
+            self.ending.remove(sample)
+        if sample in self._entering:
+            self._entering.remove(sample)
+        if sample in self._prefilling:
+            self._prefilling.remove(sample)
+            for other in self.aside.end(sample):
+                self.waiting.put(other)
+
+    def _vacate(self, sample: Sample) -> None:
+        if sample.slot is not None:
+            heapq.heappush(self._slots[sample.slot // self.config.max_rows], sample.slot)
+            sample.slot = None

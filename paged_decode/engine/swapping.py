@@ -1,0 +1,42 @@
+"""The host tier of an engine: the scheduler says which pages, the runner has the cache."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+from ..allocator import BlockAllocator, Handle
+from ..tiers import HostTier
+
+__all__ = ["CacheHolder", "TierSwapping"]
+
+
+@runtime_checkable
+class CacheHolder(Protocol):
+    """Whoever has the living cache."""
+
+    cache: Any
+
+
+class TierSwapping:
+    """Copies are launched at once, in the order of the programs around them."""
+
+    def __init__(self, tier: HostTier, allocator: BlockAllocator, holder: CacheHolder):
+        self._tier, self._allocator, self._holder = tier, allocator, holder
+
+    def settle(self) -> None:
+        """Let what was copied out be found."""
+        self._tier.settle()
+
+    def store(self, handle: Handle) -> int:
+        """Begin to copy a sequence out; how many of its pages the tier has then."""
+        return self._tier.store(self._holder.cache, self._allocator, handle)
+
+    def load(self, handle: Handle) -> int:
+        """Bring back and commit what there is of a sequence; how many pages."""
+        before = self._tier.stats.loaded
+        self._holder.cache = self._tier.load(self._holder.cache, self._allocator, handle)
+        return self._tier.stats.loaded - before
+
+    def forget(self, handle: Handle) -> None:
+        """The pages of a sequence may be wrong."""
+        self._tier.forget(self._allocator, handle)
