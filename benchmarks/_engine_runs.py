@@ -1,0 +1,148 @@
+"""Engines on the example model, and what a visit of one took, for `engine.py`."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from _llama_shapes import LlamaShapes
+
+from paged_decode import BlockAllocator, Engine, EngineConfig, KVCache, SamplingParams
+
+__all__ = [
+    "Visit",
+    "Watch",
+    "decode_until",
+    "drain",
+    "make_engine",
+    "middle",
+    "prompts",
+    "quantile",
+    "submit",
+]
+
+PAGE = 16
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One `step`: its wall time, the part of it blocked for the device, when it ended, its events.
+
+    `read` is how many tokens it delivered, `ended` how many samples.
+    """
+
+    seconds: float
+    wait: float
+    end: float
+    events: list[Any]
+
+    @property
+    def host(self) -> float:
+        return self.seconds - self.wait
+
+    @property
+    def read(self) -> int:
+        return sum(event.token is not None for event in self.events)
+
+    @property
+    def ended(self) -> int:
+        return sum(event.finish_reason is not None for event in self.events)
+
+
+@dataclass
+class Watch:
+    """Steps an engine and keeps every visit, and when each request's tokens came."""
+
+    engine: Engine
+    visits: list[Visit] = field(default_factory=list)
+    delivered: dict[int, list[tuple[float, int]]] = field(default_factory=dict)
+
+    def step(self) -> Visit:
+        before, start = _stat(self.engine, "wait_seconds"), time.perf_counter()
+        events = self.engine.step()
+        end = time.perf_counter()
+        visit = Visit(end - start, _stat(self.engine, "wait_seconds") - before, end, events)
+        self.visits.append(visit)
+        counts: dict[int, int] = {}
+        for event in events:
+            if event.token is not None:
+                counts[event.request_id] = counts.get(event.request_id, 0) + 1
+        for request, count in counts.items():
+            self.delivered.setdefault(request, []).append((end, count))
+        return visit
+
+    def steps(self, count: int) -> list[Visit]:
+        return [self.step() for _ in range(count)]
+
+    def until(self, done: Callable[[], bool]) -> list[Visit]:
+        """Step until it is so; an engine that has nothing left to do before is an error."""
+        first = len(self.visits)
+        while not done():
+            if self.engine.idle:
+                raise RuntimeError("the engine is idle, and what the benchmark waits for is not so")
+            self.step()
+        return self.visits[first:]
+
+
+def _stat(engine: Engine, name: str) -> float:
+    return getattr(engine.stats, name)
+
+
+def make_engine(shapes: LlamaShapes, *, tokens: int, longest: int, **config: Any) -> Engine:
+    """A compiled engine whose pool holds `tokens` in all and `longest` in one sequence."""
+    c = shapes.config
+    pages = 2 + -(-tokens // PAGE) + config["max_rows"]  # a page begun for every row
+    cache = KVCache.create(
+        num_layers=c.num_layers,
+        num_pages=pages,
+        num_kv_heads=c.num_kv_heads,
+        page_size=PAGE,
+        head_dim=c.head_dim,
+        dtype=shapes.dtype,
+    )
+    config.setdefault("row_buckets", (config["max_rows"],))
+    sizes = EngineConfig(max_sequence_tokens=longest, vocab_size=c.vocab_size, **config)
+    engine = Engine(shapes.model, shapes.params, cache, BlockAllocator(pages, PAGE), sizes)
+    engine.warmup()
+    return engine
+
+
+def prompts(shapes: LlamaShapes, lengths: Iterable[int], seed: int = 0) -> list[list[int]]:
+    """Random ids, so that no two prompts begin alike."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, shapes.config.vocab_size, n).tolist() for n in lengths]
+
+
+def submit(engine: Engine, prompt: list[int], new: int) -> int:
+    return engine.submit(prompt, SamplingParams(max_new_tokens=new))
+
+
+def decode_until(watch: Watch, ids: Iterable[int], settle: int) -> None:
+    """Step until each of these has delivered a token, and `settle` visits more."""
+    ids = set(ids)
+    watch.until(lambda: ids <= watch.delivered.keys())
+    watch.steps(settle)
+
+
+def drain(engine: Engine, ids: Iterable[int]) -> None:
+    """End requests that may have ended already, and step until nothing is left."""
+    for request in ids:
+        try:
+            engine.cancel(request)
+        except KeyError:
+            pass
+    while not engine.idle:
+        engine.step()
+
+
+def quantile(values: Iterable[float], part: float) -> float:
+    return float(np.quantile(list(values), part))
+
+
+def middle(visits: Iterable[Visit], what: str) -> float:
+    """The median of `seconds`, `wait` or `host` over visits."""
+    return statistics.median(getattr(visit, what) for visit in visits)
