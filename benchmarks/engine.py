@@ -286,18 +286,7 @@ def gap(shapes: LlamaShapes, sizes: Record) -> Iterator[Record]:
     """Rows decode; long prompts arrive."""
     about = sizes["gap"]
     rows, context, long = about["rows"], about["context"], about["prompt"]
-    chunk = sizes["prefill"]["prefill_chunk"]
-    visits = (rows + about["arrivals"]) * -(-long // chunk) + about["before"] + 32
-    new = STEPS * visits
-    longest = max(context + new, long + 8 + STEPS)
-    engine = make_engine(
-        shapes,
-        tokens=rows * (context + new) + about["arrivals"] * (long + 2 * STEPS),
-        longest=longest,
-        max_rows=rows + about["arrivals"],
-        decode_steps=STEPS,
-        **sizes["prefill"],
-    )
+    engine, new = _gap_engine(shapes, sizes)
     alone = _prefill_visit_seconds(shapes, engine, long)
     watch = Watch(engine)
     ids = [submit(engine, each, new) for each in prompts(shapes, [context] * rows)]
@@ -323,6 +312,25 @@ def gap(shapes: LlamaShapes, sizes: Record) -> Iterator[Record]:
         prefill_visit_s=alone,
         longest_over_both=max(gaps) / (calm["median_s"] + alone),
     )
+
+
+def _gap_engine(shapes: LlamaShapes, sizes: Record) -> tuple[Engine, int]:
+    """An engine, and how many tokens keep its rows decoding until the last prompt is in."""
+    about = sizes["gap"]
+    rows, context, long = about["rows"], about["context"], about["prompt"]
+    chunk = sizes["prefill"]["prefill_chunk"]
+    visits = (rows + about["arrivals"]) * -(-long // chunk) + about["before"] + 32
+    new = STEPS * visits
+    longest = max(context + new, long + 8 + STEPS)
+    engine = make_engine(
+        shapes,
+        tokens=rows * (context + new) + about["arrivals"] * (long + 2 * STEPS),
+        longest=longest,
+        max_rows=rows + about["arrivals"],
+        decode_steps=STEPS,
+        **sizes["prefill"],
+    )
+    return engine, new
 
 
 def _gaps(watch: Watch, request: int, since: float) -> list[float]:
@@ -352,14 +360,9 @@ def waiting(shapes: LlamaShapes, sizes: Record) -> Iterator[Record]:
     about = sizes["waiting"]
     longest, medians = about["prefix"] + 64, {}
     for count in about["counts"]:
-        engine = make_engine(
-            shapes,
-            tokens=2 * longest + about["rows"] * 64,
-            longest=longest,
-            max_rows=about["rows"],
-            decode_steps=STEPS,
-            **sizes["prefill"],
-        )
+        rows, tokens = about["rows"], 2 * longest + about["rows"] * 64
+        shape = dict(max_rows=rows, decode_steps=STEPS, **sizes["prefill"])
+        engine = make_engine(shapes, tokens=tokens, longest=longest, **shape)
         watch = Watch(engine)
         prefix, *tails = prompts(shapes, [about["prefix"]] + [16] * (1 + count))
         ids = [submit(engine, prefix + tails[0], STEPS)]
