@@ -51,11 +51,14 @@ from _llama_shapes import LlamaShapes, llama_shapes
 from _result import spread, write_result
 from _torch_loop import measure_torch_loop
 
-from paged_decode import Engine
+from paged_decode import Engine, PageCopies
+from paged_decode.engine.plans import Growth, decode_plan
+from paged_decode.engine.records import TableDelta
 
 OURS, PROGRAM, TORCH = "paged-decode", "paged-decode/decode program", "torch+flashinfer"
 Record = dict[str, Any]
 STEPS, SETTLE = 8, 2
+_NOTHING = np.empty((3, 0), np.int32)
 MOST_WAITING_RATIO = 3.0
 
 FULL: dict[str, Any] = dict(
@@ -88,13 +91,8 @@ def rate(shapes: LlamaShapes, sizes: Record, peers: dict[Any, Record]) -> Iterat
     for rows, context in sizes["cases"]:
         case = dict(part="rate", rows=rows, context=context, decode_steps=STEPS, **shapes.name)
         ours, program = _steady(shapes, sizes, rows, context)
-        beside: list[Record] = []
-        if program is not None:
-            beside.append(
-                dict(
-                    case=case, system=PROGRAM, tokens_per_s=rows * STEPS / program, visit_s=program
-                )
-            )
+        alone = dict(tokens_per_s=rows * STEPS / program, visit_s=program)
+        beside: list[Record] = [dict(case=case, system=PROGRAM, **alone)]
         found = peers.get((rows, context))
         if found is not None and "error" in found:
             beside.append(dict(case=case, system=TORCH, error=found["error"]))
@@ -109,13 +107,14 @@ def rate(shapes: LlamaShapes, sizes: Record, peers: dict[Any, Record]) -> Iterat
         yield from beside
 
 
-def _steady(
-    shapes: LlamaShapes, sizes: Record, rows: int, context: int
-) -> tuple[Record, float | None]:
-    """The engine's figures over the window, and seconds of a launch of its program, if known."""
+def _steady(shapes: LlamaShapes, sizes: Record, rows: int, context: int) -> tuple[Record, float]:
+    """The engine's figures over a window, and seconds of a launch of its program.
+
+    The program runs first, from the lengths at which the engine goes on then.
+    """
     chunk = sizes["prefill"]["prefill_chunk"]
     warm = -(-context // chunk) + SETTLE + 4
-    new = STEPS * (warm + 2 * sizes["visits"] + 4)  # as many again for `program_seconds`
+    new = STEPS * (2 * warm + 2 * sizes["visits"] + 8)
     prefill = sizes["prefill"] | dict(prefill_tokens=max(rows, 4) * chunk)  # all rows in one visit
     longest = context + new
     engine = make_engine(
@@ -124,7 +123,12 @@ def _steady(
     watch = Watch(engine)
     ids = [submit(engine, each, new) for each in prompts(shapes, [context] * rows)]
     decode_until(watch, ids, SETTLE)
-    lengths = [context + sum(n for _, n in watch.delivered[i]) for i in ids]
+    program = program_seconds(engine, sizes["visits"])
+    visits = list(watch.visits)
+    decode_until(watch := Watch(engine), ids, SETTLE)
+    visits += watch.visits
+    delivered = [e.request_id for visit in visits for e in visit.events if e.token is not None]
+    lengths = [context + delivered.count(i) for i in ids]
     start, before = watch.visits[-1].end, _times(engine)
     window = watch.steps(sizes["visits"])
     after = _times(engine)
@@ -140,10 +144,6 @@ def _steady(
         **_visit_seconds(start, window),
         host_s_per_visit=(after[1] - before[1] - after[2] + before[2]) / (after[0] - before[0]),
     )
-    try:
-        program = program_seconds(engine, sizes["visits"])
-    except NotImplementedError:
-        program = None
     drain(engine, ids)
     return ours, program
 
@@ -163,12 +163,26 @@ def _visit_seconds(start: float, window: list[Visit]) -> Record:
 def program_seconds(engine: Engine, launches: int) -> float:
     """Seconds of one launch of the engine's own decode program, for the rows that decode now.
 
-    Pages for all launches are reserved in advance; each launch takes its tokens and lengths from
-    the one before, on the device; the host waits only after the last one. The rows have room for
-    `launches` more visits. What the engine delivers afterwards means nothing; its requests are
-    cancelled next.
+    Pages for all launches are prepared in advance; each launch takes its tokens and lengths from
+    the one before, on the device; the host waits only after the last one. Afterwards the engine
+    computes the last pages of its rows again, and goes on from where it was.
     """
-    raise NotImplementedError("needs the decode program's arguments on the device from the engine")
+    engine.loop.collect()
+    rows, runner = list(engine.scheduler.running), engine.runner
+    ends = [len(sample.tokens) - 1 + STEPS * (launches + 1) for sample in rows]
+    prepared = engine.allocator.prepare([sample.handle for sample in rows], ends)
+    grown = Growth.of(rows, [STEPS] * len(rows), prepared)
+    plan = decode_plan(0, grown, (), (grown.tables,))
+    runner.wait(runner.decode(plan).out)
+    no_copies, no_tables = PageCopies(*_NOTHING[:2]), (TableDelta(*_NOTHING),)
+    plan = plan._replace(copies=no_copies, tables=no_tables)
+    start = time.perf_counter()
+    for _ in range(launches):
+        ticket = runner.decode(plan)
+    runner.wait(ticket.out)
+    seconds = (time.perf_counter() - start) / launches
+    engine.loop.discard()
+    return seconds
 
 
 # ---- host
