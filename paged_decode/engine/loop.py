@@ -106,10 +106,10 @@ class Loop:
         self._open.clear()
         self._prefilled = None
         self.scheduler.reset()
-        if self._lost or self.runner.is_lost:
-            self._lost = True
+        self._lost = self._lost or self.runner.is_lost
+        if self._lost:
             self._forget_prefixes()
-            self.runner.restart()
+        self.runner.restart(lost=self._lost)
         self._torn = self._lost = False
 
     def _launch(self) -> bool:

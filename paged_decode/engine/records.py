@@ -153,6 +153,6 @@ class Runner(Protocol):
         """Whether a program failed and took the cache with it."""
         ...
 
-    def restart(self) -> None:
-        """Begin with an empty cache and no rows."""
+    def restart(self, *, lost: bool) -> None:
+        """Begin without rows; with an empty cache, if what it held is lost."""
         ...

@@ -14,7 +14,7 @@ from jaxtyping import Array, Int
 from ..sampling import MAX_STOP_TOKENS, SamplingRows
 from .records import Enter, TableDelta
 
-__all__ = ["MessageSizes", "RowState", "apply_message", "messages", "take_rows"]
+__all__ = ["MessageSizes", "RowState", "apply_message", "empty_message", "messages", "take_rows"]
 
 _ENTER_FIELDS = 8 + MAX_STOP_TOKENS
 
@@ -80,13 +80,21 @@ def messages(
     while len(rows) or len(entries):
         fits = (s for s in sizes if len(rows) <= s.enters and len(entries) <= s.entries)
         size = next(fits, sizes[-1])
-        message = np.zeros(size.length, np.int32)
-        head = message[: size.enters * _ENTER_FIELDS].reshape(size.enters, _ENTER_FIELDS)
-        tail = message[size.enters * _ENTER_FIELDS :].reshape(size.entries, 2)
-        head[:, 0], tail[:, 0] = slots, slots * columns
+        message, head, tail = empty_message(size, slots, columns)
         head[: len(rows)], tail[: len(entries)] = rows[: size.enters], entries[: size.entries]
         rows, entries = rows[size.enters :], entries[size.entries :]
         yield size, message
+
+
+def empty_message(
+    size: MessageSizes, slots: int, columns: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A message that says nothing, and its two parts: rows `[E, fields]`, entries `[D, 2]`."""
+    message = np.zeros(size.length, np.int32)
+    head = message[: size.enters * _ENTER_FIELDS].reshape(size.enters, _ENTER_FIELDS)
+    tail = message[size.enters * _ENTER_FIELDS :].reshape(size.entries, 2)
+    head[:, 0], tail[:, 0] = slots, slots * columns
+    return message, head, tail
 
 
 def _packed(enter: Iterable[Enter]) -> np.ndarray:

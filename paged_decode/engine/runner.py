@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Any
 
 import jax
@@ -13,21 +14,37 @@ import numpy as np
 from .._devices import put_beside, tied
 from ..allocator import PageCopies
 from ..cache import KVCache
-from ..sampling import SamplingParams
 from .config import EngineConfig, EngineStats
 from .programs import DecodeOut, Model, Programs, update
 from .records import Chunk, Decode, Enter, Prefill, Result, TableDelta, Ticket
-from .rows import MessageSizes, RowState, messages
+from .rows import MessageSizes, RowState, empty_message, messages
 
 __all__ = ["DeviceRunner", "Progress"]
 
 Progress = Callable[[int, int], object]
 _NO_TABLES = (TableDelta(*np.zeros((3, 0), np.int32)),)
-_GREEDY = SamplingParams()
+
+
+class Launched:
+    """A job of the launching thread: what it will return, and when it went to the device.
+
+    Attributes:
+      future: of what the job returns.
+      begun: set when the launching thread is about to give its last program to the device.
+    """
+
+    def __init__(self) -> None:
+        self.future: Future[Any] = Future()
+        self.begun = threading.Event()
 
 
 class DeviceRunner:
-    """The device half of an engine. Nothing here waits for the device but `wait` and `collect`.
+    """The device half of an engine. The host waits for the device in `wait` and `collect` alone.
+
+    Programs are launched by a thread, because a launch may block: XLA asks the host on a GPU
+    whether a loop goes on, and so returns from it when its last step begins. The thread launches
+    the next visit at once, while the caller reads the last one and plans. What the thread owns,
+    cache, tables and rows, is handed out when it has nothing left to do.
 
     Every transfer to the device is an explicit one: a small message of fixed shape for what changed
     in rows and tables, one for each prefill program, one for the decode program.
@@ -39,9 +56,6 @@ class DeviceRunner:
       config: shapes.
       columns: width of the page table.
       stats: where program shapes are counted.
-
-    Attributes:
-      cache: the living one.
     """
 
     def __init__(
@@ -54,7 +68,10 @@ class DeviceRunner:
         columns: int,
         stats: EngineStats,
     ):
-        self.cache, self._config, self._stats = cache, config, stats
+        self._cache, self._config, self._stats = cache, config, stats
+        self._thread = ThreadPoolExecutor(1, "paged-decode-launch")
+        self._last: Launched | None = None
+        self._failure: BaseException | None = None  # of a job: those behind it are not run
         self.set_params(params)
         self._model, self._programs = model, Programs.of(model)
         self._shards, self._columns = cache.data_shards, columns
@@ -68,8 +85,20 @@ class DeviceRunner:
         self._shapes: set[tuple[Any, ...]] = set()
         self._enter_nobody()
 
+    @property
+    def cache(self) -> KVCache:
+        """The living cache, when everything is launched."""
+        self._drain()
+        return self._cache
+
+    @cache.setter
+    def cache(self, cache: KVCache) -> None:
+        self._drain()
+        self._cache = cache
+
     def set_params(self, params: Any) -> None:
         """Take weights; what lies on the host is put on the device once, not at every launch."""
+        self._drain()
         self.params = jax.tree.map(self._on_device, params)
 
     def _on_device(self, leaf: Any) -> Any:
@@ -77,52 +106,98 @@ class DeviceRunner:
         array of the caller's would be, so that programs are the same for both."""
         if not isinstance(leaf, np.ndarray | np.generic | int | float | complex):
             return leaf
-        pages = self.cache.k_pages[0]
+        pages = self._cache.k_pages[0]
         if pages.devices() == {jax.local_devices()[0]}:
             return jax.device_put(leaf)
         return put_beside(pages, leaf)
 
     def _put(self, tree: Any) -> Any:
-        return put_beside(self.cache.k_pages[0], tree)
+        return put_beside(self._cache.k_pages[0], tree)
 
     def _enter_nobody(self) -> None:
         table = np.zeros((self._slots, self._columns), np.int32)
         self._table, self._state = self._put((table, RowState.empty(self._slots)))
 
+    # ---- the launching thread
+
+    def _launch(self, job: Callable[[Launched], Any], *shapes: tuple[Any, ...]) -> Launched:
+        """Queue a job; where a program is to be compiled first, wait for it: it may be refused."""
+        launched = self._last = Launched()
+        self._thread.submit(self._run, job, launched)
+        if not self._shapes.issuperset(shapes):
+            launched.future.result()
+            self._shapes.update(shapes)
+            self._stats.programs = len(self._shapes)
+        return launched
+
+    def _run(self, job: Callable[[Launched], Any], launched: Launched) -> None:
+        try:
+            if self._failure is not None:
+                raise self._failure
+            launched.future.set_result(job(launched))
+        except BaseException as error:  # handed to whoever waits
+            self._failure = error
+            launched.future.set_exception(error)
+        finally:
+            launched.begun.set()
+
+    def _drain(self) -> None:
+        """Return when everything is launched, or has failed."""
+        if self._last is not None:
+            self._last.future.exception()
+
     # ---- plans
 
-    def prefill(self, plan: Prefill) -> Any:
+    def prefill(self, plan: Prefill) -> Launched:
         """Launch the programs; nothing is read."""
-        over = None
-        self._update(plan.enter, plan.tables)
-        for width, chunks in plan.programs:
-            message = self._put(self._prefill_message(width, chunks))
-            given = self.cache, self._table, self.params, message
-            self.cache, over = self._programs.prefill(*given)
-            self._note_program("prefill", len(message), width)
-        return over
+        told = self._told(plan.enter, plan.tables)
+        given = [self._prefill_message(*program) for program in plan.programs]
+
+        def job(launched: Launched) -> Any:
+            self._tell(told)
+            for message in given:
+                args = self._cache, self._table, self.params, self._put(message)
+                self._cache, over = self._programs.prefill(*args)
+            return over
+
+        shapes = {("prefill", *message.shape) for message in given}
+        return self._launch(job, *shapes, *((size,) for size, _ in told))
 
     def decode(self, plan: Decode) -> Ticket:
-        """Launch one program of up to k steps; its tokens set out for the host by themselves."""
-        self.copy(plan.copies)
-        self._update(plan.enter, plan.tables)
+        """Launch one program of up to k steps."""
+        told = self._told(plan.enter, plan.tables)
         message, places = self._decode_message(plan.slots, plan.budgets)
-        out = self._run_decode(message)
-        for array in out if self._config.top_logits else out[:1]:
-            array.copy_to_host_async()
-        return Ticket(plan, (out, places))
+
+        def job(launched: Launched) -> DecodeOut:
+            self._cache = self._cache.copy_pages(plan.copies)
+            self._tell(told)
+            given = self._put(message)
+            launched.begun.set()
+            return self._run_decode(given)
+
+        shapes = ("decode", message.shape[1]), *((size,) for size, _ in told)
+        return Ticket(plan, (self._launch(job, *shapes), places))
 
     def copy(self, copies: PageCopies) -> None:
         """Copy pages, in the order of the programs around it."""
-        self.cache = self.cache.copy_pages(copies)
+        if len(copies.src):
+            self.cache = self.cache.copy_pages(copies)
 
     def wait(self, out: Any) -> None:
         """Return when what was launched is over."""
-        jax.block_until_ready(out)
+        launched = out if isinstance(out, Launched) else out[0]
+        jax.block_until_ready(launched.future.result())
 
     def collect(self, ticket: Ticket) -> Result:
-        """What came out of it; waits for it."""
-        out, places = ticket.out
+        """What came out of it; waits for it.
+
+        And until the thread has begun to launch what was queued behind it, which is short: if the
+        caller went on first, the thread would wait for Python's lock, and the device for both.
+        """
+        launched, places = ticket.out
+        out = launched.future.result()
+        if self._last is not None:
+            self._last.begun.wait()
         packed = jax.device_get(out.packed)[:, places]
         result = Result(packed[:-2], packed[-2], packed[-1].astype(bool))
         if not self._config.top_logits:
@@ -135,26 +210,31 @@ class DeviceRunner:
         """Whether a program failed and took the cache with it."""
         return self.cache.is_deleted
 
-    def restart(self) -> None:
-        """Begin with an empty cache and no rows."""
-        self.cache = jax.tree.map(
-            lambda a: jnp.zeros(a.shape, a.dtype, device=a.sharding if a.committed else None),
-            self.cache,
-        )
+    def restart(self, *, lost: bool) -> None:
+        """Begin without rows; with an empty cache, if what it held is lost."""
+        self._drain()
+        self._failure = None
+        if lost:
+            self._cache = jax.tree.map(
+                lambda a: jnp.zeros(a.shape, a.dtype, device=a.sharding if a.committed else None),
+                self._cache,
+            )
         self._enter_nobody()
 
     # ---- what a launch takes
 
-    def _update(self, enter: Sequence[Enter], tables: Sequence[TableDelta]) -> None:
-        """Tell the device what changed; nothing is launched if nothing did."""
-        if self._table.is_deleted() or self._state.alive.is_deleted():
-            self._enter_nobody()  # an interrupt came between a launch and its result
+    def _told(
+        self, enter: Sequence[Enter], tables: Sequence[TableDelta]
+    ) -> list[tuple[MessageSizes, np.ndarray]]:
+        """What the device is to know of rows and tables; nothing, if nothing changed."""
         (delta,) = (self._local(each) for each in tables)
-        told = messages(enter, delta, self._sizes, slots=self._slots, columns=self._columns)
+        sizes, columns = self._sizes, self._columns
+        return list(messages(enter, delta, sizes, slots=self._slots, columns=columns))
+
+    def _tell(self, told: Sequence[tuple[MessageSizes, np.ndarray]]) -> None:
         for size, message in told:
-            state = self._table, self._state
-            self._table, self._state = update(*state, self._put(message), size=size)
-            self._note_program("update", size.enters, size.entries)
+            args = self._table, self._state, self._put(message)
+            self._table, self._state = update(*args, size=size)
 
     def _local(self, delta: TableDelta) -> TableDelta:
         """The page ids that the shard of each row has for them."""
@@ -202,17 +282,11 @@ class DeviceRunner:
         out[0] = self._slots
         return out
 
-    def _run_decode(self, message: np.ndarray) -> DecodeOut:
+    def _run_decode(self, message: Any) -> DecodeOut:
         options = dict(steps=self._config.decode_steps, top=self._config.top_logits)
-        self.cache, self._state, out = self._programs.decode(
-            self.cache, self._state, self._table, self.params, self._put(message), **options
-        )
-        self._note_program("decode", message.shape[1])
+        args = self._cache, self._state, self._table, self.params, message
+        self._cache, self._state, out = self._programs.decode(*args, **options)
         return out
-
-    def _note_program(self, *shape: Any) -> None:
-        self._shapes.add(shape)
-        self._stats.programs = len(self._shapes)
 
     # ---- warm-up
 
@@ -257,14 +331,17 @@ class DeviceRunner:
         return jobs
 
     def _run_all(self) -> None:
+        """Each program once; nothing compiles, but what runs first may still be set up."""
         config = self._config
         for size in self._sizes:
-            nobody = [Enter(self._slots, 0, 0, 0, _GREEDY)] * size.enters
-            self._update(nobody, _NO_TABLES)
+            told = [(size, empty_message(size, self._slots, self._columns)[0])]
+            self._launch(lambda _, told=told: self._tell(told), (size,))
         for width in config.chunk_buckets:
             self.prefill(Prefill(_NO_TABLES, (), ((width, ()),), ()))
         for size in config.row_buckets:
-            jax.block_until_ready(self._run_decode(self._idle_rows(size)))
+            message = self._idle_rows(size)
+            job = lambda _, message=message: self._run_decode(self._put(message))  # noqa: E731
+            self.wait(self._launch(job, ("decode", message.shape[1])))
         width = 1
         while width < 2 * config.max_rows:
             self.cache = self.cache.copy_pages(PageCopies(*np.zeros((2, width), np.int32)))

@@ -33,6 +33,8 @@ class TierSwapping:
 
     def load(self, handle: Handle) -> int:
         """Bring back and commit what there is of a sequence; how many pages."""
+        if not self._tier.num_pages and self._tier.disk is None:
+            return 0  # without the cache, for which the programs in flight would be waited for
         before = self._tier.stats.loaded
         self._holder.cache = self._tier.load(self._holder.cache, self._allocator, handle)
         return self._tier.stats.loaded - before

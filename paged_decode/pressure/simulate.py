@@ -112,7 +112,7 @@ class _ModelledRunner:
         tokens = np.broadcast_to(texts, (int(plan.budgets.max()), len(texts)))
         return Result(tokens, plan.budgets, np.zeros(len(texts), bool))
 
-    def restart(self) -> None:
+    def restart(self, *, lost: bool) -> None:
         """Nothing is lost here."""
 
     def _spend(self, program: Program) -> float:
