@@ -17,6 +17,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, SupportsIndex
@@ -45,8 +46,9 @@ from ..requests import (
     prompt_ids,
 )
 from ..sampling import SamplingParams
-from ..snapshot import AS_SAVED, OSFiles, PendingSnapshot, SavedSalt, Snapshot
+from ..snapshot import AS_SAVED, OSFiles, SavedSalt, Snapshot
 from ..snapshot._load import Terms
+from ..snapshot._save import SaveJob
 from ..tiers import HostTier
 from . import saving
 from .config import EngineConfig, EngineStats, sequence_limit
@@ -457,15 +459,15 @@ class Engine:
         *,
         requests: Sequence[SupportsIndex] | None = None,
         **options: Any,
-    ) -> PendingSnapshot:
+    ) -> Future[Snapshot]:
         """`save`, but return when the pages are copied out: step on while a thread writes."""
         progress, files = options.pop("progress", None), options.pop("files", None)
         job = self._plan_save(path, requests, copy=True, **options)
-        return PendingSnapshot(job, files or OSFiles(), progress)
+        return job.write_behind(files or OSFiles(), progress)
 
     def _plan_save(
         self, path: Any, requests: Sequence[SupportsIndex] | None, *, copy: bool, **options: Any
-    ) -> Any:
+    ) -> SaveJob:
         with self._alone():
             self._take_calls()
             self.loop.collect()

@@ -22,13 +22,12 @@ from ._load import (
     place_snapshot,
     verify_snapshot,
 )
-from ._save import PendingSnapshot, Snapshot, save_snapshot, save_snapshot_async
+from ._save import Snapshot, save_snapshot, save_snapshot_async
 
 __all__ = [
     "AS_SAVED",
     "Files",
     "OSFiles",
-    "PendingSnapshot",
     "Restored",
     "SavedSalt",
     "Snapshot",

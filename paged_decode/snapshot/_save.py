@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -32,9 +33,7 @@ from ._reader import Progress, SnapshotFile
 from ._state import array_specs, state_arrays
 from ._writer import array_chunks, write_file
 
-__all__ = ["PendingSnapshot", "Snapshot", "save_snapshot", "save_snapshot_async"]
-
-GENERATION = b"\0generation\0"
+__all__ = ["Snapshot", "save_snapshot", "save_snapshot_async"]
 
 GENERATION = b"\0generation\0"
 
@@ -135,60 +134,63 @@ def save_snapshot_async(
     *,
     files: Files | None = None,
     **options: Any,
-) -> PendingSnapshot:
+) -> Future[Snapshot]:
     """`save_snapshot`, but return as soon as the pages are copied out; a thread writes them.
 
     Call it between two steps: what it saves is the state of that moment, and the next step may
-    donate the cache. The copies take as much host memory as the live pages. Saves of one process
-    to one path are written in the order of the calls.
+    donate the cache. The copies take as much host memory as the live pages. One thread of the
+    process writes all of them, in the order of the calls, to the end even while the interpreter
+    exits. A save that has not begun can be cancelled; it then writes nothing.
 
     Args:
-      options: as in `save_snapshot`.
+      options: as in `save_snapshot`; `progress` is called by that thread.
+
+    Returns:
+      A future of the snapshot; its `result` raises what writing raised. Callbacks of the future
+      run in the writing thread and hold up the next save.
 
     Raises:
-      ValueError, TypeError, NotImplementedError: as in `save_snapshot`; what writing raises comes
-        from `PendingSnapshot.result`.
+      ValueError, TypeError, NotImplementedError: as in `save_snapshot`.
     """
     progress = options.pop("progress", None)
     job = plan_save(path, cache, allocator, copy=True, **options)
-    return PendingSnapshot(job, files or OSFiles(), progress)
+    return job.write_behind(files or OSFiles(), progress)
 
 
-class PendingSnapshot:
-    """A snapshot that is being written by a thread."""
+class _Writer:
+    """The thread that writes behind the loop, made at its first file, and what it has to write."""
 
-    def __init__(self, job: SaveJob, files: Files, progress: Progress | None):
-        self._result: Snapshot | None = None
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(job, files, progress))
-        _pending[os.path.realpath(job.path)] = self
-        self._thread.start()
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "paged-decode-snapshots", self._begin)
+        self._ident: int | None = None
+        self._newest: WeakValueDictionary[str, Future[Snapshot]] = WeakValueDictionary()
 
-    def _run(self, job: SaveJob, files: Files, progress: Progress | None) -> None:
-        try:
-            self._result = job.write(files, progress)
-        except BaseException as error:  # handed to whoever asks for the result
-            self._error = error
+    def _begin(self) -> None:
+        self._ident = threading.get_ident()
 
-    @property
-    def done(self) -> bool:
-        """Whether the file is written, or has failed."""
-        return not self._thread.is_alive()
+    def submit(self, job: SaveJob, files: Files, progress: Progress | None) -> Future[Snapshot]:
+        written = self._thread.submit(job.write_now, files, progress)
+        self._newest[os.path.realpath(job.path)] = written
+        return written
 
-    def result(self, timeout_seconds: int | float | None = None) -> Snapshot:
-        """Wait for the file; raises what writing it raised, or TimeoutError."""
-        self._thread.join(timeout_seconds)
-        if self._thread.is_alive():
-            raise TimeoutError(f"the snapshot is still being written after {timeout_seconds} s")
-        if self._error is not None:
-            raise self._error
-        if self._result is None:
-            raise RuntimeError("the writing thread ended without a result")
-        return self._result
+    def wait_for(self, path: str | os.PathLike[str]) -> None:
+        """Return when everything that was submitted for the path is written, or has failed.
+
+        Raises:
+          RuntimeError: the writing thread itself would wait for what it has yet to write.
+        """
+        newest = self._newest.get(os.path.realpath(path))
+        if newest is None or wait([newest], timeout=0).done:
+            return
+        if threading.get_ident() == self._ident:
+            raise RuntimeError(
+                f"{printable(path)} is yet to be written by this thread; use save_snapshot_async "
+                "in a callback"
+            )
+        wait([newest])  # a cancelled one too: it gets its turn behind those before it
 
 
-_pending: WeakValueDictionary[str, PendingSnapshot] = WeakValueDictionary()
-"""By real path, what this process writes behind the loop."""
+_writer = _Writer()
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,11 +204,16 @@ class SaveJob:
     stamps: np.ndarray
     written_pages: int
     parents: tuple[str, ...]
-    earlier: PendingSnapshot | None  # is written to the same path; the later state must win
 
     def write(self, files: Files, progress: Progress | None) -> Snapshot:
-        if self.earlier is not None:
-            self.earlier._thread.join()
+        """Write in this thread, behind what the writing thread has for the path: it is older."""
+        _writer.wait_for(self.path)
+        return self.write_now(files, progress)
+
+    def write_behind(self, files: Files, progress: Progress | None) -> Future[Snapshot]:
+        return _writer.submit(self, files, progress)
+
+    def write_now(self, files: Files, progress: Progress | None) -> Snapshot:
         ident = write_file(self.path, self.header, self.sources, files=files, progress=progress)
         return Snapshot(
             path=self.path,
@@ -270,8 +277,7 @@ def plan_save(
         parent=named,
         arrays=tuple(specs),
     )
-    earlier = _pending.get(os.path.realpath(path))
-    return SaveJob(path, header, sources, allocator, where.stamps, count, parents, earlier)
+    return SaveJob(path, header, sources, allocator, where.stamps, count, parents)
 
 
 def marked_fingerprint(allocator: BlockAllocator) -> bytes:
@@ -314,8 +320,7 @@ def _checked_parent(
 
 def _require_unchanged(path: str, parent: Snapshot, parts: list[Part]) -> None:
     """Raise ValueError unless the parent and all that it needs lie there, with arrays as these."""
-    if (replacing := _pending.get(path)) is not None:
-        replacing._thread.join()
+    _writer.wait_for(path)  # it may be about to be replaced
     where, older = Path(path), Parent(parent.id, "", parent.num_pages)
     files: list[SnapshotFile] = []
     while older is not None:

@@ -71,16 +71,21 @@ class _Emitter:
         while len(self._pending) > _AHEAD - 1:
             self._pending.popleft().result()
         last = self._pending[-1] if self._pending else None
-        self._pending.append(self._threads.submit(self._emit, chunk, offset, crcs, last))
+        crcs.append(0)
+        job = (chunk, offset, crcs, len(crcs) - 1, last)
+        try:
+            self._pending.append(self._threads.submit(self._emit, *job))
+        except RuntimeError:  # no thread is to be had, or the interpreter exits
+            self._threads.shutdown()  # what was refused may be in its queue all the same
+            self._emit(*job)
 
     def _emit(
-        self, chunk: np.ndarray, offset: int, crcs: list[int], last: Future[None] | None
+        self, chunk: np.ndarray, offset: int, crcs: list[int], at: int, last: Future[None] | None
     ) -> None:
         data = as_bytes(chunk)
-        crc = crc32(data)
+        crcs[at] = crc32(data)
         if last is not None:
             last.result()
-        crcs.append(crc)
         write_all(self._files, self._file, data, offset)
 
     def finish(self) -> None:

@@ -257,11 +257,11 @@ def test_saves_to_one_path_are_written_in_the_order_of_the_calls(tmp_path):
         metadata["turn"] = turn
         allocator.advance([handle], [turn])
         pending.append(save_snapshot_async(tmp_path / "s", cache, allocator, metadata=metadata))
-    assert not any(p.done for p in pending)
+    assert not any(p.done() for p in pending)
     assert len(os.listdir(tmp_path)) == 0
     slow.go.set()
     save_snapshot(tmp_path / "s", cache, allocator, metadata={"turn": 3})
-    assert all(p.done for p in pending)
+    assert all(p.done() for p in pending)
     assert inspect_snapshot(tmp_path / "s").metadata == {"turn": 3}
     assert len({p.result(60).id for p in pending}) == 3
 
@@ -298,7 +298,7 @@ def test_a_parent_that_is_about_to_be_replaced_is_waited_for(tmp_path):
     later = save_snapshot_async(tmp_path / "whole", cache, allocator, metadata=dict(n=2))
     with pytest.raises(ValueError, match="removed or replaced"):
         save_snapshot_async(tmp_path / "delta", cache, allocator, parent=whole)
-    assert later.done
+    assert later.done()
 
 
 def test_a_delta_whose_fold_has_no_room_in_a_header_is_an_os_error(tmp_path):

@@ -424,4 +424,4 @@ def test_saving_in_the_background_hands_its_error_to_whoever_asks(tmp_path, stat
     )
     with pytest.raises(OSError, match="full"):
         pending.result(60)
-    assert pending.done and not os.listdir(tmp_path)
+    assert pending.done() and not os.listdir(tmp_path)

@@ -415,7 +415,7 @@ def test_saving_behind_the_loop_saves_the_state_of_that_moment(tmp_path, monkeyp
     jax.jit(lambda c: jax.tree.map(jnp.zeros_like, c), donate_argnums=0)(cache)
     allocator.free(handles)
     assert pending.result(60).num_pages == 9
-    assert pending.done
+    assert pending.done()
     assert (tmp_path / "behind").read_bytes() == (tmp_path / "now").read_bytes()
     other = make_allocator(24)
     restored = load_snapshot(tmp_path / "behind", into=(make_cache(24), other))
