@@ -1,6 +1,5 @@
 """A paged KV cache and decode engine for JAX."""
 
-from ._replicas import ReplicaMismatch, ReplicatedAllocator
 from .allocator import (
     BlockAllocator,
     DecodeBatch,
@@ -31,6 +30,7 @@ from .kernels import (
     merge_attention,
     paged_attention,
 )
+from .replicas import ReplicaCheck, ReplicaMismatch
 from .sampling import SamplingParams
 from .sharding import Spread, split_batch
 from .snapshot import (
@@ -62,8 +62,8 @@ __all__ = [
     "PagedDecodeError",
     "Placement",
     "PromptKey",
+    "ReplicaCheck",
     "ReplicaMismatch",
-    "ReplicatedAllocator",
     "Restored",
     "SamplingParams",
     "SequenceTooLong",

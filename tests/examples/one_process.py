@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from smol import llama, parallel
 
-from paged_decode import Engine, EngineConfig, KVCache, ReplicatedAllocator, SamplingParams
+from paged_decode import BlockAllocator, Engine, EngineConfig, KVCache, ReplicaCheck, SamplingParams
 
 
 def main(port, processes, process, cases, out, gguf):
@@ -38,7 +38,7 @@ def main(port, processes, process, cases, out, gguf):
         head_axis=parallel.AXIS,
     )
     shapes = EngineConfig(max_rows=2, row_buckets=(2,), prefill_chunk=16, max_sequence_tokens=128)
-    engine = Engine(model, params, cache, ReplicatedAllocator(12, 16), shapes)
+    engine = Engine(model, params, cache, BlockAllocator(12, 16), shapes)
     prompts = [case["prompt_ids"] for case in json.loads(Path(cases).read_text())]
     done = engine.generate(prompts, SamplingParams(max_new_tokens=8))
     engine.allocator.check_invariants()
@@ -47,13 +47,13 @@ def main(port, processes, process, cases, out, gguf):
 
 def disagree(process, out):
     """The second process has one more sequence: the third batch shows it, every=3."""
-    allocator = ReplicatedAllocator(9, 4, every=3)
+    allocator, check = BlockAllocator(9, 4), ReplicaCheck(every=3)
     if process == 1:
         allocator.allocate([1])
     handle = allocator.allocate([1, 2])
     try:
         for token in range(6):
-            allocator.advance([handle], [token])
+            check(allocator.advance([handle], [token]))
     except Exception as error:
         out.write_text(json.dumps([type(error).__name__, str(error)]))
 

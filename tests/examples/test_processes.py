@@ -48,7 +48,7 @@ def run_two(tmp_path, cases: str, gguf: str, timeout: float) -> list:
 
 def test_tables_that_differ_are_a_named_error_on_every_process(tmp_path):
     for name, message in run_two(tmp_path, "-", "disagree", 60):
-        assert name == "ReplicaMismatch" and "at batch 3" in message
+        assert name == "ReplicaMismatch" and "at check 3" in message
 
 
 @pytest.mark.slow
