@@ -439,10 +439,10 @@ def plot(records: list[Record], path: Path) -> None:
 PARTS = dict(host=host, arrivals=arrivals, gap=gap, waiting=waiting)
 
 
-def measure(parts: list[str], small: bool) -> Iterator[Record]:
+def measure(parts: list[str], small: bool, torch: bool) -> Iterator[Record]:
     """The records of the parts. The torch loop runs before this process touches the device."""
     sizes, peers = SMALL if small else FULL, {}
-    if "rate" in parts and not small:
+    if "rate" in parts and torch and not small:
         for rows, context in sizes["cases"]:
             found = measure_torch_loop(rows, context, STEPS * sizes["visits"])
             peers[rows, context] = found
@@ -464,10 +464,11 @@ def main() -> None:
     every = ["rate", *PARTS]
     parser.add_argument("--parts", nargs="+", choices=every, default=every)
     parser.add_argument("--small", action="store_true", help="tiny shapes, no torch")
+    parser.add_argument("--no-torch", action="store_true", help="leave the torch loop out")
     parser.add_argument("--name", help="of the result file: engine, or engine_small")
     args = parser.parse_args()
     name, records = args.name or ("engine_small" if args.small else "engine"), []
-    for record in measure(args.parts, args.small):
+    for record in measure(args.parts, args.small, not args.no_torch):
         records.append(record)
         print(record, flush=True)
     path = write_result(

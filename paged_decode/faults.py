@@ -102,7 +102,8 @@ class Faults:
     def install_allocator(self, allocator: BlockAllocator | ShardedAllocator) -> None:
         """Let calls fail that take pages; what fails has changed nothing, as ever."""
         for books in allocator._shards:
-            books.main.pool.require = self._faulty(books.main.pool.require)
+            pool: Any = books.main.pool
+            pool.require = self._faulty(pool.require)
 
     def _faulty(self, require: Callable[[int], None]) -> Callable[[int], None]:
         def faulty_require(needed: int) -> None:
@@ -188,7 +189,7 @@ class _FaultyMover:
             raise CopyFailed("a fault was planned here")
 
 
-def poison_free_pages(cache: KVCache, allocator: BlockAllocator) -> KVCache:
+def poison_free_pages(cache: KVCache, allocator: BlockAllocator | ShardedAllocator) -> KVCache:
     """The cache with NaN in the null page and in every page that holds nothing.
 
     Whatever reads them shows it. Makes new arrays; a pool of integers is filled with their maximum.

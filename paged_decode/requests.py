@@ -43,7 +43,7 @@ class TokenEvent(NamedTuple):
 
     request_id: int
     sample: int
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]
     token: int | None
     finish_reason: str | None = None
     top_logits: tuple[tuple[int, float], ...] = ()

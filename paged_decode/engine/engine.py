@@ -79,8 +79,8 @@ class Engine:
       tier: host memory for the pages of samples that are preempted; None computes them again.
       preemption: whose pages go to the tier; None is `Swap()`.
       admission: how many pages stay free; None is `Watermark()`, one per running sample.
-      check: called with every plan before it is launched, such as `ReplicaCheck()`; what it raises
-        stops the visit.
+      check: called with every plan before it is launched, by the thread that launches, such as
+        `ReplicaCheck()`; what it raises stops the visit, and comes out of `step`.
 
     `submit` and `cancel` may be called from any thread, the rest by one thread at a time.
 
@@ -117,7 +117,9 @@ class Engine:
         self.allocator, self.tier, self.stats = allocator, tier, EngineStats()
         self.max_sequence_tokens = limit = sequence_limit(config, allocator)
         self._params, columns = params, -(-limit // allocator.page_size)
-        self.runner = DeviceRunner(model, params, cache, config, columns=columns, stats=self.stats)
+        self.runner = DeviceRunner(
+            model, params, cache, config, columns=columns, stats=self.stats, check=check
+        )
         swapping = None
         if tier is not None:
             if not isinstance(allocator, BlockAllocator):
@@ -142,7 +144,6 @@ class Engine:
             self.runner,
             self.stats,
             wait=config.collect_at_once,
-            check=check,
             forget_prefixes=self._forget_prefixes,
         )
         self._stepping = threading.RLock()  # held by whoever changes anything but what follows

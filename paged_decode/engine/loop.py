@@ -44,7 +44,6 @@ class Loop:
       runner: who does it.
       stats: visits and their time are counted in it.
       wait: wait for every visit before the next step of the host (`EngineConfig.collect_at_once`).
-      check: called with every plan before it is launched; what it raises stops the visit.
       forget_prefixes: empties the prefix cache, where the runner has lost its pages.
     """
 
@@ -55,11 +54,10 @@ class Loop:
         stats: EngineStats,
         *,
         wait: bool = False,
-        check: Callable[[Any], object] | None = None,
         forget_prefixes: Callable[[], None] = lambda: None,
     ):
         self.scheduler, self.runner, self.stats = scheduler, runner, stats
-        self._wait, self._check, self._forget_prefixes = wait, check, forget_prefixes
+        self._wait, self._forget_prefixes = wait, forget_prefixes
         self._open: deque[Ticket] = deque()
         self._prefilled: Any = None  # the last visit, if it did nothing but prefill
         self._torn = self._lost = False
@@ -118,12 +116,10 @@ class Loop:
         self.scheduler.release()
         over = None
         if (prefill := self._planned(self.scheduler.plan_prefill)) is not None:
-            self._checked(prefill)
             over = self.runner.prefill(prefill)
             self.scheduler.prefilled(prefill)
         plan = self._planned(self.scheduler.plan_decode)
         if plan is not None:
-            self._checked(plan)
             self._open.append(self.runner.decode(plan))
         self._torn = False
         self._throttle(over if plan is None else None)
@@ -169,7 +165,3 @@ class Loop:
             raise
         finally:
             self.stats.wait_seconds += time.perf_counter() - start
-
-    def _checked(self, plan: Prefill | Decode) -> None:
-        if self._check is not None:
-            self._check(plan._replace(samples=()))  # whose text is every process's own

@@ -56,6 +56,7 @@ class DeviceRunner:
       config: shapes.
       columns: width of the page table.
       stats: where program shapes are counted.
+      check: called with every plan, in the order of the launches, before them.
     """
 
     def __init__(
@@ -67,8 +68,9 @@ class DeviceRunner:
         *,
         columns: int,
         stats: EngineStats,
+        check: Callable[[Any], object] | None = None,
     ):
-        self._cache, self._config, self._stats = cache, config, stats
+        self._cache, self._config, self._stats, self._check = cache, config, stats, check
         self._thread = ThreadPoolExecutor(1, "paged-decode-launch")
         self._last: Launched | None = None
         self._failure: BaseException | None = None  # of a job: those behind it are not run
@@ -154,7 +156,9 @@ class DeviceRunner:
         given = [self._prefill_message(*program) for program in plan.programs]
 
         def job(launched: Launched) -> Any:
+            self._checked(plan)
             self._tell(told)
+            over = None
             for message in given:
                 args = self._cache, self._table, self.params, self._put(message)
                 self._cache, over = self._programs.prefill(*args)
@@ -169,6 +173,7 @@ class DeviceRunner:
         message, places = self._decode_message(plan.slots, plan.budgets)
 
         def job(launched: Launched) -> DecodeOut:
+            self._checked(plan)
             self._cache = self._cache.copy_pages(plan.copies)
             self._tell(told)
             given = self._put(message)
@@ -222,6 +227,10 @@ class DeviceRunner:
         self._enter_nobody()
 
     # ---- what a launch takes
+
+    def _checked(self, plan: Prefill | Decode) -> None:
+        if self._check is not None:
+            self._check(plan._replace(samples=()))  # which are this process's own
 
     def _told(
         self, enter: Sequence[Enter], tables: Sequence[TableDelta]

@@ -306,8 +306,9 @@ class Scheduler:
                 self.preempt(sample)
 
     def _seat(self, sample: Sample, digests: list[bytes]) -> None:
-        sharded = isinstance(self.allocator, ShardedAllocator)
-        shard = self.allocator.shard_of(sample.handle) if sharded else 0
+        allocator = self.allocator
+        one = isinstance(allocator, BlockAllocator)
+        shard = 0 if one else allocator.shard_of(sample.handle)
         sample.slot = heapq.heappop(self._slots[shard])
         self.running.append(sample)
         self._entering.append(sample)

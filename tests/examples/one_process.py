@@ -38,7 +38,7 @@ def main(port, processes, process, cases, out, gguf):
         head_axis=parallel.AXIS,
     )
     shapes = EngineConfig(max_rows=2, row_buckets=(2,), prefill_chunk=16, max_sequence_tokens=128)
-    engine = Engine(model, params, cache, BlockAllocator(12, 16), shapes)
+    engine = Engine(model, params, cache, BlockAllocator(12, 16), shapes, check=ReplicaCheck())
     prompts = [case["prompt_ids"] for case in json.loads(Path(cases).read_text())]
     done = engine.generate(prompts, SamplingParams(max_new_tokens=8))
     engine.allocator.check_invariants()
