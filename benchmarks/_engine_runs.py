@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,7 @@ __all__ = [
     "Visit",
     "Watch",
     "decode_until",
+    "device_gaps",
     "drain",
     "make_engine",
     "middle",
@@ -146,3 +150,26 @@ def quantile(values: Iterable[float], part: float) -> float:
 def middle(visits: Iterable[Visit], what: str) -> float:
     """The median of `seconds`, `wait` or `host` over visits."""
     return statistics.median(getattr(visit, what) for visit in visits)
+
+
+def device_gaps(folder: str) -> list[tuple[float, float]]:
+    """When an accelerator did nothing: begin and seconds of every gap between its programs.
+
+    Args:
+      folder: of a trace by `jax.profiler`.
+    """
+    (path,) = Path(folder).glob("**/*.trace.json.gz")
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    names = {e["pid"]: e["args"]["name"] for e in events if e.get("name") == "process_name"}
+    devices = {pid for pid, name in names.items() if "/device:GPU" in name}
+    spans = sorted(
+        (e["ts"], e["ts"] + e["dur"]) for e in events if e.get("ph") == "X" and e["pid"] in devices
+    )
+    gaps, end = [], None
+    for begin, after in spans:
+        if end is not None and begin > end:
+            gaps.append((end * 1e-6, (begin - end) * 1e-6))
+        end = after if end is None else max(end, after)
+    if end is None:
+        raise RuntimeError(f"{path.name} has no events of a GPU, only {sorted(names.values())}")
+    return gaps

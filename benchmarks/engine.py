@@ -27,6 +27,7 @@ import gc
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +41,7 @@ from _engine_runs import (
     Visit,
     Watch,
     decode_until,
+    device_gaps,
     drain,
     make_engine,
     middle,
@@ -114,7 +116,7 @@ def _steady(shapes: LlamaShapes, sizes: Record, rows: int, context: int) -> tupl
     """
     chunk = sizes["prefill"]["prefill_chunk"]
     warm = -(-context // chunk) + SETTLE + 4
-    new = STEPS * (2 * warm + 2 * sizes["visits"] + 8)
+    new = STEPS * (2 * warm + 2 * sizes["visits"] + 16)
     prefill = sizes["prefill"] | dict(prefill_tokens=max(rows, 4) * chunk)  # all rows in one visit
     longest = context + new
     engine = make_engine(
@@ -144,8 +146,32 @@ def _steady(shapes: LlamaShapes, sizes: Record, rows: int, context: int) -> tupl
         **_visit_seconds(start, window),
         host_s_per_visit=(after[1] - before[1] - after[2] + before[2]) / (after[0] - before[0]),
     )
+    if jax.default_backend() == "gpu":
+        ours |= _idle(watch)
     drain(engine, ids)
     return ours, program
+
+
+def _idle(watch: Watch) -> Record:
+    """What a profile of a few visits says of the device: how much of the time it did nothing.
+
+    `visit_gaps_part` is of the gaps that only a visit's end explains: one for each visit, the
+    longest.
+    """
+    watch.steps(1)
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            start = time.perf_counter()
+            visits = len(watch.steps(4))
+            seconds = time.perf_counter() - start
+        gaps = sorted(gap for _, gap in device_gaps(folder))
+    longest = sum(gaps[-visits:])
+    return dict(
+        idle_part=sum(gaps) / seconds,
+        visit_gaps_part=longest / seconds,
+        longest_gap_s=gaps[-1],
+        profiled_visit_s=seconds / visits,
+    )
 
 
 def _times(engine: Engine) -> tuple[float, float, float]:
@@ -177,9 +203,8 @@ def program_seconds(engine: Engine, launches: int) -> float:
     no_copies, no_tables = PageCopies(*_NOTHING[:2]), (TableDelta(*_NOTHING),)
     plan = plan._replace(copies=no_copies, tables=no_tables)
     start = time.perf_counter()
-    for _ in range(launches):
-        ticket = runner.decode(plan)
-    runner.wait(ticket.out)
+    tickets = [runner.decode(plan) for _ in range(launches)]
+    runner.wait(tickets[-1].out)
     seconds = (time.perf_counter() - start) / launches
     engine.loop.discard()
     return seconds
