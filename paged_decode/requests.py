@@ -73,7 +73,8 @@ class Sample:
     resumed request all look alike.
 
     Attributes:
-      limit: tokens that it may have in all, by the engine's `max_sequence_tokens`.
+      limit: tokens that a sequence may have in the engine.
+      goal: tokens that it can come to, by that and by `max_new_tokens`.
       siblings: further samples of the prompt, forked when it is in the cache.
       handle: its pages; None while it has none.
       computed: tokens whose keys and values are in the cache, or will be by programs launched.
@@ -101,7 +102,16 @@ class Sample:
     in_flight: int = 0
     asked: bool = True
     ended: bool = False
+    goal: int = field(init=False)
     _key: PromptKey | None = None
+
+    def __post_init__(self) -> None:
+        self.goal = min(self.prompt_len + self.sampling.max_new_tokens, self.limit)
+
+    def bound(self, limit: int) -> None:
+        """Let it have so many tokens at most."""
+        self.limit = limit
+        self.goal = min(self.prompt_len + self.sampling.max_new_tokens, limit)
 
     @property
     def key(self) -> PromptKey:
@@ -118,8 +128,7 @@ class Sample:
     @property
     def left(self) -> int:
         """Tokens that it can still get."""
-        more = self.sampling.max_new_tokens - self.generated
-        return min(more, self.limit - len(self.tokens))
+        return self.goal - len(self.tokens)
 
     @property
     def decoding(self) -> bool:
@@ -130,9 +139,11 @@ class Sample:
         """Why the sample ends with the last of these new tokens, if it does."""
         if tokens[-1] in self.sampling.stop_tokens:
             return "stop"
-        if self.generated + len(tokens) == self.sampling.max_new_tokens:
-            return "length"
-        return "capacity" if len(self.tokens) + len(tokens) >= self.limit else None
+        length = len(self.tokens) + len(tokens)
+        if length < self.goal:
+            return None
+        most = self.prompt_len + self.sampling.max_new_tokens
+        return "length" if length >= most else "capacity"
 
     def spawn(self, request_id: int, index: int, sampling: SamplingParams, **fields: Any) -> Sample:
         """A sample with the same tokens and no place in the pool."""

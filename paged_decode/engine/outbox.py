@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from itertools import repeat
+from functools import partial
+from itertools import count, repeat
 from typing import Any
 
 from ..requests import OnToken, TokenEvent
@@ -116,16 +117,16 @@ class Outbox:
 
 def _events(outcomes: Sequence[Outcome]) -> list[TokenEvent]:
     events: list[TokenEvent] = []
+    make = partial(tuple.__new__, TokenEvent)
     for sample, at, tokens, reason, tops, detail in outcomes:
         request, index, first = sample.request_id, sample.index, at - sample.prompt_len
         if not tokens:
             events.append(TokenEvent(request, index, first, None, reason, detail=detail))
             continue
-        pairs = repeat((), len(tokens)) if tops is None else _pairs(*tops)
-        events += [
-            tuple.__new__(TokenEvent, (request, index, place, token, None, top, ""))
-            for place, (token, top) in enumerate(zip(tokens, pairs, strict=True), first)
-        ]
+        pairs = repeat(()) if tops is None else _pairs(*tops)
+        same = repeat(request), repeat(index), count(first)
+        fields = zip(*same, tokens, repeat(None), pairs, repeat(""), strict=False)
+        events += map(make, fields)
         if reason is not None:
             events[-1] = events[-1]._replace(finish_reason=reason)
     return events

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -9,9 +10,10 @@ import numpy as np
 
 from ..allocator import PageCopies, Prepared
 from ..requests import Sample
+from .config import EngineConfig
 from .records import Chunk, Decode, Enter, TableDelta
 
-__all__ = ["Growth", "chunk_of", "decode_plan", "entries_of", "slot_of"]
+__all__ = ["Growth", "decode_plan", "entries_of", "growing", "prefill_programs", "slot_of"]
 
 _NONE = np.empty(0, np.int32)
 
@@ -54,10 +56,53 @@ def slot_of(sample: Sample) -> int:
     return sample.slot
 
 
-def chunk_of(sample: Sample, size: int) -> Chunk:
-    """The next so many tokens of its prompt, or as many as there are."""
-    end = min(sample.computed + size, len(sample.tokens) - 1)
-    return Chunk(slot_of(sample), sample.computed, sample.tokens[sample.computed : end])
+def growing(samples: Iterable[Sample]) -> list[Sample]:
+    """Those that decode and can get more tokens than they were launched for."""
+    rows = []
+    for sample in samples:
+        length = len(sample.tokens)
+        if sample.computed == length - 1 and length + sample.in_flight < sample.goal:
+            rows.append(sample)
+    return rows
+
+
+def prefill_programs(
+    samples: Sequence[Sample], config: EngineConfig
+) -> tuple[tuple[tuple[int, tuple[Chunk, ...]], ...], int]:
+    """As many programs as the budget of tokens has room for, one at least; who comes first in
+    `samples` is served first.
+
+    Where there are fewer prompts than rows, a prompt has several rows, one behind the other: in
+    every layer all rows write their keys and values before one is read.
+
+    Returns:
+      The programs, and how many of the samples are in them.
+    """
+    programs: list[tuple[int, tuple[Chunk, ...]]] = []
+    budget = config.prefill_tokens
+    for first in range(0, len(samples), config.prefill_rows):
+        chunks = _chunks(samples[first : first + config.prefill_rows], config)
+        widest = max(len(chunk.tokens) for chunk in chunks)
+        width = next(size for size in config.chunk_buckets if size >= widest)
+        if budget is not None:
+            budget -= width * config.prefill_rows
+            if budget < 0 and programs:
+                return tuple(programs), first
+        programs.append((width, chunks))
+    return tuple(programs), len(samples)
+
+
+def _chunks(samples: Sequence[Sample], config: EngineConfig) -> tuple[Chunk, ...]:
+    turn = deque((sample, sample.computed) for sample in samples)
+    chunks: list[Chunk] = []
+    while turn and len(chunks) < config.prefill_rows:
+        sample, begin = turn.popleft()
+        last = len(sample.tokens) - 1
+        end = min(begin + config.prefill_chunk, last)
+        chunks.append(Chunk(slot_of(sample), begin, sample.tokens[begin:end]))
+        if end < last:
+            turn.append((sample, end))
+    return tuple(chunks)
 
 
 def entries_of(

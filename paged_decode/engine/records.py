@@ -67,8 +67,9 @@ class Prefill(NamedTuple):
     Attributes:
       tables: one for each group.
       enter: rows that begin; their tables are in `tables` as a whole.
-      programs: the rows of each program, and how many tokens wide it is.
-      samples: the sample of every chunk, in order: the scheduler's own.
+      programs: how many tokens wide each is, and its rows. Chunks of one prompt may be rows of
+        one program, in their order.
+      samples: whose chunks these are: the scheduler's own.
     """
 
     tables: tuple[TableDelta, ...]

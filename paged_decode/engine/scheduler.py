@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -37,9 +37,9 @@ from ..policies import (
 )
 from ..requests import Sample
 from .config import EngineConfig, EngineStats
-from .plans import Growth, chunk_of, decode_plan, entries_of, slot_of
+from .plans import Growth, decode_plan, entries_of, growing, prefill_programs, slot_of
 from .queue import PrefixesInFlight, WaitingQueue
-from .records import Chunk, Decode, Enter, Prefill, Result, TableDelta, Ticket
+from .records import Decode, Enter, Prefill, Result, TableDelta, Ticket
 
 __all__ = ["Allocator", "NeedsTruth", "Outcome", "Outcomes", "Scheduler", "Swapping"]
 
@@ -158,7 +158,7 @@ class Scheduler:
         if first.request_id in self.living:
             return  # an interrupt came after the first time
         for sample in (first, *first.siblings):
-            sample.limit = self.limit
+            sample.bound(self.limit)
         self.living[first.request_id] = [first, *first.siblings]
         self.waiting.add([first])
         for sibling in first.siblings:
@@ -286,7 +286,7 @@ class Scheduler:
         """
         for sample in (*running, *waiting):
             for each in (sample, *sample.siblings):
-                each.limit = self.limit
+                each.bound(self.limit)
                 self.living.setdefault(each.request_id, []).append(each)
         self.waiting.add(waiting)
         late = []
@@ -415,35 +415,19 @@ class Scheduler:
         self._admit()
         if not self._prefilling:
             return None
-        programs = self._programs()
-        chunked = sum(len(chunks) for _, chunks in programs)
+        programs, served = prefill_programs(self._prefilling, self.config)
         enter, tables = self._enter()
-        return Prefill(tables, enter, programs, tuple(self._prefilling[:chunked]))
-
-    def _programs(self) -> tuple[tuple[int, tuple[Chunk, ...]], ...]:
-        """As many as the budget of tokens has room for, one at least; prompts take turns."""
-        config, programs = self.config, []
-        budget = config.prefill_tokens
-        for first in range(0, len(self._prefilling), config.prefill_rows):
-            rows = self._prefilling[first : first + config.prefill_rows]
-            chunks = tuple(chunk_of(sample, config.prefill_chunk) for sample in rows)
-            widest = max(len(chunk.tokens) for chunk in chunks)
-            width = next(size for size in config.chunk_buckets if size >= widest)
-            if budget is not None:
-                budget -= width * config.prefill_rows
-                if budget < 0 and programs:
-                    break
-            programs.append((width, chunks))
-        return tuple(programs)
+        return Prefill(tables, enter, programs, tuple(self._prefilling[:served]))
 
     def prefilled(self, plan: Prefill) -> None:
         """The programs are launched: whoever reads what they write comes after them."""
         chunks = [chunk for _, chunks in plan.programs for chunk in chunks]
-        ends = [chunk.begin + len(chunk.tokens) for chunk in chunks]
-        self.allocator.commit([s.handle for s in plan.samples], ends)
+        ends = {chunk.slot: chunk.begin + len(chunk.tokens) for chunk in chunks}
         self.stats.prefill_tokens += sum(len(chunk.tokens) for chunk in chunks)
+        computed = [ends[slot_of(sample)] for sample in plan.samples]
+        self.allocator.commit([s.handle for s in plan.samples], computed)
         later = self._prefilling[len(plan.samples) :]
-        for sample, end in zip(plan.samples, ends, strict=True):
+        for sample, end in zip(plan.samples, computed, strict=True):
             sample.computed = end
             if not sample.decoding:
                 later.append(sample)
@@ -463,7 +447,7 @@ class Scheduler:
         Raises:
           NeedsTruth: pages are short, and what is in flight may have ended rows.
         """
-        if not (rows := self._growing(self.running)):
+        if not (rows := growing(self.running)):
             return None
         grown = self._grow(rows, self.config.decode_steps)
         if isinstance(grown, OutOfPages):
@@ -475,19 +459,27 @@ class Scheduler:
             return None
         enter, tables = self._enter(grown.tables)
         plan = decode_plan(next(self._visits), grown, enter, tables)
-        for sample, budget in zip(grown.rows, grown.budgets, strict=True):
-            sample.in_flight += budget
         self.flights += 1
-        self._let_end()
+        self._fly(grown)
         return plan
 
-    def _growing(self, samples: Iterable[Sample]) -> list[Sample]:
-        return [s for s in samples if s.decoding and s.left > s.in_flight]
+    def _fly(self, grown: Growth) -> None:
+        """Who needs no more steps gives its row to others, though its tokens are still to come."""
+        over = []
+        for sample, budget in zip(grown.rows, grown.budgets, strict=True):
+            sample.in_flight += budget
+            if len(sample.tokens) + sample.in_flight == sample.goal:
+                over.append(sample)
+                self._vacate(sample)
+        if over:
+            self.ending += over
+            self.running = [s for s in self.running if s.slot is not None]
 
     def _grow(self, rows: list[Sample], steps: int) -> Growth | OutOfPages:
         """Pages for so many steps of each row, as far as it may go; all of them or none."""
-        budgets = [min(steps, s.left - s.in_flight) for s in rows]
-        ends = [len(s.tokens) - 1 + s.in_flight + b for s, b in zip(rows, budgets, strict=True)]
+        lengths = [len(s.tokens) + s.in_flight for s in rows]
+        budgets = [min(steps, s.goal - n) for s, n in zip(rows, lengths, strict=True)]
+        ends = [n - 1 + b for n, b in zip(lengths, budgets, strict=True)]
         try:
             prepared = self.allocator.prepare([s.handle for s in rows], ends)
         except OutOfPages as error:
@@ -496,7 +488,7 @@ class Scheduler:
 
     def _squeeze(self, shard: int) -> Growth:
         """The same for one shard that may be short: fewer steps, then fewer rows."""
-        while rows := self._growing(self._on(shard)):
+        while rows := growing(self._on(shard)):
             steps = self.config.decode_steps
             while isinstance(grown := self._grow(rows, steps), OutOfPages) and steps > 1:
                 steps //= 2
@@ -546,15 +538,6 @@ class Scheduler:
             "engine; free those, or create a larger pool"
         )
 
-    def _let_end(self) -> None:
-        """Who needs no more steps gives its row to others, though its tokens are still to come."""
-        over = [s for s in self.running if s.decoding and s.left == s.in_flight]
-        for sample in over:
-            self._vacate(sample)
-        if over:
-            self.ending += over
-            self.running = [s for s in self.running if s.slot is not None]
-
     # ---- preemption
 
     def choose_victim(self, candidates: Sequence[Sample]) -> Sample:
@@ -593,19 +576,13 @@ class Scheduler:
         plan = ticket.plan
         kept = [i for i, sample in enumerate(plan.samples) if not sample.ended]
         samples = [plan.samples[i] for i in kept]
-        counts, invalid = result.counts[kept], result.invalid[kept].tolist()
+        handles = [s.handle for s in samples]
+        counts = result.counts[kept]
         written = np.empty((len(kept), len(result.tokens)), np.int32)
         written[:, 0] = [s.tokens[-1] for s in samples]
         written[:, 1:] = result.tokens[:-1, kept].T
-        outcomes = self._outcomes_of(samples, kept, counts.tolist(), result)
-        broken = [i for i, bad in enumerate(invalid) if bad]
-        outcomes += [
-            Outcome(samples[i], len(samples[i].tokens) + int(counts[i]), (), "invalid_logits")
-            for i in broken
-        ]
-        handles = [s.handle for s in samples]
-        for sample, budget in zip(samples, plan.budgets[kept].tolist(), strict=True):
-            sample.in_flight -= budget
+        outcomes = self._outcomes_of(plan, kept, result)
+        broken = [h for h, bad in zip(handles, result.invalid[kept].tolist(), strict=True) if bad]
         self.flights -= 1
         self._conclude(outcomes)
         self.stats.decode_tokens += int(counts.sum())
@@ -615,26 +592,28 @@ class Scheduler:
         try:
             self.allocator.commit(handles, [len(s.tokens) - 1 for s in samples])
         finally:  # whatever a digest of the user's raises
-            for handle in [handles[i] for i in broken]:
+            for handle in broken:
                 self.allocator.withdraw([handle])
                 if self.swapping is not None:
                     self.swapping.forget(handle)
         self.release()
 
-    def _outcomes_of(
-        self, samples: Sequence[Sample], kept: Sequence[int], counts: Sequence[int], result: Result
-    ) -> list[Outcome]:
-        texts, outcomes = result.tokens.T.tolist(), []
-        for i, sample, count in zip(kept, samples, counts, strict=True):
-            if not count:
-                continue
-            tops = None
-            if result.top_ids is not None and result.top_logits is not None:
-                tops = result.top_ids[:count, i], result.top_logits[:count, i]
-            tokens = texts[i][:count]
-            reason = sample.ending(tokens)
-            outcomes.append(Outcome(sample, len(sample.tokens), tokens, reason, tops))
-        return outcomes
+    def _outcomes_of(self, plan: Decode, kept: Sequence[int], result: Result) -> list[Outcome]:
+        """What each row got, and its end, if it has come to it; ends without a token come last."""
+        texts, counts, budgets = result.tokens.T.tolist(), result.counts.tolist(), plan.budgets
+        outcomes, last, invalid = [], [], result.invalid.tolist()
+        for i in kept:
+            sample, count, tops = plan.samples[i], counts[i], None
+            sample.in_flight -= int(budgets[i])
+            at = len(sample.tokens)
+            if invalid[i]:
+                last.append(Outcome(sample, at + count, (), "invalid_logits"))
+            if count:
+                if result.top_ids is not None and result.top_logits is not None:
+                    tops = result.top_ids[:count, i], result.top_logits[:count, i]
+                tokens = texts[i] if count == len(texts[i]) else texts[i][:count]
+                outcomes.append(Outcome(sample, at, tokens, sample.ending(tokens), tops))
+        return outcomes + last
 
     def _conclude(self, outcomes: Sequence[Outcome]) -> None:
         """Let this have happened, all of it at once, whatever interrupts it from here on."""
