@@ -17,6 +17,7 @@ __all__ = [
     "OnToken",
     "Sample",
     "TokenEvent",
+    "check_callback",
     "check_sampling",
     "gather",
     "prompt_ids",
@@ -169,6 +170,12 @@ def prompt_ids(prompt: Ints, vocab_size: int | None = None) -> list[int]:
     if vocab_size is not None and ids.max() >= vocab_size:
         raise ValueError(f"prompt must be ids below vocab_size {vocab_size}, got {ids.max()}")
     return ids.tolist()
+
+
+def check_callback(on_token: OnToken | None) -> None:
+    """Refuse what cannot be called, before anything is queued."""
+    if not (on_token is None or callable(on_token)):
+        raise TypeError(f"on_token must be callable, got {type(on_token).__name__}")
 
 
 def check_sampling(sampling: SamplingParams) -> SamplingParams:

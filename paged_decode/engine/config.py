@@ -115,6 +115,10 @@ class EngineStats:
     visit_seconds: float = 0.0
     wait_seconds: float = 0.0
 
+    def note_usage(self, num_pages: int) -> None:
+        """So many pages are referenced now."""
+        self.peak_used_pages = max(self.peak_used_pages, num_pages)
+
 
 def sequence_limit(config: EngineConfig, allocator: AllocatorView) -> int:
     """Tokens that a sequence may have.

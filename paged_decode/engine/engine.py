@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, SupportsIndex
 
@@ -27,20 +26,13 @@ from ..allocator.arguments import Ints, as_count, as_counts, as_int
 from ..allocator.prefix import salt_key
 from ..cache import KVCache
 from ..errors import PagedDecodeError, SequenceTooLong
-from ..policies import (
-    AdmissionPolicy,
-    LastAdmitted,
-    PreemptionPolicy,
-    Swap,
-    VictimPolicy,
-    Watermark,
-    require_policy,
-)
+from ..policies import AdmissionPolicy, PreemptionPolicy, VictimPolicy
 from ..requests import (
     Completion,
     OnToken,
     Sample,
     TokenEvent,
+    check_callback,
     check_sampling,
     gather,
     prompt_ids,
@@ -51,10 +43,13 @@ from ..snapshot._load import Terms
 from ..snapshot._save import SaveJob
 from ..tiers import HostTier
 from . import saving
+from .calls import Calls
 from .config import EngineConfig, EngineStats, sequence_limit
 from .loop import Loop
 from .outbox import Outbox
+from .plans import choose_decoding
 from .programs import Model
+from .room import Room
 from .runner import DeviceRunner, Progress
 from .scheduler import Scheduler
 from .swapping import TierSwapping
@@ -133,10 +128,8 @@ class Engine:
             config,
             self._outbox,
             self.stats,
+            Room(allocator, config, victim=victim, preemption=preemption, admission=admission),
             limit=limit,
-            victim=require_policy("victim", victim or LastAdmitted(), VictimPolicy),
-            preemption=require_policy("preemption", preemption or Swap(), PreemptionPolicy),
-            admission=require_policy("admission", admission or Watermark(), AdmissionPolicy),
             swapping=swapping,
         )
         self.loop = Loop(
@@ -147,10 +140,7 @@ class Engine:
             forget_prefixes=self._forget_prefixes,
         )
         self._stepping = threading.RLock()  # held by whoever changes anything but what follows
-        self._calls = threading.RLock()  # of the next id, and of what came from other threads
-        self._submitted: deque[tuple[Sample, OnToken | None]] = deque()
-        self._cancelled: deque[int] = deque()
-        self._next_id = 0
+        self._calls = Calls(self.scheduler, self._outbox)
 
     # ---- what users call
 
@@ -212,7 +202,7 @@ class Engine:
           TypeError, ValueError: the prompt, n or the salt is not what it should be.
         """
         sampling = check_sampling(sampling or SamplingParams())
-        _check_callback(on_token)
+        check_callback(on_token)
         tokens = prompt_ids(prompt, self.config.vocab_size)
         salt_key(cache_salt)  # refuses a bad one now
         n, priority = as_count("n", n, 1, MAX_SAMPLES), as_int("priority", priority)
@@ -223,15 +213,11 @@ class Engine:
                 "(usable pages * page_size, or max_sequence_tokens); shorten it or enlarge the pool"
             )
         first = Sample(-1, 0, len(tokens), tokens, sampling, cache_salt, priority=priority)
+        for i in range(1, n):
+            seeded = replace(sampling, seed=(sampling.seed + i) % 2**32)
+            first.siblings.append(first.spawn(-1, i, seeded))
         self.scheduler.digests_of(first)  # the sample keeps them: here, and not in a visit
-        with self._calls:
-            request_id, self._next_id = self._next_id, self._next_id + 1
-            first.request_id = request_id
-            first.siblings = [
-                first.spawn(request_id, i, replace(sampling, seed=(sampling.seed + i) % 2**32))
-                for i in range(1, n)
-            ]
-            self._submitted.append((first, on_token))
+        request_id = self._calls.submit(first, on_token)
         self._try_calls()
         return request_id
 
@@ -261,9 +247,12 @@ class Engine:
           ValueError: all rows are taken, or it is not said which sample.
         """
         request_id, sampling = as_int("request_id", request_id), check_sampling(sampling)
-        _check_callback(on_token)
+        check_callback(on_token)
         with self._alone():
-            parent = self._decoding(request_id, sample)
+            scheduler = self.scheduler
+            rows = (*scheduler.running, *scheduler.ending)
+            index = None if sample is None else as_int("sample", sample)
+            parent = choose_decoding(rows, request_id, index)
             if len(self.scheduler.running) >= self.config.max_rows:
                 raise ValueError(f"all {self.config.max_rows} rows are taken; fork later")
             if sampling.max_new_tokens <= parent.generated:
@@ -271,32 +260,12 @@ class Engine:
                     f"max_new_tokens must exceed the {parent.generated} tokens generated before "
                     f"the fork, got {sampling.max_new_tokens}"
                 )
-            with self._calls:
-                new, self._next_id = self._next_id, self._next_id + 1
+            new = self._calls.new_ids()
             if on_token is not None:
                 self._outbox.callbacks[new] = on_token
             child = parent.spawn(new, 0, sampling)
             self.loop.change(lambda: self.runner.copy(self.scheduler.fork(parent, child)))
         return new
-
-    def _decoding(self, request_id: int, sample: SupportsIndex | None) -> Sample:
-        scheduler = self.scheduler
-        found = [
-            s
-            for s in (*scheduler.running, *scheduler.ending)
-            if s.request_id == request_id and s.decoding
-        ]
-        if sample is None and len(found) > 1:
-            raise ValueError(
-                f"request {request_id} has {len(found)} samples that are decoding: say which one, "
-                f"sample={found[0].index}"
-            )
-        index = None if sample is None else as_int("sample", sample)
-        chosen = [s for s in found if index in (None, s.index)]
-        if not chosen:
-            which = "" if index is None else f"sample {index} of "
-            raise KeyError(f"{which}request {request_id} is not decoding")
-        return chosen[0]
 
     def cancel(self, request_id: SupportsIndex) -> None:
         """End a request in whatever state it is and give its pages back; from any thread.
@@ -308,28 +277,18 @@ class Engine:
         Raises:
           KeyError: no such request is in the engine.
         """
-        request_id = as_int("request_id", request_id)
-        with self._calls:
-            if not self._knows(request_id):
-                raise KeyError(f"request {request_id} is not in the engine")
-            self._cancelled.append(request_id)
+        self._calls.cancel(as_int("request_id", request_id))
         self._try_calls()
-
-    def _knows(self, request_id: int) -> bool:
-        """Whether a request lives, or has events that were not returned."""
-        if request_id in self.scheduler.living or self._outbox.mentions(request_id):
-            return True
-        return any(first.request_id == request_id for first, _ in tuple(self._submitted))
 
     @property
     def num_waiting(self) -> int:
         """Requests that wait for pages, and samples of others that do."""
-        return len(self._submitted) + self.scheduler.num_waiting
+        return len(self._calls) + len(self.scheduler.waiting)
 
     @property
     def idle(self) -> bool:
         """Whether nothing waits, runs or is yet to be delivered."""
-        busy = self._submitted or self._outbox or self.loop.in_flight
+        busy = self._calls or self._outbox or self.loop.in_flight
         return not busy and self.scheduler.idle
 
     def step(self) -> list[TokenEvent]:
@@ -405,7 +364,7 @@ class Engine:
     def _withdraw(self, ids: set[int]) -> None:
         """Cancel requests without telling anybody."""
         for request_id in ids:
-            if self._knows(request_id):
+            with suppress(KeyError):
                 self.cancel(request_id)
         pending, shown = self._outbox.contents()
         self._outbox.replace(
@@ -449,10 +408,8 @@ class Engine:
           KeyError: no such request is in the engine.
           OSError: the file could not be written. The engine goes on in any case.
         """
-        progress, files = options.pop("progress", None), options.pop("files", None)
-        return self._plan_save(path, requests, copy=False, **options).write(
-            files or OSFiles(), progress
-        )
+        job, files, progress = self._plan_save(path, requests, copy=False, **options)
+        return job.write(files, progress)
 
     def save_async(
         self,
@@ -462,26 +419,18 @@ class Engine:
         **options: Any,
     ) -> Future[Snapshot]:
         """`save`, but return when the pages are copied out: step on while a thread writes."""
-        progress, files = options.pop("progress", None), options.pop("files", None)
-        job = self._plan_save(path, requests, copy=True, **options)
-        return job.write_behind(files or OSFiles(), progress)
+        job, files, progress = self._plan_save(path, requests, copy=True, **options)
+        return job.write_behind(files, progress)
 
     def _plan_save(
-        self, path: Any, requests: Sequence[SupportsIndex] | None, *, copy: bool, **options: Any
-    ) -> SaveJob:
-        with self._alone():
-            self._take_calls()
-            self.loop.collect()
-            return saving.plan_engine_save(
-                path,
-                self.cache,
-                self.scheduler,
-                self._outbox,
-                next_id=self._next_id,
-                requests=None if requests is None else set(as_counts("requests", requests)),
-                copy=copy,
-                **options,
-            )
+        self, path: Any, requests: Sequence[SupportsIndex] | None, **options: Any
+    ) -> tuple[SaveJob, Any, Any]:
+        progress, files = options.pop("progress", None), options.pop("files", None) or OSFiles()
+        chosen = None if requests is None else set(as_counts("requests", requests))
+        with self._settled():
+            parts = self.scheduler, self._outbox, self._calls
+            job = saving.plan_engine_save(path, self.cache, *parts, requests=chosen, **options)
+        return job, files, progress
 
     def restore(
         self,
@@ -515,37 +464,22 @@ class Engine:
           SequenceTooLong: a request does not fit this engine's `max_sequence_tokens`.
         """
         terms = Terms(accept_fingerprint, cache_salt, prefix_cache)
-        with self._alone():
-            self._take_calls()
-            self.loop.collect()
+        limits = self.max_sequence_tokens, self.config.vocab_size
+        with self._settled():
             try:
-                loaded = saving.load(
-                    path,
-                    self.cache,
-                    self.allocator,
-                    terms,
-                    limit=self.max_sequence_tokens,
-                    vocab_size=self.config.vocab_size,
-                )
+                loaded = saving.load(path, self.cache, self.allocator, terms, *limits)
             except BaseException:
                 if self.runner.is_lost:
                     self.loop.discard()
                 raise
             self.runner.cache = loaded.cache
-            with self._calls:
-                ids, self._next_id = saving.adopt(
-                    loaded,
-                    self.scheduler,
-                    self._outbox,
-                    next_id=self._next_id,
-                    listen=saving.callbacks_of(on_token),
-                )
-        return ids
+            listen = saving.callbacks_of(on_token)
+            return saving.adopt(loaded, self.scheduler, self._outbox, self._calls, listen=listen)
 
     def __repr__(self) -> str:
         scheduler = self.scheduler
         return (
-            f"Engine({len(scheduler.running)} running, {scheduler.num_waiting} waiting, "
+            f"Engine({len(scheduler.running)} running, {len(scheduler.waiting)} waiting, "
             f"{self.allocator.num_used} of {self.allocator.usable_pages} pages used, {self.cache})"
         )
 
@@ -565,6 +499,14 @@ class Engine:
         finally:
             self._stepping.release()
 
+    @contextmanager
+    def _settled(self) -> Iterator[None]:
+        """The same, and no visit is in flight: all is known."""
+        with self._alone():
+            self._take_calls()
+            self.loop.collect()
+            yield
+
     def _try_calls(self) -> None:
         """Carry out calls now; if another thread is in `step`, that one will see to it."""
         if self._stepping.acquire(blocking=False):
@@ -575,20 +517,8 @@ class Engine:
 
     def _take_calls(self) -> None:
         """What `submit` and `cancel` have left, from whatever thread."""
-        if self._submitted or self._cancelled:
-            self.loop.change(self._carry_out_calls)
-
-    def _carry_out_calls(self) -> None:
-        while self._submitted:  # each is taken out afterwards, so that an interrupt loses none
-            first, on_token = self._submitted[0]
-            if on_token is not None:
-                self._outbox.callbacks[first.request_id] = on_token
-            self.scheduler.add(first)
-            self._submitted.popleft()
-        while self._cancelled:
-            self.scheduler.cancel(self._cancelled[0])
-            self._cancelled.popleft()
-        self.scheduler.release()
+        if self._calls:
+            self.loop.change(self._calls.carry_out)
 
     def _abandon(self, request_id: int) -> None:
         """The request's callback failed: the request ends."""
@@ -601,8 +531,3 @@ class Engine:
                 "the cache was lost in a failed program, and with it the pages that sequences "
                 "outside the engine hold; free those, then call step again"
             )
-
-
-def _check_callback(on_token: OnToken | None) -> None:
-    if not (on_token is None or callable(on_token)):
-        raise TypeError(f"on_token must be callable, got {type(on_token).__name__}")

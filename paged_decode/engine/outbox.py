@@ -9,7 +9,7 @@ from itertools import count, repeat
 from typing import Any
 
 from ..requests import OnToken, TokenEvent
-from .scheduler import Outcome
+from .journal import Outcome
 
 __all__ = ["Outbox"]
 

@@ -13,7 +13,15 @@ from ..requests import Sample
 from .config import EngineConfig
 from .records import Chunk, Decode, Enter, TableDelta
 
-__all__ = ["Growth", "decode_plan", "entries_of", "growing", "prefill_programs", "slot_of"]
+__all__ = [
+    "Growth",
+    "choose_decoding",
+    "decode_plan",
+    "entries_of",
+    "growing",
+    "prefill_programs",
+    "slot_of",
+]
 
 _NONE = np.empty(0, np.int32)
 
@@ -142,3 +150,23 @@ def decode_plan(
         np.array([len(s.tokens) + s.in_flight for s in grown.rows], np.int64),
         tuple(grown.rows),
     )
+
+
+def choose_decoding(samples: Iterable[Sample], request_id: int, index: int | None) -> Sample:
+    """The sample of a request that is decoding; None: the only one.
+
+    Raises:
+      KeyError: there is none.
+      ValueError: there are several, and it is not said which.
+    """
+    found = [s for s in samples if s.request_id == request_id and s.decoding]
+    if index is None and len(found) > 1:
+        raise ValueError(
+            f"request {request_id} has {len(found)} samples that are decoding: say which one, "
+            f"sample={found[0].index}"
+        )
+    for sample in found:
+        if index in (None, sample.index):
+            return sample
+    which = "" if index is None else f"sample {index} of "
+    raise KeyError(f"{which}request {request_id} is not decoding")

@@ -9,28 +9,34 @@ from operator import attrgetter
 
 from ..requests import Sample
 
-__all__ = ["PrefixesInFlight", "WaitingQueue"]
+__all__ = ["WaitingQueue"]
 
 _by_place = attrgetter("place")
 
 
 class WaitingQueue:
-    """Samples by their place; a new one goes to the end, one that was preempted to the front."""
+    """Samples by their place; a new one goes to the end, one that was preempted to the front.
 
-    def __init__(self) -> None:
-        self._samples: list[Sample] = []
+    One whose prefix is being computed by another is set aside until then, and has its place again
+    afterwards.
+    """
+
+    def __init__(self, page_size: int) -> None:
+        self._ready: list[Sample] = []
+        self._prefixes = _PrefixesInFlight(page_size)
         self._last, self._first = itertools.count(1), itertools.count(0, -1)
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self._ready) + len(self._prefixes)
 
     def __iter__(self) -> Iterator[Sample]:
-        return iter(self._samples)
+        """In order."""
+        return iter(sorted((*self._ready, *self._prefixes), key=_by_place))
 
     @property
     def head(self) -> Sample | None:
         """Whose turn it is."""
-        return self._samples[0] if self._samples else None
+        return self._ready[0] if self._ready else None
 
     def add(self, samples: Iterable[Sample]) -> None:
         """Samples that are new, in this order."""
@@ -45,18 +51,38 @@ class WaitingQueue:
 
     def put(self, sample: Sample) -> None:
         """A sample at the place that it has."""
-        insort(self._samples, sample, key=_by_place)
+        insort(self._ready, sample, key=_by_place)
 
     def take(self, sample: Sample) -> None:
-        """It waits no longer."""
-        self._samples.remove(sample)
+        """It waits no longer, if it did."""
+        if sample in self._ready:
+            self._ready.remove(sample)
+        else:
+            self._prefixes.forget(sample)
+
+    def set_aside(self, sample: Sample, digests: list[bytes]) -> bool:
+        """Whether another one is computing a prefix of it; then it is not ready."""
+        if not self._prefixes.set_aside(sample, digests):
+            return False
+        self._ready.remove(sample)
+        return True
+
+    def begin(self, sample: Sample, digests: list[bytes]) -> None:
+        """A sample is to compute its pages behind `computed`; `digests` are of all full ones."""
+        self._prefixes.begin(sample, digests)
+
+    def progress(self, sample: Sample, *, over: bool) -> None:
+        """It has computed so much; `over`: and computes no more."""
+        for other in self._prefixes.end(sample) if over else self._prefixes.progress(sample):
+            self.put(other)
 
     def clear(self) -> None:
-        """Nobody waits."""
-        self._samples = []
+        """Nobody waits, nobody computes."""
+        self._ready = []
+        self._prefixes.clear()
 
 
-class PrefixesInFlight:
+class _PrefixesInFlight:
     """Which full pages running prefills are about to publish, and who waits for which of them.
 
     A prompt is looked at once: then it is set aside under the sample that computes its prefix, and

@@ -153,14 +153,14 @@ class DeviceRunner:
     def prefill(self, plan: Prefill) -> Launched:
         """Launch the programs; nothing is read."""
         told = self._told(plan.enter, plan.tables)
-        given = [self._prefill_message(*program) for program in plan.programs]
+        given = [self._put(self._prefill_message(*program)) for program in plan.programs]
 
         def job(launched: Launched) -> Any:
             self._checked(plan)
             self._tell(told)
             over = None
             for message in given:
-                args = self._cache, self._table, self.params, self._put(message)
+                args = self._cache, self._table, self.params, message
                 self._cache, over = self._programs.prefill(*args)
             return over
 
@@ -171,12 +171,12 @@ class DeviceRunner:
         """Launch one program of up to k steps."""
         told = self._told(plan.enter, plan.tables)
         message, places = self._decode_message(plan.slots, plan.budgets)
+        given = self._put(message)
 
         def job(launched: Launched) -> DecodeOut:
             self._checked(plan)
             self._cache = self._cache.copy_pages(plan.copies)
             self._tell(told)
-            given = self._put(message)
             launched.begun.set()
             return self._run_decode(given)
 
@@ -234,16 +234,16 @@ class DeviceRunner:
 
     def _told(
         self, enter: Sequence[Enter], tables: Sequence[TableDelta]
-    ) -> list[tuple[MessageSizes, np.ndarray]]:
+    ) -> list[tuple[MessageSizes, Any]]:
         """What the device is to know of rows and tables; nothing, if nothing changed."""
         (delta,) = (self._local(each) for each in tables)
         sizes, columns = self._sizes, self._columns
-        return list(messages(enter, delta, sizes, slots=self._slots, columns=columns))
+        told = messages(enter, delta, sizes, slots=self._slots, columns=columns)
+        return [(size, self._put(message)) for size, message in told]
 
-    def _tell(self, told: Sequence[tuple[MessageSizes, np.ndarray]]) -> None:
+    def _tell(self, told: Sequence[tuple[MessageSizes, Any]]) -> None:
         for size, message in told:
-            args = self._table, self._state, self._put(message)
-            self._table, self._state = update(*args, size=size)
+            self._table, self._state = update(self._table, self._state, message, size=size)
 
     def _local(self, delta: TableDelta) -> TableDelta:
         """The page ids that the shard of each row has for them."""
@@ -343,13 +343,13 @@ class DeviceRunner:
         """Each program once; nothing compiles, but what runs first may still be set up."""
         config = self._config
         for size in self._sizes:
-            told = [(size, empty_message(size, self._slots, self._columns)[0])]
+            told = [(size, self._put(empty_message(size, self._slots, self._columns)[0]))]
             self._launch(lambda _, told=told: self._tell(told), (size,))
         for width in config.chunk_buckets:
             self.prefill(Prefill(_NO_TABLES, (), ((width, ()),), ()))
         for size in config.row_buckets:
-            message = self._idle_rows(size)
-            job = lambda _, message=message: self._run_decode(self._put(message))  # noqa: E731
+            message = self._put(self._idle_rows(size))
+            job = lambda _, message=message: self._run_decode(message)  # noqa: E731
             self.wait(self._launch(job, ("decode", message.shape[1])))
         width = 1
         while width < 2 * config.max_rows:

@@ -14,8 +14,10 @@ from ..snapshot import SavedSalt
 from ..snapshot._engine import EngineState, PendingEvent, engine_arrays
 from ..snapshot._load import Opened, Terms, place_snapshot
 from ..snapshot._save import SaveJob, plan_save
+from .calls import Calls
 from .outbox import Outbox
-from .scheduler import Allocator, Scheduler
+from .room import Allocator
+from .scheduler import Scheduler
 
 __all__ = ["Loaded", "adopt", "load", "plan_engine_save"]
 
@@ -27,8 +29,8 @@ def plan_engine_save(
     cache: Any,
     scheduler: Scheduler,
     outbox: Outbox,
+    calls: Calls,
     *,
-    next_id: int,
     requests: Collection[int] | None,
     copy: bool,
     cached: bool | None = None,
@@ -44,13 +46,13 @@ def plan_engine_save(
         return requests is None or request_id in requests
 
     running = [s for s in scheduler.running if chosen(s.request_id)]
-    waiting = [s for s in scheduler.queue() if chosen(s.request_id)]
+    waiting = [s for s in scheduler.waiting if chosen(s.request_id)]
     if missing := set(requests or ()) - {s.request_id for s in (*running, *waiting)}:
         raise KeyError(f"requests {sorted(missing)} are not in the engine")
     pending, shown = outbox.contents()
     events = [PendingEvent(e, False) for e in pending if chosen(e.request_id)]
     events += [PendingEvent(e, True) for e in shown if chosen(e.request_id)]
-    state = EngineState(running, waiting, events, next_id)
+    state = EngineState(running, waiting, events, calls.next_id)
     return plan_save(
         path,
         cache,
@@ -77,7 +79,6 @@ def load(
     cache: Any,
     allocator: Allocator,
     terms: Terms,
-    *,
     limit: int,
     vocab_size: int | None,
 ) -> Loaded:
@@ -122,20 +123,20 @@ def adopt(
     loaded: Loaded,
     scheduler: Scheduler,
     outbox: Outbox,
+    calls: Calls,
     *,
-    next_id: int,
     listen: Callable[[int], Callable[[TokenEvent], object] | None],
-) -> tuple[dict[int, int], int]:
+) -> dict[int, int]:
     """Take the requests up: from here on nothing can fail.
 
     Args:
       listen: the callback of a request, by the id that it was saved under.
 
     Returns:
-      The new id of every saved one, and the next id.
+      The new id of every saved one.
     """
     state = loaded.state
-    ids, next_id = _new_ids(state, next_id)
+    ids = _new_ids(state, calls)
     callbacks = {ids[old]: callback for old in ids if (callback := listen(old)) is not None}
     outbox.callbacks |= callbacks
     for sample in state.samples:
@@ -148,15 +149,19 @@ def adopt(
     scheduler.take_up(state.running, state.waiting, may_run=lambda s: id(s) in alone)
     events = [(p.event._replace(request_id=ids[p.event.request_id]), p.shown) for p in state.events]
     outbox.put_back([e for e, shown in events if not shown], [e for e, shown in events if shown])
-    return ids, next_id
+    return ids
 
 
-def _new_ids(state: EngineState, next_id: int) -> tuple[dict[int, int], int]:
+def _new_ids(state: EngineState, calls: Calls) -> dict[int, int]:
     """The new id of every request; those of an engine that had none stay, if room is left above."""
-    known = {s.request_id for s in state.samples} | {e.event.request_id for e in state.events}
-    if next_id == 0 and state.next_id <= _MOST_KEPT_ID:
-        return {old: old for old in sorted(known)}, state.next_id
-    return {old: next_id + i for i, old in enumerate(sorted(known))}, next_id + len(known)
+    known = sorted(
+        {s.request_id for s in state.samples} | {e.event.request_id for e in state.events}
+    )
+    if calls.next_id == 0 and state.next_id <= _MOST_KEPT_ID:
+        calls.new_ids(state.next_id)
+        return {old: old for old in known}
+    first = calls.new_ids(len(known))
+    return {old: first + place for place, old in enumerate(known)}
 
 
 def _owns_what_it_writes(allocator: Allocator, sample: Sample) -> bool:

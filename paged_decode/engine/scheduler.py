@@ -16,67 +16,29 @@ planned; whether it stopped does not matter, because the device knows and the ro
 
 from __future__ import annotations
 
-import heapq
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
-from ..allocator import BlockAllocator, PageCopies, ShardedAllocator
+from ..allocator import PageCopies
 from ..errors import OutOfPages
-from ..policies import (
-    AdmissionPolicy,
-    GroupPages,
-    MustFit,
-    PreemptionPolicy,
-    VictimPolicy,
-    ask_keep_free,
-    ask_swaps,
-    ask_victim,
-)
 from ..requests import Sample
 from .config import EngineConfig, EngineStats
-from .plans import Growth, decode_plan, entries_of, growing, prefill_programs, slot_of
-from .queue import PrefixesInFlight, WaitingQueue
-from .records import Decode, Enter, Prefill, Result, TableDelta, Ticket
+from .journal import Journal, Outcome, Outcomes
+from .plans import Growth, decode_plan, growing, prefill_programs, slot_of
+from .queue import WaitingQueue
+from .records import Decode, Prefill, Result, Ticket
+from .room import Allocator, Room
+from .seats import Seats
+from .swapping import Swapping
 
-__all__ = ["Allocator", "NeedsTruth", "Outcome", "Outcomes", "Scheduler", "Swapping"]
-
-Allocator = BlockAllocator | ShardedAllocator
-_MUST_FIT = MustFit()
+__all__ = ["NeedsTruth", "Scheduler"]
 
 
 class NeedsTruth(Exception):
     """There is no plan before all visits in flight are booked; nothing has changed."""
-
-
-class Outcome(NamedTuple):
-    """What became of one sample: the tokens that it got behind the first `at`, and its end."""
-
-    sample: Sample
-    at: int
-    tokens: Sequence[int]
-    reason: str | None = None
-    tops: tuple[Any, Any] | None = None
-    detail: str = ""
-
-
-@runtime_checkable
-class Outcomes(Protocol):
-    """Where they go: a call with a serial number that was there replaces what it said then."""
-
-    def put(self, serial: int, outcomes: Sequence[Outcome]) -> None: ...
-
-
-@runtime_checkable
-class Swapping(Protocol):
-    """A host tier, as the scheduler uses it."""
-
-    def settle(self) -> None: ...
-    def store(self, handle: Any) -> int: ...
-    def load(self, handle: Any) -> int: ...
-    def forget(self, handle: Any) -> None: ...
 
 
 class Scheduler:
@@ -89,8 +51,8 @@ class Scheduler:
       config: shapes and limits.
       outcomes: where tokens and endings go.
       stats: what to count in.
+      room: the policies.
       limit: tokens that a sequence may have.
-      victim, preemption, admission: the policies.
       swapping: the host tier, if there is one.
 
     Attributes:
@@ -105,53 +67,41 @@ class Scheduler:
         config: EngineConfig,
         outcomes: Outcomes,
         stats: EngineStats,
+        room: Room,
         *,
         limit: int,
-        victim: VictimPolicy,
-        preemption: PreemptionPolicy,
-        admission: AdmissionPolicy,
         swapping: Swapping | None = None,
     ):
-        self.allocator, self.config, self.stats = allocator, config, stats
+        self.allocator, self.config, self.stats, self.room = allocator, config, stats, room
         self.limit, self.swapping = limit, swapping
-        self.victim, self.preemption, self.admission = victim, preemption, admission
         self.on_admitted: Callable[[Sample], object] | None = None
-        self.living: dict[int, list[Sample]] = {}  # by request, who has not ended
-        self.waiting = WaitingQueue()
-        self.aside = PrefixesInFlight(allocator.page_size)
-        self._outcomes = outcomes
-        self._serials, self._visits = itertools.count(), itertools.count()
-        self._journal: tuple[int, Sequence[Outcome]] | None = None
+        self._journal = Journal(outcomes)
+        self.living = self._journal.living
+        self.waiting = WaitingQueue(allocator.page_size)
+        self._visits = itertools.count()
         self._opening: frozenset[Any] | None = None  # live handles before one more is opened
         self._clear()
 
     def _clear(self) -> None:
         """Nobody runs."""
-        shards, rows = self.allocator.num_shards, self.config.max_rows
-        self.running: list[Sample] = []
+        self._seats = Seats(self.allocator.num_shards, self.config.max_rows)
         self.ending: list[Sample] = []
         self.flights = 0
         self._leaving: list[Any] = []  # handles to be freed
-        self._entering: list[Sample] = []  # rows that the device does not know yet
         self._prefilling: list[Sample] = []  # whose turn is next comes first
-        self._slots = [list(range(i * rows, (i + 1) * rows)) for i in range(shards)]
         self._blocked: tuple[Sample, int, int] | None = None
 
     # ---- what comes and what goes
 
     @property
+    def running(self) -> list[Sample]:
+        """Who has a row, in order of admission."""
+        return self._seats.running
+
+    @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
         return not (self.living or self._leaving)
-
-    @property
-    def num_waiting(self) -> int:
-        """Samples that wait for pages, further samples of their prompts not counted."""
-        return len(self.waiting) + len(self.aside)
-
-    def queue(self) -> list[Sample]:
-        """Who waits, in order."""
-        return sorted((*self.waiting, *self.aside), key=lambda sample: sample.place)
 
     def add(self, first: Sample) -> None:
         """A new request: its first sample, with the others as its siblings."""
@@ -203,8 +153,7 @@ class Scheduler:
         Done again, if it was cut off itself. What was booked stays booked: tokens are entered by
         a journal, which is written in one assignment and replayed here.
         """
-        if self._journal is not None:
-            self._replay(*self._journal)
+        self._journal.replay()
         samples = [s for group in self.living.values() for s in group if not s.ended]
         known = (*samples, *self.running, *self.ending)
         own = {s.handle for s in known if s.handle is not None} | set(self._leaving)
@@ -216,7 +165,6 @@ class Scheduler:
         self._opening = None
         self._clear()
         self.waiting.clear()
-        self.aside.clear()
         for sample in sorted(samples, key=lambda s: s.place):
             sample.handle, sample.slot, sample.computed, sample.in_flight = None, None, 0, 0
             sample.siblings = []
@@ -226,12 +174,11 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Take waiting samples in order while rows and pages last."""
-        while (sample := self.waiting.head) and len(self.running) < self.config.max_rows:
+        while (sample := self.waiting.head) and not self._seats.full:
             if self._still_blocked(sample):
                 return
             digests = self.digests_of(sample)
-            if self.aside.set_aside(sample, digests):
-                self.waiting.take(sample)
+            if self.waiting.set_aside(sample, digests):
                 continue
             try:
                 self._open(sample)
@@ -254,7 +201,8 @@ class Scheduler:
 
     def _open(self, sample: Sample) -> None:
         """Give the sample pages for all its tokens but the newest."""
-        keep, sample.asked = self._keep_free(sample), bool(self.running)
+        keep = self.room.keep_free(sample, self.running)
+        sample.asked = bool(self.running)
         self._opening = frozenset(self.allocator.handles)
         handle = self.allocator.allocate(sample.key, keep_free=keep)
         self.allocator.truncate(handle, len(sample.tokens) - 1)
@@ -267,7 +215,7 @@ class Scheduler:
             self.stats.prefix_hit_tokens += sample.computed
         else:
             self.stats.recomputed_tokens += len(sample.tokens) - 1 - sample.computed
-        self._note_usage()
+        self.stats.note_usage(self.allocator.num_used)
 
     def take_up(
         self,
@@ -291,7 +239,7 @@ class Scheduler:
         self.waiting.add(waiting)
         late = []
         for sample in running:
-            if may_run(sample) and len(self.running) < self.config.max_rows:
+            if may_run(sample) and not self._seats.full:
                 private = self.allocator.sequence(sample.handle).private
                 self._seat(sample, [] if private else self.digests_of(sample))
             else:
@@ -306,24 +254,19 @@ class Scheduler:
                 self.preempt(sample)
 
     def _seat(self, sample: Sample, digests: list[bytes]) -> None:
-        allocator = self.allocator
-        one = isinstance(allocator, BlockAllocator)
-        shard = 0 if one else allocator.shard_of(sample.handle)
-        sample.slot = heapq.heappop(self._slots[shard])
-        self.running.append(sample)
-        self._entering.append(sample)
+        self._seats.sit(sample, self.room.shard_of(sample))
         if not sample.decoding:
             self._prefilling.append(sample)
-            self.aside.begin(sample, digests)
+            self.waiting.begin(sample, digests)
 
     def _refused(self, sample: Sample, error: OutOfPages) -> bool:
         """There are not enough pages: whether the sample was ended, for there never will be."""
-        available = self._available()
+        available = self.room.available()
         if self.running or self.ending or self.flights or error.needed <= available:
             steady = not self._prefilling
             self._blocked = (sample, available, len(self.running)) if steady else None
             return False
-        detail = self._shortage(error.needed)
+        detail = self.room.shortage(error.needed)
         self._conclude(
             [
                 Outcome(s, len(s.tokens), (), "capacity", detail=detail)
@@ -339,31 +282,7 @@ class Scheduler:
         """
         if self._blocked is None or self._blocked[0] is not sample or not self.running:
             return False
-        return self._available() <= self._blocked[1] and len(self.running) >= self._blocked[2]
-
-    def _keep_free(self, sample: Sample) -> int:
-        """Pages that must be left; an empty engine admits whatever fits.
-
-        A sample that was preempted too often comes back for good: it is let in when all that it and
-        others like it can grow to is free. Those always finish, and each sample is preempted a
-        bounded number of times.
-        """
-        if not self.running:
-            return 0
-        groups = self._groups()
-        keep = ask_keep_free(self.admission, sample, tuple(self.running), groups)
-        if self._protected(sample):
-            others = tuple(s for s in self.running if self._protected(s))
-            must = ask_keep_free(_MUST_FIT, sample, others, groups)
-            keep = tuple(map(max, keep, must))
-        return keep[0]
-
-    def _groups(self) -> tuple[GroupPages, ...]:
-        return (GroupPages(self.allocator.page_size, self.allocator.usable_pages),)
-
-    def _protected(self, sample: Sample) -> bool:
-        """Whether the sample was preempted so often that it must not be again."""
-        return sample.preemptions >= self.config.max_preemptions
+        return self.room.available() <= self._blocked[1] and len(self.running) >= self._blocked[2]
 
     def _fork_siblings(self, sample: Sample) -> None:
         """The prompt is computed: let the other samples share it, or wait for a row or for room.
@@ -372,17 +291,14 @@ class Scheduler:
         """
         siblings, sample.siblings = sample.siblings, []
         for position, sibling in enumerate(siblings):
-            full = len(self.running) >= self.config.max_rows
-            if full or not (sample.asked or self._has_room(sibling, self._shard(sample))):
+            if self._seats.full or not (
+                sample.asked
+                or self.room.has_fork(sibling, self.running, self._seats.shard_of(sample))
+            ):
                 for other in reversed(siblings[position:]):
                     self.waiting.put_front(other)
                 return
             self._adopt(sibling, sample)
-
-    def _has_room(self, sibling: Sample, shard: int) -> bool:
-        """Whether the policy lets a fork in, which copies a partial page when it writes."""
-        copied = (len(sibling.tokens) - 1) % self.allocator.page_size > 0
-        return self._keep_free(sibling) + copied <= self._available(shard)
 
     def _adopt(self, child: Sample, parent: Sample) -> None:
         """Give the child a fork of the parent's pages, and a row."""
@@ -391,20 +307,6 @@ class Scheduler:
         child.handle, child.computed = handle, parent.computed
         self._opening = None
         self._seat(child, [])
-
-    def _shard(self, sample: Sample) -> int:
-        return slot_of(sample) // self.config.max_rows
-
-    def _enter(
-        self, grown: TableDelta | None = None
-    ) -> tuple[tuple[Enter, ...], tuple[TableDelta, ...]]:
-        """What the device has yet to learn of rows and tables."""
-        entering, self._entering = self._entering, []
-        pages = [self.allocator.sequence(sample.handle).pages for sample in entering]
-        return entries_of(entering, pages, grown)
-
-    def _note_usage(self) -> None:
-        self.stats.peak_used_pages = max(self.stats.peak_used_pages, self.allocator.num_used)
 
     # ---- prefill
 
@@ -416,7 +318,7 @@ class Scheduler:
         if not self._prefilling:
             return None
         programs, served = prefill_programs(self._prefilling, self.config)
-        enter, tables = self._enter()
+        enter, tables = self._seats.enter(self.allocator)
         return Prefill(tables, enter, programs, tuple(self._prefilling[:served]))
 
     def prefilled(self, plan: Prefill) -> None:
@@ -433,9 +335,7 @@ class Scheduler:
                 later.append(sample)
         self._prefilling = later
         for sample in plan.samples:
-            done = self.aside.end(sample) if sample.decoding else self.aside.progress(sample)
-            for other in done:
-                self.waiting.put(other)
+            self.waiting.progress(sample, over=sample.decoding)
             if sample.decoding:
                 self._fork_siblings(sample)
 
@@ -453,11 +353,11 @@ class Scheduler:
         if isinstance(grown, OutOfPages):
             if self.flights:
                 raise NeedsTruth
-            grown = Growth.total([self._squeeze(shard) for shard in range(len(self._slots))])
-        self._note_usage()
+            grown = Growth.total([self._squeeze(shard) for shard in self._seats.shards])
+        self.stats.note_usage(self.allocator.num_used)
         if not grown.rows:
             return None
-        enter, tables = self._enter(grown.tables)
+        enter, tables = self._seats.enter(self.allocator, grown.tables)
         plan = decode_plan(next(self._visits), grown, enter, tables)
         self.flights += 1
         self._fly(grown)
@@ -470,10 +370,9 @@ class Scheduler:
             sample.in_flight += budget
             if len(sample.tokens) + sample.in_flight == sample.goal:
                 over.append(sample)
-                self._vacate(sample)
         if over:
             self.ending += over
-            self.running = [s for s in self.running if s.slot is not None]
+            self._seats.leave(over)
 
     def _grow(self, rows: list[Sample], steps: int) -> Growth | OutOfPages:
         """Pages for so many steps of each row, as far as it may go; all of them or none."""
@@ -488,7 +387,7 @@ class Scheduler:
 
     def _squeeze(self, shard: int) -> Growth:
         """The same for one shard that may be short: fewer steps, then fewer rows."""
-        while rows := growing(self._on(shard)):
+        while rows := growing(self._seats.on(shard)):
             steps = self.config.decode_steps
             while isinstance(grown := self._grow(rows, steps), OutOfPages) and steps > 1:
                 steps //= 2
@@ -504,57 +403,29 @@ class Scheduler:
         One that is alone ends, if the pages are really not there: a failure that was injected, or
         that passes, is none of its own.
         """
-        here = self._on(shard)
+        here = self._seats.on(shard)
         if len(here) > 1:
-            self.preempt(self.choose_victim(here))
+            self.preempt(self.room.victim(here))
             return True
-        if error.needed <= self._available(shard):
+        if error.needed <= self.room.available(shard):
             return False
-        detail = self._shortage(error.needed, shard)
+        detail = self.room.shortage(error.needed, shard)
         self._conclude([Outcome(here[0], len(here[0].tokens), (), "capacity", detail=detail)])
         self.release()
         return True
 
-    def _on(self, shard: int) -> list[Sample]:
-        """Who runs on a shard."""
-        if len(self._slots) == 1:
-            return self.running
-        return [s for s in self.running if self._shard(s) == shard]
-
-    def _available(self, shard: int | None = None) -> int:
-        """Pages that can be had on a shard, or on the one that has most."""
-        parts = self.allocator.shards if isinstance(self.allocator, ShardedAllocator) else ()
-        if shard is not None and parts:
-            parts = (parts[shard],)
-        return max(each.num_free + each.num_evictable for each in parts or (self.allocator,))
-
-    def _shortage(self, needed: int, shard: int | None = None) -> str:
-        """Who has the pages, when nothing runs that could give some back."""
-        pages = self.allocator.sequence_pages
-        stats = self.allocator.stats()
-        return (
-            f"needed {needed} pages, but only {self._available(shard)} of {pages} can be had: "
-            f"{stats.raw} are held by number (allocate_pages), others by sequences outside the "
-            "engine; free those, or create a larger pool"
-        )
-
     # ---- preemption
-
-    def choose_victim(self, candidates: Sequence[Sample]) -> Sample:
-        """Whom the policy names among those that were not preempted too often before."""
-        free = [s for s in candidates if not self._protected(s)] or list(candidates)
-        return ask_victim(self.victim, free) if len(free) > 1 else free[0]
 
     def force_preemption(self) -> bool:
         """Preempt whom the policy names, if there is one that may be; all visits are booked."""
-        free = [s for s in self.running if not self._protected(s)]
+        free = [s for s in self.running if not self.room.protected(s)]
         if free:
-            self.preempt(self.choose_victim(free))
+            self.preempt(self.room.victim(free))
         return bool(free)
 
     def preempt(self, sample: Sample) -> None:
         """Take a sample's pages; it waits at the front, and comes back with its tokens."""
-        if self.swapping is not None and sample.computed and ask_swaps(self.preemption, sample):
+        if self.swapping is not None and sample.computed and self.room.swaps(sample):
             stored = self.swapping.store(sample.handle)
             self.stats.swaps += stored > 0
             self.stats.swapped_out_pages += stored
@@ -616,51 +487,22 @@ class Scheduler:
         return outcomes + last
 
     def _conclude(self, outcomes: Sequence[Outcome]) -> None:
-        """Let this have happened, all of it at once, whatever interrupts it from here on."""
-        self._journal = next(self._serials), outcomes
-        self._replay(*self._journal)
+        """Enter what has become of samples; who has ended leaves."""
+        self._journal.enter(outcomes)
         for sample in [o.sample for o in outcomes if o.reason is not None]:
             self._leave(sample)
-
-    def _replay(self, serial: int, outcomes: Sequence[Outcome]) -> None:
-        """Enter outcomes; a second time changes nothing."""
-        for sample, at, tokens, reason, *_ in outcomes:
-            if tokens:
-                del sample.tokens[at:]
-                sample.tokens.extend(tokens)
-                sample.computed = len(sample.tokens) - 1
-            sample.ended = sample.ended or reason is not None
-        self._outcomes.put(serial, outcomes)
-        for request in {o.sample.request_id for o in outcomes if o.reason is not None}:
-            if group := [s for s in self.living.get(request, ()) if not s.ended]:
-                self.living[request] = group
-            else:
-                self.living.pop(request, None)
-        self._journal = None
 
     def _leave(self, sample: Sample) -> None:
         """Take a sample out of wherever it is; `release` frees its pages."""
         if sample.handle is None:
-            if sample in self.waiting:
-                self.waiting.take(sample)
-            else:
-                self.aside.forget(sample)
+            self.waiting.take(sample)
             return
         self._leaving.append(sample.handle)
         sample.handle, sample.computed, sample.in_flight = None, 0, 0
         if sample.slot is not None:
-            self.running.remove(sample)
-            self._vacate(sample)
+            self._seats.leave([sample])
         else:
             self.ending.remove(sample)
-        if sample in self._entering:
-            self._entering.remove(sample)
         if sample in self._prefilling:
             self._prefilling.remove(sample)
-            for other in self.aside.end(sample):
-                self.waiting.put(other)
-
-    def _vacate(self, sample: Sample) -> None:
-        if sample.slot is not None:
-            heapq.heappush(self._slots[sample.slot // self.config.max_rows], sample.slot)
-            sample.slot = None
+            self.waiting.progress(sample, over=True)

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 from ..allocator import BlockAllocator, Handle
 from ..tiers import HostTier
 
-__all__ = ["CacheHolder", "TierSwapping"]
+__all__ = ["CacheHolder", "Swapping", "TierSwapping"]
 
 
 @runtime_checkable
@@ -15,6 +15,16 @@ class CacheHolder(Protocol):
     """Whoever has the living cache."""
 
     cache: Any
+
+
+@runtime_checkable
+class Swapping(Protocol):
+    """A host tier, as the scheduler uses it."""
+
+    def settle(self) -> None: ...
+    def store(self, handle: Any) -> int: ...
+    def load(self, handle: Any) -> int: ...
+    def forget(self, handle: Any) -> None: ...
 
 
 class TierSwapping:

@@ -14,18 +14,13 @@ from ..allocator import BlockAllocator
 from ..cache import KVCache
 from ..engine import EngineConfig, EngineStats
 from ..engine.config import sequence_limit
+from ..engine.journal import Outcome
 from ..engine.loop import Loop
 from ..engine.records import Decode, Prefill, Result, Ticket
-from ..engine.scheduler import Outcome, Scheduler
+from ..engine.room import Room
+from ..engine.scheduler import Scheduler
 from ..engine.swapping import TierSwapping
-from ..policies import (
-    AdmissionPolicy,
-    LastAdmitted,
-    PreemptionPolicy,
-    Swap,
-    VictimPolicy,
-    Watermark,
-)
+from ..policies import AdmissionPolicy, PreemptionPolicy, VictimPolicy
 from ..requests import Sample
 from ..sampling import SamplingParams
 from ..tiers import HostTier
@@ -182,9 +177,9 @@ def simulate(
         config or EngineConfig(),
         costs,
         tier=tier,
-        victim=victim or LastAdmitted(),
-        preemption=preemption or Swap(),
-        admission=admission or Watermark(),
+        victim=victim,
+        preemption=preemption,
+        admission=admission,
     )
     return simulation.run(iter(requests), queue_rows)
 
@@ -216,9 +211,9 @@ class _Simulation:
             config,
             self.records,
             self.stats,
+            Room(allocator, config, **policies),
             limit=self.limit,
             swapping=swapping,
-            **policies,
         )
         self.scheduler.on_admitted = self.records.note_admission
         self.loop = Loop(self.scheduler, self.runner, self.stats)
@@ -233,7 +228,7 @@ class _Simulation:
             while (
                 upcoming is not None
                 and upcoming.arrival_seconds <= self.clock.now
-                and self.scheduler.num_waiting < room
+                and len(self.scheduler.waiting) < room
             ):
                 self.accept(upcoming)
                 upcoming = next(coming, None)

@@ -181,7 +181,7 @@ def test_cancel_returns_every_page_in_every_state(visits):
     engine = make_engine(num_pages=16, page_size=4)
     ids = [engine.submit(p, GREEDY, n=2) for p in prompts(5, seed=12)]
     events = [event for _ in range(visits) for event in engine.step()]
-    open_ids = {s.request_id for s in (*engine.scheduler.running, *engine.scheduler.queue())}
+    open_ids = {s.request_id for s in (*engine.scheduler.running, *engine.scheduler.waiting)}
     for i in open_ids:
         engine.cancel(i)
     events += engine.step()

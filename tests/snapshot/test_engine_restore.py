@@ -66,7 +66,7 @@ def test_tokens_after_a_restore_are_those_of_the_uninterrupted_run(tmp_path, num
         for engine in (whole, twin):
             engine.cancel(engine.scheduler.running[-1].request_id)
             engine.fork(next(s.request_id for s in engine.scheduler.running if s.decoding), SAMPLED)
-            last = engine.scheduler.queue()[-1]
+            last = list(engine.scheduler.waiting)[-1]
             engine.cancel(last.request_id)  # its last event is not delivered yet
     whole.save(tmp_path / "s", metadata={"visits": visits})
     again = make_engine(num_pages, max_sequence_tokens=92)

@@ -123,7 +123,7 @@ def test_ids_far_apart_are_given_anew_side_by_side(tmp_path, saved):
 
 def test_an_id_that_no_reader_takes_is_not_written(tmp_path):
     engine = make_engine()
-    engine._next_id = 2**53
+    engine._calls.next_id = 2**53
     engine.save(tmp_path / "most")
     engine.submit([1])
     with pytest.raises(ValueError, match="at most 2"):
@@ -170,7 +170,7 @@ def test_rows_that_would_write_one_page_wait_and_get_the_same_tokens(tmp_path):
 
 
 def test_siblings_of_a_sample_that_decodes_already_run_too(tmp_path):
-    engine = make_engine()
+    engine = make_engine(prefill_rows=1)
     prompt = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
     engine.submit(prompt, SamplingParams(max_new_tokens=5), n=6)
     engine.step()  # a chunk of the prompt; the samples that wait for it are in the file
@@ -194,4 +194,4 @@ def test_a_sequence_too_long_for_the_engine_is_refused_and_nothing_has_changed(t
     engine = make_engine(max_sequence_tokens=30)
     with pytest.raises(SequenceTooLong):
         engine.restore(tmp_path / "s")
-    assert engine.idle and engine._next_id == 0 and engine.allocator.num_used == 0
+    assert engine.idle and engine._calls.next_id == 0 and engine.allocator.num_used == 0

@@ -90,7 +90,7 @@ def test_what_the_engine_computes_itself_under_a_salt_of_the_callers_is_found_th
     engine.save(tmp_path / "s")
     other = make_engine()
     other.restore(tmp_path / "s", cache_salt="mine")
-    assert {s.cache_salt for s in (*other.scheduler.running, *other.scheduler.queue())} == {"mine"}
+    assert {s.cache_salt for s in (*other.scheduler.running, *other.scheduler.waiting)} == {"mine"}
     assert {s.cache_salt for first in other.scheduler.running for s in first.siblings} <= {"mine"}
     tokens = {}
     for event in list(other.stream()):

@@ -202,7 +202,7 @@ def test_cancelling_in_every_state_returns_every_page(visits):
         engine.step()
     for request in ids:
         if any(
-            s.request_id == request for s in (*engine.scheduler.running, *engine.scheduler.queue())
+            s.request_id == request for s in (*engine.scheduler.running, *engine.scheduler.waiting)
         ):
             engine.cancel(request)
     list(engine.stream())

@@ -1,0 +1,77 @@
+"""What any thread may ask of an engine, until the one that steps carries it out."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+
+from ..requests import OnToken, Sample
+from .outbox import Outbox
+from .scheduler import Scheduler
+
+__all__ = ["Calls"]
+
+
+class Calls:
+    """Requests that came and requests to be ended, and the next id.
+
+    Each is taken out after it was carried out, so that an interrupt loses none; carrying it out a
+    second time changes nothing.
+
+    Attributes:
+      next_id: of the next request.
+    """
+
+    def __init__(self, scheduler: Scheduler, outbox: Outbox):
+        self.next_id = 0
+        self._scheduler, self._outbox = scheduler, outbox
+        self._lock = threading.RLock()
+        self._submitted: deque[tuple[Sample, OnToken | None]] = deque()
+        self._cancelled: deque[int] = deque()
+
+    def __bool__(self) -> bool:
+        return bool(self._submitted or self._cancelled)
+
+    def __len__(self) -> int:
+        """Requests that came."""
+        return len(self._submitted)
+
+    def new_ids(self, count: int = 1) -> int:
+        """The first of so many ids that nobody else gets."""
+        with self._lock:
+            first, self.next_id = self.next_id, self.next_id + count
+        return first
+
+    def submit(self, first: Sample, on_token: OnToken | None) -> int:
+        """Name a request, and queue it."""
+        with self._lock:
+            for sample in (first, *first.siblings):
+                sample.request_id = self.next_id
+            self._submitted.append((first, on_token))
+            self.next_id += 1
+        return first.request_id
+
+    def cancel(self, request_id: int) -> None:
+        """Let a request be ended.
+
+        Raises:
+          KeyError: it neither lives nor has events that were not returned.
+        """
+        with self._lock:
+            lives = request_id in self._scheduler.living or self._outbox.mentions(request_id)
+            if not lives and all(first.request_id != request_id for first, _ in self._submitted):
+                raise KeyError(f"request {request_id} is not in the engine")
+            self._cancelled.append(request_id)
+
+    def carry_out(self) -> None:
+        """By the thread that steps."""
+        while self._submitted:
+            first, on_token = self._submitted[0]
+            if on_token is not None:
+                self._outbox.callbacks[first.request_id] = on_token
+            self._scheduler.add(first)
+            self._submitted.popleft()
+        while self._cancelled:
+            self._scheduler.cancel(self._cancelled[0])
+            self._cancelled.popleft()
+        self._scheduler.release()

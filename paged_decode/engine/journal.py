@@ -1,0 +1,69 @@
+"""What has become of samples: entered all at once, and done again if it was cut off."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from ..requests import Sample
+
+__all__ = ["Journal", "Outcome", "Outcomes"]
+
+
+class Outcome(NamedTuple):
+    """What became of one sample: the tokens that it got behind the first `at`, and its end."""
+
+    sample: Sample
+    at: int
+    tokens: Sequence[int]
+    reason: str | None = None
+    tops: tuple[Any, Any] | None = None
+    detail: str = ""
+
+
+@runtime_checkable
+class Outcomes(Protocol):
+    """Where they go: a call with a serial number that was there replaces what it said then."""
+
+    def put(self, serial: int, outcomes: Sequence[Outcome]) -> None: ...
+
+
+class Journal:
+    """Tokens and endings on their way into samples.
+
+    An interrupt may come between any two lines. So what happened is first written down, in one
+    assignment; entering it a second time changes nothing.
+
+    Attributes:
+      living: by request, its samples that have not ended.
+    """
+
+    def __init__(self, outcomes: Outcomes):
+        self.living: dict[int, list[Sample]] = {}
+        self._outcomes, self._serials = outcomes, itertools.count()
+        self._open: tuple[int, Sequence[Outcome]] | None = None
+
+    def enter(self, outcomes: Sequence[Outcome]) -> None:
+        """Let this have happened, whatever comes from here on."""
+        self._open = next(self._serials), outcomes
+        self.replay()
+
+    def replay(self) -> None:
+        """Enter what was written down, if that was cut off."""
+        if self._open is None:
+            return
+        serial, outcomes = self._open
+        for sample, at, tokens, reason, *_ in outcomes:
+            if tokens:
+                del sample.tokens[at:]
+                sample.tokens.extend(tokens)
+                sample.computed = len(sample.tokens) - 1
+            sample.ended = sample.ended or reason is not None
+        self._outcomes.put(serial, outcomes)
+        for request in {o.sample.request_id for o in outcomes if o.reason is not None}:
+            if group := [s for s in self.living.get(request, ()) if not s.ended]:
+                self.living[request] = group
+            else:
+                self.living.pop(request, None)
+        self._open = None

@@ -1,0 +1,111 @@
+"""What the policies are asked: who is let in, who is preempted; and what the pool has left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..allocator import BlockAllocator, ShardedAllocator
+from ..policies import (
+    AdmissionPolicy,
+    GroupPages,
+    LastAdmitted,
+    MustFit,
+    PreemptionPolicy,
+    Swap,
+    VictimPolicy,
+    Watermark,
+    ask_keep_free,
+    ask_swaps,
+    ask_victim,
+    require_policy,
+)
+from ..requests import Sample
+from .config import EngineConfig
+
+__all__ = ["Allocator", "Room"]
+
+Allocator = BlockAllocator | ShardedAllocator
+_MUST_FIT = MustFit()
+
+
+class Room:
+    """The policies of an engine and its pool; changes nothing.
+
+    Args:
+      allocator: the pool.
+      config: of which the number of preemptions matters.
+      victim, preemption, admission: the policies; None is the plain one, as `Engine` says.
+
+    Raises:
+      TypeError: a policy is no object with the method that it needs.
+    """
+
+    def __init__(
+        self,
+        allocator: Allocator,
+        config: EngineConfig,
+        *,
+        victim: VictimPolicy | None = None,
+        preemption: PreemptionPolicy | None = None,
+        admission: AdmissionPolicy | None = None,
+    ):
+        self._allocator, self._most = allocator, config.max_preemptions
+        self._victim = require_policy("victim", victim or LastAdmitted(), VictimPolicy)
+        self._preemption = require_policy("preemption", preemption or Swap(), PreemptionPolicy)
+        self._admission = require_policy("admission", admission or Watermark(), AdmissionPolicy)
+        self._groups = (GroupPages(allocator.page_size, allocator.sequence_pages),)
+
+    def protected(self, sample: Sample) -> bool:
+        """Whether the sample was preempted so often that it must not be again."""
+        return sample.preemptions >= self._most
+
+    def keep_free(self, sample: Sample, running: Sequence[Sample]) -> int:
+        """Pages that must be left; an empty engine admits whatever fits.
+
+        A sample that was preempted too often comes back for good: it is let in when all that it and
+        others like it can grow to is free. Those always finish, and each sample is preempted a
+        bounded number of times.
+        """
+        if not running:
+            return 0
+        keep = ask_keep_free(self._admission, sample, tuple(running), self._groups)
+        if self.protected(sample):
+            others = tuple(s for s in running if self.protected(s))
+            must = ask_keep_free(_MUST_FIT, sample, others, self._groups)
+            keep = tuple(map(max, keep, must))
+        return keep[0]
+
+    def has_fork(self, sibling: Sample, running: Sequence[Sample], shard: int) -> bool:
+        """Whether the policy lets in a fork, which copies a partial page when it writes."""
+        copied = (len(sibling.tokens) - 1) % self._allocator.page_size > 0
+        return self.keep_free(sibling, running) + copied <= self.available(shard)
+
+    def victim(self, candidates: Sequence[Sample]) -> Sample:
+        """Whom the policy names among those that were not preempted too often before."""
+        free = [s for s in candidates if not self.protected(s)] or list(candidates)
+        return ask_victim(self._victim, free) if len(free) > 1 else free[0]
+
+    def swaps(self, sample: Sample) -> bool:
+        """Whether the sample's pages are to go to the host tier."""
+        return ask_swaps(self._preemption, sample)
+
+    def shard_of(self, sample: Sample) -> int:
+        """Where the pages of a sample are."""
+        allocator = self._allocator
+        return 0 if isinstance(allocator, BlockAllocator) else allocator.shard_of(sample.handle)
+
+    def available(self, shard: int | None = None) -> int:
+        """Pages that can be had on a shard, or on the one that has most."""
+        parts = self._allocator.shards if isinstance(self._allocator, ShardedAllocator) else ()
+        if shard is not None and parts:
+            parts = (parts[shard],)
+        return max(each.num_free + each.num_evictable for each in parts or (self._allocator,))
+
+    def shortage(self, needed: int, shard: int | None = None) -> str:
+        """Who has the pages, when nothing runs that could give some back."""
+        pages, raw = self._allocator.sequence_pages, self._allocator.stats().raw
+        return (
+            f"needed {needed} pages, but only {self.available(shard)} of {pages} can be had: "
+            f"{raw} are held by number (allocate_pages), the others by sequences outside the "
+            "engine, or by itself; free those, or create a larger pool"
+        )
