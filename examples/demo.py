@@ -148,8 +148,8 @@ def report(
     table.add_column("measure")
     table.add_column("value", justify="right")
     for name, value in (
-        ("prefill", f"{stats.prefill_tokens / stats.prefill_seconds:.0f} tokens/s"),
-        ("decode", f"{stats.decode_tokens / stats.decode_seconds:.1f} tokens/s"),
+        ("prompt tokens computed", f"{stats.prefill_tokens}"),
+        ("generated", f"{stats.decode_tokens / seconds:.1f} tokens/s"),
         ("prompt tokens found in the prefix cache", f"{stats.prefix_hit_tokens}"),
         ("most pages used / pages in the pool", f"{stats.peak_used_pages} / {NUM_PAGES - 1}"),
         ("tail waste, mean over visits", f"{100 * np.mean(waste):.1f} %"),

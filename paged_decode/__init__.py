@@ -9,7 +9,7 @@ from .allocator import (
     ShardedAllocator,
 )
 from .cache import KVCache, one_token_batch
-from .engine import Completion, Engine, EngineConfig, EngineStats, TokenEvent
+from .engine import AsyncEngine, Completion, Engine, EngineConfig, EngineStats, TokenEvent
 from .errors import (
     OutOfPages,
     PagedDecodeError,
@@ -48,6 +48,7 @@ from .snapshot import (
 )
 
 __all__ = [
+    "AsyncEngine",
     "BlockAllocator",
     "Completion",
     "DecodeBatch",

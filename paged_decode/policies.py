@@ -1,4 +1,4 @@
-"""Who gives way under memory pressure, how, and who is let in.
+"""Who is preempted under memory pressure, how, and who is let in.
 
 Four questions, each asked of one object: which cached page is evicted (`EvictionRank`), which
 sample loses its pages (`VictimPolicy`), whether they are copied to the host tier or computed again
@@ -198,12 +198,12 @@ class LowestPriority:
 
 @runtime_checkable
 class PreemptionPolicy(Protocol):
-    """Decides how a sample that gives way gets its keys and values back."""
+    """Decides how a preempted sample gets its keys and values back."""
 
     def swaps(self, sample: Any) -> bool:
         """Whether its pages go to the host tier; else its tokens are computed again.
 
-        Asked of an engine with a tier, when a sample with computed tokens gives way.
+        Asked of an engine with a tier, when a sample with computed tokens is preempted.
         """
         ...
 

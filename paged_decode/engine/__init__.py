@@ -3,12 +3,16 @@
 ```
 engine.py     Engine: submit, fork, cancel, step, stream, generate, save, restore
 aio.py        AsyncEngine: the same for asyncio
+calls.py      what other threads ask of it
 loop.py       one visit: schedule, launch, read the one before
-scheduler.py  who runs, on which pages, who gives them up      host only
+scheduler.py  who runs, on which pages, who gives them up          host only
   queue.py      who waits, and who waits for whose prefix
+  seats.py      who has a row on the device
+  room.py       the policies, and what the pool has left
+  journal.py    what has become of samples
   plans.py      from samples to the records of a plan
 records.py    what goes between the two: plans, tickets, results; the Runner protocol
-runner.py     programs, their shapes, warm-up                  device
+runner.py     launches, their shapes, warm-up                      device
   rows.py       the state of the rows, and messages to it
   programs.py   what is compiled
 swapping.py   the host tier of an engine
@@ -18,7 +22,8 @@ outbox.py     events on their way to callbacks and callers
 """
 
 from ..requests import Completion, TokenEvent
+from .aio import AsyncEngine
 from .config import EngineConfig, EngineStats
 from .engine import Engine
 
-__all__ = ["Completion", "Engine", "EngineConfig", "EngineStats", "TokenEvent"]
+__all__ = ["AsyncEngine", "Completion", "Engine", "EngineConfig", "EngineStats", "TokenEvent"]

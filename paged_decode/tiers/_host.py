@@ -1,4 +1,4 @@
-"""The host tier: pages of sequences that gave way, found again by what they hold."""
+"""The host tier: pages of preempted sequences, found again by what they hold."""
 
 from __future__ import annotations
 
