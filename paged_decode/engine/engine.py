@@ -253,17 +253,19 @@ class Engine:
             rows = (*scheduler.running, *scheduler.ending)
             index = None if sample is None else as_int("sample", sample)
             parent = choose_decoding(rows, request_id, index)
+            unseen = self._outbox.num_unseen(request_id, parent.index)
             if len(self.scheduler.running) >= self.config.max_rows:
                 raise ValueError(f"all {self.config.max_rows} rows are taken; fork later")
-            if sampling.max_new_tokens <= parent.generated:
+            if sampling.max_new_tokens <= (before := parent.generated - unseen):
                 raise ValueError(
-                    f"max_new_tokens must exceed the {parent.generated} tokens generated before "
-                    f"the fork, got {sampling.max_new_tokens}"
+                    f"max_new_tokens must exceed the {before} tokens generated before the fork, "
+                    f"got {sampling.max_new_tokens}"
                 )
             new = self._calls.new_ids()
             if on_token is not None:
                 self._outbox.callbacks[new] = on_token
             child = parent.spawn(new, 0, sampling)
+            del child.tokens[len(child.tokens) - unseen :]
             self.loop.change(lambda: self.runner.copy(self.scheduler.fork(parent, child)))
         return new
 
@@ -380,11 +382,14 @@ class Engine:
         with self._alone():
             self.loop.collect()
             before = self.stats.programs
-            if self.tier is not None:
-                self.runner.cache = self.tier.warmup(self.runner.cache)
-            self.runner.warmup(progress)
-            self.loop.discard()
+            self.loop.change(lambda: self._warm(progress))
+            self.loop.discard()  # the device knows no row now
             return self.stats.programs - before
+
+    def _warm(self, progress: Progress | None) -> None:
+        if self.tier is not None:
+            self.runner.cache = self.tier.warmup(self.runner.cache)
+        self.runner.warmup(progress)
 
     # ---- snapshots
 
@@ -508,10 +513,11 @@ class Engine:
             yield
 
     def _try_calls(self) -> None:
-        """Carry out calls now; if another thread is in `step`, that one will see to it."""
+        """Carry out calls now; in the middle of a visit, by whatever thread, the next one does."""
         if self._stepping.acquire(blocking=False):
             try:
-                self._take_calls()
+                if not self.loop.under_way:
+                    self._take_calls()
             finally:
                 self._stepping.release()
 

@@ -10,9 +10,11 @@ device          [ visit 0          ][ visit 1          ][ visit 2 ...
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from .config import EngineStats
@@ -60,7 +62,8 @@ class Loop:
         self._wait, self._forget_prefixes = wait, forget_prefixes
         self._open: deque[Ticket] = deque()
         self._prefilled: Any = None  # the last visit, if it did nothing but prefill
-        self._torn = self._lost = False
+        self._lost = False
+        self._call: FrameType | None = None  # what changes the scheduler, or was torn in doing so
 
     @property
     def in_flight(self) -> int:
@@ -85,22 +88,38 @@ class Loop:
         while self._open:
             self._book_one()
 
+    @property
+    def under_way(self) -> bool:
+        """Whether the caller was called within a change: a policy, a rank or a digest was."""
+        frame: FrameType | None = None if self._call is None else sys._getframe()
+        while frame is not None and frame is not self._call:
+            frame = frame.f_back
+        return frame is not None
+
     def change(self, call: Callable[[], object]) -> None:
         """Change the scheduler otherwise; if it is cut off, `mend` makes it whole."""
         self.mend()
-        self._torn = True
+        self._call = sys._getframe()
         call()
-        self._torn = False
+        self._call = None
 
     def discard(self) -> None:
         """Give up what is in flight and the pages of every row; requests compute theirs again."""
-        self._torn = True
         self.mend()
+        self._call = sys._getframe()
+        self._mend()
 
     def mend(self) -> None:
         """Make whole what an interrupt or an error has cut off: rows compute their pages again."""
-        if not self._torn:
+        if self._call is None:
             return
+        if self.under_way:
+            raise RuntimeError(
+                "a policy, an eviction rank or a digest must not call the engine that asks it"
+            )
+        self._mend()
+
+    def _mend(self) -> None:
         self._open.clear()
         self._prefilled = None
         self.scheduler.reset()
@@ -108,11 +127,11 @@ class Loop:
         if self._lost:
             self._forget_prefixes()
         self.runner.restart(lost=self._lost)
-        self._torn = self._lost = False
+        self._lost, self._call = False, None
 
     def _launch(self) -> bool:
         """Plan and launch a visit; whether a decode program runs."""
-        self._torn = True
+        self._call = sys._getframe()
         self.scheduler.release()
         over = None
         if (prefill := self._planned(self.scheduler.plan_prefill)) is not None:
@@ -121,7 +140,7 @@ class Loop:
         plan = self._planned(self.scheduler.plan_decode)
         if plan is not None:
             self._open.append(self.runner.decode(plan))
-        self._torn = False
+        self._call = None
         self._throttle(over if plan is None else None)
         return plan is not None
 
@@ -139,17 +158,17 @@ class Loop:
             return plan()
         except NeedsTruth:
             while self._open:
-                self._book_one(torn=True)
+                self._book_one()
             return plan()
 
-    def _book_one(self, *, torn: bool = False) -> None:
-        """Read the oldest visit in flight and enter what came out. `torn`: within a visit."""
-        ticket = self._open[0]
+    def _book_one(self) -> None:
+        """Read the oldest visit in flight and enter what came out."""
+        ticket, within = self._open[0], self._call
         result = self._waited(self.runner.collect, ticket)
-        self._torn = True
+        self._call = within or sys._getframe()
         self.scheduler.book(ticket, result)
         self._open.popleft()
-        self._torn = torn
+        self._call = within
 
     @staticmethod
     def _is_over(ticket: Ticket) -> bool:
@@ -161,7 +180,7 @@ class Loop:
         try:
             return call(what)
         except Exception:  # a program failed: what came after it worked on the same cache
-            self._torn = self._lost = True
+            self._lost, self._call = True, sys._getframe()
             raise
         finally:
             self.stats.wait_seconds += time.perf_counter() - start

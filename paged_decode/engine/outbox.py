@@ -39,11 +39,11 @@ class Outbox:
         self._new[serial] = outcomes
 
     def put_back(self, pending: Sequence[TokenEvent], shown: Sequence[TokenEvent]) -> None:
-        """Take what `contents` gave, here or in another engine."""
+        """Take what `contents` gave, here or in another engine; what was shown comes first."""
         self._open()
         self._showing = [*self._showing, *pending]
         if shown:
-            self._ready = {"events": deque([*self._ready.get("events", ()), *shown])}
+            self._ready = {"events": deque([*shown, *self._ready.get("events", ())])}
 
     def contents(self) -> tuple[list[TokenEvent], list[TokenEvent]]:
         """What is yet to be shown, and what was shown but not taken."""
@@ -56,6 +56,11 @@ class Outbox:
         self._open()
         ready = {"events": deque(shown)} if shown else {}
         self._showing, self._num_shown, self._ready = list(pending), 0, ready
+
+    def num_unseen(self, request_id: int, sample: int) -> int:
+        """Tokens of a sample that nobody was shown yet."""
+        unseen = [e for e in self.contents()[0] if (e.request_id, e.sample) == (request_id, sample)]
+        return sum(event.token is not None for event in unseen)
 
     def mentions(self, request_id: int) -> bool:
         """Whether there is an event of that request; changes nothing."""

@@ -22,6 +22,7 @@ from .rows import MessageSizes, RowState, empty_message, messages
 __all__ = ["DeviceRunner", "Progress"]
 
 Progress = Callable[[int, int], object]
+_KIND = ("shape", "dtype", "weak_type", "sharding")
 _NO_TABLES = (TableDelta(*np.zeros((3, 0), np.int32)),)
 
 
@@ -74,8 +75,11 @@ class DeviceRunner:
         self._thread = ThreadPoolExecutor(1, "paged-decode-launch")
         self._last: Launched | None = None
         self._failure: BaseException | None = None  # of a job: those behind it are not run
-        self.set_params(params)
         self._model, self._programs = model, Programs.of(model)
+        self._executables: dict[tuple[str, Any], Any] = {}  # by kind and size
+        self._known: set[tuple[str, Any]] = set()
+        self._kind: Any = None  # shapes of the weights for which these are
+        self.set_params(params)
         self._shards, self._columns = cache.data_shards, columns
         self._pages = cache.num_pages // self._shards
         self._slots = self._shards * config.max_rows
@@ -84,7 +88,6 @@ class DeviceRunner:
             MessageSizes(min(8, self._slots), few),
             MessageSizes(self._slots, max(few, 8192)),
         )
-        self._shapes: set[tuple[Any, ...]] = set()
         self._enter_nobody()
 
     @property
@@ -102,6 +105,10 @@ class DeviceRunner:
         """Take weights; what lies on the host is put on the device once, not at every launch."""
         self._drain()
         self.params = jax.tree.map(self._on_device, params)
+        leaves, tree = jax.tree.flatten(self.params)
+        kind = tree, [[getattr(leaf, name, None) for name in _KIND] for leaf in leaves]
+        if kind != self._kind:
+            self._kind, self._executables = kind, {}
 
     def _on_device(self, leaf: Any) -> Any:
         """What lies on the host goes to the cache's devices; to the first one uncommitted, as an
@@ -122,17 +129,21 @@ class DeviceRunner:
 
     # ---- the launching thread
 
-    def _launch(self, job: Callable[[Launched], Any], *shapes: tuple[Any, ...]) -> Launched:
-        """Queue a job; where a program is to be compiled first, wait for it: it may be refused."""
-        launched = self._last = Launched()
-        self._thread.submit(self._run, job, launched)
-        if not self._shapes.issuperset(shapes):
-            launched.future.result()
-            self._shapes.update(shapes)
-            self._stats.programs = len(self._shapes)
+    def _launch(self, job: Callable[[Launched], Any]) -> Launched:
+        """Queue a job; an interrupt here leaves it in the queue, or takes it out."""
+        launched = Launched()
+        try:
+            self._last = launched
+            self._thread.submit(self._run, job, launched)
+        except BaseException:
+            launched.future.cancel()
+            launched.begun.set()
+            raise
         return launched
 
     def _run(self, job: Callable[[Launched], Any], launched: Launched) -> None:
+        if not launched.future.set_running_or_notify_cancel():
+            return
         try:
             if self._failure is not None:
                 raise self._failure
@@ -143,9 +154,48 @@ class DeviceRunner:
         finally:
             launched.begun.set()
 
+    def _executable(self, kind: str, size: Any) -> Any:
+        """A program of some size; one that is new is traced and compiled by the caller's thread,
+        in whose contexts the model may count on (a mesh, a precision)."""
+        if (kind, size) not in self._executables:
+            self._drain()
+            self._compile([self._lowered(kind, size)])
+        return self._executables[kind, size]
+
+    def _lowered(self, kind: str, size: Any) -> tuple[tuple[str, Any], Any]:
+        """A program, traced with the arguments that it will have."""
+        config, pages = self._config, (self._cache, self._table, self.params)
+        if kind == "update":
+            message = self._put(empty_message(size, self._slots, self._columns)[0])
+            lowered = update.lower(self._table, self._state, message, size=size)
+        elif kind == "prefill":
+            message = self._put(self._prefill_message(size, ()))
+            lowered = self._programs.prefill.lower(*pages, message)
+        else:
+            message = self._put(self._idle_rows(size))
+            steps = dict(steps=config.decode_steps, top=config.top_logits)
+            args = self._cache, self._state, self._table, self.params, message
+            lowered = self._programs.decode.lower(*args, **steps)
+        return (kind, size), lowered
+
+    def _compile(
+        self, lowered: Sequence[tuple[tuple[str, Any], Any]], progress: Progress | None = None
+    ) -> None:
+        """Several at a time: compiling does not hold Python's lock."""
+        done = 0
+        with ThreadPoolExecutor(thread_name_prefix="paged-decode-compile") as pool:
+            coming = {pool.submit(each.compile): key for key, each in lowered}
+            for finished in as_completed(coming):
+                self._executables[coming[finished]] = finished.result()
+                done += 1
+                if progress is not None:
+                    progress(done, len(lowered))
+        self._known |= self._executables.keys()
+        self._stats.programs = len(self._known)
+
     def _drain(self) -> None:
-        """Return when everything is launched, or has failed."""
-        if self._last is not None:
+        """Return when everything is launched, has failed, or was taken back."""
+        if self._last is not None and not self._last.future.cancelled():
             self._last.future.exception()
 
     # ---- plans
@@ -153,35 +203,35 @@ class DeviceRunner:
     def prefill(self, plan: Prefill) -> Launched:
         """Launch the programs; nothing is read."""
         told = self._told(plan.enter, plan.tables)
-        given = [self._put(self._prefill_message(*program)) for program in plan.programs]
+        given = [
+            (self._executable("prefill", width), self._put(self._prefill_message(width, chunks)))
+            for width, chunks in plan.programs
+        ]
 
         def job(launched: Launched) -> Any:
             self._checked(plan)
             self._tell(told)
             over = None
-            for message in given:
-                args = self._cache, self._table, self.params, message
-                self._cache, over = self._programs.prefill(*args)
+            for program, message in given:
+                self._cache, over = program(self._cache, self._table, self.params, message)
             return over
 
-        shapes = {("prefill", *message.shape) for message in given}
-        return self._launch(job, *shapes, *((size,) for size, _ in told))
+        return self._launch(job)
 
     def decode(self, plan: Decode) -> Ticket:
         """Launch one program of up to k steps."""
         told = self._told(plan.enter, plan.tables)
-        message, places = self._decode_message(plan.slots, plan.budgets)
-        given = self._put(message)
+        size, message, places = self._decode_message(plan.slots, plan.budgets)
+        program, given = self._executable("decode", size), self._put(message)
 
         def job(launched: Launched) -> DecodeOut:
             self._checked(plan)
             self._cache = self._cache.copy_pages(plan.copies)
             self._tell(told)
             launched.begun.set()
-            return self._run_decode(given)
+            return self._run_decode(program, given)
 
-        shapes = ("decode", message.shape[1]), *((size,) for size, _ in told)
-        return Ticket(plan, (self._launch(job, *shapes), places))
+        return Ticket(plan, (self._launch(job), places))
 
     def copy(self, copies: PageCopies) -> None:
         """Copy pages, in the order of the programs around it."""
@@ -212,8 +262,9 @@ class DeviceRunner:
 
     @property
     def is_lost(self) -> bool:
-        """Whether a program failed and took the cache with it."""
-        return self.cache.is_deleted
+        """Whether pages may not hold what they should: a launch has failed, perhaps with the
+        cache."""
+        return self.cache.is_deleted or self._failure is not None
 
     def restart(self, *, lost: bool) -> None:
         """Begin without rows; with an empty cache, if what it held is lost."""
@@ -232,18 +283,16 @@ class DeviceRunner:
         if self._check is not None:
             self._check(plan._replace(samples=()))  # which are this process's own
 
-    def _told(
-        self, enter: Sequence[Enter], tables: Sequence[TableDelta]
-    ) -> list[tuple[MessageSizes, Any]]:
+    def _told(self, enter: Sequence[Enter], tables: Sequence[TableDelta]) -> list[tuple[Any, Any]]:
         """What the device is to know of rows and tables; nothing, if nothing changed."""
         (delta,) = (self._local(each) for each in tables)
         sizes, columns = self._sizes, self._columns
         told = messages(enter, delta, sizes, slots=self._slots, columns=columns)
-        return [(size, self._put(message)) for size, message in told]
+        return [(self._executable("update", size), self._put(message)) for size, message in told]
 
-    def _tell(self, told: Sequence[tuple[MessageSizes, Any]]) -> None:
-        for size, message in told:
-            self._table, self._state = update(self._table, self._state, message, size=size)
+    def _tell(self, told: Sequence[tuple[Any, Any]]) -> None:
+        for program, message in told:
+            self._table, self._state = program(self._table, self._state, message)
 
     def _local(self, delta: TableDelta) -> TableDelta:
         """The page ids that the shard of each row has for them."""
@@ -276,14 +325,14 @@ class DeviceRunner:
 
     def _decode_message(
         self, slots: np.ndarray, budgets: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> tuple[int, np.ndarray, np.ndarray]:
         shard = slots // self._config.max_rows
         most = int(np.bincount(shard).max()) if len(slots) else self._config.max_rows
         size = next(size for size in self._config.row_buckets if size >= most)
         out = self._idle_rows(size)
         places = self._places(slots, size)
         out[0, places], out[1, places] = slots, budgets
-        return out, places
+        return size, out, places
 
     def _idle_rows(self, size: int) -> np.ndarray:
         """The message of a program in which no row does anything."""
@@ -291,66 +340,32 @@ class DeviceRunner:
         out[0] = self._slots
         return out
 
-    def _run_decode(self, message: Any) -> DecodeOut:
-        options = dict(steps=self._config.decode_steps, top=self._config.top_logits)
+    def _run_decode(self, program: Any, message: Any) -> DecodeOut:
         args = self._cache, self._state, self._table, self.params, message
-        self._cache, self._state, out = self._programs.decode(*args, **options)
+        self._cache, self._state, out = program(*args)
         return out
 
     # ---- warm-up
 
     def warmup(self, progress: Progress | None = None) -> None:
-        """Compile every program, several at a time, and run each once with nothing to do.
+        """Compile every program, and run each once with nothing to do.
 
-        Tracing holds Python's lock, compiling does not. What the persistent compilation cache has
-        is read from there.
+        What JAX's persistent compilation cache has is read from there.
         """
         self.cache = tied(self.cache)  # as it is after a swap or `restore`
         self._enter_nobody()
-        jobs = self._jobs()
-        done = 0
-        with ThreadPoolExecutor(thread_name_prefix="paged-decode-warmup") as pool:
-            for finished in as_completed([pool.submit(job) for job in jobs]):
-                finished.result()
-                done += 1
-                if progress is not None:
-                    progress(done, len(jobs))
-        self._run_all()
-
-    def _jobs(self) -> list[Callable[[], object]]:
-        """One for each program, which compiles it with the arguments that it will have."""
-        config, programs = self._config, self._programs
-        steps = dict(steps=config.decode_steps, top=config.top_logits)
-        jobs: list[Callable[[], object]] = []
-
-        def job(program: Any, *args: Any, **options: Any) -> None:
-            jobs.append(lambda: program.lower(*args, **options).compile())
-
+        config, self._executables = self._config, {}
+        sizes = dict(update=self._sizes, prefill=config.chunk_buckets, decode=config.row_buckets)
+        keys = [(kind, size) for kind, each in sizes.items() for size in each]
+        self._compile([self._lowered(*key) for key in keys], progress)
         for size in self._sizes:
-            message = self._put(np.zeros(size.length, np.int32))
-            job(update, self._table, self._state, message, size=size)
+            message = empty_message(size, self._slots, self._columns)[0]
+            self._tell([(self._executable("update", size), self._put(message))])
         for width in config.chunk_buckets:
-            message = self._put(self._prefill_message(width, ()))
-            job(programs.prefill, self.cache, self._table, self.params, message)
+            self.wait(self.prefill(Prefill(_NO_TABLES, (), ((width, ()),), ())))
         for size in config.row_buckets:
-            message = self._put(self._idle_rows(size))
-            job(
-                programs.decode, self.cache, self._state, self._table, self.params, message, **steps
-            )
-        return jobs
-
-    def _run_all(self) -> None:
-        """Each program once; nothing compiles, but what runs first may still be set up."""
-        config = self._config
-        for size in self._sizes:
-            told = [(size, self._put(empty_message(size, self._slots, self._columns)[0]))]
-            self._launch(lambda _, told=told: self._tell(told), (size,))
-        for width in config.chunk_buckets:
-            self.prefill(Prefill(_NO_TABLES, (), ((width, ()),), ()))
-        for size in config.row_buckets:
-            message = self._put(self._idle_rows(size))
-            job = lambda _, message=message: self._run_decode(message)  # noqa: E731
-            self.wait(self._launch(job, ("decode", message.shape[1])))
+            given = self._put(self._idle_rows(size))
+            jax.block_until_ready(self._run_decode(self._executable("decode", size), given))
         width = 1
         while width < 2 * config.max_rows:
             self.cache = self.cache.copy_pages(PageCopies(*np.zeros((2, width), np.int32)))

@@ -47,11 +47,12 @@ def plan_engine_save(
 
     running = [s for s in scheduler.running if chosen(s.request_id)]
     waiting = [s for s in scheduler.waiting if chosen(s.request_id)]
-    if missing := set(requests or ()) - {s.request_id for s in (*running, *waiting)}:
-        raise KeyError(f"requests {sorted(missing)} are not in the engine")
     pending, shown = outbox.contents()
     events = [PendingEvent(e, False) for e in pending if chosen(e.request_id)]
     events += [PendingEvent(e, True) for e in shown if chosen(e.request_id)]
+    known = {s.request_id for s in (*running, *waiting)} | {p.event.request_id for p in events}
+    if missing := set(requests or ()) - known:
+        raise KeyError(f"requests {sorted(missing)} are not in the engine")
     state = EngineState(running, waiting, events, calls.next_id)
     return plan_save(
         path,

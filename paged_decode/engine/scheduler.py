@@ -36,6 +36,8 @@ from .swapping import Swapping
 
 __all__ = ["NeedsTruth", "Scheduler"]
 
+_NO_COPIES = PageCopies(*np.empty((2, 0), np.int32))
+
 
 class NeedsTruth(Exception):
     """There is no plan before all visits in flight are booked; nothing has changed."""
@@ -126,18 +128,21 @@ class Scheduler:
         because a visit in flight may be writing to it; without room for that the child waits.
         """
         self.living[child.request_id] = [child]
-        self._opening = frozenset(self.allocator.handles)
-        (handle,) = self.allocator.fork(parent.handle)
-        child.handle, child.computed = handle, parent.computed
-        self._opening = None
+        shard, length = self.room.shard_of(parent), len(child.tokens)
+        if self.room.protected(child) and not self.room.has_fork(child, self.running, shard):
+            self.waiting.put_front(child)
+            return _NO_COPIES
+        self._fork(child, parent)
+        self.allocator.truncate(child.handle, length - 1)
+        child.computed = length - 1
         try:
-            prepared = self.allocator.prepare([handle], len(child.tokens))
+            prepared = self.allocator.prepare([child.handle], length)
         except OutOfPages:
-            self._leaving.append(handle)
+            self._leaving.append(child.handle)
             child.handle, child.computed = None, 0
             self.waiting.put_front(child)
             self.release()
-            return PageCopies(*np.empty((2, 0), np.int32))
+            return _NO_COPIES
         self._seat(child, [])
         return prepared.copies
 
@@ -298,15 +303,15 @@ class Scheduler:
                 for other in reversed(siblings[position:]):
                     self.waiting.put_front(other)
                 return
-            self._adopt(sibling, sample)
+            self._fork(sibling, sample)
+            self._seat(sibling, [])
 
-    def _adopt(self, child: Sample, parent: Sample) -> None:
-        """Give the child a fork of the parent's pages, and a row."""
+    def _fork(self, child: Sample, parent: Sample) -> None:
+        """Give the child a fork of the parent's pages."""
         self._opening = frozenset(self.allocator.handles)
         (handle,) = self.allocator.fork(parent.handle)
         child.handle, child.computed = handle, parent.computed
         self._opening = None
-        self._seat(child, [])
 
     # ---- prefill
 
