@@ -37,7 +37,7 @@ class AllocatorCalls(AllocatorView):
         tokens: Ints | PromptKey,
         *,
         cache_salt: str | bytes | None = None,
-        keep_free: SupportsIndex = 0,
+        keep_free: Ints = 0,
     ) -> Handle:
         """Start a sequence of T tokens: cached pages for its prefix, new pages for the rest.
 
@@ -48,15 +48,20 @@ class AllocatorCalls(AllocatorView):
             digests serve again.
           cache_salt: only sequences with an equal salt share pages through the cache. None, "",
             b"", "x" and b"x" are five different salts.
-          keep_free: pages that must be free or evictable afterwards (a watermark).
+          keep_free: pages that must be free or evictable afterwards (a watermark). Over shards,
+            of one number every shard keeps its part; a number for each holds there.
 
         Raises:
           SequenceTooLong: the whole pool holds fewer than T tokens.
           OutOfPages: not enough free or evictable pages at the moment. `needed` counts new pages,
             found ones that were evictable, and `keep_free`.
         """
-        key, keep_free = as_key(tokens, cache_salt), as_count("keep_free", keep_free)
-        return self._plan_allocate(key, keep_free)()
+        key, shards = as_key(tokens, cache_salt), len(self._shards)
+        if np.ndim(keep_free):
+            keep = as_rows("keep_free", keep_free, shards).tolist()
+        else:
+            keep = [-(-as_count("keep_free", keep_free) // shards)] * shards  # type: ignore[arg-type]
+        return self._plan_allocate(key, keep)()
 
     # ---- growth ----
 
@@ -391,17 +396,17 @@ class AllocatorCalls(AllocatorView):
 
     # ---- over all shards
 
-    def _plan_allocate(self, key: PromptKey, keep_free: int) -> Plan[Handle]:
+    def _plan_allocate(self, key: PromptKey, keep_free: list[int]) -> Plan[Handle]:
         """On the shard that knows most of the prompt, and among equals has most pages to give."""
         if self._only is not None:
-            return self._only.plan_allocate(key, keep_free)
+            return self._only.plan_allocate(key, keep_free[0])
         refusals: list[OutOfPages] = []
         order = [
             (-len(books.match(key)[1]), -books.main.pool.num_available) for books in self._shards
         ]
         for i in sorted(range(len(order)), key=lambda i: (order[i], i)):
             try:
-                return self._shards[i].plan_allocate(key, -(-keep_free // len(order)))
+                return self._shards[i].plan_allocate(key, keep_free[i])
             except OutOfPages as error:
                 refusals.append(error)
         raise refusals[0]

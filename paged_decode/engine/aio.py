@@ -5,14 +5,56 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from contextlib import suppress
+from typing import Any, TypeAlias
 
 from ..allocator.arguments import Ints
 from ..requests import TokenEvent
 from ..sampling import SamplingParams
 from .engine import Engine
 
-__all__ = ["AsyncEngine"]
+__all__ = ["AsyncEngine", "EventStream"]
+
+Queue: TypeAlias = asyncio.Queue[TokenEvent | BaseException]
+
+
+class EventStream(AsyncIterator[TokenEvent]):
+    """The events of one request.
+
+    If the task that waits for the next one is cancelled, or the stream is closed or dropped before
+    the request has ended, the request is cancelled.
+    """
+
+    def __init__(self, engine: Engine, request_id: int, queue: Queue, samples: int):
+        self.request_id = request_id
+        self._engine, self._queue, self._left = engine, queue, samples
+
+    async def __anext__(self) -> TokenEvent:
+        if not self._left:
+            raise StopAsyncIteration
+        try:
+            event = await self._queue.get()
+        except asyncio.CancelledError:
+            self._end()
+            raise
+        if isinstance(event, BaseException):
+            self._end()
+            raise event
+        self._left -= event.finish_reason is not None
+        return event
+
+    async def aclose(self) -> None:
+        """End the request, if it has not ended."""
+        self._end()
+
+    def __del__(self) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        if self._left:
+            self._left = 0
+            with suppress(KeyError):  # it has ended, and nobody has read so
+                self._engine.cancel(self.request_id)
 
 
 class AsyncEngine:
@@ -32,48 +74,30 @@ class AsyncEngine:
 
     def __init__(self, engine: Engine):
         self.engine = engine
-        self._queues: dict[int, asyncio.Queue[TokenEvent | BaseException]] = {}
+        self._queues: dict[int, Queue] = {}
         self._thread = ThreadPoolExecutor(1, "paged-decode-steps")
         self._stepping: asyncio.Task[None] | None = None
 
     def submit(
         self, prompt: Ints, sampling: SamplingParams | None = None, **options: Any
-    ) -> AsyncIterator[TokenEvent]:
-        """Queue a prompt now; the events of all its samples come from what is returned.
+    ) -> EventStream:
+        """Queue a prompt now, and return the stream of the events of all its samples.
 
         Args:
           prompt, sampling, options: as in `Engine.submit`, without `on_token`.
 
-        A task that is cancelled, or leaves the iterator with `aclose`, cancels its request. What a
-        step raises, all tasks get whose requests have not ended.
+        What a step raises comes from every stream whose request was not over.
         """
-        loop = asyncio.get_running_loop()
-        queue: asyncio.Queue[TokenEvent | BaseException] = asyncio.Queue()
+        loop, queue = asyncio.get_running_loop(), Queue()
 
         def tell(event: TokenEvent) -> None:
             loop.call_soon_threadsafe(queue.put_nowait, event)
 
-        samples = int(options.get("n", 1))
         request_id = self.engine.submit(prompt, sampling, on_token=tell, **options)
         self._queues[request_id] = queue
         if self._stepping is None or self._stepping.done():
             self._stepping = loop.create_task(self._steps())
-        return self._events(request_id, queue, samples)
-
-    async def _events(
-        self, request_id: int, queue: asyncio.Queue[TokenEvent | BaseException], samples: int
-    ) -> AsyncIterator[TokenEvent]:
-        try:
-            while samples:
-                event = await queue.get()
-                if isinstance(event, BaseException):
-                    raise event
-                samples -= event.finish_reason is not None
-                yield event
-        finally:
-            del self._queues[request_id]
-            if samples:
-                self.engine.cancel(request_id)
+        return EventStream(self.engine, request_id, queue, int(options.get("n", 1)))
 
     async def _steps(self) -> None:
         """Until nothing is left to do."""
@@ -84,11 +108,14 @@ class AsyncEngine:
             except Exception as error:  # of a program, a policy: the engine goes on
                 for queue in self._queues.values():
                     queue.put_nowait(error)
+            living = self.engine.scheduler.living
+            self._queues = {key: q for key, q in self._queues.items() if key in living}
 
     async def aclose(self) -> None:
         """Cancel what has not ended, and let the thread end."""
         for request_id in list(self._queues):
-            self.engine.cancel(request_id)
+            with suppress(KeyError):
+                self.engine.cancel(request_id)
         if self._stepping is not None:
             await self._stepping
         self._thread.shutdown()

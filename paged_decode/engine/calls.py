@@ -63,14 +63,18 @@ class Calls:
                 raise KeyError(f"request {request_id} is not in the engine")
             self._cancelled.append(request_id)
 
-    def carry_out(self) -> None:
-        """By the thread that steps."""
+    def take_in(self) -> None:
+        """Queue the requests that came."""
         while self._submitted:
             first, on_token = self._submitted[0]
             if on_token is not None:
                 self._outbox.callbacks[first.request_id] = on_token
             self._scheduler.add(first)
             self._submitted.popleft()
+
+    def carry_out(self) -> None:
+        """The same, and end those that are to be ended."""
+        self.take_in()
         while self._cancelled:
             self._scheduler.cancel(self._cancelled[0])
             self._cancelled.popleft()

@@ -139,7 +139,8 @@ class Engine:
             wait=config.collect_at_once,
             forget_prefixes=self._forget_prefixes,
         )
-        self._stepping = threading.RLock()  # held by whoever changes anything but what follows
+        self._stepping = threading.RLock()
+        self._owner: int | None = None  # the thread in a call that is for one thread at a time
         self._calls = Calls(self.scheduler, self._outbox)
 
     # ---- what users call
@@ -163,7 +164,8 @@ class Engine:
 
         Nothing that was computed with the old ones is used again: the prefix cache, the host tier
         and its disk tier forget their pages, and requests that run compute theirs again, with the
-        tokens that were delivered. Weights of the same shapes compile nothing.
+        tokens that were read: those of events that were returned, or that wait to be (after `save`,
+        or a callback that raised). Weights of the same shapes compile nothing.
 
         Args:
           params: the new weights. An array of the old ones that is changed in place is not seen.
@@ -218,7 +220,7 @@ class Engine:
             first.siblings.append(first.spawn(-1, i, seeded))
         self.scheduler.digests_of(first)  # the sample keeps them: here, and not in a visit
         request_id = self._calls.submit(first, on_token)
-        self._try_calls()
+        self._try(self._calls.take_in)
         return request_id
 
     def fork(
@@ -280,7 +282,7 @@ class Engine:
           KeyError: no such request is in the engine.
         """
         self._calls.cancel(as_int("request_id", request_id))
-        self._try_calls()
+        self._try(self._calls.carry_out)
 
     @property
     def num_waiting(self) -> int:
@@ -346,21 +348,17 @@ class Engine:
             raise ValueError(f"{len(prompts)} prompts, but {len(each)} sampling params")
         ids: set[int] = set()
         events: list[TokenEvent] = []
-        others: list[TokenEvent] = []
         try:
             for prompt, one in zip(prompts, each, strict=True):
                 ids.add(self.submit(prompt, one, n=n, cache_salt=cache_salt))
             left = len(ids) * as_count("n", n, 1)
             while left:
                 self._step()
-                for event in self._outbox.take():
-                    (events if event.request_id in ids else others).append(event)
-                    left -= event.request_id in ids and event.finish_reason is not None
+                events += (new := self._outbox.take(ids))
+                left -= sum(event.finish_reason is not None for event in new)
         except BaseException:
             self._withdraw(ids)
             raise
-        finally:
-            self._outbox.put_back((), others)
         return gather(events)
 
     def _withdraw(self, ids: set[int]) -> None:
@@ -493,16 +491,19 @@ class Engine:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Nobody else changes the engine meanwhile, and what was cut off before is whole again."""
-        if not self._stepping.acquire(blocking=False):
+        me, owner = threading.get_ident(), self._owner
+        if owner not in (None, me):
             raise RuntimeError(
                 "another thread is in a call of this engine: one thread at a time may step, fork, "
                 "save or restore; submit and cancel are for all"
             )
-        try:
-            self.loop.mend()
-            yield
-        finally:
-            self._stepping.release()
+        with self._stepping:
+            self._owner = me
+            try:
+                self.loop.mend()
+                yield
+            finally:
+                self._owner = owner
 
     @contextmanager
     def _settled(self) -> Iterator[None]:
@@ -512,12 +513,14 @@ class Engine:
             self.loop.collect()
             yield
 
-    def _try_calls(self) -> None:
-        """Carry out calls now; in the middle of a visit, by whatever thread, the next one does."""
-        if self._stepping.acquire(blocking=False):
+    def _try(self, calls: Callable[[], None]) -> None:
+        """Carry out calls now; in the middle of a visit, or after one that was cut off, the next
+        one does."""
+        idle = self._owner in (None, threading.get_ident())
+        if idle and self._stepping.acquire(blocking=False):
             try:
-                if not self.loop.under_way:
-                    self._take_calls()
+                if not self.loop.torn:
+                    self.loop.change(calls)
             finally:
                 self._stepping.release()
 

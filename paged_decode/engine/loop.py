@@ -89,7 +89,11 @@ class Loop:
             self._book_one()
 
     @property
-    def under_way(self) -> bool:
+    def torn(self) -> bool:
+        """Whether a change is under way, or was cut off."""
+        return self._call is not None
+
+    def _is_within(self) -> bool:
         """Whether the caller was called within a change: a policy, a rank or a digest was."""
         frame: FrameType | None = None if self._call is None else sys._getframe()
         while frame is not None and frame is not self._call:
@@ -113,7 +117,7 @@ class Loop:
         """Make whole what an interrupt or an error has cut off: rows compute their pages again."""
         if self._call is None:
             return
-        if self.under_way:
+        if self._is_within():
             raise RuntimeError(
                 "a policy, an eviction rank or a digest must not call the engine that asks it"
             )

@@ -39,11 +39,11 @@ class Outbox:
         self._new[serial] = outcomes
 
     def put_back(self, pending: Sequence[TokenEvent], shown: Sequence[TokenEvent]) -> None:
-        """Take what `contents` gave, here or in another engine; what was shown comes first."""
+        """Take what `contents` gave in another engine."""
         self._open()
         self._showing = [*self._showing, *pending]
         if shown:
-            self._ready = {"events": deque([*shown, *self._ready.get("events", ())])}
+            self._ready = {"events": deque([*self._ready.get("events", ()), *shown])}
 
     def contents(self) -> tuple[list[TokenEvent], list[TokenEvent]]:
         """What is yet to be shown, and what was shown but not taken."""
@@ -72,7 +72,8 @@ class Outbox:
         """Show every event to its callback; then they are there to be taken.
 
         A callback that raises is not called again: `abandon(request_id)` is, and the exception
-        goes on. The next call shows the rest.
+        goes on. The next call shows the rest. An interrupt that comes just before a callback keeps
+        the event from it, not from the caller.
         """
         self._open()
         while self._num_shown < len(self._showing):
@@ -100,9 +101,14 @@ class Outbox:
             kept = {request: cb for request, cb in self.callbacks.items() if request in living}
             self.callbacks = kept
 
-    def take(self) -> list[TokenEvent]:
-        """All events that were shown."""
-        return list(self._ready.pop("events", ()))
+    def take(self, requests: Collection[int] | None = None) -> list[TokenEvent]:
+        """All events that were shown, or those of some requests."""
+        if requests is None:
+            return list(self._ready.pop("events", ()))
+        ready = self._ready.get("events", ())
+        rest = deque(event for event in ready if event.request_id not in requests)
+        self._ready = {"events": rest} if rest else {}
+        return [event for event in ready if event.request_id in requests]
 
     def take_one(self) -> TokenEvent | None:
         """The first of them; None if there is none."""

@@ -60,7 +60,7 @@ class Room:
         return sample.preemptions >= self._most
 
     def keep_free(self, sample: Sample, running: Sequence[Sample]) -> int:
-        """Pages that must be left; an empty engine admits whatever fits.
+        """Pages that must be left where these run; where nobody does, whatever fits is let in.
 
         A sample that was preempted too often comes back for good: it is let in when all that it and
         others like it can grow to is free. Those always finish, and each sample is preempted a
@@ -75,10 +75,16 @@ class Room:
             keep = tuple(map(max, keep, must))
         return keep[0]
 
-    def has_fork(self, sibling: Sample, running: Sequence[Sample], shard: int) -> bool:
-        """Whether the policy lets in a fork, which copies a partial page when it writes."""
+    def has_fork(
+        self, sibling: Sample, running: Sequence[Sample], shard: int, *, forked: int = 0
+    ) -> bool:
+        """Whether the policy lets in a fork, which copies a partial page when it writes.
+
+        So many forks of the same page are there that have not done so.
+        """
         copied = (len(sibling.tokens) - 1) % self._allocator.page_size > 0
-        return self.keep_free(sibling, running) + copied <= self.available(shard)
+        copies = (forked + 1) * copied
+        return self.keep_free(sibling, running) + copies <= self.available(shard)
 
     def victim(self, candidates: Sequence[Sample]) -> Sample:
         """Whom the policy names among those that were not preempted too often before."""

@@ -74,6 +74,7 @@ class DeviceRunner:
         self._cache, self._config, self._stats, self._check = cache, config, stats, check
         self._thread = ThreadPoolExecutor(1, "paged-decode-launch")
         self._last: Launched | None = None
+        self._launcher: int | None = None
         self._failure: BaseException | None = None  # of a job: those behind it are not run
         self._model, self._programs = model, Programs.of(model)
         self._executables: dict[tuple[str, Any], Any] = {}  # by kind and size
@@ -144,6 +145,7 @@ class DeviceRunner:
     def _run(self, job: Callable[[Launched], Any], launched: Launched) -> None:
         if not launched.future.set_running_or_notify_cancel():
             return
+        self._launcher = threading.get_ident()
         try:
             if self._failure is not None:
                 raise self._failure
@@ -195,6 +197,8 @@ class DeviceRunner:
 
     def _drain(self) -> None:
         """Return when everything is launched, has failed, or was taken back."""
+        if threading.get_ident() == self._launcher:
+            return  # the check asks, for one
         if self._last is not None and not self._last.future.cancelled():
             self._last.future.exception()
 

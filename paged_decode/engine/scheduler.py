@@ -129,7 +129,8 @@ class Scheduler:
         """
         self.living[child.request_id] = [child]
         shard, length = self.room.shard_of(parent), len(child.tokens)
-        if self.room.protected(child) and not self.room.has_fork(child, self.running, shard):
+        here = self._seats.on(shard)
+        if self.room.protected(child) and not self.room.has_fork(child, here, shard):
             self.waiting.put_front(child)
             return _NO_COPIES
         self._fork(child, parent)
@@ -206,7 +207,7 @@ class Scheduler:
 
     def _open(self, sample: Sample) -> None:
         """Give the sample pages for all its tokens but the newest."""
-        keep = self.room.keep_free(sample, self.running)
+        keep = [self.room.keep_free(sample, self._seats.on(i)) for i in self._seats.shards]
         sample.asked = bool(self.running)
         self._opening = frozenset(self.allocator.handles)
         handle = self.allocator.allocate(sample.key, keep_free=keep)
