@@ -22,8 +22,9 @@ class BlockAllocator(AllocatorCalls):
     """Maps sequences to the pages of a pool of N pages with S tokens each. Host only, no jax.
 
     Page 0 is the null page: counted in `num_pages`, never handed out. Every call is
-    all-or-nothing: if it raises, nothing has changed. Wherever `handles` are taken, one handle or
-    a sequence of B distinct handles will do. The same calls give the same page ids.
+    all-or-nothing: if it raises an ordinary error, nothing has changed; what an interrupt tore is
+    repaired by the next call. Wherever `handles` are taken, one handle or a sequence of B distinct
+    handles will do. The same calls give the same page ids.
 
     Each call is atomic under a lock, but a decode step is several calls and a device program:
     let one thread drive an allocator.
@@ -79,8 +80,9 @@ class BlockAllocator(AllocatorCalls):
         """Sequences, page table, tokens and prefix cache as plain arrays, and where they lie.
 
         Reserved pages and pages of `allocate_pages` are not part of it. Entries whose parent was
-        evicted cannot be found and are left out. A private sequence is exported with no token
-        computed: its tokens are kept, and whoever imports it computes keys and values of its own.
+        evicted cannot be found and are left out. A private sequence, or one that holds a page
+        which was withdrawn and not published since, is exported with no token computed: its tokens
+        are kept, and whoever imports it computes keys and values of its own.
 
         Args:
           handles: the sequences to export, in this order; None is `self.handles`.

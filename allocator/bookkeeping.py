@@ -123,6 +123,7 @@ class Bookkeeping:
             rows.described[row] = found
             pool.store(pages[len(hits) :], key.tokens[found:])
             pool.cache.count_query(len(key), found)
+            rows.enter(row)
             return rows.name(row)
 
         return apply
@@ -141,6 +142,7 @@ class Bookkeeping:
             for child in children:
                 for group, pages in zip(self.groups, held, strict=True):
                     group.table.set(child, pages)
+            rows.enter(np.array(children, np.int64))
             return [rows.name(child) for child in children]
 
         return apply
@@ -150,6 +152,7 @@ class Bookkeeping:
         cuts = self._plan_cut(row)
 
         def apply() -> None:
+            self.rows.leave(row)  # first: all of them at once
             self._cut(row, cuts)
             for each in row.tolist():
                 self.rows.close(each)
@@ -192,6 +195,7 @@ class Bookkeeping:
         slots = self.main.slots(row[at], growing.start[at] + step)
         self.main.pool.tokens.reshape(-1)[slots] = token[at, step]
         described = np.minimum(self.rows.described[row], growing.start)
+        self.rows.described[row] = described  # before the length: it may have been `ALL`
         self.rows.length[row] = growing.start + count
         self.rows.describe(row, described)
         return prepared.copies
@@ -245,12 +249,12 @@ class Bookkeeping:
         unpublished = tail[pool.cache.published[tail] & (owners == 1)].tolist()
 
         def apply() -> None:
-            self._cut(row, cuts)
-            for each, keep in zip(row.tolist(), length.tolist(), strict=True):
-                rows.cut(each, keep, keep // size)
+            pool.stamp(tail)  # their last slots may be written again
             for page in unpublished:
                 pool.unpublish(page)
-            pool.stamp(tail)  # their last slots may be written again
+            for each, keep in zip(row.tolist(), length.tolist(), strict=True):
+                rows.cut(each, keep, keep // size)  # before its pages: those are reserved then
+            self._cut(row, cuts)
 
         return apply
 
@@ -294,20 +298,19 @@ class Bookkeeping:
         ]
 
         def apply() -> None:
-            rows.computed[row] = computed
-            if np.count_nonzero(computed > described):
-                rows.describe(row, np.maximum(computed, described))
             for plan in plans:
                 publish(self.main, rows, plan)
+            rows.computed[row] = computed  # never more than there are entries for
+            if np.count_nonzero(computed > described):
+                rows.describe(row, np.maximum(computed, described))
 
         return apply
 
     def withdraw(self, row: np.ndarray) -> None:
         """`BlockAllocator.withdraw`."""
-        for each in row.tolist():
-            pages = self.main.table.pages(each)
-            for page in pages[self.cache.published[pages]].tolist():
-                self.main.pool.unpublish(page)
+        held = [self.main.table.pages(each) for each in row.tolist()]
+        if held:
+            self.main.pool.withdraw(np.unique(np.concatenate(held)))
 
     def plan_renewal(self, generation: bytes | None, weights: bytes | None = None) -> Plan[None]:
         """Empty the prefix cache, with another root for every digest from then on.
@@ -322,16 +325,21 @@ class Bookkeeping:
         roots = {key: Namespace(key, cache.root_digest(key, new)) for key in keys}
 
         def apply() -> None:
+            public = [row for row in live if not (rows.private[row] or self._holds(row))]
+            for row in live:  # first: from here on nothing of before is found or published
+                rows.make_private(row)
+            self.main.pool.clear_cache()
             cache.generation = new
             if weights is not None:
                 cache.num_updates, cache.weights = cache.num_updates + 1, weights
             for row in live:
-                if rows.private[row] or any(g.table.end[row] for g in self.groups):
-                    rows.make_private(row)
-                rows.namespaces[row], rows.digests[row] = roots[rows.namespaces[row].key], []
-            self.main.pool.clear_cache()
+                rows.namespaces[row] = roots[rows.namespaces[row].key]
+            rows.private[public] = False
 
         return apply
+
+    def _holds(self, row: int) -> bool:
+        return any(group.table.end[row] for group in self.groups)
 
     def plan_prioritize(self, pages: Iterable[int], priority: int) -> Plan[None]:
         """`BlockAllocator.prioritize`, of pages with ids from 0."""

@@ -17,18 +17,19 @@ class PagedDecodeError(Exception):
 class OutOfPages(PagedDecodeError):
     """The pool cannot give the pages now; freeing or preempting something may cure it.
 
-    `needed`, `free` and `evictable` count pages. Nothing was taken.
+    `needed`, `free` and `evictable` count pages of the group of layers number `group`. Nothing was
+    taken.
     """
 
-    def __init__(self, needed: int, free: int, evictable: int):
-        self.needed, self.free, self.evictable = needed, free, evictable
+    def __init__(self, needed: int, free: int, evictable: int, group: int = 0):
+        self.needed, self.free, self.evictable, self.group = needed, free, evictable, group
         super().__init__(
             f"needed {needed} pages, but only {free} are free and {evictable} cached ones can be "
             "evicted; free or preempt a sequence, or create a larger pool"
         )
 
     def __reduce__(self):
-        return type(self), (self.needed, self.free, self.evictable)
+        return type(self), (self.needed, self.free, self.evictable, self.group)
 
 
 class SequenceTooLong(PagedDecodeError):

@@ -168,6 +168,19 @@ class EvictionQueue:
                 self._inflation = max(self._inflation, key[0])
                 return page
 
+    def repair(self, published: dict[int, Any], idle: set[int]) -> None:
+        """Queue only `idle` pages, and keep only the history of `published` ones."""
+        queued = OrderedDict((p, each) for p, each in self._queued.items() if p in idle)
+        known = {page: each for page, each in self.known.items() if page in published}
+        known |= {page: each.known for page, each in queued.items() if each is not None}
+        heap = [_entry(each) for each in queued.values() if each is not None]
+        heapq.heapify(heap)
+        self._queued, self.known, self._heap = queued, known, heap
+
+    def has(self, page: int, *, idle: bool) -> bool:
+        """Whether a published page has the history that it needs, and its place if it is idle."""
+        return (self._rank is None or page in self.known) and (not idle or page in self._queued)
+
     def order(self) -> list[int]:
         """The pages, the first to be evicted first."""
         if self._rank is None:

@@ -45,8 +45,8 @@ class PageTable:
     def cut(self, row: int, end: int) -> None:
         """Hold no page in columns from `end` on."""
         if end < (held := int(self.end[row])):
-            self.ids[row, end:held] = 0
             self.first[row], self.end[row] = min(end, int(self.first[row])), end
+            self.ids[row, end:held] = 0
 
     def make_room(self, rows: int, num_pages: int) -> None:
         """Make room for so many rows, for pages up to that column, and the spare one behind it."""
@@ -59,6 +59,20 @@ class PageTable:
             first[:old_rows], end[:old_rows] = self.first, self.end
             ids[:old_rows, : self.ids.shape[1]] = self.ids
             self.ids, self.first, self.end = ids, first, end
+
+    def repair(self, live: np.ndarray) -> None:
+        """Let rows that are not `live` hold nothing, and the others 0 where they hold no page."""
+        self.make_room(len(live), 0)
+        self.first[~live] = self.end[~live] = 0
+        self.ids[~self._used()] = 0
+
+    def owners(self, num_pages: int) -> np.ndarray:
+        """int64 `[N]`: how many rows hold each page; only of a table that was repaired."""
+        return np.bincount(self.ids[self._used()], minlength=num_pages)
+
+    def _used(self) -> np.ndarray:
+        column = np.arange(self.ids.shape[1])
+        return (column >= self.first[:, None]) & (column < self.end[:, None])
 
 
 class PageGroup(NamedTuple):

@@ -118,7 +118,7 @@ def apply_growth(group: PageGroup, growth: Growth) -> Prepared:
     copies = _NO_COPIES
     if growth.num_copied:
         src, dst = table.ids[row[copied], growth.columns[copied]], pages[copied]
-        pool.tokens[dst] = pool.tokens[src]
+        pool.tokens[dst], pool.withdrawn[dst] = pool.tokens[src], pool.withdrawn[src]
         pool.copied += len(src)
         np.subtract.at(pool.refs, src, 1)  # another owner remains: never the last one
         copies = PageCopies(group.whole(src), group.whole(dst))

@@ -66,6 +66,7 @@ class PagePool:
       refs: int32 `[N]`, owners of each page: entries of page tables, and whoever took it raw.
       raw: bool `[N]`, pages handed out by number, outside any sequence.
       tokens: int32 `[N, S]`, the token in every slot, as far as some owner's length reaches.
+      withdrawn: bool `[N]`, pages whose content may be wrong, until they are taken or published.
       stamps: int64 `[N]`, a new number whenever a page is taken, and when a full one is cut.
     """
 
@@ -74,6 +75,7 @@ class PagePool:
         self.page_size = page_size
         self.refs = np.zeros(num_pages, np.int32)
         self.raw = np.zeros(num_pages, bool)
+        self.withdrawn = np.zeros(num_pages, bool)
         self.tokens = np.zeros((num_pages, page_size), np.int32)
         self.stamps = np.zeros(num_pages, np.int64)
         self._last_stamp = 0
@@ -123,6 +125,7 @@ class PagePool:
         pages = self._free[self.num_free - count : self.num_free][::-1].copy()
         self.num_free -= count
         self.refs[pages] = 1
+        self.withdrawn[pages] = False
         self.stamp(pages)
         self.taken += count
         self.peak_used = max(self.peak_used, self.num_used)
@@ -130,8 +133,9 @@ class PagePool:
 
     def stamp(self, pages: np.ndarray) -> None:
         """Mark pages whose content is about to be another one."""
-        self.stamps[pages] = np.arange(self._last_stamp + 1, self._last_stamp + 1 + len(pages))
-        self._last_stamp += len(pages)
+        begin = self._last_stamp + 1
+        self._last_stamp += len(pages)  # first: none may be given twice
+        self.stamps[pages] = np.arange(begin, begin + len(pages))
 
     def store(self, pages: np.ndarray, tokens: np.ndarray) -> None:
         """Put the tokens into the slots of these pages, from the first slot on."""
@@ -185,6 +189,7 @@ class PagePool:
             if equal and found.parent == parent:
                 return found
         past = None if found is None else self.unpublish(found.page)
+        self.withdrawn[page] = False
         return self.cache.add(page, digest, parent, depth, past)
 
     def unpublish(self, page: int) -> CachedPage | None:
@@ -193,6 +198,12 @@ class PagePool:
             self.cache.eviction.remove(page)
             self._push(np.array([page], np.int32))
         return self.cache.forget(page)
+
+    def withdraw(self, pages: np.ndarray) -> None:
+        """Take pages out of the cache because what they hold may be wrong."""
+        self.withdrawn[pages] = True
+        for page in pages[self.cache.published[pages]].tolist():
+            self.unpublish(page)
 
     def take_raw(self, count: int) -> list[int]:
         """Take pages outside any sequence; the caller has called `require`."""
@@ -225,6 +236,24 @@ class PagePool:
             self._push(np.array([self.cache.evict()], np.int32))
         for page in list(self.cache.by_page):
             self.unpublish(page)
+
+    def repair(self, owners: np.ndarray) -> None:
+        """Count all anew from what cannot be torn: the rows that hold each page `[N]`, and `raw`.
+
+        A cached page without an owner that is not in the order of eviction is forgotten: nobody
+        can be asked for its rank now.
+        """
+        self.raw[owners > 0] = False  # an import had given it to a sequence
+        self.raw[0] = True
+        self.refs[:] = owners + self.raw
+        idle = self.refs == 0
+        self.cache.repair(~self.raw & ~self.withdrawn, idle)
+        free = np.flatnonzero(idle & ~self.cache.published)
+        listed = list(dict.fromkeys(self.free_pages[np.isin(self.free_pages, free)].tolist()))
+        free = np.concatenate([np.setdiff1d(free, listed)[::-1], np.array(listed, np.int32)])
+        self._free[: len(free)] = free
+        self.num_free = len(free)
+        self.peak_used = max(self.peak_used, self.num_used)
 
     def _push(self, pages: np.ndarray) -> None:
         self._free[self.num_free : self.num_free + len(pages)] = pages

@@ -235,6 +235,23 @@ class PrefixCache:
         self.eviction.publish(page, depth, past)
         return entry
 
+    def repair(self, allowed: np.ndarray, idle: np.ndarray) -> None:
+        """Keep the entries on which all books agree; both bool `[N]`: pages that may be published,
+        and those without an owner."""
+        kept = {
+            page: entry
+            for page, entry in self.by_page.items()
+            if self.index.get(entry.digest) is entry
+            and self.published[page]
+            and allowed[page]
+            and self.eviction.has(page, idle=bool(idle[page]))
+        }
+        published = np.zeros_like(self.published)
+        published[list(kept)] = True
+        self.eviction.repair(kept, {page for page in kept if idle[page]})
+        self.by_page, self.published = kept, published
+        self.index = {entry.digest: entry for entry in kept.values()}
+
     def forget(self, page: int) -> CachedPage | None:
         """The page can no longer be found, whoever holds it; returns its history."""
         self.num_withdrawn += 1

@@ -50,8 +50,7 @@ def plan_publication(group: PageGroup, rows: RowTable, row: int, full: int) -> P
 
 def publish(group: PageGroup, rows: RowTable, plan: Publication) -> None:
     """Carry a plan out."""
-    chain, row = rows.chains[plan.row], plan.row
-    del chain[plan.keep :]
+    row, chain = plan.row, rows.chains[plan.row][: plan.keep]
     parent = chain[-1].serial if chain else rows.namespaces[row].key
     pages = group.table.pages(row)[plan.keep : plan.keep + len(plan.digests)].tolist()
     for depth, (page, digest) in enumerate(zip(pages, plan.digests, strict=True), plan.keep):
@@ -60,4 +59,5 @@ def publish(group: PageGroup, rows: RowTable, plan: Publication) -> None:
         parent = entry.serial
         if entry.page != page:
             rows.borrows[row] = True
+    rows.chains[row] = chain
     rows.chain_seen[row] = plan.lost[rows.borrows[row]]

@@ -141,7 +141,7 @@ class RowTable:
             handle = np.concatenate([self.handle, none + _VACANT])
             generation = np.concatenate([self.generation, none])
             self._last_seen = np.concatenate([none, none])
-            self._set_columns(columns)  # all of them, or none if memory runs out
+            self._set_columns(columns)  # all of them, or none if memory runs out; `repair` knows
             self.handle, self.generation = handle, generation
             self.chains += [[] for _ in range(old)]
             self.digests += [[] for _ in range(old)]
@@ -149,16 +149,23 @@ class RowTable:
             self.vacant = list(range(2 * old - 1, old - 1, -1)) + self.vacant
 
     def open(self, namespace: Namespace) -> int:
-        """Start a sequence without tokens; there is room for it."""
+        """A row for a sequence without tokens, which `enter` begins; there is room for it."""
         row = self.vacant.pop()
-        self.generation[row] += 1
-        number = row * self._num_shards + self._shard
-        self.handle[row] = int(self.generation[row]) << 32 | number
         self.namespaces[row] = namespace
         return row
 
+    def enter(self, row: int | np.ndarray) -> None:
+        """Begin the sequences of opened rows: all else that makes them up is there."""
+        self.generation[row] += 1
+        number = row * self._num_shards + self._shard
+        self.handle[row] = self.generation[row] << 32 | number
+
+    def leave(self, row: np.ndarray) -> None:
+        """End sequences, whose handles are stale from now on; `close` their rows afterwards."""
+        self.handle[row] = _VACANT
+
     def copy(self, row: int) -> int:
-        """Start a sequence like `row`; there is room for it."""
+        """A row like `row`, which `enter` begins; there is room for it."""
         child = self.open(self.namespaces[row])
         self._columns[:, child] = self._columns[:, row]
         self.digests[child], self.chains[child] = list(self.digests[row]), list(self.chains[row])
@@ -182,11 +189,27 @@ class RowTable:
         self.digests[row], self.chains[row] = [], []
 
     def close(self, row: int) -> None:
-        """End a sequence; its handle is stale from now on."""
+        """Make a row vacant whose sequence has ended."""
         self._columns[:, row] = 0
-        self.handle[row], self.namespaces[row] = _VACANT, _NOWHERE
+        self.namespaces[row] = _NOWHERE
         self.digests[row], self.chains[row] = [], []
         self.vacant.append(row)
+
+    def repair(self) -> None:
+        """Let whatever has no handle be vacant; and all columns as long as the longest."""
+        self._set_columns(self._columns)  # the first to grow, with all that the others have
+        size = self._columns.shape[1]
+        self._last_seen = np.zeros(size, np.int64)
+        self.generation = np.append(self.generation, self._last_seen[len(self.generation) :])
+        self.handle = np.append(self.handle, self._last_seen[len(self.handle) :] + _VACANT)
+        live = (self.handle != _VACANT).tolist()
+        self.namespaces = [self.namespaces[r] if on else _NOWHERE for r, on in enumerate(live)]
+        self.digests = [self.digests[row] if on else [] for row, on in enumerate(live)]
+        self.chains = [self.chains[row] if on else [] for row, on in enumerate(live)]
+        unused = np.flatnonzero(self.handle == _VACANT)
+        self._columns[:, unused] = 0
+        listed = [row for row in dict.fromkeys(self.vacant) if not live[row]]
+        self.vacant = np.setdiff1d(unused, listed)[::-1].tolist() + listed
 
     def _set_columns(self, columns: np.ndarray) -> None:
         self._columns = columns

@@ -76,7 +76,7 @@ class ShardedAllocator(AllocatorCalls):
     @property
     def shards(self) -> tuple[AllocatorView, ...]:
         """The parts, to read from: handles and page ids are those of the whole."""
-        return tuple(AllocatorView((books,), self._lock) for books in self._shards)
+        return tuple(AllocatorView((books,), self._guard) for books in self._shards)
 
     @atomic
     def shard_of(self, handle: SupportsIndex) -> int:

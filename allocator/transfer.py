@@ -52,11 +52,15 @@ def collect_state(
     place = np.zeros(len(pool.refs), np.int32)
     place[pages] = np.arange(len(pages))
 
+    # A page whose content may be wrong is not computed, for whoever holds it: as all are published
+    # that are, whoever imports it would find it again.
+    spoilt = np.zeros(len(row), bool)
+    spoilt[np.repeat(np.arange(len(row)), counts)[pool.withdrawn[owned]]] = True
     salts = _Salts()
     state = AllocatorState(
         page_size=page_size,
         lengths=length,
-        computed=np.where(rows.private[row], 0, rows.computed[row]),
+        computed=np.where(spoilt | (rows.private[row] != 0), 0, rows.computed[row]),
         cached=rows.cached[row],
         salts=np.array([salts.index(rows.namespaces[r].key) for r in row], np.int32),
         table=place[owned],
@@ -207,10 +211,10 @@ def adopt_state(
     """Make sequences and cache entries of raw pages, which are raw no more; returns rows.
 
     Until the end each page keeps the owner that it was taken with, so that none of them can become
-    free half way. There is room for the rows and their pages.
+    free half way. There is room for the rows and their pages. All sequences begin at once, and
+    until then the pages are raw: whatever is torn before is as if it had not begun.
     """
     pool, made, opened = group.pool, list[CacheEntry](), []
-    pool.raw[pages] = False
     pool.tokens[pages] = state.tokens
     for place, digest, parent, depth in plan.links:
         before = plan.roots[-1 - parent].key if parent < 0 else made[parent].serial
@@ -229,6 +233,8 @@ def adopt_state(
         )
         rows.chain_seen[row] = -1  # entries of one import may have replaced each other
         opened.append(row)
+    rows.enter(np.array(opened, np.int64))
+    pool.raw[pages] = False
     pool.refs[pages[: state.num_owned]] -= 1
     stays = pool.cache.published[plan.idle]
     retired: list[Any] = [each for each, kept in zip(plan.retired, stays, strict=False) if kept]

@@ -1,6 +1,5 @@
 """What can be read from an allocator without changing it, of one shard or several."""
 
-import threading
 from itertools import islice
 from typing import Any, SupportsIndex
 
@@ -9,7 +8,7 @@ import numpy as np
 from .arguments import Ints, as_count
 from .bookkeeping import Bookkeeping
 from .invariants import require_consistent
-from .locking import atomic, changing
+from .locking import Guard, atomic, changing
 from .prefix import salt_of
 from .prompt import PromptKey, as_key
 from .publication import digests_of
@@ -22,11 +21,10 @@ __all__ = ["AllocatorView"]
 class AllocatorView:
     """The reading half of an allocator. A plain one has one shard, and its pages begin at 0."""
 
-    def __init__(self, shards: tuple[Bookkeeping, ...], lock: Any = None):
+    def __init__(self, shards: tuple[Bookkeeping, ...], guard: Guard | None = None):
         self._shards = shards
         self._only = shards[0] if len(shards) == 1 else None
-        self._lock = lock or threading.RLock()
-        self._is_changing = False
+        self._guard = guard or Guard(shards)
 
     @property
     def num_pages(self) -> int:
@@ -176,12 +174,12 @@ class AllocatorView:
         return list(cache.partial_digests(root, key.tokens, size))
 
     @property
+    @atomic
     def handles(self) -> tuple[Handle, ...]:
         """The live sequences, in the order in which `export_state` lists them."""
-        with self._lock:
-            return tuple(
-                books.rows.name(row) for books in self._shards for row in books.rows.live.tolist()
-            )
+        return tuple(
+            books.rows.name(row) for books in self._shards for row in books.rows.live.tolist()
+        )
 
     def ref_count(self, page: SupportsIndex) -> int:
         """How many owners a page has: sequences, or 1 if it is raw. A null page has 0."""

@@ -25,9 +25,10 @@ class EventStream(AsyncIterator[TokenEvent]):
     the request has ended, the request is cancelled.
     """
 
-    def __init__(self, engine: Engine, request_id: int, queue: Queue, samples: int):
+    def __init__(self, engine: Engine, request_id: int, queues: dict[int, Queue], samples: int):
         self.request_id = request_id
-        self._engine, self._queue, self._left = engine, queue, samples
+        self._engine, self._queues, self._left = engine, queues, samples
+        self._queue = queues[request_id]
 
     async def __anext__(self) -> TokenEvent:
         if not self._left:
@@ -41,6 +42,8 @@ class EventStream(AsyncIterator[TokenEvent]):
             self._end()
             raise event
         self._left -= event.finish_reason is not None
+        if not self._left:
+            self._queues.pop(self.request_id, None)
         return event
 
     async def aclose(self) -> None:
@@ -53,6 +56,7 @@ class EventStream(AsyncIterator[TokenEvent]):
     def _end(self) -> None:
         if self._left:
             self._left = 0
+            self._queues.pop(self.request_id, None)
             with suppress(KeyError):  # it has ended, and nobody has read so
                 self._engine.cancel(self.request_id)
 
@@ -97,7 +101,7 @@ class AsyncEngine:
         self._queues[request_id] = queue
         if self._stepping is None or self._stepping.done():
             self._stepping = loop.create_task(self._steps())
-        return EventStream(self.engine, request_id, queue, int(options.get("n", 1)))
+        return EventStream(self.engine, request_id, self._queues, int(options.get("n", 1)))
 
     async def _steps(self) -> None:
         """Until nothing is left to do."""
@@ -108,8 +112,6 @@ class AsyncEngine:
             except Exception as error:  # of a program, a policy: the engine goes on
                 for queue in self._queues.values():
                     queue.put_nowait(error)
-            living = self.engine.scheduler.living
-            self._queues = {key: q for key, q in self._queues.items() if key in living}
 
     async def aclose(self) -> None:
         """Cancel what has not ended, and let the thread end."""

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("unchecked")
 def test_one_page_too_many_tells_what_is_there():
     """fault 30"""
     error = refuses(allocator := make(3), OutOfPages, allocator.allocate_pages, 4)
-    assert (error.needed, error.free, error.evictable) == (4, 3, 0)
+    assert (error.needed, error.free, error.evictable, error.group) == (4, 3, 0, 0)
     assert "needed 4 pages, but only 3 are free" in str(error)
     assert allocator.allocate_pages(0) == []
     refuses(allocator, ValueError, allocator.allocate_pages, -1)
@@ -496,7 +496,7 @@ def test_what_is_no_eviction_rank_is_refused(eviction):
 
 
 def test_errors_survive_a_process_boundary():
-    for error in (OutOfPages(3, 1, 1), CorruptState(["a", "b"]), StaleHandle("x")):
+    for error in (OutOfPages(3, 1, 1, group=2), CorruptState(["a", "b"]), StaleHandle("x")):
         again = pickle.loads(pickle.dumps(error))  # noqa: S301
         assert type(again) is type(error) and str(again) == str(error)
         assert vars(again) == vars(error)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from paged_decode.allocator import ShardedAllocator, StaleHandle
+from paged_decode.allocator import BlockAllocator, ShardedAllocator, StaleHandle
 
 from .test_scenarios import S, computed, counts, make, pages, refuses
 
@@ -85,3 +85,54 @@ def test_a_shard_withdraws_too():
     end(allocator, handle)
     assert allocator.match_prefix(range(9)) == 0
     allocator.check_invariants()
+
+
+def moved(allocator, handles=None) -> BlockAllocator:
+    """Another allocator with what that one exports."""
+    state, where = allocator.export_state(handles)
+    other = make()
+    other.import_state(state, other.allocate_pages(len(where.pages)))
+    other.check_invariants()
+    return other
+
+
+def test_export_and_import_do_not_undo_it():
+    allocator = BlockAllocator(9, 2)
+    handle = allocator.allocate([1, 2, 3])
+    allocator.commit(handle, 3)
+    allocator.withdraw(handle)
+    state, where = allocator.export_state()
+    assert state.computed.tolist() == [0]
+    assert allocator.match_prefix([1, 2, 9]) == 0
+    (copy,) = allocator.import_state(state, allocator.allocate_pages(len(where.pages)))
+    assert allocator.match_prefix([1, 2, 9]) == 0
+    assert allocator.tokens(copy).tolist() == [1, 2, 3]
+
+
+def test_who_shares_withdrawn_pages_is_exported_without_them_too():
+    allocator = make()
+    stays = computed(allocator, range(9))
+    end(allocator, *allocator.fork(stays))
+    assert allocator.export_state()[0].computed.tolist() == [0]
+    assert moved(allocator).match_prefix(range(9)) == 0
+    allocator.append([stays], [[9, 10, 11]])
+    allocator.commit([stays], 12)  # published again, as always
+    assert allocator.export_state()[0].computed.tolist() == [12]
+
+
+def test_an_equal_page_of_another_sequence_is_exported_as_it_is():
+    allocator = make(12)
+    first, second = allocator.allocate(range(9)), allocator.allocate(range(9))
+    allocator.commit([first, second], 9)  # the pages of the first stand for both
+    allocator.withdraw(first)
+    state, _ = allocator.export_state([first, second])
+    assert state.computed.tolist() == [0, 9]
+    allocator.free(first)
+    assert moved(allocator).match_prefix(range(9)) == 2 * S
+
+
+def test_pages_that_are_taken_anew_are_withdrawn_no_more():
+    allocator = make(3)
+    end(allocator, computed(allocator, range(9)))
+    computed(allocator, range(20, 29))
+    assert allocator.export_state()[0].computed.tolist() == [9]
