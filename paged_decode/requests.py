@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, MutableSequence, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 
 from .allocator import PromptKey
-from .allocator.arguments import Ints, as_prompt
+from .allocator.arguments import Ints, as_count, as_int, as_prompt
+from .allocator.prefix import salt_key
+from .errors import SequenceTooLong
 from .sampling import SamplingParams
 
 __all__ = [
@@ -20,9 +22,11 @@ __all__ = [
     "check_callback",
     "check_sampling",
     "gather",
+    "new_request",
     "prompt_ids",
 ]
 
+MAX_SAMPLES = 2**16  # of one request: each keeps a copy of the prompt on the host
 _UNLIMITED = 2**62
 
 
@@ -162,6 +166,38 @@ class Sample:
             in_flight=0,
             **fields,
         )
+
+
+def new_request(
+    prompt: Ints,
+    sampling: SamplingParams,
+    *,
+    n: SupportsIndex,
+    cache_salt: str | bytes | None,
+    priority: SupportsIndex,
+    vocab_size: int | None,
+    limit: int,
+) -> Sample:
+    """The first of n samples of a prompt, with the others; sample i has seed + i, ids are to come.
+
+    Raises:
+      SequenceTooLong: the prompt and one token are more than `limit`.
+      TypeError, ValueError: an argument is not what it should be.
+    """
+    sampling, tokens = check_sampling(sampling), prompt_ids(prompt, vocab_size)
+    salt_key(cache_salt)  # refuses a bad one now
+    n, priority = as_count("n", n, 1, MAX_SAMPLES), as_int("priority", priority)
+    if len(tokens) + 1 > limit:
+        raise SequenceTooLong(
+            f"a prompt of {len(tokens)} tokens and one generated token need {len(tokens) + 1} "
+            f"places, but a sequence can have {limit} (usable pages * page_size, or "
+            "max_sequence_tokens); shorten it or enlarge the pool"
+        )
+    first = Sample(-1, 0, len(tokens), tokens, sampling, cache_salt, priority=priority)
+    for i in range(1, n):
+        seeded = replace(sampling, seed=(sampling.seed + i) % 2**32)
+        first.siblings.append(first.spawn(-1, i, seeded))
+    return first
 
 
 def prompt_ids(prompt: Ints, vocab_size: int | None = None) -> list[int]:

@@ -14,28 +14,24 @@ next step                                 gm        is written, and the next one
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from typing import Any, SupportsIndex
 
 from ..allocator import BlockAllocator, ShardedAllocator
 from ..allocator.arguments import Ints, as_count, as_counts, as_int
-from ..allocator.prefix import salt_key
 from ..cache import KVCache
-from ..errors import PagedDecodeError, SequenceTooLong
+from ..errors import PagedDecodeError
 from ..policies import AdmissionPolicy, PreemptionPolicy, VictimPolicy
 from ..requests import (
     Completion,
     OnToken,
-    Sample,
     TokenEvent,
     check_callback,
     check_sampling,
     gather,
-    prompt_ids,
+    new_request,
 )
 from ..sampling import SamplingParams
 from ..snapshot import AS_SAVED, OSFiles, SavedSalt, Snapshot
@@ -53,10 +49,9 @@ from .room import Room
 from .runner import DeviceRunner, Progress
 from .scheduler import Scheduler
 from .swapping import TierSwapping
+from .turn import Turn
 
 __all__ = ["Engine"]
-
-MAX_SAMPLES = 2**16  # of one request: each keeps a copy of the prompt on the host
 
 
 class Engine:
@@ -139,8 +134,7 @@ class Engine:
             wait=config.collect_at_once,
             forget_prefixes=self._forget_prefixes,
         )
-        self._stepping = threading.RLock()
-        self._owner: int | None = None  # the thread in a call that is for one thread at a time
+        self._turn = Turn()
         self._calls = Calls(self.scheduler, self._outbox)
 
     # ---- what users call
@@ -203,21 +197,16 @@ class Engine:
           SequenceTooLong: the prompt and one token can never fit.
           TypeError, ValueError: the prompt, n or the salt is not what it should be.
         """
-        sampling = check_sampling(sampling or SamplingParams())
         check_callback(on_token)
-        tokens = prompt_ids(prompt, self.config.vocab_size)
-        salt_key(cache_salt)  # refuses a bad one now
-        n, priority = as_count("n", n, 1, MAX_SAMPLES), as_int("priority", priority)
-        if len(tokens) + 1 > self.max_sequence_tokens:
-            raise SequenceTooLong(
-                f"a prompt of {len(tokens)} tokens and one generated token need "
-                f"{len(tokens) + 1} places, but a sequence can have {self.max_sequence_tokens} "
-                "(usable pages * page_size, or max_sequence_tokens); shorten it or enlarge the pool"
-            )
-        first = Sample(-1, 0, len(tokens), tokens, sampling, cache_salt, priority=priority)
-        for i in range(1, n):
-            seeded = replace(sampling, seed=(sampling.seed + i) % 2**32)
-            first.siblings.append(first.spawn(-1, i, seeded))
+        first = new_request(
+            prompt,
+            sampling or SamplingParams(),
+            n=n,
+            cache_salt=cache_salt,
+            priority=priority,
+            vocab_size=self.config.vocab_size,
+            limit=self.max_sequence_tokens,
+        )
         self.scheduler.digests_of(first)  # the sample keeps them: here, and not in a visit
         request_id = self._calls.submit(first, on_token)
         self._try(self._calls.take_in)
@@ -366,11 +355,12 @@ class Engine:
         for request_id in ids:
             with suppress(KeyError):
                 self.cancel(request_id)
-        pending, shown = self._outbox.contents()
-        self._outbox.replace(
-            [e for e in pending if e.request_id not in ids],
-            [e for e in shown if e.request_id not in ids],
-        )
+        with self._alone():
+            pending, shown = self._outbox.contents()
+            self._outbox.replace(
+                [e for e in pending if e.request_id not in ids],
+                [e for e in shown if e.request_id not in ids],
+            )
 
     def warmup(self, progress: Progress | None = None) -> int:
         """Compile every program that the engine can need; returns how many are new to it.
@@ -491,19 +481,9 @@ class Engine:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Nobody else changes the engine meanwhile, and what was cut off before is whole again."""
-        me, owner = threading.get_ident(), self._owner
-        if owner not in (None, me):
-            raise RuntimeError(
-                "another thread is in a call of this engine: one thread at a time may step, fork, "
-                "save or restore; submit and cancel are for all"
-            )
-        with self._stepping:
-            self._owner = me
-            try:
-                self.loop.mend()
-                yield
-            finally:
-                self._owner = owner
+        with self._turn.alone():
+            self.loop.mend()
+            yield
 
     @contextmanager
     def _settled(self) -> Iterator[None]:
@@ -516,13 +496,9 @@ class Engine:
     def _try(self, calls: Callable[[], None]) -> None:
         """Carry out calls now; in the middle of a visit, or after one that was cut off, the next
         one does."""
-        idle = self._owner in (None, threading.get_ident())
-        if idle and self._stepping.acquire(blocking=False):
-            try:
-                if not self.loop.torn:
-                    self.loop.change(calls)
-            finally:
-                self._stepping.release()
+        with self._turn.between() as free:
+            if free and not self.loop.torn:
+                self.loop.change(calls)
 
     def _take_calls(self) -> None:
         """What `submit` and `cancel` have left, from whatever thread."""

@@ -25,6 +25,7 @@ class WaitingQueue:
         self._ready: list[Sample] = []
         self._prefixes = _PrefixesInFlight(page_size)
         self._last, self._first = itertools.count(1), itertools.count(0, -1)
+        self._blocked: tuple[Sample | None, int, int] = (None, 0, 0)
 
     def __len__(self) -> int:
         return len(self._ready) + len(self._prefixes)
@@ -60,6 +61,18 @@ class WaitingQueue:
         else:
             self._prefixes.forget(sample)
 
+    def block(self, sample: Sample, available: int, running: int) -> None:
+        """The sample at the head did not fit, with so many pages there and so many rows."""
+        self._blocked = sample, available, running
+
+    def is_blocked(self, available: int, running: int) -> bool:
+        """Whether the head did not fit, and nothing has got better: no page and no row came free.
+
+        It is tried again at the latest when a row ends.
+        """
+        sample, pages, rows = self._blocked
+        return sample is self.head and 0 < running and running >= rows and available <= pages
+
     def set_aside(self, sample: Sample, digests: list[bytes]) -> bool:
         """Whether another one is computing a prefix of it; then it is not ready."""
         if not self._prefixes.set_aside(sample, digests):
@@ -78,7 +91,7 @@ class WaitingQueue:
 
     def clear(self) -> None:
         """Nobody waits, nobody computes."""
-        self._ready = []
+        self._ready, self._blocked = [], (None, 0, 0)
         self._prefixes.clear()
 
 

@@ -91,7 +91,6 @@ class Scheduler:
         self.flights = 0
         self._leaving: list[Any] = []  # handles to be freed
         self._prefilling: list[Sample] = []  # whose turn is next comes first
-        self._blocked: tuple[Sample, int, int] | None = None
 
     # ---- what comes and what goes
 
@@ -181,7 +180,7 @@ class Scheduler:
     def _admit(self) -> None:
         """Take waiting samples in order while rows and pages last."""
         while (sample := self.waiting.head) and not self._seats.full:
-            if self._still_blocked(sample):
+            if self.waiting.is_blocked(self.room.available(), len(self.running)):
                 return
             digests = self.digests_of(sample)
             if self.waiting.set_aside(sample, digests):
@@ -269,8 +268,8 @@ class Scheduler:
         """There are not enough pages: whether the sample was ended, for there never will be."""
         available = self.room.available()
         if self.running or self.ending or self.flights or error.needed <= available:
-            steady = not self._prefilling
-            self._blocked = (sample, available, len(self.running)) if steady else None
+            if not self._prefilling:  # which may publish what it waits for
+                self.waiting.block(sample, available, len(self.running))
             return False
         detail = self.room.shortage(error.needed)
         self._conclude(
@@ -280,15 +279,6 @@ class Scheduler:
             ]
         )
         return True
-
-    def _still_blocked(self, sample: Sample) -> bool:
-        """Whether the sample did not fit, and nothing has got better: no page and no row came free.
-
-        It is tried again at the latest when a row ends.
-        """
-        if self._blocked is None or self._blocked[0] is not sample or not self.running:
-            return False
-        return self.room.available() <= self._blocked[1] and len(self.running) >= self._blocked[2]
 
     def _fork_siblings(self, sample: Sample) -> None:
         """The prompt is computed: let the other samples share it, or wait for a row or for room.
@@ -404,17 +394,17 @@ class Scheduler:
         return Growth.total([])
 
     def _make_way(self, shard: int, error: OutOfPages) -> bool:
-        """Take the pages of one sample; whether that was possible.
+        """Take the pages of one sample, or end one that is alone; whether the shard is short.
 
-        One that is alone ends, if the pages are really not there: a failure that was injected, or
-        that passes, is none of its own.
+        A failure that was injected, or that passes, is nobody's: it is tried again in the next
+        visit.
         """
         here = self._seats.on(shard)
+        if error.needed <= self.room.available(shard):
+            return False
         if len(here) > 1:
             self.preempt(self.room.victim(here))
             return True
-        if error.needed <= self.room.available(shard):
-            return False
         detail = self.room.shortage(error.needed, shard)
         self._conclude([Outcome(here[0], len(here[0].tokens), (), "capacity", detail=detail)])
         self.release()
