@@ -18,7 +18,7 @@ from paged_decode.engine.records import Result, Ticket
 from paged_decode.engine.room import Room
 from paged_decode.engine.scheduler import Scheduler
 from paged_decode.faults import FaultPlan, Faults
-from paged_decode.policies import LastAdmitted, Swap, Watermark
+from paged_decode.policies import Watermark
 from paged_decode.requests import Sample, gather
 from paged_decode.tiers import HostTier
 
@@ -169,12 +169,10 @@ def test_what_must_fit_is_bounded_by_the_longest_sequence():
     assert engine.stats.preemptions == 0
 
 
-@pytest.mark.xfail(strict=True, reason="copies that forks have yet to make are not counted")
-def test_samples_that_may_not_be_preempted_are_not():
+def test_samples_that_may_not_be_preempted_get_the_tokens_of_a_dense_forward():
     engine = make_engine(16, max_preemptions=0)
     done = engine.generate(P, GREEDY, n=3)
     assert [c.tokens for c in done] == [dense_greedy(p, 12) for p in P for _ in range(3)]
-    assert engine.stats.preemptions == 0
 
 
 # ---- shards, without a model
@@ -259,6 +257,21 @@ def test_a_short_shard_takes_pages_and_steps_from_its_own_rows_alone():
     assert allocator.num_used == 0
 
 
+@pytest.mark.xfail(strict=True, reason="copies that forks have yet to make are not counted")
+def test_forks_that_may_not_be_preempted_are_not():
+    """Five pages; each of three samples comes to two of its own."""
+    scheduler, loop, _, ends = host_engine(
+        BlockAllocator(6, 4, hash_key=b"test"), max_preemptions=0, decode_steps=4
+    )
+    first = Sample(0, 0, 4, [2, 3, 4, 5], greedy(4), None)
+    first.siblings = [first.spawn(0, i, greedy(4)) for i in (1, 2)]
+    scheduler.add(first)
+    for _ in range(20):
+        loop.visit()
+    assert scheduler.idle and ends.of == {0: "length"}
+    assert scheduler.stats.preemptions == 0
+
+
 # ---- what is kept alive
 
 
@@ -335,63 +348,6 @@ def test_fork_names_a_sample_and_tells_its_own_callback():
     assert texts(events)[child, 0] == want
 
 
-# ---- policies that are wrong
-
-
-@pytest.mark.parametrize("name", ["victim", "preemption", "admission"])
-def test_a_class_is_no_policy(name, unchecked):
-    kind = dict(victim=LastAdmitted, preemption=Swap, admission=Watermark)[name]
-    for bad in (kind, 5, object()):
-        with pytest.raises(TypeError, match=f"{name} must be an object with a method"):
-            make_engine(16, policies={name: bad})
-
-
-class Wrong:
-    """Every policy at once, with one answer."""
-
-    def __init__(self, answer):
-        self.answer = answer
-
-    def choose(self, running):
-        return self.answer
-
-    def swaps(self, sample):
-        return self.answer
-
-    def keep_free(self, sample, running, groups):
-        return self.answer
-
-
-@pytest.mark.parametrize(
-    "kind, answer",
-    [
-        ("victim", None),
-        ("victim", object()),
-        ("admission", None),
-        ("admission", -1),
-        ("admission", (1, 2)),
-        ("preemption", None),
-    ],
-)
-def test_the_engine_goes_on_after_a_policy_that_was_wrong(kind, answer):
-    right = dict(victim=LastAdmitted(), admission=Watermark(0), preemption=Swap())
-    engine = make_engine(16, policies=right | {kind: Wrong(answer)} | dict(tier=HostTier(64)))
-    ids = [engine.submit(p, GREEDY) for p in P]
-    events, errors = [], []
-    for _ in range(400):
-        if engine.idle:
-            break
-        try:
-            events += engine.step()
-        except (TypeError, ValueError) as error:
-            errors.append(error)
-            setattr(engine.scheduler.room, f"_{kind}", right[kind])
-    assert len(errors) == 1 and "Wrong." in str(errors[0])
-    assert texts(events) == {(i, 0): dense_greedy(p, 12) for i, p in zip(ids, P, strict=True)}
-    assert engine.stats.preemptions and engine.allocator.num_used == 0
-    engine.allocator.check_invariants()
-
-
 # ---- visits in flight change nothing
 
 
@@ -428,11 +384,12 @@ def life(seed: int, collect_at_once: bool) -> list:
             call(engine.fork, ids[-1], greedy(20, temperature=1.0), sample=0, on_token=callback)
         log.append(engine.step())
     events = run(engine)
-    return [*log, events]
+    return [*log, events, engine.stats.preemptions]
 
 
 @pytest.mark.parametrize("seeds", [range(4), range(4, 8), range(8, 12)], ids=str)
 def test_collecting_at_once_changes_no_event_and_no_order(seeds):
+    preemptions = 0
     for seed in seeds:
         plain, waiting = life(seed, False), life(seed, True)
         flat = [
@@ -441,6 +398,8 @@ def test_collecting_at_once_changes_no_event_and_no_order(seeds):
         ]
         assert flat[0] == flat[1], seed
         assert plain == waiting, seed
+        preemptions += plain[-1]
+    assert preemptions
 
 
 # ---- prefill takes turns

@@ -1,4 +1,4 @@
-"""The engine between threads, and between the tasks of an event loop."""
+"""The engine among others: threads, tasks of an event loop, policies that are wrong."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import threading
 import pytest
 
 from paged_decode.engine.aio import AsyncEngine
+from paged_decode.policies import LastAdmitted, Swap, Watermark
+from paged_decode.tiers import HostTier
 
 from .test_promises import GREEDY, P, greedy, run, texts
 from .tiny import dense_greedy, fail_decode, make_engine
@@ -159,3 +161,60 @@ def test_the_server_may_be_left_while_events_wait_to_be_taken():
         return stream
 
     in_loop(serve())
+
+
+# ---- policies that are wrong
+
+
+@pytest.mark.parametrize("name", ["victim", "preemption", "admission"])
+def test_a_class_is_no_policy(name, unchecked):
+    kind = dict(victim=LastAdmitted, preemption=Swap, admission=Watermark)[name]
+    for bad in (kind, 5, object()):
+        with pytest.raises(TypeError, match=f"{name} must be an object with a method"):
+            make_engine(16, policies={name: bad})
+
+
+class Wrong:
+    """Every policy at once, with one answer."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def choose(self, running):
+        return self.answer
+
+    def swaps(self, sample):
+        return self.answer
+
+    def keep_free(self, sample, running, groups):
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    "kind, answer",
+    [
+        ("victim", None),
+        ("victim", object()),
+        ("admission", None),
+        ("admission", -1),
+        ("admission", (1, 2)),
+        ("preemption", None),
+    ],
+)
+def test_the_engine_goes_on_after_a_policy_that_was_wrong(kind, answer):
+    right = dict(victim=LastAdmitted(), admission=Watermark(0), preemption=Swap())
+    engine = make_engine(16, policies=right | {kind: Wrong(answer)} | dict(tier=HostTier(64)))
+    ids = [engine.submit(p, GREEDY) for p in P]
+    events, errors = [], []
+    for _ in range(400):
+        if engine.idle:
+            break
+        try:
+            events += engine.step()
+        except (TypeError, ValueError) as error:
+            errors.append(error)
+            setattr(engine.scheduler.room, f"_{kind}", right[kind])
+    assert len(errors) == 1 and "Wrong." in str(errors[0])
+    assert texts(events) == {(i, 0): dense_greedy(p, 12) for i, p in zip(ids, P, strict=True)}
+    assert engine.stats.preemptions and engine.allocator.num_used == 0
+    engine.allocator.check_invariants()
