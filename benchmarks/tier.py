@@ -239,7 +239,7 @@ def overlap(rounds: int) -> list[dict[str, Any]]:
         engine.submit(prompt, SamplingParams(max_new_tokens=new))
     parked = engine.allocator.allocate(np.arange(parked_pages * PAGE) % VOCAB)
     engine.allocator.commit([parked], parked_pages * PAGE)
-    while any(not s.decoding for s in engine._running) or engine._waiting:
+    while any(not s.decoding for s in engine.scheduler.running) or engine.num_waiting:
         engine.step()
     tier, movers = engine.tier, {"paged-decode": DeviceMover(), "all at once": AllAtOnce()}
     assert tier is not None

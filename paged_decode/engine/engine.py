@@ -356,6 +356,7 @@ class Engine:
             with suppress(KeyError):
                 self.cancel(request_id)
         with self._alone():
+            self._take_calls()
             pending, shown = self._outbox.contents()
             self._outbox.replace(
                 [e for e in pending if e.request_id not in ids],
@@ -376,7 +377,7 @@ class Engine:
 
     def _warm(self, progress: Progress | None) -> None:
         if self.tier is not None:
-            self.runner.cache = self.tier.warmup(self.runner.cache)
+            self.runner.exchange(self.tier.warmup)
         self.runner.warmup(progress)
 
     # ---- snapshots

@@ -124,10 +124,10 @@ class Loop:
         self._mend()
 
     def _mend(self) -> None:
+        self._lost = self._lost or self.runner.is_lost  # when all that was queued is launched
         self._open.clear()
         self._prefilled = None
         self.scheduler.reset()
-        self._lost = self._lost or self.runner.is_lost
         if self._lost:
             self._forget_prefixes()
         self.runner.restart(lost=self._lost)

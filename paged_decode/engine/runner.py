@@ -237,10 +237,27 @@ class DeviceRunner:
 
         return Ticket(plan, (self._launch(job), places))
 
+    def exchange(self, change: Callable[[KVCache], KVCache]) -> None:
+        """Let the cache be what `change` makes of it, and wait until it is launched.
+
+        By the launching thread, which no interrupt reaches: between two lines of the caller's, a
+        cache that was donated could be lost. What `change` raises is raised here.
+        """
+
+        def job(launched: Launched) -> Exception | None:
+            try:
+                self._cache = change(self._cache)
+            except Exception as error:
+                return error
+            return None
+
+        if (error := self._launch(job).future.result()) is not None:
+            raise error
+
     def copy(self, copies: PageCopies) -> None:
         """Copy pages, in the order of the programs around it."""
         if len(copies.src):
-            self.cache = self.cache.copy_pages(copies)
+            self.exchange(lambda cache: cache.copy_pages(copies))
 
     def wait(self, out: Any) -> None:
         """Return when what was launched is over."""
@@ -356,7 +373,7 @@ class DeviceRunner:
 
         What JAX's persistent compilation cache has is read from there.
         """
-        self.cache = tied(self.cache)  # as it is after a swap or `restore`
+        self.exchange(tied)  # as it is after a swap or `restore`
         self._enter_nobody()
         config, self._executables = self._config, {}
         sizes = dict(update=self._sizes, prefill=config.chunk_buckets, decode=config.row_buckets)
@@ -364,13 +381,14 @@ class DeviceRunner:
         self._compile([self._lowered(*key) for key in keys], progress)
         for size in self._sizes:
             message = empty_message(size, self._slots, self._columns)[0]
-            self._tell([(self._executable("update", size), self._put(message))])
+            told = [(self._executable("update", size), self._put(message))]
+            self._launch(lambda _, told=told: self._tell(told))
         for width in config.chunk_buckets:
             self.wait(self.prefill(Prefill(_NO_TABLES, (), ((width, ()),), ())))
         for size in config.row_buckets:
-            given = self._put(self._idle_rows(size))
-            jax.block_until_ready(self._run_decode(self._executable("decode", size), given))
+            given = self._executable("decode", size), self._put(self._idle_rows(size))
+            self.wait(self._launch(lambda _, given=given: self._run_decode(*given)))
         width = 1
         while width < 2 * config.max_rows:
-            self.cache = self.cache.copy_pages(PageCopies(*np.zeros((2, width), np.int32)))
+            self.copy(PageCopies(*np.zeros((2, width), np.int32)))
             width *= 2

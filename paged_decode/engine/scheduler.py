@@ -287,10 +287,10 @@ class Scheduler:
         """
         siblings, sample.siblings = sample.siblings, []
         for position, sibling in enumerate(siblings):
-            if self._seats.full or not (
-                sample.asked
-                or self.room.has_fork(sibling, self.running, self._seats.shard_of(sample))
-            ):
+            shard = self._seats.shard_of(sample)
+            here = self._seats.on(shard)
+            fits = sample.asked or self.room.has_fork(sibling, here, shard, forked=position)
+            if self._seats.full or not fits:
                 for other in reversed(siblings[position:]):
                     self.waiting.put_front(other)
                 return

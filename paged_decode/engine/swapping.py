@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 from ..allocator import BlockAllocator, Handle
@@ -14,7 +15,12 @@ __all__ = ["CacheHolder", "Swapping", "TierSwapping"]
 class CacheHolder(Protocol):
     """Whoever has the living cache."""
 
-    cache: Any
+    @property
+    def cache(self) -> Any: ...
+
+    def exchange(self, change: Callable[[Any], Any]) -> None:
+        """Let the cache be what `change` makes of it, in the order of the programs around it."""
+        ...
 
 
 @runtime_checkable
@@ -46,7 +52,7 @@ class TierSwapping:
         if not self._tier.num_pages and self._tier.disk is None:
             return 0  # without the cache, for which the programs in flight would be waited for
         before = self._tier.stats.loaded
-        self._holder.cache = self._tier.load(self._holder.cache, self._allocator, handle)
+        self._holder.exchange(lambda cache: self._tier.load(cache, self._allocator, handle))
         return self._tier.stats.loaded - before
 
     def forget(self, handle: Handle) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,9 @@ class _ModelledRunner:
         self._config, self._costs, self._clock, self._stats = config, costs, clock, stats
         self._shapes: set[tuple[int, int]] = set()
         self.collected: _Times | None = None  # of the visit that is being booked
+
+    def exchange(self, change: Callable[[Any], Any]) -> None:
+        self.cache = change(self.cache)
 
     def prefill(self, plan: Prefill) -> None:
         rows = self._config.prefill_rows

@@ -101,10 +101,7 @@ def test_leaving_a_stream_early_loses_no_event():
     assert len(events) == 36
 
 
-OUT_OF_ORDER = pytest.mark.xfail(strict=True, reason="others' events come back in another order")
-
-
-@pytest.mark.parametrize("how", [pytest.param("callback", marks=OUT_OF_ORDER), "decode", "collect"])
+@pytest.mark.parametrize("how", ["callback", "decode", "collect"])
 def test_generate_left_by_an_exception_leaves_nothing_of_its_own(how):
     engine, error = make_engine(), RuntimeError("other") if how == "callback" else KeyboardInterrupt
 
@@ -257,7 +254,6 @@ def test_a_short_shard_takes_pages_and_steps_from_its_own_rows_alone():
     assert allocator.num_used == 0
 
 
-@pytest.mark.xfail(strict=True, reason="copies that forks have yet to make are not counted")
 def test_forks_that_may_not_be_preempted_are_not():
     """Five pages; each of three samples comes to two of its own."""
     scheduler, loop, _, ends = host_engine(

@@ -122,7 +122,6 @@ def test_what_a_step_raises_reaches_every_task_whose_request_has_not_ended():
     assert engine.idle and engine.allocator.num_used == 0
 
 
-@pytest.mark.xfail(strict=True, reason="KeyError of cancel")
 def test_an_iterator_may_be_closed_after_its_request_has_ended():
     engine = make_engine()
 
@@ -136,7 +135,6 @@ def test_an_iterator_may_be_closed_after_its_request_has_ended():
     in_loop(serve())
 
 
-@pytest.mark.xfail(strict=True, reason="a generator that never began has no finally")
 def test_an_iterator_that_is_closed_before_its_first_event_cancels_its_request():
     engine = make_engine()
 
@@ -150,7 +148,6 @@ def test_an_iterator_that_is_closed_before_its_first_event_cancels_its_request()
     assert in_loop(serve()) < 200
 
 
-@pytest.mark.xfail(strict=True, reason="KeyError of cancel")
 def test_the_server_may_be_left_while_events_wait_to_be_taken():
     engine = make_engine()
 
