@@ -33,6 +33,7 @@ __all__ = ["Bookkeeping", "Growing", "Plan"]
 T = TypeVar("T")
 Plan: TypeAlias = Callable[[], T]
 
+_NONE = np.empty(0, np.int64)
 _MANY = 2**32  # tokens: more than any pool holds, and far from overflow
 
 
@@ -290,11 +291,11 @@ class Bookkeeping:
             )
         computed = np.maximum(computed, before)
         full = computed // size
-        fuller = (full > before // size).nonzero()[0].tolist() if self.caching else ()
+        fuller = (full > before // size).nonzero()[0] if self.caching else _NONE
         plans: list[Publication] = [
-            plan_publication(self.main, rows, int(row[at]), int(full[at]))
-            for at in fuller
-            if not rows.private[row[at]]
+            plan_publication(self.main, rows, each, pages)
+            for each, pages in zip(row[fuller].tolist(), full[fuller].tolist(), strict=True)
+            if not rows.private[each]
         ]
 
         def apply() -> None:

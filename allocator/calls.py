@@ -57,7 +57,7 @@ class AllocatorCalls(AllocatorView):
             found ones that were evictable, and `keep_free`.
         """
         key, shards = as_key(tokens, cache_salt), len(self._shards)
-        if np.ndim(keep_free):
+        if as_ints("keep_free", keep_free).ndim:
             keep = as_rows("keep_free", keep_free, shards).tolist()
         else:
             keep = [-(-as_count("keep_free", keep_free) // shards)] * shards  # type: ignore[arg-type]

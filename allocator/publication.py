@@ -22,13 +22,16 @@ class Publication(NamedTuple):
 
 
 def digests_of(group: PageGroup, rows: RowTable, row: int, full: int) -> list[bytes]:
-    """The digests of the row's first `full` pages, which have a token in every slot."""
+    """The digests of the row's first `full` pages, which have a token in every slot, or of more of
+    them; the row's own list, which is not copied at every page of a long sequence."""
     known = rows.digests[row]
-    if len(known) < full:
+    if (count := len(known)) < full:
         parent = known[-1] if known else rows.namespaces[row].digest
-        tokens = group.pool.tokens[group.table.pages(row)[len(known) : full]]
-        known = rows.digests[row] = [*known, *group.pool.cache.digests(parent, tokens)]
-    return known[:full]
+        table = group.table
+        first = int(table.first[row])
+        tokens = group.pool.tokens[table.ids[row, first + count : first + full]]
+        known.extend(group.pool.cache.digests(parent, tokens))
+    return known
 
 
 def plan_publication(group: PageGroup, rows: RowTable, row: int, full: int) -> Publication:
@@ -44,13 +47,15 @@ def plan_publication(group: PageGroup, rows: RowTable, row: int, full: int) -> P
     if rows.chain_seen[row] != cache.num_lost(int(rows.borrows[row])):
         live = map(cache.is_live, chain)
         keep = next((i for i, alive in enumerate(live) if not alive), keep)
-    digests = digests_of(group, rows, row, full)[keep:]
+    digests = digests_of(group, rows, row, full)[keep:full]
     return Publication(row, keep, digests, (cache.num_lost(0), cache.num_lost(1)))
 
 
 def publish(group: PageGroup, rows: RowTable, plan: Publication) -> None:
     """Carry a plan out."""
-    row, chain = plan.row, rows.chains[plan.row][: plan.keep]
+    row, chain = plan.row, rows.chains[plan.row]
+    if plan.keep < len(chain):
+        chain = chain[: plan.keep]
     parent = chain[-1].serial if chain else rows.namespaces[row].key
     pages = group.table.pages(row)[plan.keep : plan.keep + len(plan.digests)].tolist()
     for depth, (page, digest) in enumerate(zip(pages, plan.digests, strict=True), plan.keep):
@@ -60,4 +65,4 @@ def publish(group: PageGroup, rows: RowTable, plan: Publication) -> None:
         if entry.page != page:
             rows.borrows[row] = True
     rows.chains[row] = chain
-    rows.chain_seen[row] = plan.lost[rows.borrows[row]]
+    rows.chain_seen[row] = plan.lost[int(rows.borrows[row])]

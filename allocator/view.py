@@ -159,7 +159,8 @@ class AllocatorView:
         """
         books, row = self._home(handle)
         count = as_count("num_tokens", num_tokens, 0, int(books.rows.length[row]))
-        found = digests_of(books.main, books.rows, row, count // self.page_size)
+        full = count // self.page_size
+        found = digests_of(books.main, books.rows, row, full)[:full]
         if not partial:
             return found
         root = books.rows.namespaces[row].digest

@@ -15,7 +15,7 @@ visit.
   from the arrival. `gap` is the time between two deliveries of a request, `per_token` a request's
   time from the first delivery to the last over the tokens that came after the first.
 - `gap`: the longest time between two deliveries of a decoding row while long prompts arrive, beside
-  the median visit before they came and the time of one visit of prefill, from long prompts alone.
+  the median visit before they came and the time of the last budget of such a prompt, alone.
 - `waiting`: host time of a visit while 8 and 400 requests wait for a prefix that is being computed.
   The command fails if the second exceeds three times the first.
 """
@@ -68,7 +68,7 @@ FULL: dict[str, Any] = dict(
     cases=((1, 2048), (16, 1024), (16, 2048), (64, 1024)),  # rows, context
     visits=16,
     host=dict(rows=(64, 256), context=512, visits=48, layers=2),
-    arrivals=dict(max_rows=(16, 64, 256), rates=(2, 4, 8, 16, 24), seconds=15, tokens_a_row=1024),
+    arrivals=dict(max_rows=(16, 64, 256), rates=(4, 12, 24), seconds=8, tokens_a_row=1024),
     lengths=dict(prompt=(512, 0.6, 16, 4096), new=(128, 0.6, 8, 512)),  # median, sigma, limits
     gap=dict(rows=32, context=512, prompt=8192, arrivals=4, apart=4, before=16),
     waiting=dict(counts=(8, 400), prefix=8192, rows=16),
@@ -326,7 +326,7 @@ def gap(shapes: LlamaShapes, sizes: Record) -> Iterator[Record]:
     about = sizes["gap"]
     rows, context, long = about["rows"], about["context"], about["prompt"]
     engine, new = _gap_engine(shapes, sizes)
-    alone = _prefill_visit_seconds(shapes, engine, long)
+    alone = _last_budget_seconds(shapes, sizes, engine, long)
     watch = Watch(engine)
     ids = [submit(engine, each, new) for each in prompts(shapes, [context] * rows)]
     decode_until(watch, ids, SETTLE)
@@ -348,7 +348,7 @@ def gap(shapes: LlamaShapes, sizes: Record) -> Iterator[Record]:
         longest_gap_s=max(gaps),
         median_gap_s=statistics.median(gaps),
         visit_without_prefill_s=calm["median_s"],
-        prefill_visit_s=alone,
+        last_budget_s=alone,
         longest_over_both=max(gaps) / (calm["median_s"] + alone),
     )
 
@@ -378,17 +378,16 @@ def _gaps(watch: Watch, request: int, since: float) -> list[float]:
     return [b - a for a, b in zip(ends, ends[1:], strict=False) if b > since]
 
 
-def _prefill_visit_seconds(shapes: LlamaShapes, engine: Engine, long: int) -> float:
-    """Seconds of one visit of prefill: a prompt alone beside one of half the length."""
-    found = []
-    for length in (long, long // 2, long, long // 2):  # the first two also warm up
+def _last_budget_seconds(shapes: LlamaShapes, sizes: Record, engine: Engine, long: int) -> float:
+    """Seconds of the last budget of prefill: a prompt alone beside one that is so much shorter."""
+    found, budget = [], sizes["prefill"]["prefill_tokens"]
+    for length in (long, long - budget, long, long - budget):  # the first two also warm up
         watch, start = Watch(engine), time.perf_counter()
         (prompt,) = prompts(shapes, [length], seed=length + len(found))
         submit(engine, prompt, 1)
-        visits = len(watch.until(lambda: engine.idle))
-        found.append((watch.visits[-1].end - start, visits))
-    (whole, many), (half, few) = found[2:]
-    return (whole - half) / (many - few)
+        watch.until(lambda: engine.idle)
+        found.append(watch.visits[-1].end - start)
+    return found[2] - found[3]
 
 
 # ---- waiting
@@ -400,7 +399,8 @@ def waiting(shapes: LlamaShapes, sizes: Record) -> Iterator[Record]:
     longest, medians = about["prefix"] + 64, {}
     for count in about["counts"]:
         rows, tokens = about["rows"], 2 * longest + about["rows"] * 64
-        shape = dict(max_rows=rows, decode_steps=STEPS, **sizes["prefill"])
+        one_by_one = dict(prefill_rows=1, prefill_tokens=sizes["prefill"]["prefill_chunk"])
+        shape = dict(max_rows=rows, decode_steps=STEPS, **sizes["prefill"]) | one_by_one
         engine = make_engine(shapes, tokens=tokens, longest=longest, **shape)
         watch = Watch(engine)
         prefix, *tails = prompts(shapes, [about["prefix"]] + [16] * (1 + count))

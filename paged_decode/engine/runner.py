@@ -208,7 +208,7 @@ class DeviceRunner:
         """Launch the programs; nothing is read."""
         told = self._told(plan.enter, plan.tables)
         given = [
-            (self._executable("prefill", width), self._put(self._prefill_message(width, chunks)))
+            (self._executable("prefill", width), self._prefill_message(width, chunks))
             for width, chunks in plan.programs
         ]
 
@@ -217,7 +217,8 @@ class DeviceRunner:
             self._tell(told)
             over = None
             for program, message in given:
-                self._cache, over = program(self._cache, self._table, self.params, message)
+                args = self._cache, self._table, self.params, self._put(message)
+                self._cache, over = program(*args)
             return over
 
         return self._launch(job)
@@ -226,12 +227,13 @@ class DeviceRunner:
         """Launch one program of up to k steps."""
         told = self._told(plan.enter, plan.tables)
         size, message, places = self._decode_message(plan.slots, plan.budgets)
-        program, given = self._executable("decode", size), self._put(message)
+        program = self._executable("decode", size)
 
         def job(launched: Launched) -> DecodeOut:
             self._checked(plan)
             self._cache = self._cache.copy_pages(plan.copies)
             self._tell(told)
+            given = self._put(message)
             launched.begun.set()
             return self._run_decode(program, given)
 
@@ -309,11 +311,12 @@ class DeviceRunner:
         (delta,) = (self._local(each) for each in tables)
         sizes, columns = self._sizes, self._columns
         told = messages(enter, delta, sizes, slots=self._slots, columns=columns)
-        return [(self._executable("update", size), self._put(message)) for size, message in told]
+        return [(self._executable("update", size), message) for size, message in told]
 
     def _tell(self, told: Sequence[tuple[Any, Any]]) -> None:
         for program, message in told:
-            self._table, self._state = program(self._table, self._state, message)
+            args = self._table, self._state, self._put(message)
+            self._table, self._state = program(*args)
 
     def _local(self, delta: TableDelta) -> TableDelta:
         """The page ids that the shard of each row has for them."""
@@ -381,7 +384,7 @@ class DeviceRunner:
         self._compile([self._lowered(*key) for key in keys], progress)
         for size in self._sizes:
             message = empty_message(size, self._slots, self._columns)[0]
-            told = [(self._executable("update", size), self._put(message))]
+            told = [(self._executable("update", size), message)]
             self._launch(lambda _, told=told: self._tell(told))
         for width in config.chunk_buckets:
             self.wait(self.prefill(Prefill(_NO_TABLES, (), ((width, ()),), ())))
