@@ -111,5 +111,5 @@ def test_the_wheel_holds_the_three_rooms_and_nothing_bare(tmp_path):
     ).stdout
     names = [line.split()[0] for line in listing.splitlines()[1:]]
     assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"paged_decode"}
-    for name in ("allocator/batch.py", "kernels/xla.py", "engine.py"):
+    for name in ("allocator/batch.py", "kernels/xla.py", "engine/engine.py"):
         assert f"paged_decode/{name}" in names

@@ -17,12 +17,12 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, SupportsIndex
 
 from ..allocator import BlockAllocator, ShardedAllocator
 from ..allocator.arguments import Ints, as_count, as_counts, as_int
 from ..cache import KVCache
-from ..errors import PagedDecodeError
 from ..policies import AdmissionPolicy, PreemptionPolicy, VictimPolicy
 from ..requests import (
     Completion,
@@ -45,7 +45,7 @@ from .loop import Loop
 from .outbox import Outbox
 from .plans import choose_decoding
 from .programs import Model
-from .room import Room
+from .room import Room, forget_prefixes
 from .runner import DeviceRunner, Progress
 from .scheduler import Scheduler
 from .swapping import TierSwapping
@@ -110,13 +110,7 @@ class Engine:
         self.runner = DeviceRunner(
             model, params, cache, config, columns=columns, stats=self.stats, check=check
         )
-        swapping = None
-        if tier is not None:
-            if not isinstance(allocator, BlockAllocator):
-                raise NotImplementedError(
-                    "a host tier serves one pool, not one split over a data axis"
-                )
-            swapping = TierSwapping(tier, allocator, self.runner)
+        swapping = None if tier is None else TierSwapping(tier, allocator, self.runner)
         self._outbox = Outbox()
         self.scheduler = Scheduler(
             allocator,
@@ -132,7 +126,7 @@ class Engine:
             self.runner,
             self.stats,
             wait=config.collect_at_once,
-            forget_prefixes=self._forget_prefixes,
+            forget_prefixes=partial(forget_prefixes, allocator),
         )
         self._turn = Turn()
         self._calls = Calls(self.scheduler, self._outbox)
@@ -357,11 +351,7 @@ class Engine:
                 self.cancel(request_id)
         with self._alone():
             self._take_calls()
-            pending, shown = self._outbox.contents()
-            self._outbox.replace(
-                [e for e in pending if e.request_id not in ids],
-                [e for e in shown if e.request_id not in ids],
-            )
+            self._outbox.drop(ids)
 
     def warmup(self, progress: Progress | None = None) -> int:
         """Compile every program that the engine can need; returns how many are new to it.
@@ -509,11 +499,3 @@ class Engine:
     def _abandon(self, request_id: int) -> None:
         """The request's callback failed: the request ends."""
         self.loop.change(lambda: self.scheduler.cancel(request_id))
-
-    def _forget_prefixes(self) -> None:
-        """The pages are lost: nobody may find them."""
-        if not self.allocator.reset_prefix_cache(same_weights=True):
-            raise PagedDecodeError(
-                "the cache was lost in a failed program, and with it the pages that sequences "
-                "outside the engine hold; free those, then call step again"
-            )

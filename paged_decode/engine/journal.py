@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from ..requests import Sample
+from .records import Decode, Result
 
-__all__ = ["Journal", "Outcome", "Outcomes"]
+__all__ = ["Journal", "Outcome", "Outcomes", "outcomes_of"]
 
 
 class Outcome(NamedTuple):
@@ -67,3 +68,21 @@ class Journal:
             else:
                 self.living.pop(request, None)
         self._open = None
+
+
+def outcomes_of(plan: Decode, kept: Sequence[int], result: Result) -> list[Outcome]:
+    """What each row got, and its end, if it has come to it; ends without a token come last."""
+    texts, counts, budgets = result.tokens.T.tolist(), result.counts.tolist(), plan.budgets
+    outcomes, last, invalid = [], [], result.invalid.tolist()
+    for i in kept:
+        sample, count, tops = plan.samples[i], counts[i], None
+        sample.in_flight -= int(budgets[i])
+        at = len(sample.tokens)
+        if invalid[i]:
+            last.append(Outcome(sample, at + count, (), "invalid_logits"))
+        if count:
+            if result.top_ids is not None and result.top_logits is not None:
+                tops = result.top_ids[:count, i], result.top_logits[:count, i]
+            tokens = texts[i] if count == len(texts[i]) else texts[i][:count]
+            outcomes.append(Outcome(sample, at, tokens, sample.ending(tokens), tops))
+    return outcomes + last

@@ -51,11 +51,14 @@ class Outbox:
         taken = [*self._ready.get("events", ()), *self._showing[: self._num_shown]]
         return self._showing[self._num_shown :], taken
 
-    def replace(self, pending: Sequence[TokenEvent], shown: Sequence[TokenEvent]) -> None:
-        """Hold these instead of what `contents` gives."""
-        self._open()
-        ready = {"events": deque(shown)} if shown else {}
-        self._showing, self._num_shown, self._ready = list(pending), 0, ready
+    def drop(self, requests: Collection[int]) -> None:
+        """Forget the events of some requests."""
+        pending, shown = (
+            [event for event in events if event.request_id not in requests]
+            for events in self.contents()
+        )
+        self._showing, self._num_shown = pending, 0
+        self._ready = {"events": deque(shown)} if shown else {}
 
     def num_unseen(self, request_id: int, sample: int) -> int:
         """Tokens of a sample that nobody was shown yet."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..allocator import BlockAllocator, ShardedAllocator
+from ..errors import PagedDecodeError
 from ..policies import (
     AdmissionPolicy,
     GroupPages,
@@ -22,7 +23,7 @@ from ..policies import (
 from ..requests import Sample
 from .config import EngineConfig
 
-__all__ = ["Allocator", "Room"]
+__all__ = ["Allocator", "Room", "forget_prefixes"]
 
 Allocator = BlockAllocator | ShardedAllocator
 _MUST_FIT = MustFit()
@@ -114,4 +115,13 @@ class Room:
             f"needed {needed} pages, but only {self.available(shard)} of {pages} can be had: "
             f"{raw} are held by number (allocate_pages), the others by sequences outside the "
             "engine, or by itself; free those, or create a larger pool"
+        )
+
+
+def forget_prefixes(allocator: Allocator) -> None:
+    """The pages are lost: nobody may find them."""
+    if not allocator.reset_prefix_cache(same_weights=True):
+        raise PagedDecodeError(
+            "the cache was lost in a failed program, and with it the pages that sequences "
+            "outside the engine hold; free those, then call step again"
         )

@@ -9,9 +9,8 @@
                      +---- preempted -------------+
 ```
 
-Results come one visit late: a plan knows what `book` was told, and of the visit in flight only how
-many tokens it was launched for. A row that did not stop has got exactly those, so its pages can be
-planned; whether it stopped does not matter, because the device knows and the row is dead there.
+A plan knows what `book` was told, and of the visit in flight only how many tokens it was launched
+for. A row that did not stop has got exactly those; one that did is dead on the device, which knows.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from ..allocator import PageCopies
 from ..errors import OutOfPages
 from ..requests import Sample
 from .config import EngineConfig, EngineStats
-from .journal import Journal, Outcome, Outcomes
+from .journal import Journal, Outcome, Outcomes, outcomes_of
 from .plans import Growth, decode_plan, growing, prefill_programs, slot_of
 from .queue import WaitingQueue
 from .records import Decode, Prefill, Result, Ticket
@@ -44,9 +43,9 @@ class NeedsTruth(Exception):
 
 
 class Scheduler:
-    """The queues of an engine, and the plans that follow from them.
+    """The queues of an engine, and the plans that follow: the same calls give the same plans.
 
-    The same calls give the same plans. Whatever is raised in a call, `reset` makes it whole.
+    Whatever is raised in a call, `reset` makes it whole.
 
     Args:
       allocator: the pool; sequences and pages of others in it are left alone.
@@ -448,7 +447,7 @@ class Scheduler:
         written = np.empty((len(kept), len(result.tokens)), np.int32)
         written[:, 0] = [s.tokens[-1] for s in samples]
         written[:, 1:] = result.tokens[:-1, kept].T
-        outcomes = self._outcomes_of(plan, kept, result)
+        outcomes = outcomes_of(plan, kept, result)
         broken = [h for h, bad in zip(handles, result.invalid[kept].tolist(), strict=True) if bad]
         self.flights -= 1
         self._conclude(outcomes)
@@ -464,23 +463,6 @@ class Scheduler:
                 if self.swapping is not None:
                     self.swapping.forget(handle)
         self.release()
-
-    def _outcomes_of(self, plan: Decode, kept: Sequence[int], result: Result) -> list[Outcome]:
-        """What each row got, and its end, if it has come to it; ends without a token come last."""
-        texts, counts, budgets = result.tokens.T.tolist(), result.counts.tolist(), plan.budgets
-        outcomes, last, invalid = [], [], result.invalid.tolist()
-        for i in kept:
-            sample, count, tops = plan.samples[i], counts[i], None
-            sample.in_flight -= int(budgets[i])
-            at = len(sample.tokens)
-            if invalid[i]:
-                last.append(Outcome(sample, at + count, (), "invalid_logits"))
-            if count:
-                if result.top_ids is not None and result.top_logits is not None:
-                    tops = result.top_ids[:count, i], result.top_logits[:count, i]
-                tokens = texts[i] if count == len(texts[i]) else texts[i][:count]
-                outcomes.append(Outcome(sample, at, tokens, sample.ending(tokens), tops))
-        return outcomes + last
 
     def _conclude(self, outcomes: Sequence[Outcome]) -> None:
         """Enter what has become of samples; who has ended leaves."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
-from ..allocator import BlockAllocator, Handle
+from ..allocator import BlockAllocator, Handle, ShardedAllocator
 from ..tiers import HostTier
 
 __all__ = ["CacheHolder", "Swapping", "TierSwapping"]
@@ -36,7 +36,11 @@ class Swapping(Protocol):
 class TierSwapping:
     """Copies are launched at once, in the order of the programs around them."""
 
-    def __init__(self, tier: HostTier, allocator: BlockAllocator, holder: CacheHolder):
+    def __init__(
+        self, tier: HostTier, allocator: BlockAllocator | ShardedAllocator, holder: CacheHolder
+    ):
+        if not isinstance(allocator, BlockAllocator):
+            raise NotImplementedError("a host tier serves one pool, not one split over a data axis")
         self._tier, self._allocator, self._holder = tier, allocator, holder
 
     def settle(self) -> None:

@@ -77,6 +77,6 @@ def test_a_missing_model_is_one_line_on_stderr(tmp_path):
 def test_the_demo_prints_its_table_and_draws_its_timeline(real_gguf, tmp_path):
     done = run(script="demo.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for measure in ("prefill", "decode", "prefix cache", "tail waste", "preemptions"):
+    for measure in ("computed", "generated", "prefix cache", "tail waste", "preemptions"):
         assert measure in done.stdout
     assert (tmp_path / "out" / "demo_timeline.png").stat().st_size > 10_000
