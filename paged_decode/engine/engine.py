@@ -69,10 +69,10 @@ class Engine:
       tier: host memory for the pages of samples that are preempted; None computes them again.
       preemption: whose pages go to the tier; None is `Swap()`.
       admission: how many pages stay free; None is `Watermark()`, one per running sample.
-      check: called with every plan before it is launched, by the thread that launches, such as
+      check: called with every plan by the thread that launches it, before it does, such as
         `ReplicaCheck()`; what it raises stops the visit, and comes out of `step`.
 
-    `submit` and `cancel` may be called from any thread, the rest by one thread at a time.
+    `submit` and `cancel` are for any thread, the rest for one at a time.
 
     Attributes:
       config, allocator, tier: as given.
@@ -466,8 +466,6 @@ class Engine:
             f"Engine({len(scheduler.running)} running, {len(scheduler.waiting)} waiting, "
             f"{self.allocator.num_used} of {self.allocator.usable_pages} pages used, {self.cache})"
         )
-
-    # ---- inside
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
