@@ -493,15 +493,18 @@ def main() -> None:
     parser.add_argument("--name", help="of the result file: engine, or engine_small")
     args = parser.parse_args()
     name, records = args.name or ("engine_small" if args.small else "engine"), []
+    path = None
     for record in measure(args.parts, args.small, not args.no_torch):
         records.append(record)
         print(record, flush=True)
-    path = write_result(
-        name,
-        records,
-        command=" ".join(["python", *sys.argv]),
-        device=None if jax.default_backend() == "cpu" else jax.devices()[0].device_kind,
-    )
+        path = write_result(  # after each: a run that is cut off keeps what it has
+            name,
+            records,
+            command=" ".join(["python", *sys.argv]),
+            device=None if jax.default_backend() == "cpu" else jax.devices()[0].device_kind,
+        )
+    if path is None:
+        sys.exit("nothing was measured")
     plot(records, path.with_suffix(".png"))
     print(path)
     worst = [r["ratio_to_fewest"] for r in records if "ratio_to_fewest" in r]
