@@ -208,7 +208,11 @@ class Scheduler:
         keep = [self.room.keep_free(sample, self._seats.on(i)) for i in self._seats.shards]
         sample.asked = bool(self.running)
         self._opening = frozenset(self.allocator.handles)
-        handle = self.allocator.allocate(sample.key, keep_free=keep)
+        try:
+            handle = self.allocator.allocate(sample.key, keep_free=keep)
+        except OutOfPages:
+            self._opening = None  # what others open from here on is not ours
+            raise
         self.allocator.truncate(handle, len(sample.tokens) - 1)
         sample.handle, sample.computed = handle, self.allocator.sequence(handle).computed
         self._opening = None

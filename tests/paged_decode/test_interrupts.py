@@ -11,7 +11,7 @@ import paged_decode
 from paged_decode import SamplingParams
 from paged_decode.tiers import HostTier
 
-from .tiny import dense_greedy, make_engine, prompts
+from .tiny import dense_greedy, fail_decode, make_engine, prompts
 
 ROOT = Path(paged_decode.__file__).parent
 ROOMS = {str(ROOT), str(ROOT.parent / "allocator"), str(ROOT / "allocator")}
@@ -96,6 +96,21 @@ def test_a_step_that_is_interrupted_anywhere_goes_on_with_the_same_tokens(
         raised, events, _ = life(at, tier)
         assert raised
         check(events, expected, at)
+
+
+def test_sequences_of_others_survive_an_interrupt_after_a_sample_did_not_fit():
+    engine = make_engine(9)
+    for prompt in prompts(3, seed=3, low=12, high=14):
+        engine.submit(prompt, SamplingParams(max_new_tokens=NEW))
+    engine.step()
+    assert engine.num_waiting
+    outside = engine.allocator.allocate([1, 2])
+    fail_decode(engine, {0}, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    list(engine.stream())
+    assert engine.allocator.tokens(outside).tolist() == [1, 2]
+    engine.allocator.check_invariants()
 
 
 @pytest.mark.long
