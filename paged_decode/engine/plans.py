@@ -117,6 +117,8 @@ def entries_of(
     entering: Sequence[Sample], pages: Sequence[Sequence[int]], grown: TableDelta | None = None
 ) -> tuple[tuple[Enter, ...], tuple[TableDelta, ...]]:
     """Rows that begin, with whole tables, and what grew in those that the device knows."""
+    if not entering:
+        return (), (TableDelta(_NONE, _NONE, _NONE) if grown is None else grown,)
     slots = [slot_of(sample) for sample in entering]
     counts = [len(each) for each in pages]
     parts = [

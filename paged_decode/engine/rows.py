@@ -76,7 +76,8 @@ def messages(
     Padding names a slot, or an entry of the flat table, that there is not.
     """
     places = tables.slots.astype(np.int64) * columns + tables.columns
-    rows, entries = _packed(enter), np.stack([places, tables.pages], axis=1).astype(np.int32)
+    rows = _packed(enter) if enter else np.empty((0, _ENTER_FIELDS), np.int32)
+    entries = np.stack([places, tables.pages], axis=1).astype(np.int32)
     while len(rows) or len(entries):
         fits = (s for s in sizes if len(rows) <= s.enters and len(entries) <= s.entries)
         size = next(fits, sizes[-1])

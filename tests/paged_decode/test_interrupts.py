@@ -99,11 +99,12 @@ def test_a_step_that_is_interrupted_anywhere_goes_on_with_the_same_tokens(
 
 
 def test_sequences_of_others_survive_an_interrupt_after_a_sample_did_not_fit():
-    engine = make_engine(9)
-    for prompt in prompts(3, seed=3, low=12, high=14):
-        engine.submit(prompt, SamplingParams(max_new_tokens=NEW))
-    engine.step()
-    assert engine.num_waiting
+    engine = make_engine(14)
+    for prompt in prompts(3, seed=3, low=14, high=14):
+        engine.submit(prompt, SamplingParams(max_new_tokens=10))
+    for _ in range(3):
+        engine.step()  # at the last it is not even tried
+    assert engine.num_waiting and len(engine.scheduler.running) == 2
     outside = engine.allocator.allocate([1, 2])
     fail_decode(engine, {0}, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
