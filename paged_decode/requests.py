@@ -111,7 +111,7 @@ class Sample:
     _key: PromptKey | None = None
 
     def __post_init__(self) -> None:
-        self.goal = min(self.prompt_len + self.sampling.max_new_tokens, self.limit)
+        self.bound(self.limit)
 
     def bound(self, limit: int) -> None:
         """Let it have so many tokens at most."""

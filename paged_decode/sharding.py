@@ -11,7 +11,7 @@ import numpy as np
 from .allocator import DecodeBatch, PageCopies
 from .errors import PageTableError
 
-__all__ = ["Spread", "split_batch", "split_copies"]
+__all__ = ["Spread", "rank_within", "split_batch", "split_copies"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +87,7 @@ def split_batch(
     if most > sizes[-1] and count:
         raise ValueError(f"one shard has {most} rows, but a program has {sizes[-1]} at most")
     size = next((s for s in sizes if s >= most), most)
-    order = np.argsort(shard, kind="stable")
-    rank = np.empty(count, np.int64)
-    rank[order] = np.arange(count) - np.searchsorted(shard[order], shard[order])
-    spread = Spread(shard * size + rank, shards * size, len(batch.seq_lens), living)
+    spread = Spread(shard * size + rank_within(shard), shards * size, len(batch.seq_lens), living)
     here = Spread(spread.rows, spread.total, count, np.arange(count))
     first = (shard * pages_per_shard)[:, None].astype(np.int32)
     group = replace(
@@ -106,6 +103,14 @@ def split_batch(
         groups=(group,),
     )
     return here.put(local), spread
+
+
+def rank_within(shard: np.ndarray) -> np.ndarray:
+    """int64 `[n]`: which of the rows of its shard each row is, in the order given."""
+    order = np.argsort(shard, kind="stable")
+    rank = np.empty(len(shard), np.int64)
+    rank[order] = np.arange(len(shard)) - np.searchsorted(shard[order], shard[order])
+    return rank
 
 
 def split_copies(copies: PageCopies, *, shards: int, pages_per_shard: int) -> PageCopies:

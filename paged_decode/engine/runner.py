@@ -14,6 +14,7 @@ import numpy as np
 from .._devices import put_beside, tied
 from ..allocator import PageCopies
 from ..cache import KVCache
+from ..sharding import rank_within
 from .config import EngineConfig, EngineStats
 from .programs import DecodeOut, Model, Programs, update
 from .records import Chunk, Decode, Enter, Prefill, Result, TableDelta, Ticket
@@ -132,13 +133,13 @@ class DeviceRunner:
 
     def _launch(self, job: Callable[[Launched], Any]) -> Launched:
         """Queue a job; an interrupt here leaves it in the queue, or takes it out."""
-        launched = Launched()
+        launched, before = Launched(), self._last
         try:
             self._last = launched
             self._thread.submit(self._run, job, launched)
         except BaseException:
-            launched.future.cancel()
-            launched.begun.set()
+            if launched.future.cancel():
+                self._last = before  # which may still be at work
             raise
         return launched
 
@@ -196,10 +197,10 @@ class DeviceRunner:
         self._stats.programs = len(self._known)
 
     def _drain(self) -> None:
-        """Return when everything is launched, has failed, or was taken back."""
+        """Return when everything is launched, or has failed."""
         if threading.get_ident() == self._launcher:
             return  # the check asks, for one
-        if self._last is not None and not self._last.future.cancelled():
+        if self._last is not None:
             self._last.future.exception()
 
     # ---- plans
@@ -331,10 +332,7 @@ class DeviceRunner:
         if self._shards == 1:
             return np.arange(len(slots))
         shard = slots // self._config.max_rows
-        order = np.argsort(shard, kind="stable")
-        rank = np.empty(len(slots), np.int64)
-        rank[order] = np.arange(len(slots)) - np.searchsorted(shard[order], shard[order])
-        return shard * size + rank
+        return shard * size + rank_within(shard)
 
     def _prefill_message(self, width: int, chunks: Sequence[Chunk]) -> np.ndarray:
         size = self._config.prefill_rows

@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 from ..allocator import BlockAllocator, Handle, ShardedAllocator
-from ..tiers import HostTier
+from ..tiers import CacheHolder, HostTier
 
-__all__ = ["CacheHolder", "Swapping", "TierSwapping"]
-
-
-@runtime_checkable
-class CacheHolder(Protocol):
-    """Whoever has the living cache."""
-
-    @property
-    def cache(self) -> Any: ...
-
-    def exchange(self, change: Callable[[Any], Any]) -> None:
-        """Let the cache be what `change` makes of it, in the order of the programs around it."""
-        ...
+__all__ = ["Swapping", "TierSwapping"]
 
 
 @runtime_checkable
@@ -56,7 +43,7 @@ class TierSwapping:
         if not self._tier.num_pages and self._tier.disk is None:
             return 0  # without the cache, for which the programs in flight would be waited for
         before = self._tier.stats.loaded
-        self._holder.exchange(lambda cache: self._tier.load(cache, self._allocator, handle))
+        self._tier.load_into(self._holder, self._allocator, handle)
         return self._tier.stats.loaded - before
 
     def forget(self, handle: Handle) -> None:

@@ -13,11 +13,10 @@ from ..allocator import BlockAllocator
 from ..engine import Engine, EngineConfig
 from ..engine.loop import Plans
 from ..engine.records import Decode, Prefill, Result, Runner, Ticket
-from ..engine.swapping import CacheHolder
 from ..policies import SampleView
 from ..requests import TokenEvent
 from ..sampling import SamplingParams
-from ..tiers import PageMover
+from ..tiers import CacheHolder, PageMover
 from .costs import Program
 from .report import Record, Report, UsageLog, summarize
 from .workload import Request

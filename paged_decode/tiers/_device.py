@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -14,7 +14,7 @@ from jaxtyping import Array, Int
 
 from .._devices import bits, pinned_sharding, put_beside, unbits
 
-__all__ = ["CopyFailed", "CopyPending", "DeviceMover", "PageMover", "fits"]
+__all__ = ["CacheHolder", "CopyFailed", "CopyPending", "DeviceMover", "PageMover", "fits"]
 
 
 _ARRAY_BYTES = 1 << 24
@@ -45,6 +45,18 @@ class PageMover(Protocol):
 
     def put(self, cache: Any, rested: Any, pages: np.ndarray) -> Any:
         """Write them to pages int32 `[n]`, 0 for those that are not wanted; donates the cache."""
+        ...
+
+
+@runtime_checkable
+class CacheHolder(Protocol):
+    """Whoever has the living cache."""
+
+    @property
+    def cache(self) -> Any: ...
+
+    def exchange(self, change: Callable[[Any], Any]) -> None:
+        """Let the cache be what `change` makes of it, in the order of the programs around it."""
         ...
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from .._devices import tied
 from ..allocator import BlockAllocator, Handle
 from ..allocator.arguments import as_count, as_counts
 from ..cache import KVCache
-from ._device import CopyPending, DeviceMover, PageMover, fits
+from ._device import CacheHolder, CopyPending, DeviceMover, PageMover, fits
 from ._disk import DiskTier
 
 __all__ = ["HostTier", "TierStats"]
@@ -49,6 +50,16 @@ class _Chunk:
     tokens: tuple[np.ndarray, ...]
     pages: Any  # what the mover returned: in flight, then at rest
     busy: bool = False  # being copied to the device: not given up
+
+
+@dataclass(slots=True)
+class _Held:
+    """A cache that is replaced at once."""
+
+    cache: Any
+
+    def exchange(self, change: Callable[[Any], Any]) -> None:
+        self.cache = change(self.cache)
 
 
 @dataclass(slots=True)
@@ -179,11 +190,18 @@ class HostTier:
         Raises:
           RuntimeError: a program failed and took the cache with it.
         """
+        held = _Held(cache)
+        self.load_into(held, allocator, handle)
+        return held.cache
+
+    def load_into(self, holder: CacheHolder, allocator: BlockAllocator, handle: Handle) -> None:
+        """`load` into a cache that somebody else holds, who alone replaces it."""
+        cache = holder.cache
         _check_pool(cache, allocator)
         info = allocator.sequence(handle)
         first, rest = divmod(info.computed, allocator.page_size)
         if rest or info.private or info.computed == info.length:
-            return cache
+            return
         wanted = _wanted(allocator, handle, info.length)
         found = list(self._find(wanted, first, cache))
         loaded = set()
@@ -193,10 +211,10 @@ class HostTier:
                 mine = [(at, row) for at, (c, row) in enumerate(found, first) if c is chunk]
                 for at, row in mine:
                     ids[row] = wanted.pages[at]
-                cache = self.mover.put(cache, chunk.pages, ids)
+                holder.exchange(partial(self._put, chunk, ids))
                 loaded.update(at for at, _ in mine)
         except COPY_ERRORS:
-            if getattr(cache, "is_deleted", False):
+            if getattr(holder.cache, "is_deleted", False):
                 raise
             self.stats.failed_copies += 1
         finally:
@@ -208,7 +226,6 @@ class HostTier:
             [handle], [max(info.computed, min(end * allocator.page_size, info.length))]
         )
         self._touch(reversed(wanted.keys[:end]))
-        return cache
 
     def forget(self, allocator: BlockAllocator, handle: Handle) -> None:
         """Forget the pages of a sequence, in flight and on the disk too: they may be wrong.
@@ -268,6 +285,9 @@ class HostTier:
         self._coming.update(keys)
         self.num_pages += len(keys)
         return True
+
+    def _put(self, chunk: _Chunk, ids: np.ndarray, cache: Any) -> Any:
+        return self.mover.put(cache, chunk.pages, ids)
 
     def _shelve(self, chunk: _Chunk) -> None:
         self._chunks[id(chunk)] = chunk
