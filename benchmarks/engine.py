@@ -30,7 +30,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -45,6 +44,7 @@ from _engine_runs import (
     drain,
     make_engine,
     middle,
+    plot,
     prompts,
     quantile,
     submit,
@@ -428,37 +428,6 @@ def waiting(shapes: LlamaShapes, sizes: Record) -> Iterator[Record]:
 
 
 # ---- all of them
-
-
-def plot(records: list[Record], path: Path) -> None:
-    """Latency over output tokens/s, one line for each max_rows; p99 is dashed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    records = [r for r in records if r["case"]["part"] == "arrivals"]
-    if not records:
-        return
-    figure = Figure(figsize=(9.2, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = {"first_token": "Time to first token", "per_token": "Time per token after the first"}
-    for axes, (name, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
-        for color, rows in enumerate(sorted({r["case"]["max_rows"] for r in records})):
-            mine = [r for r in records if r["case"]["max_rows"] == rows]
-            for label, style in (("median", "-"), ("p99", "--")):
-                line = [(r["tokens_per_s"], r[f"{name}_{label}_s"]) for r in mine]
-                line = [(x, 1e3 * y) for x, y in line if y is not None]
-                axes.plot(
-                    *zip(*line, strict=True),
-                    style,
-                    color=f"C{color}",
-                    marker="o",
-                    markersize=3,
-                    label=f"max_rows {rows}, {label}",
-                )
-        axes.set(title=title, xlabel="output tokens/s", ylabel="ms", yscale="log")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
-    figure.savefig(path, dpi=110)
 
 
 PARTS = dict(host=host, arrivals=arrivals, gap=gap, waiting=waiting)
