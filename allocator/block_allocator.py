@@ -99,9 +99,10 @@ class BlockAllocator(AllocatorCalls):
             self._books.main, self._rows, row, cached=cached, committed_only=committed_only
         )
 
-    def page_stamps(self, pages: Ints) -> np.ndarray:
-        """int64 `[k]`: see `StatePages.stamps`."""
-        return self._pool.stamps[as_ints("pages", pages)]
+    def page_stamps(self, pages: Ints | None = None) -> np.ndarray:
+        """int64 `[k]`: see `StatePages.stamps`; None is every page."""
+        stamps = self._pool.stamps
+        return stamps.copy() if pages is None else stamps[as_ints("pages", pages)]
 
     @changing
     def import_state(

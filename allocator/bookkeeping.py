@@ -22,7 +22,7 @@ from .growth import Growth, apply_growth, plan_growth
 from .pool import PagePool, Release
 from .prefix import CacheEntry, Namespace, PrefixCache
 from .prompt import PromptKey
-from .publication import Publication, plan_publication, publish
+from .publication import Publications, plan_publications, publish
 from .rows import Handle, RowTable
 from .state import AllocatorState
 from .state_rules import check_state
@@ -292,14 +292,13 @@ class Bookkeeping:
         computed = np.maximum(computed, before)
         full = computed // size
         fuller = (full > before // size).nonzero()[0] if self.caching else _NONE
-        plans: list[Publication] = [
-            plan_publication(self.main, rows, each, pages)
-            for each, pages in zip(row[fuller].tolist(), full[fuller].tolist(), strict=True)
-            if not rows.private[each]
-        ]
+        plan: Publications | None = None
+        if fuller.size:
+            fuller = fuller[rows.private[row[fuller]] == 0]
+            plan = plan_publications(self.main, rows, row[fuller], full[fuller])
 
         def apply() -> None:
-            for plan in plans:
+            if plan is not None:
                 publish(self.main, rows, plan)
             rows.computed[row] = computed  # never more than there are entries for
             if np.count_nonzero(computed > described):

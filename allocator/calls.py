@@ -483,6 +483,8 @@ def _as_appended(
 def _prepared(parts: Grown, size: int) -> Prepared:
     """Carry out the growth of every shard; its places become those among `size` handles."""
     done = [(at, books.grow(growing)[0]) for books, _, at, growing in parts]
+    if len(done) == 1:
+        return done[0][1]
     where = np.arange(size)
     return Prepared(
         _copies([each.copies for _, each in done]),

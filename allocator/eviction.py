@@ -102,6 +102,12 @@ class EvictionQueue:
         if self._rank is not None:
             self.known[page] = successor(page, depth, past)
 
+    def publish_each(self, pages: Iterable[int], depths: Iterable[int]) -> None:
+        """The same for many, of which none replaces another."""
+        if self._rank is not None:
+            for page, depth in zip(pages, depths, strict=True):
+                self.known[page] = successor(page, depth, None)
+
     def forget(self, page: int) -> CachedPage | None:
         """The page left the cache; returns its history."""
         return self.known.pop(page, None)

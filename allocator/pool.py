@@ -1,5 +1,6 @@
 """The page pool: which page is free, and how many owners every other one has."""
 
+from collections.abc import Sequence
 from typing import NamedTuple, SupportsIndex
 
 import numpy as np
@@ -191,6 +192,48 @@ class PagePool:
         past = None if found is None else self.unpublish(found.page)
         self.withdrawn[page] = False
         return self.cache.add(page, digest, parent, depth, past)
+
+    def publish_each(
+        self,
+        pages: Sequence[int],
+        digests: Sequence[bytes],
+        parents: Sequence[int | bytes],
+        depths: Sequence[int],
+    ) -> list[CacheEntry]:
+        """`publish` of many, of which none is the parent of another."""
+        if self._are_new(digests):
+            return self._add(pages, digests, parents, depths)
+        each = zip(pages, digests, parents, depths, strict=True)
+        return [self.publish(*one) for one in each]
+
+    def publish_chain(
+        self, pages: Sequence[int], digests: Sequence[bytes], parent: int | bytes, depth: int
+    ) -> list[CacheEntry]:
+        """`publish` of many, each of which is the parent of the next."""
+        depths = range(depth, depth + len(pages))
+        if self._are_new(digests):
+            serial = self.cache.next_serial
+            parents = [parent, *range(serial, serial + len(pages) - 1)][: len(pages)]
+            return self._add(pages, digests, parents, depths)
+        entries: list[CacheEntry] = []
+        for page, digest, at in zip(pages, digests, depths, strict=True):
+            entries.append(self.publish(page, digest, parent, at))
+            parent = entries[-1].serial
+        return entries
+
+    def _are_new(self, digests: Sequence[bytes]) -> bool:
+        known = self.cache.index.keys()
+        return len(set(digests)) == len(digests) and known.isdisjoint(digests)
+
+    def _add(
+        self,
+        pages: Sequence[int],
+        digests: Sequence[bytes],
+        parents: Sequence[int | bytes],
+        depths: Sequence[int],
+    ) -> list[CacheEntry]:
+        self.withdrawn[pages] = False
+        return self.cache.add_each(pages, digests, parents, depths)
 
     def unpublish(self, page: int) -> CachedPage | None:
         """Make a published page unfindable; without an owner it becomes free."""

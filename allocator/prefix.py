@@ -2,8 +2,8 @@
 
 import hashlib
 import secrets
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
@@ -66,8 +66,7 @@ class Namespace(NamedTuple):
     digest: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class CacheEntry:
+class CacheEntry(NamedTuple):
     """One published page.
 
     `parent` is the link that makes a hit safe even if two digests collide: the serial number of
@@ -113,7 +112,7 @@ class PrefixCache:
         self.weights = b""  # what a snapshot calls them
         self.num_updates = 0  # of the weights
         self._digest = blake2b_digest if digest is None else digest
-        self._next_serial = 1
+        self.next_serial = 1
         self.num_evicted = self.num_withdrawn = 0  # entries forgotten so far, by why
         self.queried_tokens = self.hit_tokens = 0
 
@@ -145,19 +144,31 @@ class PrefixCache:
             raise _no_digest(digest)
         return digest
 
+    def next_digests(self, parents: Sequence[bytes], page_tokens: np.ndarray) -> list[bytes]:
+        """Of each row of `page_tokens` `[n, S]`, as a page behind one with the parent's digest."""
+        return [*map(self._next, parents, self._pages(page_tokens))]
+
     def digests(
         self, parent: bytes, page_tokens: np.ndarray, known: list[bytes] | None = None
     ) -> Iterator[bytes]:
         """Chained digests of the rows of `page_tokens` `[n, S]`, which are added to `known`."""
-        digest, key, num_bytes = self._digest, self._hash_key, 4 * page_tokens.shape[1]
-        data = np.ascontiguousarray(page_tokens, "<i4").tobytes()
-        for begin in range(0, len(data), num_bytes):
-            parent = digest(key, b"p" + parent + data[begin : begin + num_bytes])
-            if type(parent) is not bytes:
-                raise _no_digest(parent)
+        for page in self._pages(page_tokens):
+            parent = self._next(parent, page)
             if known is not None:
                 known.append(parent)
             yield parent
+
+    def _next(self, parent: bytes, page: bytes) -> bytes:
+        found = self._digest(self._hash_key, b"p" + parent + page)
+        if type(found) is not bytes:
+            raise _no_digest(found)
+        return found
+
+    @staticmethod
+    def _pages(tokens: np.ndarray) -> Iterator[bytes]:
+        size = 4 * tokens.shape[1]
+        data = np.ascontiguousarray(tokens, "<i4").tobytes()
+        return (data[begin : begin + size] for begin in range(0, len(data), size))
 
     def partial_digests(self, parent: bytes, tokens: np.ndarray, page_size: int) -> Iterator[bytes]:
         """The digest of every leading part of `tokens` `[T]`, as if its last page ended there."""
@@ -228,12 +239,29 @@ class PrefixCache:
 
         `depth` and `past`, the history of the page that it replaces, are for eviction.
         """
-        entry = CacheEntry(page, digest, parent, self._next_serial)
-        self._next_serial += 1
+        entry = CacheEntry(page, digest, parent, self.next_serial)
+        self.next_serial += 1
         self.index[digest] = self.by_page[page] = entry
         self.published[page] = True
         self.eviction.publish(page, depth, past)
         return entry
+
+    def add_each(
+        self,
+        pages: Sequence[int],
+        digests: Sequence[bytes],
+        parents: Sequence[int | bytes],
+        depths: Sequence[int],
+    ) -> list[CacheEntry]:
+        """`add` of many at once; they get the serials from `next_serial` on."""
+        fields = zip(pages, digests, parents, count(self.next_serial))
+        entries = list(map(CacheEntry._make, fields))
+        self.next_serial += len(entries)
+        self.index.update(zip(digests, entries, strict=True))
+        self.by_page.update(zip(pages, entries, strict=True))
+        self.published[pages] = True
+        self.eviction.publish_each(pages, depths)
+        return entries
 
     def repair(self, allowed: np.ndarray, idle: np.ndarray) -> None:
         """Keep the entries on which all books agree; both bool `[N]`: pages that may be published,

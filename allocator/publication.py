@@ -1,15 +1,30 @@
-"""Putting the full, computed pages of a sequence into the prefix cache."""
+"""Putting the full, computed pages of sequences into the prefix cache."""
 
 from typing import NamedTuple
+
+import numpy as np
 
 from .groups import PageGroup
 from .rows import RowTable
 
-__all__ = ["Publication", "digests_of", "plan_publication", "publish"]
+__all__ = ["Publications", "digests_of", "plan_publications", "publish"]
 
 
-class Publication(NamedTuple):
-    """What a row will publish: the entries it keeps, and the digests of the pages behind them.
+class OneEach(NamedTuple):
+    """Rows that publish one page each, behind all that they have published; int64 `[n]` and lists.
+
+    `depth` is how many pages that is, `seen` the `chain_seen` of the row.
+    """
+
+    row: np.ndarray
+    depth: list[int]
+    page: list[int]
+    digest: list[bytes]
+    seen: np.ndarray
+
+
+class Several(NamedTuple):
+    """What another row will publish: the entries it keeps, and the pages behind them.
 
     `lost` is the cache's `num_lost` when the kept ones were seen to be live, for a row without
     borrowed entries and for one with.
@@ -17,8 +32,16 @@ class Publication(NamedTuple):
 
     row: int
     keep: int
+    pages: list[int]
     digests: list[bytes]
     lost: tuple[int, int]
+
+
+class Publications(NamedTuple):
+    """What rows will publish."""
+
+    one_each: OneEach
+    others: list[Several]
 
 
 def digests_of(group: PageGroup, rows: RowTable, row: int, full: int) -> list[bytes]:
@@ -34,8 +57,44 @@ def digests_of(group: PageGroup, rows: RowTable, row: int, full: int) -> list[by
     return known
 
 
-def plan_publication(group: PageGroup, rows: RowTable, row: int, full: int) -> Publication:
-    """Digest the row's first `full` pages, as far as that is not done yet; changes nothing.
+def plan_publications(
+    group: PageGroup, rows: RowTable, row: np.ndarray, full: np.ndarray
+) -> Publications:
+    """Digest the first `full[b]` pages of rows `[B]`, at least 1 of each, as far as that is not
+    done yet; changes nothing.
+
+    While rows decode, nearly all have one new page, and nothing of theirs was lost: these are
+    planned, and carried out, all at once.
+    """
+    cache = group.pool.cache
+    lost = cache.num_lost(0), cache.num_lost(1)
+    seen = np.where(rows.borrows[row], lost[1], lost[0])
+    lives = (rows.chain_seen[row] == seen).tolist()
+    counts, known = full.tolist(), [rows.digests[each] for each in row.tolist()]
+    sizes = [len(rows.chains[each]) for each in row.tolist()]
+    each = zip(lives, counts, known, sizes, strict=True)
+    plain = [live and len(has) == size == count - 1 for live, count, has, size in each]
+    others: list[Several] = []
+    if not all(plain):
+        for one, count, live, is_plain in zip(row.tolist(), counts, lives, plain, strict=True):
+            if not is_plain:
+                others.append(_plan(group, rows, one, count, live, lost))
+        row, full, seen = row[plain], full[plain], seen[plain]
+        known = [has for has, is_plain in zip(known, plain, strict=True) if is_plain]
+    page = group.table.ids[row, full - 1]
+    before = zip(known, row.tolist(), strict=True)
+    parents = [has[-1] if has else rows.namespaces[each].digest for has, each in before]
+    digests = cache.next_digests(parents, group.pool.tokens[page])
+    for has, digest in zip(known, digests, strict=True):
+        has.append(digest)
+    one_each = OneEach(row, (full - 1).tolist(), page.tolist(), digests, seen)
+    return Publications(one_each, others)
+
+
+def _plan(
+    group: PageGroup, rows: RowTable, row: int, full: int, is_live: bool, lost: tuple[int, int]
+) -> Several:
+    """The same for any number of pages.
 
     An entry of the row may have been forgotten meanwhile: evicted, where another sequence's page
     stood for the same content, or withdrawn. Nothing behind it can be found, so the row publishes
@@ -44,25 +103,38 @@ def plan_publication(group: PageGroup, rows: RowTable, row: int, full: int) -> P
     """
     chain, cache = rows.chains[row], group.pool.cache
     keep = len(chain)
-    if rows.chain_seen[row] != cache.num_lost(int(rows.borrows[row])):
+    if not is_live:
         live = map(cache.is_live, chain)
         keep = next((i for i, alive in enumerate(live) if not alive), keep)
     digests = digests_of(group, rows, row, full)[keep:full]
-    return Publication(row, keep, digests, (cache.num_lost(0), cache.num_lost(1)))
+    pages = group.table.pages(row)[keep : keep + len(digests)].tolist()
+    return Several(row, keep, pages, digests, lost)
 
 
-def publish(group: PageGroup, rows: RowTable, plan: Publication) -> None:
-    """Carry a plan out."""
-    row, chain = plan.row, rows.chains[plan.row]
-    if plan.keep < len(chain):
-        chain = chain[: plan.keep]
-    parent = chain[-1].serial if chain else rows.namespaces[row].key
-    pages = group.table.pages(row)[plan.keep : plan.keep + len(plan.digests)].tolist()
-    for depth, (page, digest) in enumerate(zip(pages, plan.digests, strict=True), plan.keep):
-        entry = group.pool.publish(page, digest, parent, depth)
+def publish(group: PageGroup, rows: RowTable, plan: Publications) -> None:
+    """Carry it out."""
+    row, depth, pages, digests, seen = plan.one_each
+    chains = [rows.chains[each] for each in row.tolist()]
+    before = zip(chains, row.tolist(), strict=True)
+    parents = [chain[-1].serial if chain else rows.namespaces[each].key for chain, each in before]
+    entries = group.pool.publish_each(pages, digests, parents, depth)
+    rows.chain_seen[row] = seen
+    for each, chain, entry, page in zip(row.tolist(), chains, entries, pages, strict=True):
         chain.append(entry)
-        parent = entry.serial
         if entry.page != page:
-            rows.borrows[row] = True
-    rows.chains[row] = chain
-    rows.chain_seen[row] = plan.lost[int(rows.borrows[row])]
+            rows.borrows[each], rows.chain_seen[each] = True, -1  # to be looked at
+    for several in plan.others:
+        _publish(group, rows, several)
+
+
+def _publish(group: PageGroup, rows: RowTable, plan: Several) -> None:
+    row, keep, pages, digests, lost = plan
+    chain = rows.chains[row]
+    if keep < len(chain):
+        chain = chain[:keep]
+    parent = chain[-1].serial if chain else rows.namespaces[row].key
+    entries = group.pool.publish_chain(pages, digests, parent, keep)
+    if any(entry.page != page for entry, page in zip(entries, pages, strict=True)):
+        rows.borrows[row] = True
+    rows.chains[row] = chain + entries if keep else entries
+    rows.chain_seen[row] = lost[int(rows.borrows[row])]

@@ -105,10 +105,9 @@ def collect_stats(group: PageGroup, rows: RowTable) -> AllocatorStats:
 
 def page_states(pool: PagePool) -> np.ndarray:
     """uint8 `[N]` of `PageState`."""
-    states = np.full(len(pool.refs), PageState.FREE, np.uint8)
-    states[pool.cache.published] = PageState.CACHED
-    states[pool.refs == 1] = PageState.OWNED
-    states[pool.refs > 1] = PageState.SHARED
+    states = np.minimum(pool.refs, 2).astype(np.uint8)
+    states += states > 0  # OWNED and SHARED are one more than their owners
+    np.maximum(states, pool.cache.published, out=states)
     states[0] = PageState.NULL
     return states
 

@@ -178,9 +178,8 @@ class AllocatorView:
     @atomic
     def handles(self) -> tuple[Handle, ...]:
         """The live sequences, in the order in which `export_state` lists them."""
-        return tuple(
-            books.rows.name(row) for books in self._shards for row in books.rows.live.tolist()
-        )
+        live = (books.rows.handle[books.rows.live] for books in self._shards)
+        return tuple(handle for each in live for handle in each.tolist())
 
     def ref_count(self, page: SupportsIndex) -> int:
         """How many owners a page has: sequences, or 1 if it is raw. A null page has 0."""
