@@ -149,8 +149,8 @@ class _FaultyPlans:
     def __init__(self, engine: Engine, faults: Faults):
         self._engine, self._faults, self._plans = engine, faults, engine.loop.scheduler
         self.prefilled, self.plan_decode = self._plans.prefilled, self._plans.plan_decode
-        self.book, self.reset = self._plans.book, self._plans.reset
-        self.release = self._plans.release
+        self.book, self.drop = self._plans.book, self._plans.drop
+        self.release, self.reset = self._plans.release, self._plans.reset
 
     def plan_prefill(self) -> Prefill | None:
         self._faults.before_visit(self._engine)

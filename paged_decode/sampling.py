@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
 import jax
@@ -15,12 +16,23 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .allocator.arguments import as_count, as_counts
 
-__all__ = ["MAX_STOP_TOKENS", "SamplingParams", "SamplingRows", "draw", "sample"]
+__all__ = ["MAX_STOP_TOKENS", "Kind", "SamplingParams", "SamplingRows", "draw", "sample"]
 
 MAX_STOP_TOKENS = 8  # width of the device's stop table; a wider one would compile anew
 
 _TINY = float(np.finfo(np.float32).tiny)  # devices flush what is smaller to zero
 _HUGE = float(np.finfo(np.float32).max)
+
+
+Drawn = Callable[[], Array]
+
+
+class Kind(IntEnum):
+    """What it takes to draw a token, in order of cost; a batch takes what one of its rows does."""
+
+    GREEDY = 0
+    WHOLE = 1  # from all tokens
+    NARROW = 2  # from those that top_k and top_p leave
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +87,13 @@ class SamplingParams:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         if len(stops) > MAX_STOP_TOKENS:
             raise ValueError(f"stop_tokens must be at most {MAX_STOP_TOKENS} ids, got {len(stops)}")
+
+    @property
+    def kind(self) -> Kind:
+        """What it takes to draw its tokens."""
+        if not self.temperature:
+            return Kind.GREEDY
+        return Kind.NARROW if self.top_k or self.top_p < 1 else Kind.WHOLE
 
 
 def _as_float(name: str, value: Any) -> float:
@@ -139,29 +158,39 @@ def sample(logits: Float[Array, "B V"], rows: SamplingRows) -> Int[Array, " B"]:
 
 
 def draw(
-    logits: Float[Array, "B V"], rows: SamplingRows
+    logits: Float[Array, "B V"], rows: SamplingRows, most: Kind | None = None
 ) -> tuple[Int[Array, " B"], Bool[Array, " B"]]:
-    """`sample`, and which rows have no token to choose: their model or its cache is broken."""
+    """`sample`, and which rows have no token to choose: their model or its cache is broken.
+
+    Args:
+      logits: of the next token.
+      rows: how it is drawn.
+      most: the greatest kind among the rows, where the caller knows it while it traces. Otherwise
+        the device finds out, for which a GPU asks the host at every call.
+    """
     logits = logits.astype(jnp.float32)
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)  # the place of a NaN, if there is one
     top = jnp.take_along_axis(logits, greedy[:, None], axis=-1)
     invalid = (jnp.isnan(top) | (top == -jnp.inf))[:, 0]
+    hot = rows.temperature > 0
+    narrow = hot & ((rows.top_k > 0) | (rows.top_p < 1))
+    heat = jnp.where(hot, rows.temperature, jnp.float32(1))[:, None]
 
     def drawn() -> Array:
-        hot = rows.temperature > 0
-        heat = jnp.where(hot, rows.temperature, jnp.float32(1))[:, None]
-        narrow = hot & ((rows.top_k > 0) | (rows.top_p < 1))
-        kept = lax.cond(
-            jnp.any(narrow),
-            lambda: jnp.where(~narrow[:, None] | _kept(logits, top, heat, rows), logits, -jnp.inf),
-            lambda: logits,
-        )
+        kept = at_least(Kind.NARROW, jnp.any(narrow), narrowed, lambda: logits)
         noise = jax.vmap(_gumbel, (0, 0, None))(rows.seed, rows.index, logits.shape[-1])
         choice = jnp.argmax(_cooled(kept, top, heat) + noise, axis=-1).astype(jnp.int32)
         return jnp.where(hot, choice, greedy)
 
-    chosen = lax.cond(jnp.any(rows.temperature > 0), drawn, lambda: greedy)
-    return chosen, invalid
+    def narrowed() -> Array:
+        return jnp.where(~narrow[:, None] | _kept(logits, top, heat, rows), logits, -jnp.inf)
+
+    def at_least(kind: Kind, found: Array, then: Drawn, otherwise: Drawn) -> Array:
+        if most is None:
+            return lax.cond(found, then, otherwise)
+        return then() if most >= kind else otherwise()
+
+    return at_least(Kind.WHOLE, jnp.any(hot), drawn, lambda: greedy), invalid
 
 
 def _gumbel(seed: Array, index: Array, width: int) -> Array:

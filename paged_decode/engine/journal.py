@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
 
 from ..requests import Sample
 from .records import Decode, Result
@@ -19,7 +21,7 @@ class Outcome(NamedTuple):
     at: int
     tokens: Sequence[int]
     reason: str | None = None
-    tops: tuple[Any, Any] | None = None
+    tops: tuple[np.ndarray, np.ndarray] | None = None
     detail: str = ""
 
 
@@ -70,19 +72,24 @@ class Journal:
         self._open = None
 
 
-def outcomes_of(plan: Decode, kept: Sequence[int], result: Result) -> list[Outcome]:
-    """What each row got, and its end, if it has come to it; ends without a token come last."""
-    texts, counts, budgets = result.tokens.T.tolist(), result.counts.tolist(), plan.budgets
-    outcomes, last, invalid = [], [], result.invalid.tolist()
-    for i in kept:
-        sample, count, tops = plan.samples[i], counts[i], None
-        sample.in_flight -= int(budgets[i])
-        at = len(sample.tokens)
-        if invalid[i]:
+def outcomes_of(plan: Decode, result: Result) -> list[Outcome]:
+    """What each row got, and its end, if it has come to it; ends without a token come last.
+
+    None of the rows had ended. They are read: what is in flight of them is less by this visit.
+    """
+    steps = len(result.tokens)
+    columns = (a.tolist() for a in (result.tokens.T, result.counts, result.invalid, plan.budgets))
+    outcomes, last = [], []
+    rows = enumerate(zip(plan.samples, *columns, strict=True))
+    for i, (sample, tokens, count, invalid, budget) in rows:
+        sample.in_flight -= budget
+        at, tops = len(sample.tokens), None
+        if invalid:
             last.append(Outcome(sample, at + count, (), "invalid_logits"))
         if count:
             if result.top_ids is not None and result.top_logits is not None:
                 tops = result.top_ids[:count, i], result.top_logits[:count, i]
-            tokens = texts[i] if count == len(texts[i]) else texts[i][:count]
+            if count < steps:
+                tokens = tokens[:count]
             outcomes.append(Outcome(sample, at, tokens, sample.ending(tokens), tops))
     return outcomes + last

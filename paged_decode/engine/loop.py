@@ -34,6 +34,7 @@ class Plans(Protocol):
     def prefilled(self, plan: Prefill) -> None: ...
     def plan_decode(self) -> Decode | None: ...
     def book(self, ticket: Ticket, result: Result) -> None: ...
+    def drop(self, ticket: Ticket) -> None: ...
     def release(self) -> None: ...
     def reset(self) -> None: ...
 
@@ -77,8 +78,10 @@ class Loop:
         if len(self._open) > 1:  # an interrupt came between launching and reading
             self._book_one()
         launched = self._launch()
-        while self._open and (len(self._open) > launched or self._is_over(self._open[0])):
+        while len(self._open) > launched:
             self._book_one()
+        if self._open and self._is_over(self._open[0]):
+            self._drop_one()
         self.stats.visits += 1
         self.stats.visit_seconds += time.perf_counter() - start
 
@@ -174,9 +177,16 @@ class Loop:
         self._open.popleft()
         self._call = within
 
+    def _drop_one(self) -> None:
+        """Nobody waits for what the visit in flight makes, which may take all of its steps."""
+        self._call = sys._getframe()
+        self.scheduler.drop(self._open[0])
+        self._open.popleft()
+        self._call = None
+
     @staticmethod
     def _is_over(ticket: Ticket) -> bool:
-        """Whether the visit was launched for rows that have all ended by now: it does nothing."""
+        """Whether the visit was launched for rows that have all ended by now."""
         return all(sample.ended for sample in ticket.plan.samples)
 
     def _waited(self, call: Callable[[Any], Any], what: Any) -> Any:

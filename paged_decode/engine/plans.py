@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 
-from ..allocator import PageCopies, Prepared
+from ..allocator import PageCopies
 from ..requests import Sample
 from .config import EngineConfig
 from .records import Chunk, Decode, Enter, TableDelta
+from .room import Allocator
 
 __all__ = [
     "Growth",
@@ -27,31 +29,40 @@ _NONE = np.empty(0, np.int32)
 
 
 class Growth(NamedTuple):
-    """Rows that may go on, how many tokens each may get, and what that took from the pool."""
+    """Rows that may go on, how many tokens each may get, and what that took from the pool.
+
+    `lengths` are their tokens at the first step; `slots`, `lengths` and `budgets` int64 `[n]`.
+    """
 
     rows: list[Sample]
-    budgets: list[int]
+    slots: np.ndarray
+    lengths: np.ndarray
+    budgets: np.ndarray
     copies: PageCopies
     tables: TableDelta
 
     @classmethod
-    def of(cls, rows: list[Sample], budgets: list[int], prepared: Prepared) -> Growth:
-        slots = np.array([slot_of(sample) for sample in rows], np.int32)[prepared.places]
-        tables = TableDelta(slots, prepared.columns.astype(np.int32), prepared.pages)
-        return cls(rows, budgets, prepared.copies, tables)
+    def of(cls, rows: list[Sample], steps: int, allocator: Allocator) -> Growth:
+        """Pages for up to so many steps of each row; all of them, or OutOfPages."""
+        handles = np.array([sample.handle for sample in rows], np.int64)
+        lengths = np.array([len(sample.tokens) + sample.in_flight for sample in rows], np.int64)
+        budgets = np.minimum([sample.goal for sample in rows] - lengths, steps)
+        prepared = allocator.prepare(handles, lengths - 1 + budgets)
+        slots = np.array([slot_of(sample) for sample in rows], np.int64)
+        places = slots[prepared.places].astype(np.int32)
+        tables = TableDelta(places, prepared.columns.astype(np.int32), prepared.pages)
+        return cls(rows, slots, lengths, budgets, prepared.copies, tables)
 
     @classmethod
-    def total(cls, parts: Iterable[Growth]) -> Growth:
+    def total(cls, parts: Sequence[Growth]) -> Growth:
         """That of all shards."""
-        rows, budgets, copies, tables = [], [], [(_NONE, _NONE)], [(_NONE, _NONE, _NONE)]
-        for part in parts:
-            rows += part.rows
-            budgets += part.budgets
-            copies.append(part.copies)
-            tables.append(part.tables)
+        none = cls([], _NONE, _NONE, _NONE, PageCopies(_NONE, _NONE), TableDelta(*[_NONE] * 3))
+        rows, slots, lengths, budgets, copies, tables = zip(none, *parts, strict=True)
         return cls(
-            rows,
-            budgets,
+            list(chain.from_iterable(rows)),
+            np.concatenate(slots),
+            np.concatenate(lengths),
+            np.concatenate(budgets),
             PageCopies(*map(np.concatenate, zip(*copies, strict=True))),
             TableDelta(*map(np.concatenate, zip(*tables, strict=True))),
         )
@@ -142,16 +153,9 @@ def decode_plan(
     number: int, grown: Growth, enter: tuple[Enter, ...], tables: tuple[TableDelta, ...]
 ) -> Decode:
     """The steps of the rows that may go on."""
-    return Decode(
-        number,
-        grown.copies,
-        tables,
-        enter,
-        np.array([slot_of(sample) for sample in grown.rows], np.int32),
-        np.array(grown.budgets, np.int32),
-        np.array([len(s.tokens) + s.in_flight for s in grown.rows], np.int64),
-        tuple(grown.rows),
-    )
+    slots, budgets = grown.slots.astype(np.int32), grown.budgets.astype(np.int32)
+    rows = tuple(grown.rows)
+    return Decode(number, grown.copies, tables, enter, slots, budgets, grown.lengths, rows)
 
 
 def choose_decoding(samples: Iterable[Sample], request_id: int, index: int | None) -> Sample:

@@ -20,7 +20,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from ..cache import DecodeBatch, KVCache, one_token_batch
-from ..sampling import draw
+from ..sampling import Kind, draw
 from .rows import MessageSizes, RowState, apply_message, take_rows
 
 __all__ = ["DecodeOut", "Model", "Programs", "update"]
@@ -53,7 +53,7 @@ class Programs:
         self.decode = jax.jit(
             partial(_decode, model),
             donate_argnames=("cache", "state"),
-            static_argnames=("steps", "top"),
+            static_argnames=("steps", "top", "known"),
         )
 
     @classmethod
@@ -123,12 +123,16 @@ def _decode(
     *,
     steps: int,
     top: int,
+    known: Kind | None = None,
 ) -> tuple[KVCache, RowState, DecodeOut]:
     """Run up to `steps` tokens of the rows in some slots without the host. Donates the cache.
 
     `message` has their slots and how many tokens each may get (0 pads the batch). A row stops
     there, with a stop token, or before a token that cannot be chosen, and the loop ends with its
     last living row. Every page that the steps may write is in the table.
+
+    With `known`, the greatest kind of sampling among the rows, the device decides nothing: all
+    steps are run, and a launch returns before they are.
     """
     where, budget = message
     rows, size = take_rows(state, where), where.shape[0]
@@ -151,7 +155,7 @@ def _decode(
         logits, cache = _call(function, params, cache, now)
         if cache.placement is not None:
             logits = cache.placement.untyped(logits)
-        chosen, broken = draw(logits, rows.sampling)
+        chosen, broken = draw(logits, rows.sampling, known)
         broken &= alive
         got = alive & ~broken
         stopped = jnp.any(rows.sampling.stop_tokens == chosen[:, None], axis=-1) & got
@@ -171,7 +175,11 @@ def _decode(
         return i + 1, cache, rows, counts + more, invalid | broken, out
 
     begin = (jnp.int32(0), cache, rows, jnp.zeros(size, jnp.int32), jnp.zeros(size, bool), out)
-    _, cache, rows, counts, invalid, out = lax.while_loop(living, step, begin)
+    if known is None:
+        end = lax.while_loop(living, step, begin)
+    else:
+        end = lax.fori_loop(0, steps, lambda _, loop: step(loop), begin)
+    _, cache, rows, counts, invalid, out = end
     state = jax.tree.map(lambda a, new: a.at[where].set(new, mode="drop"), state, rows)
     packed = jnp.concatenate([out.packed, counts[None], invalid[None].astype(jnp.int32)])
     out = out._replace(packed=packed)

@@ -99,6 +99,15 @@ class Decode(NamedTuple):
     context: np.ndarray
     samples: tuple[Sample, ...]
 
+    def only(self, rows: list[int]) -> Decode:
+        """That of some of its rows."""
+        return self._replace(
+            slots=self.slots[rows],
+            budgets=self.budgets[rows],
+            context=self.context[rows],
+            samples=tuple(self.samples[row] for row in rows),
+        )
+
 
 class Ticket(NamedTuple):
     """A visit that was launched.
@@ -127,6 +136,11 @@ class Result(NamedTuple):
     invalid: np.ndarray
     top_ids: np.ndarray | None = None
     top_logits: np.ndarray | None = None
+
+    def only(self, rows: list[int]) -> Result:
+        """That of some of its rows."""
+        tops = (None if a is None else a[:, rows] for a in (self.top_ids, self.top_logits))
+        return Result(self.tokens[:, rows], self.counts[rows], self.invalid[rows], *tops)
 
 
 @runtime_checkable

@@ -14,6 +14,7 @@ import numpy as np
 from .._devices import put_beside, tied
 from ..allocator import PageCopies
 from ..cache import KVCache
+from ..sampling import Kind
 from ..sharding import rank_within
 from .config import EngineConfig, EngineStats
 from .programs import DecodeOut, Model, Programs, update
@@ -43,10 +44,14 @@ class Launched:
 class DeviceRunner:
     """The device half of an engine. The host waits for the device in `wait` and `collect` alone.
 
-    Programs are launched by a thread, because a launch may block: XLA asks the host on a GPU
-    whether a loop goes on, and so returns from it when its last step begins. The thread launches
-    the next visit at once, while the caller reads the last one and plans. What the thread owns,
-    cache, tables and rows, is handed out when it has nothing left to do.
+    On a GPU XLA asks the host whether a loop goes on and which branch is taken, and each answer
+    leaves the device idle for some hundred microseconds. So where some row will need every step,
+    and none is narrowed by top_k or top_p, a program is launched that decides nothing: `straight`.
+
+    Programs are launched by a thread, because a launch may block: of a loop that asks, or of a
+    model that does. The thread launches the next visit at once, while the caller reads the last one
+    and plans. What the thread owns, cache, tables and rows, is handed out when it has nothing left
+    to do.
 
     Every transfer to the device is an explicit one: a small message of fixed shape for what changed
     in rows and tables, one for each prefill program, one for the decode program.
@@ -59,6 +64,9 @@ class DeviceRunner:
       columns: width of the page table.
       stats: where program shapes are counted.
       check: called with every plan, in the order of the launches, before them.
+
+    Attributes:
+      straight: whether programs that decide nothing are used where they can be.
     """
 
     def __init__(
@@ -90,6 +98,7 @@ class DeviceRunner:
             MessageSizes(min(8, self._slots), few),
             MessageSizes(self._slots, max(few, 8192)),
         )
+        self.straight = cache.k_pages[0].devices().pop().platform == "gpu"
         self._enter_nobody()
 
     @property
@@ -128,6 +137,7 @@ class DeviceRunner:
     def _enter_nobody(self) -> None:
         table = np.zeros((self._slots, self._columns), np.int32)
         self._table, self._state = self._put((table, RowState.empty(self._slots)))
+        self._kinds = np.zeros(self._slots, np.int8)  # how each row is sampled
 
     # ---- the launching thread
 
@@ -175,8 +185,9 @@ class DeviceRunner:
             message = self._put(self._prefill_message(size, ()))
             lowered = self._programs.prefill.lower(*pages, message)
         else:
-            message = self._put(self._idle_rows(size))
-            steps = dict(steps=config.decode_steps, top=config.top_logits)
+            rows, known = size
+            message = self._put(self._idle_rows(rows))
+            steps = dict(steps=config.decode_steps, top=config.top_logits, known=known)
             args = self._cache, self._state, self._table, self.params, message
             lowered = self._programs.decode.lower(*args, **steps)
         return (kind, size), lowered
@@ -228,7 +239,7 @@ class DeviceRunner:
         """Launch one program of up to k steps."""
         told = self._told(plan.enter, plan.tables)
         size, message, places = self._decode_message(plan.slots, plan.budgets)
-        program = self._executable("decode", size)
+        program = self._executable("decode", (size, self._known_kind(plan)))
 
         def job(launched: Launched) -> DecodeOut:
             self._checked(plan)
@@ -239,6 +250,12 @@ class DeviceRunner:
             return self._run_decode(program, given)
 
         return Ticket(plan, (self._launch(job), places))
+
+    def _known_kind(self, plan: Decode) -> Kind | None:
+        """For a program that decides nothing: how its rows are sampled. None: it must."""
+        kind = Kind(self._kinds[plan.slots].max())
+        all_steps = plan.budgets.max() == self._config.decode_steps
+        return kind if self.straight and all_steps and kind < Kind.NARROW else None
 
     def exchange(self, change: Callable[[KVCache], KVCache]) -> None:
         """Let the cache be what `change` makes of it, and wait until it is launched.
@@ -309,6 +326,8 @@ class DeviceRunner:
 
     def _told(self, enter: Sequence[Enter], tables: Sequence[TableDelta]) -> list[tuple[Any, Any]]:
         """What the device is to know of rows and tables; nothing, if nothing changed."""
+        for each in enter:
+            self._kinds[each.slot] = each.sampling.kind
         (delta,) = (self._local(each) for each in tables)
         sizes, columns = self._sizes, self._columns
         told = messages(enter, delta, sizes, slots=self._slots, columns=columns)
@@ -377,7 +396,9 @@ class DeviceRunner:
         self.exchange(tied)  # as it is after a swap or `restore`
         self._enter_nobody()
         config, self._executables = self._config, {}
-        sizes = dict(update=self._sizes, prefill=config.chunk_buckets, decode=config.row_buckets)
+        kinds = (None, Kind.GREEDY, Kind.WHOLE) if self.straight else (None,)
+        decode = [(rows, known) for rows in config.row_buckets for known in kinds]
+        sizes = dict(update=self._sizes, prefill=config.chunk_buckets, decode=decode)
         keys = [(kind, size) for kind, each in sizes.items() for size in each]
         self._compile([self._lowered(*key) for key in keys], progress)
         for size in self._sizes:
@@ -386,8 +407,8 @@ class DeviceRunner:
             self._launch(lambda _, told=told: self._tell(told))
         for width in config.chunk_buckets:
             self.wait(self.prefill(Prefill(_NO_TABLES, (), ((width, ()),), ())))
-        for size in config.row_buckets:
-            given = self._executable("decode", size), self._put(self._idle_rows(size))
+        for size in decode:
+            given = self._executable("decode", size), self._put(self._idle_rows(size[0]))
             self.wait(self._launch(lambda _, given=given: self._run_decode(*given)))
         width = 1
         while width < 2 * config.max_rows:

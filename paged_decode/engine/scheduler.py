@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from ..allocator import PageCopies
+from ..allocator import Handle, PageCopies
 from ..errors import OutOfPages
 from ..requests import Sample
 from .config import EngineConfig, EngineStats
@@ -365,7 +365,7 @@ class Scheduler:
     def _fly(self, grown: Growth) -> None:
         """Who needs no more steps gives its row to others, though its tokens are still to come."""
         over = []
-        for sample, budget in zip(grown.rows, grown.budgets, strict=True):
+        for sample, budget in zip(grown.rows, grown.budgets.tolist(), strict=True):
             sample.in_flight += budget
             if len(sample.tokens) + sample.in_flight == sample.goal:
                 over.append(sample)
@@ -375,14 +375,10 @@ class Scheduler:
 
     def _grow(self, rows: list[Sample], steps: int) -> Growth | OutOfPages:
         """Pages for so many steps of each row, as far as it may go; all of them or none."""
-        lengths = [len(s.tokens) + s.in_flight for s in rows]
-        budgets = [min(steps, s.goal - n) for s, n in zip(rows, lengths, strict=True)]
-        ends = [n - 1 + b for n, b in zip(lengths, budgets, strict=True)]
         try:
-            prepared = self.allocator.prepare([s.handle for s in rows], ends)
+            return Growth.of(rows, steps, self.allocator)
         except OutOfPages as error:
             return error
-        return Growth.of(rows, budgets, prepared)
 
     def _squeeze(self, shard: int) -> Growth:
         """The same for one shard that may be short: fewer steps, then fewer rows."""
@@ -444,28 +440,32 @@ class Scheduler:
         a row got that was cancelled meanwhile is dropped.
         """
         plan = ticket.plan
-        kept = [i for i, sample in enumerate(plan.samples) if not sample.ended]
-        samples = [plan.samples[i] for i in kept]
-        handles = [s.handle for s in samples]
-        counts = result.counts[kept]
-        written = np.empty((len(kept), len(result.tokens)), np.int32)
-        written[:, 0] = [s.tokens[-1] for s in samples]
-        written[:, 1:] = result.tokens[:-1, kept].T
-        outcomes = outcomes_of(plan, kept, result)
-        broken = [h for h, bad in zip(handles, result.invalid[kept].tolist(), strict=True) if bad]
+        if any(sample.ended for sample in plan.samples):
+            kept = [i for i, sample in enumerate(plan.samples) if not sample.ended]
+            plan, result = plan.only(kept), result.only(kept)
+        handles = np.array([s.handle for s in plan.samples], np.int64)
+        newest = np.array([s.tokens[-1] for s in plan.samples], np.int32)
+        written = np.concatenate([newest[None], result.tokens[:-1]]).T
+        outcomes = outcomes_of(plan, result)
         self.flights -= 1
         self._conclude(outcomes)
-        self.stats.decode_tokens += int(counts.sum())
-        if not handles:
+        self.stats.decode_tokens += int(result.counts.sum())
+        if not handles.size:
             return
-        self.allocator.append(handles, written, counts)
+        self.allocator.append(handles, written, result.counts)
         try:
-            self.allocator.commit(handles, [len(s.tokens) - 1 for s in samples])
+            computed = [len(s.tokens) - 1 for s in plan.samples]
+            self.allocator.commit(handles, np.array(computed, np.int64))
         finally:  # whatever a digest of the user's raises
-            for handle in broken:
+            for handle in map(Handle, handles[result.invalid].tolist()):
                 self.allocator.withdraw([handle])
                 if self.swapping is not None:
                     self.swapping.forget(handle)
+        self.release()
+
+    def drop(self, ticket: Ticket) -> None:
+        """A visit of which all rows have ended is not read."""
+        self.flights -= 1
         self.release()
 
     def _conclude(self, outcomes: Sequence[Outcome]) -> None:

@@ -70,7 +70,7 @@ class _TimedPlans:
     def __init__(self, plans: Plans, timer: ProgramTimer):
         self._plans, self._timer = plans, timer
         self.plan_prefill, self.prefilled = plans.plan_prefill, plans.prefilled
-        self.plan_decode, self.reset = plans.plan_decode, plans.reset
+        self.plan_decode, self.drop, self.reset = plans.plan_decode, plans.drop, plans.reset
 
     def release(self) -> None:
         self._timer.begin()
@@ -219,7 +219,7 @@ class _Watch:
         )
         self._numbers[request_id] = number
 
-    def note(self, events: list[TokenEvent], now: float) -> int:
+    def note(self, events: Iterable[TokenEvent], now: float) -> int:
         """Enter events of a step that has just ended; returns how many requests ended."""
         before = len(self._open)
         for event in events:

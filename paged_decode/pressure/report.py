@@ -104,9 +104,9 @@ class UsageLog:
     """What the pool holds, summed up visit by visit, so that it does not grow with the workload."""
 
     def __init__(self, allocator: BlockAllocator):
-        self._allocator, self._pages = allocator, np.arange(allocator.num_pages)
-        self._stamps = allocator.page_stamps(self._pages)
-        self._born = np.full(allocator.num_pages, np.nan)  # of pages with content
+        self._allocator, self._stamps = allocator, allocator.page_stamps()
+        self._held = np.zeros(allocator.num_pages, bool)  # pages with content
+        self._born = np.zeros(allocator.num_pages)  # when they got it
         self._lifetimes = np.zeros(len(LIFETIME_EDGES) + 1, np.int64)
         self._now = self._used = 0.0
         self._visits = self._looks = 0
@@ -121,16 +121,15 @@ class UsageLog:
             self._waste += allocator.stats().tail_waste
             self._looks += 1
         self._visits += 1
-        states, stamps = allocator.page_states(), allocator.page_stamps(self._pages)
+        states, stamps = allocator.page_states(), allocator.page_stamps()
         holds = (states != PageState.FREE) & (states != PageState.NULL)
-        gone = ~np.isnan(self._born) & (~holds | (stamps != self._stamps))
-        ages = now - self._born[gone]
-        self._lifetimes += np.bincount(
-            np.searchsorted(LIFETIME_EDGES, ages), minlength=len(self._lifetimes)
-        )
-        self._born[gone] = np.nan
-        self._born[holds & np.isnan(self._born)] = now
-        self._stamps = stamps
+        other = (stamps != self._stamps) | (holds != self._held)
+        (changed,) = other.nonzero()
+        ages = now - self._born[changed[self._held[changed]]]
+        bins = np.searchsorted(LIFETIME_EDGES, ages)
+        self._lifetimes += np.bincount(bins, minlength=len(self._lifetimes))
+        self._born[changed] = now
+        self._held, self._stamps = holds, stamps
 
     @property
     def utilisation(self) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 from itertools import count
 
 import jax
@@ -347,10 +348,11 @@ def test_fork_names_a_sample_and_tells_its_own_callback():
 # ---- visits in flight change nothing
 
 
-def life(seed: int, collect_at_once: bool) -> list:
+def life(seed: int, *, straight: bool = False, **config) -> list:
     """What a random program gets, step by step."""
     rng = np.random.default_rng(seed)
-    engine = make_engine(16, top_logits=2, collect_at_once=collect_at_once)
+    engine = make_engine(16, top_logits=2, **config)
+    engine.runner.straight = straight
     ids, log = [], []
 
     def call(function, *args, **options):
@@ -371,7 +373,8 @@ def life(seed: int, collect_at_once: bool) -> list:
 
     for _ in range(25):
         move, pick = rng.integers(0, 7), int(rng.integers(len(P)))
-        params = greedy(int(rng.integers(1, 16)), temperature=float(move % 2), seed=pick)
+        hot = dict(temperature=float(move % 2), top_p=0.9 if pick == 0 else 1.0)
+        params = greedy(int(rng.integers(1, 16)), seed=pick, **hot)
         if move < 3:
             call(engine.submit, P[pick], params, n=int(move) + 1, on_token=callback)
         elif move == 3 and ids:
@@ -383,11 +386,16 @@ def life(seed: int, collect_at_once: bool) -> list:
     return [*log, events, engine.stats.preemptions]
 
 
-@pytest.mark.parametrize("seeds", [range(4), range(4, 8), range(8, 12)], ids=str)
-def test_collecting_at_once_changes_no_event_and_no_order(seeds):
+@pytest.mark.parametrize(
+    "seeds, other",
+    [(range(i, i + 4), dict(collect_at_once=True)) for i in (0, 4, 8)]
+    + [(range(4), dict(straight=True))],
+    ids=str,
+)
+def test_neither_collecting_at_once_nor_what_programs_decide_changes_an_event(seeds, other):
     preemptions = 0
     for seed in seeds:
-        plain, waiting = life(seed, False), life(seed, True)
+        plain, waiting = life(seed), life(seed, **other)
         flat = [
             [e for part in parts for e in (part if isinstance(part, list) else [])]
             for parts in (plain, waiting)
@@ -480,12 +488,17 @@ def test_after_warmup_no_transfer_is_implicit(tier):
     assert bool(engine.stats.swaps) == tier
 
 
-def test_warmup_says_how_far_it_is_and_compiles_everything(compiled):
+@pytest.mark.parametrize("straight", [False, True])
+def test_warmup_says_how_far_it_is_and_compiles_everything(compiled, straight):
     engine = make_engine(20, row_buckets=(1, 4), chunk_buckets=(4, 8))
+    engine.runner.straight = straight
     told = []
     engine.warmup(progress=lambda *each: told.append(each))
     assert told == [(i + 1, len(told)) for i in range(len(told))]
-    assert len(told) == 6  # two messages, two chunks, two numbers of rows
+    decoding = 3 if straight else 1  # programs for each number of rows
+    assert len(told) == 2 + 2 + 2 * decoding  # two messages, two chunks, two numbers of rows
     compiled.clear()
+    each = [replace(GREEDY, temperature=i % 3 / 2, top_k=i % 2) for i in range(len(P))]
+    engine.generate(P, each, n=2)
     engine.generate(P, GREEDY, n=2)
     assert engine.stats.preemptions and compiled == []

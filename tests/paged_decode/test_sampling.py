@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from paged_decode import SamplingParams, sampling
-from paged_decode.sampling import SamplingRows, _kept, sample
+from paged_decode.sampling import Kind, SamplingRows, _kept, sample
 
 draw = jax.jit(sample)
 kept = jax.jit(_kept)
@@ -252,6 +253,22 @@ def test_only_narrow_rows_sort(params):
     rows = SamplingRows.create([SamplingParams(**params)] * 2, [0, 0], 2)
     text = str(jax.make_jaxpr(sample)(np.zeros((2, 8), np.float32), rows))
     assert text.count(" sort[") == 1 and text.index(" cond[") < text.index(" sort[")
+
+
+@pytest.mark.parametrize("most", Kind)
+def test_who_knows_the_kinds_of_its_rows_gets_the_same_without_a_condition(most):
+    each = [SamplingParams(), SamplingParams(temperature=0.7)]
+    each += [SamplingParams(temperature=1.5, top_k=3), SamplingParams(temperature=0.9, top_p=0.8)]
+    params = [replace(p, seed=i) for i, p in enumerate(each * 3) if p.kind <= most]
+    rows = SamplingRows.create(params, range(len(params)), len(params))
+    numbers = np.random.default_rng(3).normal(size=(len(params), 50)).astype(np.float32)
+    numbers[2, 7] = np.nan
+    knowing, asking = (jax.jit(partial(sampling.draw, most=kind)) for kind in (most, None))
+    told = str(jax.make_jaxpr(knowing)(numbers, rows))
+    assert "cond[" not in told and (" sort[" in told) == (most == Kind.NARROW)
+    got, want = knowing(numbers, rows), asking(numbers, rows)
+    np.testing.assert_array_equal(got[0], want[0])
+    assert np.flatnonzero(got[1]).tolist() == np.flatnonzero(want[1]).tolist() == [2]
 
 
 @pytest.mark.parametrize(
