@@ -9,7 +9,15 @@ from .allocator import (
     ShardedAllocator,
 )
 from .cache import KVCache, one_token_batch
-from .engine import AsyncEngine, Completion, Engine, EngineConfig, EngineStats, TokenEvent
+from .engine import (
+    AsyncEngine,
+    Completion,
+    Engine,
+    EngineConfig,
+    EngineStats,
+    Events,
+    TokenEvent,
+)
 from .errors import (
     OutOfPages,
     PagedDecodeError,
@@ -55,6 +63,7 @@ __all__ = [
     "Engine",
     "EngineConfig",
     "EngineStats",
+    "Events",
     "Handle",
     "KVCache",
     "OutOfPages",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableSequence, Sequence
+from collections.abc import Callable, Collection, Iterable, MutableSequence, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, SupportsIndex
+from functools import partial
+from itertools import chain, compress
+from operator import eq
+from typing import Any, NamedTuple, SupportsIndex, overload
 
 import numpy as np
 
@@ -16,6 +19,7 @@ from .sampling import SamplingParams
 
 __all__ = [
     "Completion",
+    "Events",
     "OnToken",
     "Sample",
     "TokenEvent",
@@ -56,6 +60,82 @@ class TokenEvent(NamedTuple):
 
 
 OnToken = Callable[[TokenEvent], object]
+
+
+class _Rows:
+    """The rows of some columns, again and again."""
+
+    __slots__ = ("__iter__",)
+
+    def __init__(self, columns: Sequence[Sequence[Any]]):
+        self.__iter__ = partial(zip, *columns)
+
+
+class Events(Sequence[TokenEvent]):
+    """Events in order, kept as columns: each `TokenEvent` is made when it is looked at.
+
+    A visit brings one for every row and step. As objects that wait to be read they would take the
+    host longer than all else that it does, most of that in the garbage collector. What iterates
+    them is C alone, so that `kept += engine.step()` is one operation for an interrupt.
+
+    Attributes:
+      columns: a list for every field of `TokenEvent`.
+    """
+
+    __slots__ = ("__iter__", "__len__", "columns")
+
+    def __init__(self, columns: Iterable[list[Any]] | None = None):
+        self.columns = [[] for _ in TokenEvent._fields] if columns is None else list(columns)
+        self.__iter__ = partial(map, _make_event, _Rows(self.columns))
+        self.__len__ = self.columns[0].__len__
+
+    @classmethod
+    def of(cls, events: Iterable[TokenEvent]) -> Events:
+        """The same events."""
+        rows = list(events)
+        return cls(map(list, zip(*rows, strict=True)) if rows else None)
+
+    @classmethod
+    def joined(cls, parts: Iterable[Events]) -> Events:
+        """One after the other."""
+        columns = [each.columns for each in parts]
+        return cls([list(chain(*column)) for column in zip(*columns, strict=True)] or None)
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> TokenEvent: ...
+    @overload
+    def __getitem__(self, index: slice) -> Events: ...
+    def __getitem__(self, index: SupportsIndex | slice) -> TokenEvent | Events:
+        if isinstance(index, slice):
+            return Events(column[index] for column in self.columns)
+        return _make_event([column[index] for column in self.columns])
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Events | list | tuple):
+            return NotImplemented
+        return len(self) == len(other) and all(map(eq, self, other))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __add__(self, other: Iterable[TokenEvent]) -> list[TokenEvent]:
+        return [*self, *other]
+
+    def __radd__(self, other: Iterable[TokenEvent]) -> list[TokenEvent]:
+        return [*other, *self]
+
+    def __repr__(self) -> str:
+        return repr(list(self))
+
+    def __reduce__(self) -> tuple[type[Events], tuple[list[list[Any]]]]:
+        return Events, (self.columns,)
+
+    def only(self, requests: Collection[int], *, others: bool = False) -> Events:
+        """Those of these requests, or those of all others."""
+        chosen = [(request in requests) != others for request in self.columns[0]]
+        return Events(list(compress(column, chosen)) for column in self.columns)
+
+
+_make_event = partial(tuple.__new__, TokenEvent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +301,7 @@ def check_sampling(sampling: SamplingParams) -> SamplingParams:
     return sampling
 
 
-def gather(events: Sequence[TokenEvent]) -> list[Completion]:
+def gather(events: Iterable[TokenEvent]) -> list[Completion]:
     """Join events to completions, ordered by request and sample; all must have ended."""
     streams: dict[tuple[int, int], list[TokenEvent]] = {}
     for event in events:

@@ -21,9 +21,17 @@ outbox.py     events on their way to callbacks and callers
 ```
 """
 
-from ..requests import Completion, TokenEvent
+from ..requests import Completion, Events, TokenEvent
 from .aio import AsyncEngine
 from .config import EngineConfig, EngineStats
 from .engine import Engine
 
-__all__ = ["AsyncEngine", "Completion", "Engine", "EngineConfig", "EngineStats", "TokenEvent"]
+__all__ = [
+    "AsyncEngine",
+    "Completion",
+    "Engine",
+    "EngineConfig",
+    "EngineStats",
+    "Events",
+    "TokenEvent",
+]

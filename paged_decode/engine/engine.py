@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import chain
 from typing import Any, SupportsIndex
 
 from ..allocator import BlockAllocator, ShardedAllocator
@@ -26,6 +27,7 @@ from ..cache import KVCache
 from ..policies import AdmissionPolicy, PreemptionPolicy, VictimPolicy
 from ..requests import (
     Completion,
+    Events,
     OnToken,
     TokenEvent,
     check_callback,
@@ -216,10 +218,9 @@ class Engine:
     ) -> int:
         """Branch a sample that is decoding: a new request goes on from its tokens so far.
 
-        Those are the tokens of events that `step` has returned or shown. All pages but the last
-        are shared; where there is none for a copy of that one, the new request waits. The new
-        request's `max_new_tokens` counts the tokens generated before the fork, too; its stream
-        begins after them, and is told to its own `on_token`.
+        Those are the tokens of events that `step` has returned or shown. All pages but the last are
+        shared; where there is none for a copy of that one, the new request waits. Its
+        `max_new_tokens` counts the tokens before the fork, too; its events begin after them.
 
         Args:
           request_id: which request.
@@ -278,7 +279,7 @@ class Engine:
         busy = self._calls or self._outbox or self.loop.in_flight
         return not busy and self.scheduler.idle
 
-    def step(self) -> list[TokenEvent]:
+    def step(self) -> Events:
         """One visit: admit what fits, launch prefill and k steps, deliver those of the one before.
 
         The device computes while the host reads and plans: tokens come one visit late. If a
@@ -330,19 +331,19 @@ class Engine:
         if len(each) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts, but {len(each)} sampling params")
         ids: set[int] = set()
-        events: list[TokenEvent] = []
+        got: list[Events] = []
         try:
             for prompt, one in zip(prompts, each, strict=True):
                 ids.add(self.submit(prompt, one, n=n, cache_salt=cache_salt))
             left = len(ids) * as_count("n", n, 1)
             while left:
                 self._step()
-                events += (new := self._outbox.take(ids))
-                left -= sum(event.finish_reason is not None for event in new)
+                got.append(self._outbox.take(ids))
+                left -= sum(event.finish_reason is not None for event in got[-1])
         except BaseException:
             self._withdraw(ids)
             raise
-        return gather(events)
+        return gather(chain.from_iterable(got))
 
     def _withdraw(self, ids: set[int]) -> None:
         """Cancel requests without telling anybody."""

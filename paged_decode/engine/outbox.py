@@ -3,22 +3,47 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
-from functools import partial
-from itertools import count, repeat
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any, NamedTuple
 
-from ..requests import OnToken, TokenEvent
+from ..requests import Events, OnToken, TokenEvent
 from .journal import Outcome
 
 __all__ = ["Outbox"]
+
+
+class _Kept(NamedTuple):
+    """```
+    events   [ taken | shown, to be taken | to be shown ]  <- what came in since, by its serial
+                     num_taken            num_shown
+    ```
+    """
+
+    events: Events
+    num_taken: int = 0
+    num_shown: int = 0
+    handed: Any = None  # what leaves with it
+
+    @classmethod
+    def of(cls, ready: Events, unseen: Events) -> _Kept:
+        return cls(Events.joined([ready, unseen]), 0, len(ready))
+
+    @property
+    def ready(self) -> Events:
+        everything = self.num_taken == 0 and self.num_shown == len(self.events)
+        return self.events if everything else self.events[self.num_taken : self.num_shown]
+
+    @property
+    def unseen(self) -> Events:
+        return self.events[self.num_shown :]
 
 
 class Outbox:
     """Keeps every event until it was shown and taken, whatever callbacks and interrupts do.
 
     An interrupt between two lines loses no event and doubles none: what came in is kept under its
-    serial number, what was shown is counted, and what was taken leaves in one operation.
+    serial number until it is entered, every change is one assignment, and what is handed out leaves
+    in one operation with the state in which it was there.
 
     Attributes:
       callbacks: by request, who is told of its events.
@@ -27,49 +52,50 @@ class Outbox:
     def __init__(self) -> None:
         self.callbacks: dict[int, OnToken] = {}
         self._new: dict[int, Sequence[Outcome]] = {}
-        self._showing: list[TokenEvent] = []
-        self._num_shown = 0
-        self._ready: dict[str, deque[TokenEvent]] = {}
+        self._states = deque([_Kept(Events())])  # the first one counts
+
+    @property
+    def _kept(self) -> _Kept:
+        return self._states[0]
+
+    @_kept.setter
+    def _kept(self, kept: _Kept) -> None:
+        self._states = deque([kept])
 
     def __bool__(self) -> bool:
-        return bool(self._new or self._showing or self._ready)
+        return bool(self._new) or self._kept.num_taken < len(self._kept.events)
 
     def put(self, serial: int, outcomes: Sequence[Outcome]) -> None:
         """Take what became of samples; of equal serials the last one holds."""
         self._new[serial] = outcomes
 
-    def put_back(self, pending: Sequence[TokenEvent], shown: Sequence[TokenEvent]) -> None:
+    def put_back(self, pending: Iterable[TokenEvent], shown: Iterable[TokenEvent]) -> None:
         """Take what `contents` gave in another engine."""
-        self._open()
-        self._showing = [*self._showing, *pending]
-        if shown:
-            self._ready = {"events": deque([*self._ready.get("events", ()), *shown])}
+        unseen, ready = self.contents()
+        self._kept = _Kept.of(
+            Events.joined([ready, Events.of(shown)]), Events.joined([unseen, Events.of(pending)])
+        )
 
-    def contents(self) -> tuple[list[TokenEvent], list[TokenEvent]]:
+    def contents(self) -> tuple[Events, Events]:
         """What is yet to be shown, and what was shown but not taken."""
         self._open()
-        taken = [*self._ready.get("events", ()), *self._showing[: self._num_shown]]
-        return self._showing[self._num_shown :], taken
+        return self._kept.unseen, self._kept.ready
 
     def drop(self, requests: Collection[int]) -> None:
         """Forget the events of some requests."""
-        pending, shown = (
-            [event for event in events if event.request_id not in requests]
-            for events in self.contents()
-        )
-        self._showing, self._num_shown = pending, 0
-        self._ready = {"events": deque(shown)} if shown else {}
+        unseen, ready = (each.only(requests, others=True) for each in self.contents())
+        self._kept = _Kept.of(ready, unseen)
 
     def num_unseen(self, request_id: int, sample: int) -> int:
         """Tokens of a sample that nobody was shown yet."""
-        unseen = [e for e in self.contents()[0] if (e.request_id, e.sample) == (request_id, sample)]
+        unseen = (e for e in self.contents()[0] if (e.request_id, e.sample) == (request_id, sample))
         return sum(event.token is not None for event in unseen)
 
     def mentions(self, request_id: int) -> bool:
         """Whether there is an event of that request; changes nothing."""
         new = (o.sample.request_id for each in list(self._new.values()) for o in each)
-        made = (*self._showing, *self._ready.get("events", ()))
-        return request_id in new or any(event.request_id == request_id for event in made)
+        kept = self._kept
+        return request_id in new or request_id in kept.events.columns[0][kept.num_taken :]
 
     def show(self, abandon: Callable[[int], None]) -> None:
         """Show every event to its callback; then they are there to be taken.
@@ -79,12 +105,12 @@ class Outbox:
         the event from it, not from the caller.
         """
         self._open()
-        while self._num_shown < len(self._showing):
+        while (kept := self._kept).num_shown < (count := len(kept.events)):
             if not self.callbacks:
-                self._num_shown = len(self._showing)
+                self._kept = kept._replace(num_shown=count)
                 break
-            event = self._showing[self._num_shown]
-            self._num_shown += 1
+            event = kept.events[kept.num_shown]
+            self._kept = kept._replace(num_shown=kept.num_shown + 1)
             if (on_token := self.callbacks.get(event.request_id)) is not None:
                 try:
                     on_token(event)
@@ -93,57 +119,67 @@ class Outbox:
                     abandon(event.request_id)
                     raise
             self._open()  # a callback may have cancelled
-        if self._showing:
-            events = deque(self._ready.get("events", ()))
-            events.extend(self._showing)
-            self._ready, self._showing, self._num_shown = {"events": events}, [], 0
 
     def forget_callbacks(self, living: Collection[int]) -> None:
         """Keep those of requests that are living; all of the others' events were shown."""
-        if self.callbacks and not (self._new or self._showing):
+        if self.callbacks and not self._new and not self._kept.unseen:
             kept = {request: cb for request, cb in self.callbacks.items() if request in living}
             self.callbacks = kept
 
-    def take(self, requests: Collection[int] | None = None) -> list[TokenEvent]:
+    def take(self, requests: Collection[int] | None = None) -> Events:
         """All events that were shown, or those of some requests."""
+        ready, unseen = self._kept.ready, self._kept.unseen
         if requests is None:
-            return list(self._ready.pop("events", ()))
-        ready = self._ready.get("events", ())
-        rest = deque(event for event in ready if event.request_id not in requests)
-        self._ready = {"events": rest} if rest else {}
-        return [event for event in ready if event.request_id in requests]
+            return self._hand_out(ready, _Kept(unseen))
+        others = ready.only(requests, others=True)
+        return self._hand_out(ready.only(requests), _Kept.of(others, unseen))
 
     def take_one(self) -> TokenEvent | None:
         """The first of them; None if there is none."""
-        if (events := self._ready.get("events")) is None:
+        events, taken, shown, _ = self._kept
+        if taken == shown:
             return None
-        return self._ready.pop("events")[0] if len(events) == 1 else events.popleft()
+        rest = _Kept(events, taken + 1, shown) if taken + 1 < len(events) else _Kept(Events())
+        return self._hand_out(events[taken], rest)
+
+    def _hand_out(self, what: Any, rest: _Kept) -> Any:
+        self._states = deque([self._kept._replace(handed=what), rest])
+        return self._states.popleft().handed
 
     def _open(self) -> None:
-        """Make events of what came in."""
+        """Enter what came in."""
         while self._new:
             serial = next(iter(self._new))
-            events = [*self._showing, *_events(self._new[serial])]
+            kept = self._kept
+            new = _events(self._new[serial])
+            events = Events.joined([kept.events, new]) if len(kept.events) else new
+            states = deque([kept._replace(events=events)])
             rest = {key: value for key, value in self._new.items() if key != serial}
             # Both at once: an interrupt between them would lose the events, or double them.
-            self._showing, self._new = events, rest
+            self._states, self._new = states, rest
 
 
-def _events(outcomes: Sequence[Outcome]) -> list[TokenEvent]:
-    events: list[TokenEvent] = []
-    make = partial(tuple.__new__, TokenEvent)
-    for sample, at, tokens, reason, tops, detail in outcomes:
-        request, index, first = sample.request_id, sample.index, at - sample.prompt_len
-        if not tokens:
-            events.append(TokenEvent(request, index, first, None, reason, detail=detail))
-            continue
-        pairs = repeat(()) if tops is None else _pairs(*tops)
-        same = repeat(request), repeat(index), count(first)
-        fields = zip(*same, tokens, repeat(None), pairs, repeat(""), strict=False)
-        events += map(make, fields)
-        if reason is not None:
-            events[-1] = events[-1]._replace(finish_reason=reason)
-    return events
+def _events(outcomes: Iterable[Outcome]) -> Events:
+    request_ids, samples, indices, tokens, total = [], [], [], [], 0
+    special: list[tuple[int, Outcome]] = []  # with the place behind its last event
+    for outcome in outcomes:
+        sample, at, new, reason, tops, _ = outcome
+        count, first = len(new) or 1, at - sample.prompt_len
+        request_ids += [sample.request_id] * count
+        samples += [sample.index] * count
+        indices += range(first, first + count)
+        tokens += new or (None,)
+        total += count
+        if reason is not None or tops is not None:
+            special.append((total, outcome))
+    reasons: list[str | None] = [None] * total
+    pairs: list[tuple[tuple[int, float], ...]] = [()] * total
+    details = [""] * total
+    for end, (_, _, new, reason, tops, detail) in special:
+        reasons[end - 1], details[end - 1] = reason, detail
+        if tops is not None:
+            pairs[end - len(new) : end] = _pairs(*tops)
+    return Events([request_ids, samples, indices, tokens, reasons, pairs, details])
 
 
 def _pairs(ids: Any, logits: Any) -> list[tuple[tuple[int, float], ...]]:
