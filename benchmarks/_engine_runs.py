@@ -6,7 +6,7 @@ import gzip
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ class Visit:
     seconds: float
     wait: float
     end: float
-    events: list[Any]
+    events: Sequence[Any]
 
     @property
     def host(self) -> float:
@@ -153,11 +153,12 @@ def middle(visits: Iterable[Visit], what: str) -> float:
     return statistics.median(getattr(visit, what) for visit in visits)
 
 
-def device_gaps(folder: str) -> list[tuple[float, float]]:
-    """When an accelerator did nothing: begin and seconds of every gap between its programs.
+def device_gaps(folder: str, seconds: float) -> list[float]:
+    """When an accelerator did nothing: seconds of every gap between its programs.
 
     Args:
       folder: of a trace by `jax.profiler`.
+      seconds: of its end that are looked at.
     """
     (path,) = Path(folder).glob("**/*.trace.json.gz")
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
@@ -169,17 +170,18 @@ def device_gaps(folder: str) -> list[tuple[float, float]]:
     gaps, end = [], None
     for begin, after in spans:
         if end is not None and begin > end:
-            gaps.append((end * 1e-6, (begin - end) * 1e-6))
+            gaps.append((begin * 1e-6, (begin - end) * 1e-6))
         end = after if end is None else max(end, after)
     if end is None:
         raise RuntimeError(f"{path.name} has no events of a GPU, only {sorted(names.values())}")
-    return gaps
+    return [gap for begin, gap in gaps if begin > end * 1e-6 - seconds]
 
 
 def plot(records: list[dict[str, Any]], path: Path) -> None:
     """Latency over output tokens/s, one line for each max_rows; p99 is dashed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     records = [r for r in records if r["case"]["part"] == "arrivals"]
     if not records:
@@ -202,6 +204,9 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
                     label=f"max_rows {rows}, {label}",
                 )
         axes.set(title=title, xlabel="output tokens/s", ylabel="ms", yscale="log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+    figure.axes[1].legend(fontsize="small")
     figure.savefig(path, dpi=110)

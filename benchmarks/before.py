@@ -282,6 +282,33 @@ def engine_cases() -> Iterator[tuple[str, Callable[[], float]]]:
     yield "engine: 32 requests, mostly prefill", lambda: run(250, 4)
 
 
+def smollm2_cases() -> Iterator[tuple[str, Callable[[], float]]]:
+    """SmolLM2-135M of the examples, which is fetched once: one request and eight."""
+    sys.path.insert(0, str(HERE / "examples"))
+    from smol import llama, weights
+
+    from paged_decode import BlockAllocator, Engine, EngineConfig, KVCache, SamplingParams
+
+    config, params = llama.load(weights.fetch())
+    sizes: Any = dict(num_layers=config.num_layers, num_kv_heads=config.num_kv_heads)
+    cache = KVCache.create(num_pages=257, page_size=16, head_dim=config.head_dim, **sizes)
+    shapes = EngineConfig(max_rows=8, decode_steps=8, prefill_chunk=32, max_sequence_tokens=256)
+    model = llama.make_model(config)
+    engine = Engine(model, params, cache, BlockAllocator(257, 16, hash_key=b"k"), shapes)
+    engine.warmup()
+
+    def run(rows: int) -> float:
+        for row in range(rows):
+            engine.submit([row + 1] * 16, SamplingParams(max_new_tokens=96))
+        start = time.perf_counter()
+        while not engine.idle:
+            engine.step()
+        return time.perf_counter() - start
+
+    yield "SmolLM2, 1 row, 96 tokens", lambda: run(1)
+    yield "SmolLM2, 8 rows, 96 tokens", lambda: run(8)
+
+
 def work(kinds: list[str]) -> None:
     """Name the cases, then run the one whose number comes in, and print its seconds."""
     known = dict(
@@ -290,6 +317,7 @@ def work(kinds: list[str]) -> None:
         sampling=sampling_cases,
         allocator=allocator_cases,
         engine=engine_cases,
+        smollm2=smollm2_cases,
     )
     cases = [case for kind in kinds for case in known[kind]()]
     print("\t".join(name for name, _ in cases), flush=True)

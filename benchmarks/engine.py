@@ -60,6 +60,7 @@ from paged_decode.engine.records import TableDelta
 OURS, PROGRAM, TORCH = "paged-decode", "paged-decode/decode program", "torch+flashinfer"
 Record = dict[str, Any]
 STEPS, SETTLE = 8, 2
+LEAD = 40  # by which rows are longer than the prompt when the rate's clock starts, less 8 of torch
 _NOTHING = np.empty((3, 0), np.int32)
 MOST_WAITING_RATIO = 3.0
 
@@ -142,7 +143,7 @@ def _steady(shapes: LlamaShapes, sizes: Record, rows: int, context: int) -> tupl
         tokens=tokens,
         window_s=seconds,
         visits=len(window),
-        row_tokens_at_start=[min(lengths), max(lengths)],
+        row_tokens_at_start=[min(lengths), max(lengths)],  # of the torch loop: context + LEAD + 8
         **_visit_seconds(start, window),
         host_s_per_visit=(after[1] - before[1] - after[2] + before[2]) / (after[0] - before[0]),
     )
@@ -155,16 +156,16 @@ def _steady(shapes: LlamaShapes, sizes: Record, rows: int, context: int) -> tupl
 def _idle(watch: Watch) -> Record:
     """What a profile of a few visits says of the device: how much of the time it did nothing.
 
-    `visit_gaps_part` is of the gaps that only a visit's end explains: one for each visit, the
-    longest.
+    `visit_gaps_part` is of the longest gaps, one for each visit: no more than what lies between
+    visits.
     """
-    watch.steps(1)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
+            watch.steps(2)  # it stops the host to begin, and then the device
             start = time.perf_counter()
             visits = len(watch.steps(4))
             seconds = time.perf_counter() - start
-        gaps = sorted(gap for _, gap in device_gaps(folder))
+        gaps = sorted(device_gaps(folder, seconds))
     longest = sum(gaps[-visits:])
     return dict(
         idle_part=sum(gaps) / seconds,
@@ -195,9 +196,8 @@ def program_seconds(engine: Engine, launches: int) -> float:
     """
     engine.loop.collect()
     rows, runner = list(engine.scheduler.running), engine.runner
-    ends = [len(sample.tokens) - 1 + STEPS * (launches + 1) for sample in rows]
-    prepared = engine.allocator.prepare([sample.handle for sample in rows], ends)
-    grown = Growth.of(rows, [STEPS] * len(rows), prepared)
+    grown = Growth.of(rows, STEPS * (launches + 1), engine.allocator)
+    grown = grown._replace(budgets=np.full(len(rows), STEPS))
     plan = decode_plan(0, grown, (), (grown.tables,))
     runner.wait(runner.decode(plan).out)
     no_copies, no_tables = PageCopies(*_NOTHING[:2]), (TableDelta(*_NOTHING),)
@@ -438,7 +438,7 @@ def measure(parts: list[str], small: bool, torch: bool) -> Iterator[Record]:
     sizes, peers = SMALL if small else FULL, {}
     if "rate" in parts and torch and not small:
         for rows, context in sizes["cases"]:
-            found = measure_torch_loop(rows, context, STEPS * sizes["visits"])
+            found = measure_torch_loop(rows, context + LEAD, STEPS * sizes["visits"])
             peers[rows, context] = found
     if "host" in parts:
         yield from host(llama_shapes(sizes["host"]["layers"], small=small), sizes)
