@@ -1,5 +1,6 @@
 """Where new tokens are written without a kernel of ours: one scatter, in place under donation."""
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int32, Num
 
 from .checks import narrow
@@ -31,6 +32,10 @@ def write_tokens(
             slots = narrow(slots.reshape(-1), k_pages.shape[1] * k_pages.shape[3])
             return write.write_tokens(k_pages, v_pages, k, v, slots, layer)
     pages, page_size = k_pages.shape[-4], k_pages.shape[-2]
+    if slots.size == 1:  # XLA makes a select over the whole pool of a scatter of one row
+        outside = jnp.full_like(slots.reshape(1), pages * page_size)
+        slots = jnp.concatenate([slots.reshape(1), outside])
+        k, v = (jnp.repeat(new.reshape(1, *new.shape[-2:]), 2, axis=0) for new in (k, v))
     page, offset = narrow(slots // page_size, pages), narrow(slots % page_size, page_size)
     where = (page, slice(None), offset) if layer is None else (layer, page, slice(None), offset)
 

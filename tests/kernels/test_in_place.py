@@ -76,6 +76,19 @@ def test_no_shape_copies_the_pool(sizes):
     check(sizes, LAYERS)
 
 
+@pytest.mark.parametrize("layers", LAYERS)
+def test_a_step_of_one_row_copies_no_pool(layers):
+    shape = (2**14, 2, 4, 8) if layers is None else (layers, 2**14, 2, 4, 8)
+    pool, q = jax.ShapeDtypeStruct(shape, np.float32), jax.ShapeDtypeStruct((1, 4, 8), np.float32)
+    options = dict(layer=None if layers is None else layers - 1, implementation="xla")
+
+    def program(k, v, q, table, lens):
+        return append_and_attend(q, q[:, :2], q[:, 2:], k, v, table, lens, **options)
+
+    lowered = jax.jit(program, donate_argnums=(0, 1)).lower(pool, pool, q, TABLE[:1], LENS[:1])
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < 2**16
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda k: k.name)
 @pytest.mark.parametrize("axis", ["heads", "data"])
 def test_no_device_of_two_copies_its_part(axis, kind):
