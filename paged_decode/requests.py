@@ -76,7 +76,8 @@ class Events(Sequence[TokenEvent]):
 
     A visit brings one for every row and step. As objects that wait to be read they would take the
     host longer than all else that it does, most of that in the garbage collector. What iterates
-    them is C alone, so that `kept += engine.step()` is one operation for an interrupt.
+    them is C alone, so that `kept += engine.step()` is one operation for an interrupt. (So a list
+    cannot have the sum with it, but be extended by it; `[*a, *b]` joins anything.)
 
     Attributes:
       columns: a list for every field of `TokenEvent`.
@@ -119,9 +120,6 @@ class Events(Sequence[TokenEvent]):
 
     def __add__(self, other: Iterable[TokenEvent]) -> list[TokenEvent]:
         return [*self, *other]
-
-    def __radd__(self, other: Iterable[TokenEvent]) -> list[TokenEvent]:
-        return [*other, *self]
 
     def __repr__(self) -> str:
         return repr(list(self))
