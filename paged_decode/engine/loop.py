@@ -179,8 +179,10 @@ class Loop:
 
     def _drop_one(self) -> None:
         """Nobody waits for what the visit in flight makes, which may take all of its steps."""
+        ticket = self._open[0]
+        self._waited(self.runner.launched, ticket.out)
         self._call = sys._getframe()
-        self.scheduler.drop(self._open[0])
+        self.scheduler.drop(ticket)
         self._open.popleft()
         self._call = None
 

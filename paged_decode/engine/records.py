@@ -155,6 +155,10 @@ class Runner(Protocol):
         """Launch one program of up to k steps."""
         ...
 
+    def launched(self, out: Any) -> None:
+        """Return when it has been launched; what the launch raised is raised here."""
+        ...
+
     def wait(self, out: Any) -> None:
         """Return when what was launched is over: what `prefill` returned, or `Ticket.out`."""
         ...

@@ -279,10 +279,13 @@ class DeviceRunner:
         if len(copies.src):
             self.exchange(lambda cache: cache.copy_pages(copies))
 
+    def launched(self, out: Any) -> Any:
+        """Return when it has been launched; what the launch raised is raised here."""
+        return (out if isinstance(out, Launched) else out[0]).future.result()
+
     def wait(self, out: Any) -> None:
         """Return when what was launched is over."""
-        launched = out if isinstance(out, Launched) else out[0]
-        jax.block_until_ready(launched.future.result())
+        jax.block_until_ready(self.launched(out))
 
     def collect(self, ticket: Ticket) -> Result:
         """What came out of it; waits for it.

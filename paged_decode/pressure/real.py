@@ -88,7 +88,8 @@ class _TimedRunner:
         self, runner: Runner, holder: CacheHolder, config: EngineConfig, timer: ProgramTimer
     ):
         self._runner, self._holder, self._config, self._timer = runner, holder, config, timer
-        self.wait, self.collect, self.restart = runner.wait, runner.collect, runner.restart
+        self.launched, self.wait = runner.launched, runner.wait
+        self.collect, self.restart = runner.collect, runner.restart
 
     @property
     def is_lost(self) -> bool:

@@ -101,6 +101,9 @@ class _ModelledRunner:
         seconds = self._spend(Program("decode", size, steps, int(budgets.sum()), context))
         return Ticket(plan, _Times(start, seconds / steps))
 
+    def launched(self, out: Any) -> None:
+        """There is no launch."""
+
     def wait(self, out: Any) -> None:
         """The time has passed."""
 

@@ -191,6 +191,9 @@ class Counting:
         self.plans.append(plan)
         return Ticket(plan, None)
 
+    def launched(self, out):
+        pass
+
     def wait(self, out):
         pass
 
@@ -404,6 +407,30 @@ def test_neither_collecting_at_once_nor_what_programs_decide_changes_an_event(se
         assert plain == waiting, seed
         preemptions += plain[-1]
     assert preemptions
+
+
+def test_a_launch_that_fails_is_told_though_nobody_reads_its_visit(tmp_path):
+    """The only request ends by a stop token while the next visit is on its way."""
+    full = dense_greedy(P[0], 12)
+    engine, launches = make_engine(), count()
+    run_decode = engine.runner._run_decode
+
+    def fail(program, message):
+        if next(launches) == 1:
+            for array in engine.runner._cache.k_pages:
+                array.delete()
+            raise RuntimeError("device")
+        return run_decode(program, message)
+
+    engine.runner._run_decode = fail
+    stop = full.index(full[2])
+    request = engine.submit(P[0], greedy(12, stop_tokens=(full[2],)))
+    with pytest.raises(RuntimeError, match="device"):
+        run(engine)
+    events = run(engine)
+    assert texts(events)[request, 0] == full[: stop + 1]
+    engine.save(tmp_path / "file")
+    assert engine.generate([P[1]], greedy(3))[0].tokens == dense_greedy(P[1], 3)
 
 
 # ---- prefill takes turns
