@@ -28,8 +28,9 @@ from .errors import (
     StaleHandle,
 )
 from .eviction import LRU, CachedPage, EvictionRank
+from .layout import CacheLayout, PageSpec
 from .prompt import PromptKey
-from .rows import Handle, SequenceInfo
+from .rows import Handle, HeldPages, SequenceInfo
 from .sharded import ShardedAllocator
 from .state import AllocatorState
 from .state_rules import check_state
@@ -41,15 +42,18 @@ __all__ = [
     "AllocatorState",
     "AllocatorStats",
     "BlockAllocator",
+    "CacheLayout",
     "CachedPage",
     "CorruptState",
     "DecodeBatch",
     "EvictionRank",
     "GroupBatch",
     "Handle",
+    "HeldPages",
     "OutOfPages",
     "PageCopies",
     "PageState",
+    "PageSpec",
     "PageTableError",
     "PagedDecodeError",
     "Prepared",

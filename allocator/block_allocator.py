@@ -8,8 +8,8 @@ from .arguments import Ints, as_ints
 from .bookkeeping import Bookkeeping
 from .calls import AllocatorCalls
 from .eviction import EvictionRank
+from .layout import CacheLayout, pools_of
 from .locking import atomic, changing
-from .pool import check_pool_size
 from .prefix import Digest, PrefixCache
 from .rows import Handle, as_handles
 from .state import AllocatorState
@@ -30,7 +30,9 @@ class BlockAllocator(AllocatorCalls):
     let one thread drive an allocator.
 
     Args:
-      num_pages: N, at least 2; `num_pages * page_size` is at most 2**31, so slots fit int32.
+      num_pages: N, at least 2; `num_pages * page_size` is at most 2**31, so slots fit int32. Or a
+        `CacheLayout` of several groups of layers, without `page_size`: pages, copies and batches
+        are then those of every group, and what is said of one pool is so of the first group's.
       page_size: S, a power of two.
       prefix_cache: keep committed full pages findable, by their tokens, until evicted.
       hash_key: up to 64 bytes that key the digests; None takes 32 random bytes, so digests then
@@ -55,8 +57,8 @@ class BlockAllocator(AllocatorCalls):
 
     def __init__(
         self,
-        num_pages: SupportsIndex,
-        page_size: SupportsIndex,
+        num_pages: SupportsIndex | CacheLayout,
+        page_size: SupportsIndex | None = None,
         *,
         prefix_cache: bool = True,
         hash_key: bytes | None = None,
@@ -64,11 +66,15 @@ class BlockAllocator(AllocatorCalls):
         eviction: EvictionRank | None = None,
         digest: Digest | None = None,
     ):
-        num_pages, page_size = check_pool_size(num_pages, page_size)
+        pools, size = pools_of(num_pages, page_size)
         cache = PrefixCache(
-            num_pages, hash_key=hash_key, fingerprint=fingerprint, eviction=eviction, digest=digest
+            pools[0][0],
+            hash_key=hash_key,
+            fingerprint=fingerprint,
+            eviction=eviction,
+            digest=digest,
         )
-        books = Bookkeeping(num_pages, page_size, cache, caching=prefix_cache)
+        books = Bookkeeping(pools, size, cache, caching=prefix_cache)
         super().__init__((books,))
         self._books, self._rows = books, books.rows
         self._pool, self._cache = books.main.pool, books.cache
@@ -90,6 +96,7 @@ class BlockAllocator(AllocatorCalls):
           committed_only: slots behind what was committed hold nothing yet; without it, slots up to
             the length count as filled.
         """
+        self._require_one_group("export_state")
         row = (
             self._rows.live
             if handles is None
@@ -101,8 +108,13 @@ class BlockAllocator(AllocatorCalls):
 
     def page_stamps(self, pages: Ints | None = None) -> np.ndarray:
         """int64 `[k]`: see `StatePages.stamps`; None is every page."""
-        stamps = self._pool.stamps
-        return stamps.copy() if pages is None else stamps[as_ints("pages", pages)]
+        stamps, last = self._pool.stamps, self.num_pages - 1
+        if pages is None:
+            return stamps.copy()
+        ids = as_ints("pages", pages)
+        if ids.ndim != 1 or (ids.size and not 0 <= ids.min() <= ids.max() <= last):
+            raise ValueError(f"pages must be page ids from 0 to {last}, of shape [k]; got {pages}")
+        return stamps[ids]
 
     @changing
     def import_state(
@@ -120,4 +132,9 @@ class BlockAllocator(AllocatorCalls):
         Raises:
           PageTableError: the state or the pages break a rule; the message says which.
         """
+        self._require_one_group("import_state")
         return self._books.plan_import(state, pages, private=private)()
+
+    def _require_one_group(self, call: str) -> None:
+        if len(self._books.groups) > 1:
+            raise NotImplementedError(f"{call} serves one group of layers so far; free and compute")

@@ -6,7 +6,7 @@ changes everything at once and cannot fail. So a call over several groups of lay
 several shards, first makes all its plans and then carries all of them out.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import islice
 from typing import NamedTuple, TypeAlias, TypeVar
@@ -27,6 +27,7 @@ from .rows import Handle, RowTable
 from .state import AllocatorState
 from .state_rules import check_state
 from .transfer import adopt_state, plan_adoption
+from .windows import plan_pass, require_held, require_room
 
 __all__ = ["Bookkeeping", "Growing", "Plan"]
 
@@ -66,7 +67,7 @@ class Bookkeeping:
 
     def __init__(
         self,
-        num_pages: int,
+        pools: Sequence[tuple[int, int | None]],
         page_size: int,
         cache: PrefixCache,
         *,
@@ -74,12 +75,19 @@ class Bookkeeping:
         shard: int = 0,
         num_shards: int = 1,
     ):
-        self.rows = RowTable(shard, num_shards)
-        pool, table = PagePool(num_pages, page_size, cache), PageTable(len(self.rows))
-        group = PageGroup(pool, table, shard * num_pages, num_shards * num_pages)
-        self.groups = (group,)
-        self.main, self.cache = group, cache  # the first group is full, and has the tokens
-        self.caching = caching
+        """`pools` are pages of this shard and window of every group, `cache` is the first one's."""
+        self.rows, groups = RowTable(shard, num_shards), []
+        for number, (num_pages, window) in enumerate(pools):
+            own = PrefixCache(num_pages, hash_key=b"") if number else cache
+            pool = PagePool(num_pages, page_size, own, number=number)
+            table = PageTable(len(self.rows))
+            whole = num_shards * num_pages
+            groups.append(PageGroup(pool, table, shard * num_pages, whole, window))
+        self.groups = tuple(groups)
+        self.main, self.cache = groups[0], cache  # the first group is full, and has the tokens
+        self.others = tuple(groups[1:])
+        self.windows = tuple(group for group in groups if group.window is not None)
+        self.caching = caching and len(groups) == 1
 
     # ---- the start and the end of a sequence
 
@@ -92,8 +100,10 @@ class Bookkeeping:
         digests = islice(key.digests(cache, size, chain), len(pages))
         return chain.root, cache.match(chain.root, digests, pages, self.main.pool.tokens)
 
-    def plan_allocate(self, key: PromptKey, keep_free: int) -> Plan[Handle]:
-        """`BlockAllocator.allocate`."""
+    def plan_allocate(
+        self, key: PromptKey, keep_free: int, chunk: int | None = None
+    ) -> Plan[Handle]:
+        """`BlockAllocator.allocate`; every group keeps so many pages free."""
         rows, pool, table = self.rows, self.main.pool, self.main.table
         num_pages = pool.pages_for(len(key))
         if num_pages > pool.usable:
@@ -107,8 +117,16 @@ class Bookkeeping:
         revived = int((pool.refs[hits] == 0).sum()) if entries else 0
         num_new = num_pages - len(hits)
         pool.require(num_new + revived + keep_free)
-        self._make_room(1, num_pages)
         found = len(hits) * pool.page_size
+        until = len(key) if chunk is None else min(len(key), found + chunk)
+        ends = [len(key) if group.window is None else until for group in self.others]
+        others = [
+            (group, pool.pages_for(end)) for group, end in zip(self.others, ends, strict=True)
+        ]
+        for group, count in others:
+            require_room(group, np.array([count]))
+            group.pool.require(count + keep_free)
+        self._make_room(1, num_pages)
         known = list(key.chain(pool.cache, pool.page_size).digests)
 
         def apply() -> Handle:
@@ -117,6 +135,8 @@ class Bookkeeping:
             pages = np.concatenate([hits, pool.take(num_new)])
             row = rows.open(namespace)
             table.set(row, pages)
+            for group, count in others:
+                group.table.set(row, group.pool.take(count))
             rows.chains[row] = entries
             rows.digests[row] = known
             rows.length[row] = len(key)
@@ -132,17 +152,26 @@ class Bookkeeping:
     def plan_fork(self, row: np.ndarray, n: int) -> Plan[list[Handle]]:
         """`BlockAllocator.fork` of one row."""
         rows, parent = self.rows, int(row[0])
+        for group in self.windows:
+            held = int(group.table.end[parent]) * group.pool.page_size
+            if held < rows.length[parent]:
+                raise PageTableError(
+                    f"sequence {rows.name(parent)} of {rows.length[parent]} tokens has pages for "
+                    f"{held} of them in group {group.pool.number}: compute it, then fork"
+                )
         self._make_room(n)
 
         def apply() -> list[Handle]:
-            length = int(rows.length[parent])
-            held = [g.table.pages(parent)[: g.pool.pages_for(length)].copy() for g in self.groups]
+            end = self.main.pool.pages_for(int(rows.length[parent]))
+            firsts = [int(group.table.first[parent]) for group in self.groups]
+            spans = zip(self.groups, firsts, strict=True)
+            held = [group.table.ids[parent, first:end].copy() for group, first in spans]
             for group, pages in zip(self.groups, held, strict=True):
                 group.pool.share(pages, n)
             children = [rows.copy(parent) for _ in range(n)]
             for child in children:
-                for group, pages in zip(self.groups, held, strict=True):
-                    group.table.set(child, pages)
+                for group, pages, first in zip(self.groups, held, firsts, strict=True):
+                    group.table.set(child, pages, first)
             rows.enter(np.array(children, np.int64))
             return [rows.name(child) for child in children]
 
@@ -162,21 +191,40 @@ class Bookkeeping:
 
     # ---- growth
 
-    def plan_growth(self, row: np.ndarray, count: np.ndarray | int) -> Growing:
-        """Pages for `count` more tokens of each row, in every group."""
-        pool = self.main.pool
+    def plan_growth(
+        self, row: np.ndarray, count: np.ndarray | int, chunk: int | None = None
+    ) -> Growing:
+        """Pages for `count` more tokens of each row; in windows, of which `chunk` are computed
+        next, for those alone."""
         start = self.rows.length.take(row)
         stop = start + (count if isinstance(count, int) else np.minimum(count, _MANY))
+        until = stop if chunk is None else np.minimum(stop, self.rows.computed[row] + chunk)
+        return self._plan_growth(row, start, stop, until)
+
+    def plan_pages(self, row: np.ndarray, end: np.ndarray) -> Growing:
+        """`BlockAllocator.prepare`: pages for all positions below `end`."""
+        start = self.rows.length.take(row)
+        end = np.minimum(end, _MANY)
+        return self._plan_growth(row, start, np.maximum(start, end), end)
+
+    def _plan_growth(
+        self, row: np.ndarray, start: np.ndarray, stop: np.ndarray, until: np.ndarray
+    ) -> Growing:
+        pool = self.main.pool
         at = int(stop.argmax()) if stop.size else 0  # faster than `max`
         longest = int(stop[at]) if stop.size else 0
         if longest > pool.usable * pool.page_size:
             raise SequenceTooLong(
                 f"sequence {self.rows.name(int(row[at]))} of {start[at]} tokens cannot grow by "
-                f"{np.broadcast_to(count, row.shape)[at]}: the whole pool holds "
+                f"{stop[at] - start[at]}: the whole pool holds "
                 f"{pool.usable * pool.page_size} tokens ({pool.usable} pages of "
                 f"{pool.page_size}); stop it here, or create a larger pool"
             )
-        growths = [plan_growth(group, row, start, stop) for group in self.groups]
+        growths = [plan_growth(self.main, row, start, stop)]
+        for group in self.others:
+            end = stop if group.window is None else until
+            require_room(group, -(-end // pool.page_size) - group.table.first[row])
+            growths.append(plan_growth(group, row, start, end))
         needed = pool.pages_for(longest)
         self._make_room(0, needed)
         held = max([growth.held for growth in growths])
@@ -189,9 +237,9 @@ class Bookkeeping:
 
     def append(
         self, row: np.ndarray, token: np.ndarray, count: np.ndarray, growing: Growing
-    ) -> PageCopies:
+    ) -> list[PageCopies]:
         """`BlockAllocator.append` of the first `count[b]` of `token` `[B, k]`."""
-        (prepared,) = self.grow(growing)
+        prepared = self.grow(growing)
         at, step = (np.arange(token.shape[1]) < count[:, None]).nonzero()
         slots = self.main.slots(row[at], growing.start[at] + step)
         self.main.pool.tokens.reshape(-1)[slots] = token[at, step]
@@ -199,7 +247,7 @@ class Bookkeeping:
         self.rows.described[row] = described  # before the length: it may have been `ALL`
         self.rows.length[row] = growing.start + count
         self.rows.describe(row, described)
-        return prepared.copies
+        return [each.copies for each in prepared]
 
     def advance(
         self,
@@ -209,14 +257,14 @@ class Bookkeeping:
         growing: Growing,
         frame: Frame,
         at: slice | np.ndarray,
-    ) -> PageCopies:
+    ) -> list[PageCopies]:
         """`BlockAllocator.advance`: fills these places of the frame; `count` None is one each."""
         start, rows, size = growing.start, self.rows, self.main.pool.page_size
         if count is not None:
             copies = self.append(row, token, count, growing)
             self.describe(row, start, start + count, frame, at)()
             return copies
-        (prepared,) = self.grow(growing)
+        prepared = self.grow(growing)
         offset = start & (size - 1)
         for number, (group, growth) in enumerate(zip(self.groups, growing.groups, strict=True)):
             pages, entries = growth.tail, (row[growth.places], growth.columns)
@@ -229,7 +277,7 @@ class Bookkeeping:
             frame.put(number, group, at, row)
         frame.tokens[at], frame.seq_lens[at], frame.positions[at, 0] = token, growing.stop, start
         rows.length[row] = growing.stop
-        return prepared.copies
+        return [each.copies for each in prepared]
 
     def plan_trim(self, row: np.ndarray) -> Plan[int]:
         """`BlockAllocator.trim`."""
@@ -237,20 +285,24 @@ class Bookkeeping:
 
     def plan_truncate(self, row: np.ndarray, length: np.ndarray) -> Plan[None]:
         """`BlockAllocator.truncate`."""
-        rows, pool, table = self.rows, self.main.pool, self.main.table
+        rows, pool = self.rows, self.main.pool
         size, have = pool.page_size, rows.length[row]
         if (longer := length > have).any():
             at = int(longer.argmax())
             raise ValueError(
                 f"length must be at most the sequence's length {have[at]}, got {length[at]}"
             )
+        require_held(self.windows, rows, row, length)
         cuts = self._plan_cut(row, length)
-        tail = np.where(length % size, table.ids[row, length // size], 0)
+        cut = (length < have) & (length % size > 0)
+        tails = [np.where(cut, g.table.ids[row, length // size], 0) for g in self.groups]
+        tail = tails[0]
         owners = cuts[0].release.owners_of(tail, pool.refs[tail])
         unpublished = tail[pool.cache.published[tail] & (owners == 1)].tolist()
 
         def apply() -> None:
-            pool.stamp(tail)  # their last slots may be written again
+            for group, pages in zip(self.groups, tails, strict=True):
+                group.pool.stamp(pages[pages > 0])  # their last slots may be written again
             for page in unpublished:
                 pool.unpublish(page)
             for each, keep in zip(row.tolist(), length.tolist(), strict=True):
@@ -292,6 +344,7 @@ class Bookkeeping:
         computed = np.maximum(computed, before)
         full = computed // size
         fuller = (full > before // size).nonzero()[0] if self.caching else _NONE
+        passes = [plan_pass(group, row, computed) for group in self.windows]
         plan: Publications | None = None
         if fuller.size:
             fuller = fuller[rows.private[row[fuller]] == 0]
@@ -303,6 +356,8 @@ class Bookkeeping:
             rows.computed[row] = computed  # never more than there are entries for
             if np.count_nonzero(computed > described):
                 rows.describe(row, np.maximum(computed, described))
+            for each in passes:  # after publication
+                each()
 
         return apply
 

@@ -6,11 +6,12 @@ from typing import Any, SupportsIndex, TypeVar
 import numpy as np
 
 from .arguments import Ints, as_count, as_counts, as_int, as_ints, as_rows, as_step_tokens
-from .batch import DecodeBatch, PageCopies, Prepared
-from .bookkeeping import Bookkeeping, Growing, Plan
+from .batch import DecodeBatch, Prepared
+from .bookkeeping import Bookkeeping, Plan
 from .errors import OutOfPages
 from .framing import Frame, check_span
 from .locking import changing
+from .merging import Copies, Grown, in_groups, merged_copies, prepared, run
 from .prefix import new_generation
 from .prompt import PromptKey, as_key
 from .rows import Handle, as_handle, as_handles
@@ -20,7 +21,6 @@ __all__ = ["AllocatorCalls"]
 
 _MAX_FORKS = 2**16  # per call: far below what int32 reference counts and memory for rows can hold
 T = TypeVar("T")
-Grown = list[tuple[Bookkeeping, np.ndarray, Any, Growing]]  # shard, rows, their places, plan
 
 
 class AllocatorCalls(AllocatorView):
@@ -38,6 +38,7 @@ class AllocatorCalls(AllocatorView):
         *,
         cache_salt: str | bytes | None = None,
         keep_free: Ints = 0,
+        chunk: SupportsIndex | None = None,
     ) -> Handle:
         """Start a sequence of T tokens: cached pages for its prefix, new pages for the rest.
 
@@ -48,8 +49,10 @@ class AllocatorCalls(AllocatorView):
             digests serve again.
           cache_salt: only sequences with an equal salt share pages through the cache. None, "",
             b"", "x" and b"x" are five different salts.
-          keep_free: pages that must be free or evictable afterwards (a watermark). Over shards,
-            of one number every shard keeps its part; a number for each holds there.
+          keep_free: pages that must be free or evictable afterwards (a watermark), in every group.
+            Over shards, of one number every shard keeps its part; a number for each holds there.
+          chunk: of the tokens that were not found, how many are computed first. Window groups take
+            pages for these alone; `prepare` takes those for the next, after `commit`. None: all.
 
         Raises:
           SequenceTooLong: the whole pool holds fewer than T tokens.
@@ -61,12 +64,20 @@ class AllocatorCalls(AllocatorView):
             keep = as_rows("keep_free", keep_free, shards).tolist()
         else:
             keep = [-(-as_count("keep_free", keep_free) // shards)] * shards  # type: ignore[arg-type]
-        return self._plan_allocate(key, keep)()
+        first = None if chunk is None else as_count("chunk", chunk, 1)
+        return self._plan_allocate(key, keep, first)()
 
     # ---- growth ----
 
     @changing
-    def append(self, handles: Ints, tokens: Ints, counts: Ints | None = None) -> PageCopies:
+    def append(
+        self,
+        handles: Ints,
+        tokens: Ints,
+        counts: Ints | None = None,
+        *,
+        chunk: SupportsIndex | None = None,
+    ) -> Copies:
         """Add up to k tokens to each of B sequences; all rows or none.
 
         Args:
@@ -74,17 +85,19 @@ class AllocatorCalls(AllocatorView):
           tokens: int `[B, k]`; `[k]` for one handle.
           counts: int `[B]` or one for all, from 0 to k: row b takes its first counts[b] tokens.
             None takes all.
+          chunk: as in `allocate`: how many tokens behind those computed are computed next.
 
         Returns:
-          The pages to copy on the device before anything is written to the new positions.
+          The pages to copy on the device before anything is written to the new positions; of
+          several groups one for each.
 
         Raises:
           OutOfPages, SequenceTooLong, StaleHandle: no sequence has changed.
         """
         handle = as_handles(handles)
         token, count = _as_appended(handle, tokens, counts)
-        parts = self._grown(handle, count)
-        return _copies(
+        parts = self._grown(handle, count, None if chunk is None else as_count("chunk", chunk, 1))
+        return merged_copies(
             [books.append(row, token[at], count[at], each) for books, row, at, each in parts]
         )
 
@@ -97,7 +110,7 @@ class AllocatorCalls(AllocatorView):
         pad_to: SupportsIndex | None = None,
         columns: SupportsIndex | None = None,
         commit: bool = False,
-    ) -> tuple[DecodeBatch, PageCopies]:
+    ) -> tuple[DecodeBatch, Copies]:
         """Add one token to each of B sequences and describe the decode step that computes it.
 
         The hot call: the same as `append` and then `batch` of the new positions, without a loop
@@ -132,7 +145,7 @@ class AllocatorCalls(AllocatorView):
         pad_to: SupportsIndex | None = None,
         columns: SupportsIndex | None = None,
         commit: bool = False,
-    ) -> tuple[DecodeBatch, PageCopies]:
+    ) -> tuple[DecodeBatch, Copies]:
         """`advance` by up to k tokens each, such as drafts: `append`, `reserve`, and the step.
 
         Args:
@@ -154,7 +167,7 @@ class AllocatorCalls(AllocatorView):
         return self._step(self._grown(handle, count + more), token, count, pad_to, columns, commit)
 
     @changing
-    def prepare(self, handles: Ints, end: Ints) -> Prepared:
+    def prepare(self, handles: Ints, end: Ints) -> Prepared | tuple[Prepared, ...]:
         """Take the pages for all positions below `end` of each sequence, all rows or none.
 
         Lengths do not change. Until the next fork, tokens up to there take no page and copy none,
@@ -176,20 +189,21 @@ class AllocatorCalls(AllocatorView):
         handle = as_handles(handles)
         ends = as_rows("end", end, handle.size)
         parts = [
-            (books, row, at, books.plan_growth(row, (ends[at] - books.rows.length[row]).clip(0)))
+            (books, row, at, books.plan_pages(row, ends[at]))
             for books, row, at in self._split(handle)
         ]
-        return _prepared(parts, handle.size)
+        return prepared(parts, handle.size)
 
     @changing
-    def reserve(self, handles: Ints, num_tokens: Ints) -> PageCopies:
+    def reserve(self, handles: Ints, num_tokens: Ints) -> Copies:
         """`prepare` of `num_tokens` (int `[B]`, or one for all) past the length of each sequence.
 
         Pages reserved before count. Returns the pages to copy before anything is written there.
         """
         handle = as_handles(handles)
         count = as_rows("num_tokens", num_tokens, handle.size)
-        return _prepared(self._grown(handle, count), handle.size).copies
+        done = prepared(self._grown(handle, count), handle.size)
+        return merged_copies([[each.copies for each in in_groups(done)]])
 
     @changing
     def trim(self, handles: Ints) -> int:
@@ -237,10 +251,11 @@ class AllocatorCalls(AllocatorView):
             for group in books.groups:
                 check_span(group, books.rows, row, begins[at], ends[at], width, at)
         groups = parts[0][0].groups
-        held = max(int(books.main.table.end[row].max(initial=0)) for books, row, _ in parts)
+        tables = [(g.table, row) for books, row, _ in parts for g in books.groups]
+        held = max(int(table.end[row].max(initial=0)) for table, row in tables)
         needed = -(-int(ends.max(initial=0)) // self.page_size)
         frame = Frame.empty(groups, len(ends), width, pad_to, columns, held=held, needed=needed)
-        _run(books.describe(row, begins[at], ends[at], frame, at) for books, row, at in parts)
+        run(books.describe(row, begins[at], ends[at], frame, at) for books, row, at in parts)
         return frame.batch(groups)
 
     @changing
@@ -340,7 +355,7 @@ class AllocatorCalls(AllocatorView):
         if self.num_used:
             return False
         drawn = None if same_weights else new_generation()
-        _run(books.plan_renewal(drawn) for books in self._shards)
+        run(books.plan_renewal(drawn) for books in self._shards)
         return True
 
     @changing
@@ -363,7 +378,7 @@ class AllocatorCalls(AllocatorView):
             raise ValueError("generation must not be empty: that is the name of the first weights")
         name = generation or b"%d" % (self._shards[0].cache.num_updates + 1)
         generation = generation or new_generation()
-        _run(books.plan_renewal(generation, name) for books in self._shards)
+        run(books.plan_renewal(generation, name) for books in self._shards)
 
     # ---- pages outside sequences ----
 
@@ -378,7 +393,7 @@ class AllocatorCalls(AllocatorView):
             share = min(count, room[i])
             plans.append(self._shards[i].plan_take_raw(share))
             count -= share
-        return sum(_run(plans), [])
+        return sum(run(plans), [])
 
     @changing
     def free_pages(self, pages: Ints) -> None:
@@ -396,17 +411,19 @@ class AllocatorCalls(AllocatorView):
 
     # ---- over all shards
 
-    def _plan_allocate(self, key: PromptKey, keep_free: list[int]) -> Plan[Handle]:
+    def _plan_allocate(
+        self, key: PromptKey, keep_free: list[int], chunk: int | None
+    ) -> Plan[Handle]:
         """On the shard that knows most of the prompt, and among equals has most pages to give."""
         if self._only is not None:
-            return self._only.plan_allocate(key, keep_free[0])
+            return self._only.plan_allocate(key, keep_free[0], chunk)
         refusals: list[OutOfPages] = []
         order = [
             (-len(books.match(key)[1]), -books.main.pool.num_available) for books in self._shards
         ]
         for i in sorted(range(len(order)), key=lambda i: (order[i], i)):
             try:
-                return self._shards[i].plan_allocate(key, keep_free[i])
+                return self._shards[i].plan_allocate(key, keep_free[i], chunk)
             except OutOfPages as error:
                 refusals.append(error)
         raise refusals[0]
@@ -419,7 +436,7 @@ class AllocatorCalls(AllocatorView):
         pad_to: SupportsIndex | None,
         columns: SupportsIndex | None,
         commit: bool,
-    ) -> tuple[DecodeBatch, PageCopies]:
+    ) -> tuple[DecodeBatch, Copies]:
         """Add tokens `[B, k]`, the first `count[b]` or one of one, and describe the step."""
         groups, growing = parts[0][0].groups, [each for *_, each in parts]
         frame = Frame.empty(
@@ -432,17 +449,22 @@ class AllocatorCalls(AllocatorView):
             needed=max([each.needed for each in growing]),
         )
         if commit:
-            _run(books.plan_commit(row, None) for books, row, *_ in parts)
+            run(books.plan_commit(row, None) for books, row, *_ in parts)
         copies = [
             books.advance(row, token[at], None if count is None else count[at], each, frame, at)
             for books, row, at, each in parts
         ]
-        return frame.batch(groups), _copies(copies)
+        return frame.batch(groups), merged_copies(copies)
 
-    def _grown(self, handle: np.ndarray, count: Any) -> Grown:
+    def _grown(self, handle: np.ndarray, count: Any, chunk: int | None = None) -> Grown:
         """`_split`, and on every shard the plan for `count[b]` more tokens."""
         return [
-            (books, row, at, books.plan_growth(row, 1 if isinstance(count, int) else count[at]))
+            (
+                books,
+                row,
+                at,
+                books.plan_growth(row, count if isinstance(count, int) else count[at], chunk),
+            )
             for books, row, at in self._split(handle)
         ]
 
@@ -450,7 +472,7 @@ class AllocatorCalls(AllocatorView):
         self, handle: np.ndarray, plan: Callable[[Bookkeeping, np.ndarray, Any], Plan[T]]
     ) -> list[T]:
         """Plan on every shard that has one of the handles, then carry all of the plans out."""
-        return _run(plan(books, row, at) for books, row, at in self._split(handle))
+        return run(plan(books, row, at) for books, row, at in self._split(handle))
 
     def _each_pool(
         self, ids: np.ndarray, plan: Callable[[Bookkeeping, np.ndarray], Plan[None]]
@@ -460,12 +482,7 @@ class AllocatorCalls(AllocatorView):
             bad = ids[(ids < 0) | (ids >= self.num_pages)][0]
             raise ValueError(f"pages must be page ids from 0 to {self.num_pages - 1}, got {bad}")
         shard, own = np.divmod(ids, self.num_pages // len(self._shards))
-        _run(plan(books, own[shard == i]) for i, books in enumerate(self._shards))
-
-
-def _run(plans: Iterable[Plan[T]]) -> list[T]:
-    """First make all of the plans, then carry all of them out."""
-    return [plan() for plan in list(plans)]
+        run(plan(books, own[shard == i]) for i, books in enumerate(self._shards))
 
 
 def _as_appended(
@@ -478,23 +495,3 @@ def _as_appended(
     if count.size and count.max() > width:
         raise ValueError(f"counts must be at most k = {width}, got {count.max()}")
     return token.reshape(handle.size, width), count
-
-
-def _prepared(parts: Grown, size: int) -> Prepared:
-    """Carry out the growth of every shard; its places become those among `size` handles."""
-    done = [(at, books.grow(growing)[0]) for books, _, at, growing in parts]
-    if len(done) == 1:
-        return done[0][1]
-    where = np.arange(size)
-    return Prepared(
-        _copies([each.copies for _, each in done]),
-        np.concatenate([where[at][each.places] for at, each in done]),
-        *(np.concatenate([each[i] for _, each in done]) for i in (2, 3)),
-    )
-
-
-def _copies(parts: list[PageCopies]) -> PageCopies:
-    if len(parts) == 1:
-        return parts[0]
-    src, dst = ([copies[i] for copies in parts] for i in (0, 1))
-    return PageCopies(np.concatenate(src), np.concatenate(dst))

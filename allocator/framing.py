@@ -26,7 +26,7 @@ class Frame(NamedTuple):
     tokens: np.ndarray
     positions: np.ndarray
     seq_lens: np.ndarray
-    groups: list[tuple[np.ndarray, np.ndarray]]
+    groups: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]]
 
     @classmethod
     def empty(
@@ -56,14 +56,22 @@ class Frame(NamedTuple):
                 f"pad_to * columns and pad_to * tokens_per_row must be at most {_MAX_ENTRIES}, got "
                 f"{padded} rows, {width} columns and {num_tokens} tokens"
             )
-        shape = padded, num_tokens
-        tables = [(np.zeros((padded, width), np.int32), np.zeros(shape, np.int32)) for _ in groups]
-        lens = np.zeros(padded, np.int32)
+        shape, lens = (padded, num_tokens), np.zeros(padded, np.int32)
+        tables = [
+            (
+                np.zeros((padded, width), np.int32),
+                np.zeros(shape, np.int32),
+                None if group.window is None else lens.copy(),
+            )
+            for group in groups
+        ]
         return cls(np.zeros(shape, np.int32), np.zeros(shape, np.int32), lens, tables)
 
     def put(self, number: int, group: PageGroup, at: slice | np.ndarray, row: np.ndarray) -> None:
-        """Fill in the rows of the page table of one group."""
-        page_table, ids = self.groups[number][0], group.table.ids
+        """Fill in the rows of the page table of one group, and what they hold of it."""
+        (page_table, _, starts), ids = self.groups[number], group.table.ids
+        if starts is not None:
+            starts[at] = group.table.first[row] * group.pool.page_size
         if isinstance(at, slice) and page_table.shape[1] == ids.shape[1] and not group.base:
             ids.take(row, axis=0, out=page_table[at], mode="clip")  # no copy in between
             return
@@ -73,8 +81,8 @@ class Frame(NamedTuple):
     def batch(self, groups: Groups) -> DecodeBatch:
         """All rows are filled in."""
         framed = [
-            GroupBatch(page_table, slots, None, group.pool.page_size, group.num_pages)
-            for group, (page_table, slots) in zip(groups, self.groups, strict=True)
+            GroupBatch(*arrays, group.pool.page_size, group.num_pages, group.window)
+            for group, arrays in zip(groups, self.groups, strict=True)
         ]
         return DecodeBatch(self.tokens, self.seq_lens, self.positions, tuple(framed))
 
@@ -121,7 +129,7 @@ def check_span(
     rules = (
         (begin < rows.computed[row], "begin must be at least the computed tokens"),
         (begin > end, "begin must be at most end"),
-        (end > capacity, "end must be at most the capacity (reserve first)"),
+        (end > capacity, "end must be at most the capacity (prepare first)"),
         (end - begin > num_tokens, f"end - begin must be at most tokens_per_row = {num_tokens}"),
     )
     for broken, rule in rules:

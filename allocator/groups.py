@@ -37,10 +37,16 @@ class PageTable:
         """int32, a view: the row's pages in columns from `end` on."""
         return self.ids[row, max(end, int(self.first[row])) : self.end[row]]
 
-    def set(self, row: int, pages: np.ndarray) -> None:
-        """Let a vacant row hold these pages from column 0 on; there is room for them."""
-        self.ids[row, : len(pages)] = pages
-        self.first[row], self.end[row] = 0, len(pages)
+    def set(self, row: int, pages: np.ndarray, first: int = 0) -> None:
+        """Let a vacant row hold these pages from that column on; there is room for them."""
+        end = first + len(pages)
+        self.ids[row, first:end] = pages
+        self.first[row], self.end[row] = first, end
+
+    def pass_by(self, row: int, first: int) -> None:
+        """Hold no page in columns before `first`, which is not past the end."""
+        self.ids[row, self.first[row] : first] = 0
+        self.first[row] = first
 
     def cut(self, row: int, end: int) -> None:
         """Hold no page in columns from `end` on."""
@@ -82,12 +88,14 @@ class PageGroup(NamedTuple):
       pool, table: what is counted here, with ids from 0.
       base: what users call page 0 of it; not 0 on a shard of a larger pool.
       num_pages: of the whole pool.
+      window: newest tokens that its layers see; None: all.
     """
 
     pool: PagePool
     table: PageTable
     base: int
     num_pages: int
+    window: int | None = None
 
     def slots(self, row: np.ndarray, position: np.ndarray) -> np.ndarray:
         """Where positions of rows (two arrays of one shape) lie in the pool."""

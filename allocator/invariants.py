@@ -24,9 +24,8 @@ def require_consistent(groups: tuple[PageGroup, ...], rows: RowTable, *, caching
             *_free_pages(pool),
             *_owners(pool, table, rows),
             *_prefix_cache(pool, pool.cache),
-            *_digests(pool, pool.cache),
             *_sequences(group, rows),
-            *_chains(group, rows, caching),
+            *(_content(group, rows, caching) if pool.number == 0 else ()),
             *_vacant_rows(table, rows),
         ]
     if violations:
@@ -98,6 +97,12 @@ def _prefix_cache(pool: PagePool, cache: PrefixCache) -> Iterator[str]:
         yield "the evictable pages are not the published ones without an owner"
 
 
+def _content(group: PageGroup, rows: RowTable, caching: bool) -> Iterator[str]:
+    """What only the first group has: tokens, and what can be found by them."""
+    yield from _digests(group.pool, group.pool.cache)
+    yield from _chains(group, rows, caching)
+
+
 def _digests(pool: PagePool, cache: PrefixCache) -> Iterator[str]:
     """A page must hold what its digest says; unknown where the page before it is gone."""
     by_serial = {entry.serial: entry.digest for entry in cache.by_page.values()}
@@ -117,8 +122,12 @@ def _sequences(group: PageGroup, rows: RowTable) -> Iterator[str]:
         name = f"sequence {rows.name(row)}"
         length, computed = int(rows.length[row]), int(rows.computed[row])
         first, end = int(table.first[row]), int(table.end[row])
-        if not 0 <= computed <= length <= end * page_size:
+        needed = length if group.window is None else computed
+        if not 0 <= computed <= length or needed > end * page_size:
             yield f"{name}: not computed {computed} <= length {length} <= {end} pages"
+        given = 0 if group.window is None else max(0, computed - group.window + 1)
+        if first * page_size > given:
+            yield f"{name}: begins in column {first}, but {computed} computed tokens need more"
         if rows.described[row] != ALL and not computed <= rows.described[row] < length:
             yield f"{name}: described {rows.described[row]} of {length}, computed {computed}"
         if not 0 <= first <= end < table.ids.shape[1]:

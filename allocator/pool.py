@@ -66,18 +66,20 @@ class PagePool:
     Attributes:
       refs: int32 `[N]`, owners of each page: entries of page tables, and whoever took it raw.
       raw: bool `[N]`, pages handed out by number, outside any sequence.
-      tokens: int32 `[N, S]`, the token in every slot, as far as some owner's length reaches.
+      number: of its group; the first one, 0, has the tokens.
+      tokens: int32 `[N, S]`, the token in every slot, as far as some owner's length reaches; `[N,
+        0]` in other groups.
       withdrawn: bool `[N]`, pages whose content may be wrong, until they are taken or published.
       stamps: int64 `[N]`, a new number whenever a page is taken, and when a full one is cut.
     """
 
-    def __init__(self, num_pages: int, page_size: int, cache: PrefixCache):
-        self.cache = cache
+    def __init__(self, num_pages: int, page_size: int, cache: PrefixCache, *, number: int = 0):
+        self.cache, self.number = cache, number
         self.page_size = page_size
         self.refs = np.zeros(num_pages, np.int32)
         self.raw = np.zeros(num_pages, bool)
         self.withdrawn = np.zeros(num_pages, bool)
-        self.tokens = np.zeros((num_pages, page_size), np.int32)
+        self.tokens = np.zeros((num_pages, 0 if number else page_size), np.int32)
         self.stamps = np.zeros(num_pages, np.int64)
         self._last_stamp = 0
         self.refs[0], self.raw[0] = 1, True
@@ -113,7 +115,7 @@ class PagePool:
     def require(self, needed: int) -> None:
         """Raise OutOfPages unless `needed` pages are free or can be evicted; changes nothing."""
         if needed > self.num_available:
-            raise OutOfPages(needed, self.num_free, self.cache.num_evictable)
+            raise OutOfPages(needed, self.num_free, self.cache.num_evictable, self.number)
 
     def take(self, count: int) -> np.ndarray:
         """int32 `[count]` pages with one owner each: free ones first, then evicted ones.

@@ -49,11 +49,15 @@ def _cut_reserved(group: PageGroup, rows: RowTable) -> bool:
 
 
 def _fit_lengths(books: Bookkeeping) -> None:
-    """No token without a page, none computed that is not there, and the rest described as said."""
+    """No token without a page, none computed that is not there, and the rest described as said.
+
+    A window group has pages of what is computed, and of what was prepared.
+    """
     rows, live = books.rows, books.rows.live
     held = [group.table.end[live] * group.pool.page_size for group in books.groups]
-    length = np.minimum.reduce([rows.length[live], *held])
-    computed = np.minimum(rows.computed[live], length)
+    full = [each for each, group in zip(held, books.groups, strict=True) if group.window is None]
+    length = np.minimum.reduce([rows.length[live], *full])
+    computed = np.minimum.reduce([rows.computed[live], length, *held])
     rows.length[live], rows.computed[live] = length, computed
     described = np.maximum(rows.described[live], computed)
     rows.described[live] = np.where(described >= length, ALL, described)

@@ -1,7 +1,7 @@
 """The sequences: one row per live sequence, every field an array over rows."""
 
-from dataclasses import dataclass
-from typing import NewType, SupportsIndex
+from dataclasses import dataclass, field
+from typing import NamedTuple, NewType, SupportsIndex
 
 import numpy as np
 
@@ -9,7 +9,16 @@ from .arguments import Ints, as_ints
 from .errors import StaleHandle
 from .prefix import CacheEntry, Namespace
 
-__all__ = ["ALL", "ROW_MASK", "Handle", "RowTable", "SequenceInfo", "as_handle", "as_handles"]
+__all__ = [
+    "ALL",
+    "ROW_MASK",
+    "Handle",
+    "HeldPages",
+    "RowTable",
+    "SequenceInfo",
+    "as_handle",
+    "as_handles",
+]
 
 Handle = NewType("Handle", int)
 """Names one sequence: a plain int, generation << 32 | row. A freed handle never becomes valid."""
@@ -39,6 +48,14 @@ def as_handle(handle: SupportsIndex) -> np.ndarray:
     return array.reshape(1)
 
 
+class HeldPages(NamedTuple):
+    """The pages of a sequence in one group of layers: `pages` ids in order, of columns from `first`
+    on. Columns before it were given back."""
+
+    first: int
+    pages: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class SequenceInfo:
     """What the allocator knows about one sequence; lengths in tokens.
@@ -48,9 +65,10 @@ class SequenceInfo:
       computed: tokens from its start whose keys and values have been committed.
       cached: leading tokens that its `allocate` found in the prefix cache.
       capacity: tokens that its pages can hold; more than length where pages are reserved.
-      pages: its page ids in order, reserved ones included.
+      pages: its page ids in order, reserved ones included; of the first group.
       cache_salt: the salt that it was allocated with.
       private: what it holds is never published, nor what its forks hold.
+      groups: its pages in every group of layers.
     """
 
     length: int
@@ -60,6 +78,7 @@ class SequenceInfo:
     pages: tuple[int, ...]
     cache_salt: str | bytes | None
     private: bool
+    groups: tuple[HeldPages, ...] = field(default=(), repr=False)
 
 
 class RowTable:

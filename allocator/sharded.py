@@ -7,6 +7,7 @@ from .arguments import as_count
 from .bookkeeping import Bookkeeping
 from .calls import AllocatorCalls
 from .eviction import EvictionRank
+from .layout import CacheLayout, pools_of
 from .locking import atomic
 from .pool import check_pool_size
 from .prefix import Digest, PrefixCache
@@ -28,7 +29,8 @@ class ShardedAllocator(AllocatorCalls):
     `allocate` counts pages of the whole pool, of which a shard keeps its part.
 
     Args:
-      num_pages: N, a multiple of R, with at least 2 pages a shard.
+      num_pages: N, a multiple of R, with at least 2 pages a shard. Or a `CacheLayout`, as in
+        `BlockAllocator`, of which that is so for every group.
       page_size: S.
       num_shards: R.
       prefix_cache: passed to every shard, as are all that follow; see `BlockAllocator`.
@@ -42,8 +44,8 @@ class ShardedAllocator(AllocatorCalls):
 
     def __init__(
         self,
-        num_pages: SupportsIndex,
-        page_size: SupportsIndex,
+        num_pages: SupportsIndex | CacheLayout,
+        page_size: SupportsIndex | None = None,
         *,
         num_shards: SupportsIndex,
         prefix_cache: bool = True,
@@ -52,11 +54,13 @@ class ShardedAllocator(AllocatorCalls):
         eviction: EvictionRank | None = None,
         digest: Digest | None = None,
     ):
-        pages, shards = as_count("num_pages", num_pages), as_count("num_shards", num_shards, 1)
-        if pages % shards:
-            raise ValueError(f"num_pages must be a multiple of {shards} shards, got {pages}")
-        _, size = check_pool_size(pages, page_size)
-        own, _ = check_pool_size(pages // shards, size)
+        shards = as_count("num_shards", num_shards, 1)
+        pools, size = pools_of(num_pages, page_size)
+        for pages, _ in pools:
+            if pages % shards:
+                raise ValueError(f"num_pages must be a multiple of {shards} shards, got {pages}")
+            check_pool_size(pages // shards, size)
+        own = [(pages // shards, window) for pages, window in pools]
         options = dict[str, Any](fingerprint=fingerprint, eviction=eviction, digest=digest)
         options["hash_key"] = secrets.token_bytes(32) if hash_key is None else hash_key
         super().__init__(
@@ -64,7 +68,7 @@ class ShardedAllocator(AllocatorCalls):
                 Bookkeeping(
                     own,
                     size,
-                    PrefixCache(own, **options),
+                    PrefixCache(own[0][0], **options),
                     caching=prefix_cache,
                     shard=shard,
                     num_shards=shards,

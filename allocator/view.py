@@ -12,8 +12,9 @@ from .locking import Guard, atomic, changing
 from .prefix import salt_of
 from .prompt import PromptKey, as_key
 from .publication import digests_of
-from .rows import ROW_MASK, Handle, SequenceInfo, as_handle
+from .rows import ROW_MASK, Handle, HeldPages, SequenceInfo, as_handle
 from .stats import AllocatorStats, collect_stats, page_states
+from .windows import most_pages, window_of
 
 __all__ = ["AllocatorView"]
 
@@ -68,6 +69,11 @@ class AllocatorView:
         return self._shards[0].main.pool.usable
 
     @property
+    def pools(self) -> tuple[tuple[int, int | None], ...]:
+        """Pages and window of every group of layers."""
+        return tuple((group.num_pages, group.window) for group in self._shards[0].groups)
+
+    @property
     def num_shards(self) -> int:
         """R, into how many parts the pages are split."""
         return len(self._shards)
@@ -89,21 +95,30 @@ class AllocatorView:
 
     def can_ever_fit(self, num_tokens: SupportsIndex) -> bool:
         """Whether one sequence of that many tokens would fit if nothing else were there."""
-        return -(-as_count("num_tokens", num_tokens) // self.page_size) <= self.sequence_pages
+        pages, size = -(-as_count("num_tokens", num_tokens) // self.page_size), self.page_size
+        return pages <= self.sequence_pages and all(
+            min(pages, most_pages(window_of(group), 1, size)) <= group.pool.usable
+            for group in self._shards[0].windows
+        )
 
     @atomic
     def sequence(self, handle: SupportsIndex) -> SequenceInfo:
         """What is known about one sequence."""
         books, row = self._home(handle)
         rows, group = books.rows, books.main
+        held = [
+            HeldPages(int(g.table.first[row]), tuple(g.whole(g.table.pages(row)).tolist()))
+            for g in books.groups
+        ]
         return SequenceInfo(
             length=int(rows.length[row]),
             computed=int(rows.computed[row]),
             cached=int(rows.cached[row]),
             capacity=int(group.table.end[row]) * self.page_size,
-            pages=tuple(group.whole(group.table.pages(row)).tolist()),
+            pages=held[0].pages,
             cache_salt=salt_of(rows.namespaces[row].key),
             private=bool(rows.private[row]),
+            groups=tuple(held),
         )
 
     @atomic
@@ -192,15 +207,18 @@ class AllocatorView:
         return int(self._shards[shard].main.pool.refs[own]) if own else 0
 
     @atomic
-    def page_states(self) -> np.ndarray:
-        """What every page is doing: uint8 `[N]` of `PageState`."""
-        return np.concatenate([page_states(books.main.pool) for books in self._shards])
+    def page_states(self, group: SupportsIndex = 0) -> np.ndarray:
+        """What every page of a group is doing: uint8 `[N]` of `PageState`."""
+        number = self._number(group)
+        return np.concatenate([page_states(books.groups[number].pool) for books in self._shards])
 
     @atomic
-    def stats(self) -> AllocatorStats:
-        """All counts at this moment; see `AllocatorStats`."""
+    def stats(self, group: SupportsIndex = 0) -> AllocatorStats:
+        """All counts of one group of layers at this moment; see `AllocatorStats`."""
+        number = self._number(group)
         return AllocatorStats.total(
-            [collect_stats(books.main, books.rows) for books in self._shards], self.page_size
+            [collect_stats(books.groups[number], books.rows) for books in self._shards],
+            self.page_size,
         )
 
     @atomic
@@ -216,6 +234,9 @@ class AllocatorView:
             f"{self.page_size} tokens: {self.num_used} used, {self.num_evictable} evictable, "
             f"{self.num_free} free)"
         )
+
+    def _number(self, group: SupportsIndex) -> int:
+        return as_count("group", group, 0, len(self._shards[0].groups) - 1)
 
     def _split(self, handle: np.ndarray) -> list[tuple[Bookkeeping, np.ndarray, Any]]:
         """For every shard that has some of the handles: its rows, and their places among them."""

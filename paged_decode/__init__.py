@@ -2,9 +2,11 @@
 
 from .allocator import (
     BlockAllocator,
+    CacheLayout,
     DecodeBatch,
     Handle,
     PageCopies,
+    PageSpec,
     PromptKey,
     ShardedAllocator,
 )
@@ -58,6 +60,7 @@ from .snapshot import (
 __all__ = [
     "AsyncEngine",
     "BlockAllocator",
+    "CacheLayout",
     "Completion",
     "DecodeBatch",
     "Engine",
@@ -68,6 +71,7 @@ __all__ = [
     "KVCache",
     "OutOfPages",
     "PageCopies",
+    "PageSpec",
     "PageTableError",
     "PagedDecodeError",
     "Placement",

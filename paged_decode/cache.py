@@ -16,34 +16,26 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 
 from ._devices import put_beside
+from ._matching import check_sizes, matching_group
 from .allocator import (
     BlockAllocator,
+    CacheLayout,
     DecodeBatch,
     GroupBatch,
     Handle,
     PageCopies,
     ShardedAllocator,
 )
-from .allocator.arguments import Ints, as_count, as_rows
-from .allocator.pool import check_pool_size
+from .allocator.arguments import Ints, as_rows
 from .allocator.rows import as_handles
 from .allocator.view import AllocatorView
+from .batches import one_token_batch, seen
 from .kernels import Placement, append_and_attend, append_kv, copy_pages, paged_attention
 from .kernels.checks import AnyArray, check_live, check_range
 from .kernels.placement import Axis
 from .sharding import Spread, split_batch, split_copies
 
 __all__ = ["DecodeBatch", "GroupBatch", "KVCache", "PageCopies", "one_token_batch"]
-
-# The classes live with the allocator, which never imports jax; here they become pytrees.
-jax.tree_util.register_dataclass(
-    GroupBatch,
-    data_fields=["page_table", "slots", "starts"],
-    meta_fields=["page_size", "num_pages", "window"],
-)
-jax.tree_util.register_dataclass(
-    DecodeBatch, data_fields=["tokens", "seq_lens", "positions", "groups"], meta_fields=[]
-)
 
 Allocator: TypeAlias = BlockAllocator | ShardedAllocator
 
@@ -62,6 +54,7 @@ class KVCache:
       k_pages: L arrays `[N, Hk, S, D]`.
       v_pages: L arrays `[N, Hk, S, D]`.
       placement: how they lie on a mesh, or None: on one device.
+      layout: which layers have pages of their own; None: all lie in one group, and see all tokens.
 
     Example:
       >>> cache = KVCache.create(
@@ -73,22 +66,26 @@ class KVCache:
     k_pages: tuple[Any, ...]
     v_pages: tuple[Any, ...]
     placement: Placement | None = field(default=None, metadata=dict(static=True))
+    layout: CacheLayout | None = field(default=None, metadata=dict(static=True))
 
     @classmethod
     def create(
         cls,
         *,
-        num_layers: int,
-        num_pages: int,
-        num_kv_heads: int,
-        page_size: int,
-        head_dim: int,
+        layout: CacheLayout | None = None,
+        num_layers: int | None = None,
+        num_pages: int | None = None,
+        num_kv_heads: int | None = None,
+        page_size: int | None = None,
+        head_dim: int | None = None,
         dtype: Any = jnp.float32,
         mesh: Mesh | AbstractMesh | None = None,
         head_axis: Axis = None,
         data_axis: Axis = None,
     ) -> KVCache:
-        """Make an empty cache; `num_pages` counts the null page.
+        """Make an empty cache of layers that are alike; `num_pages` counts the null page.
+
+        Or of a `CacheLayout`, as the allocator is then: layers see the window of their group.
 
         With a mesh, KV heads are split over its axis `head_axis`. If there are r times as many
         devices as heads, r devices hold each head: the arrays then have r * Hk heads, and `append`
@@ -97,33 +94,51 @@ class KVCache:
         the device sees are local to it (`split`). Other axes of the mesh hold copies.
 
         Raises:
-          TypeError: a size is not an integer.
+          NotImplementedError: a layout of several groups over a mesh.
+          TypeError: a size is not an integer, is missing, or is given beside a layout.
           ValueError: a size is less than 1, there are fewer than 2 pages or more than 2**31 slots,
             page_size is not a power of two, or heads or pages cannot be split so.
         """
-        num_pages, page_size = check_pool_size(num_pages, page_size)
-        num_layers = as_count("num_layers", num_layers, 1)
-        num_kv_heads = as_count("num_kv_heads", num_kv_heads, 1)
-        head_dim = as_count("head_dim", head_dim, 1)
+        if layout is None:
+            layout = CacheLayout.uniform(
+                num_layers=_given("num_layers", num_layers),
+                num_pages=_given("num_pages", num_pages),
+                num_kv_heads=_given("num_kv_heads", num_kv_heads),
+                page_size=_given("page_size", page_size),
+                head_dim=_given("head_dim", head_dim),
+                dtype=dtype,
+            )
+        elif any(
+            each is not None for each in (num_layers, num_pages, num_kv_heads, page_size, head_dim)
+        ):
+            raise TypeError("the layout has all sizes: give either it or them")
         if (mesh is None) != (head_axis is None and data_axis is None):
             raise ValueError(
                 f"mesh and head_axis or data_axis go together; got {mesh}, {head_axis!r} and "
                 f"{data_axis!r}"
             )
-        placement, where = None, None
+        first, several = layout.groups[0], len(layout.groups) > 1
+        placement, where, copies = None, None, 1
         if mesh is not None:
+            if several:
+                raise NotImplementedError("several groups of layers serve one device so far")
             placement = Placement.create(
                 mesh,
-                num_kv_heads=num_kv_heads,
-                num_pages=num_pages,
+                num_kv_heads=first.num_kv_heads,
+                num_pages=first.num_pages,
                 head_axis=head_axis,
                 data_axis=data_axis,
             )
-            num_kv_heads *= placement.kv_copies
-            where = placement.sharding("N, Hk, S, D")
-        shape = (num_pages, num_kv_heads, page_size, head_dim)
-        pages = tuple(jnp.zeros(shape, dtype, device=where) for _ in range(2 * num_layers))
-        return cls(pages[:num_layers], pages[num_layers:], placement)
+            where, copies = placement.sharding("N, Hk, S, D"), placement.kv_copies
+
+        def pages(layer: int) -> Array:
+            group = layout.groups[layout.group_of[layer]]
+            heads = group.num_kv_heads * copies
+            shape = (group.num_pages, heads, layout.page_size, group.head_dim)
+            return jnp.zeros(shape, group.dtype, device=where)
+
+        k_pages, v_pages = (tuple(map(pages, range(layout.num_layers))) for _ in "kv")
+        return cls(k_pages, v_pages, placement, layout if several else None)
 
     @property
     def num_layers(self) -> int:
@@ -132,8 +147,21 @@ class KVCache:
 
     @property
     def num_pages(self) -> int:
-        """N, the null page included."""
+        """N, the null page included; of the first group of layers."""
+        if self.layout is not None:
+            return self.layout.groups[0].num_pages
         return self.k_pages[0].shape[0]
+
+    @property
+    def pools(self) -> tuple[tuple[int, int | None], ...]:
+        """Pages and window of every group of layers."""
+        if self.layout is None:
+            return ((self.num_pages, None),)
+        return tuple((group.num_pages, group.window) for group in self.layout.groups)
+
+    def group_of(self, layer: int) -> int:
+        """The number of a layer's group."""
+        return 0 if self.layout is None else self.layout.group_of[layer]
 
     @property
     def page_size(self) -> int:
@@ -142,8 +170,13 @@ class KVCache:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of one page over all layers, keys and values."""
+        """Bytes of one page over all layers, keys and values; of groups, of one page of each."""
         return sum(a.nbytes // a.shape[0] for a in (*self.k_pages, *self.v_pages))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pages."""
+        return sum(a.nbytes for a in (*self.k_pages, *self.v_pages))
 
     @property
     def is_deleted(self) -> bool:
@@ -162,15 +195,16 @@ class KVCache:
         Given the batch, its sizes are compared with ours and its slots are taken.
         """
         layer = self._known(layer)
-        where: Any = self._group(slots).slots if isinstance(slots, DecodeBatch) else slots
+        where: Any = self._group(layer, slots).slots if isinstance(slots, DecodeBatch) else slots
         pools = self.k_pages[layer], self.v_pages[layer]
-        new = self._with_copies(k), self._with_copies(v)
+        new = self._with_copies(layer, k), self._with_copies(layer, v)
         pools = append_kv(*pools, *new, where, placement=self.placement)
         return self._with_layer(layer, *pools)
 
     def attend(self, layer: int, q: AnyArray, batch: DecodeBatch, **options: Any) -> Any:
         """`paged_attention` of `q` over one layer, through the batch's page table."""
-        layer, group = self._known(layer), self._group(batch)
+        layer = self._known(layer)
+        group = self._group(layer, batch)
         return paged_attention(
             q,
             self.k_pages[layer],
@@ -178,7 +212,7 @@ class KVCache:
             group.page_table,
             batch.seq_lens,
             placement=self.placement,
-            **_seen(group) | options,
+            **seen(group) | options,
         )
 
     def append_and_attend(
@@ -197,18 +231,19 @@ class KVCache:
         Returns:
           `(out, cache)`, where out is `(out, lse)` with `return_lse`.
         """
-        layer, group = self._known(layer), self._group(batch)
+        layer = self._known(layer)
+        group = self._group(layer, batch)
         *out, k_pages, v_pages = append_and_attend(
             q,
-            self._with_copies(k),
-            self._with_copies(v),
+            self._with_copies(layer, k),
+            self._with_copies(layer, v),
             self.k_pages[layer],
             self.v_pages[layer],
             group.page_table,
             batch.seq_lens,
             slots=group.slots,
             placement=self.placement,
-            **_seen(group) | options,
+            **seen(group) | options,
         )
         return (out[0] if len(out) == 1 else tuple(out)), self._with_layer(layer, k_pages, v_pages)
 
@@ -227,33 +262,15 @@ class KVCache:
             raise ValueError(f"layer must be in 0 .. {self.num_layers - 1}; got {index}")
         return index
 
-    def _group(self, batch: DecodeBatch, *, whole: bool = False) -> GroupBatch:
-        """The batch's part for our pool, if it is for one like ours; known while tracing.
+    def _group(self, layer: int, batch: DecodeBatch) -> GroupBatch:
+        number, shards = self.group_of(layer), self.data_shards
+        return matching_group(batch, number, self.pools, self.page_size, shards=shards)
 
-        Over a data axis, the ids of a batch are those of a shard, or with `whole` of all of them.
-        """
-        if not isinstance(batch, DecodeBatch):
-            raise TypeError(f"batch must be a DecodeBatch, got {type(batch).__name__}")
-        if len(batch.groups) != 1:
-            raise ValueError(f"the batch has {len(batch.groups)} groups of layers, the cache one")
-        (group,) = batch.groups
-        pages = self.num_pages if whole else self.num_pages // self.data_shards
-        for name, ours in dict(page_size=self.page_size, num_pages=pages).items():
-            theirs = getattr(group, name)
-            if theirs is not None and theirs != ours:
-                split = (
-                    "" if whole or self.data_shards == 1 else " in each shard (call split first)"
-                )
-                raise ValueError(
-                    f"the batch is for a pool with {name} {theirs}, but the cache has {ours}{split}"
-                    ": make the cache and the allocator with the same sizes"
-                )
-        return group
-
-    def _with_copies(self, new: AnyArray) -> AnyArray:
+    def _with_copies(self, layer: int, new: AnyArray) -> AnyArray:
         """New keys or values with every head as often as the mesh holds it."""
         copies = self.placement.kv_copies if self.placement else 1
-        if copies == 1 or copies * new.shape[-2] != self.k_pages[0].shape[1]:  # heads are local
+        heads = self.k_pages[layer].shape[1]
+        if copies == 1 or copies * new.shape[-2] != heads:  # heads are local
             return new
         return jnp.repeat(jnp.asarray(new), copies, axis=-2)
 
@@ -383,10 +400,7 @@ class KVCache:
 
     def check_sizes(self, allocator: Allocator) -> None:
         """Refuse an allocator of pages of another size, or of another number of them."""
-        for name in ("page_size", "num_pages"):
-            ours, theirs = getattr(self, name), getattr(allocator, name)
-            if ours != theirs:
-                raise ValueError(f"cache and allocator differ in {name}: {ours} and {theirs}")
+        check_sizes(self.pools, self.page_size, allocator)
 
     def check_allocator(self, allocator: Allocator) -> None:
         """Refuse an allocator of another pool, or a cache that was donated; changes nothing."""
@@ -409,7 +423,7 @@ class KVCache:
 
         Without a data axis it is the batch itself.
         """
-        self._group(batch, whole=True)
+        matching_group(batch, 0, self.pools, self.page_size)
         if self.data_shards == 1:
             rows = len(batch.seq_lens)
             return batch, Spread(None, rows, rows)
@@ -421,16 +435,25 @@ class KVCache:
             sizes=tuple(sizes),
         )
 
-    def copy_pages(self, copies: PageCopies) -> KVCache:
+    def copy_pages(self, copies: PageCopies | tuple[PageCopies, ...]) -> KVCache:
         """Carry out copy-on-write; donates the cache. Without copies it is returned as it is.
 
         The number of copies is padded to a power of two (with null page onto null page), so that
-        few programs are compiled.
+        few programs are compiled. Of several groups of layers, copies are one for each.
         """
+        each = (copies,) if isinstance(copies, PageCopies) else copies
+        if len(each) != len(self.pools):
+            raise ValueError(f"copies are for {len(each)} groups, the cache has {len(self.pools)}")
+        cache = self
+        for number, part in enumerate(each):
+            cache = cache._copy_in_group(number, part)
+        return cache
+
+    def _copy_in_group(self, number: int, copies: PageCopies) -> KVCache:
         if len(copies.src) == 0:
             return self
         for name, ids in zip(("copies.src", "copies.dst"), copies, strict=True):
-            check_range(name, ids, self.num_pages)
+            check_range(name, ids, self.pools[number][0])
         check_live("k_pages", self.k_pages[0])
         if (shards := self.data_shards) > 1:
             pages = self.num_pages // shards
@@ -438,62 +461,40 @@ class KVCache:
         else:
             ids = np.zeros((2, 1 << (len(copies.src) - 1).bit_length()), np.int32)
             ids[:, : len(copies.src)] = copies
-        return _copy_pages(self, *put_beside(self.k_pages[0], tuple(ids)))
+        return _copy_pages(self, *put_beside(self.k_pages[0], tuple(ids)), number)
 
     def __repr__(self) -> str:
-        first = self.k_pages[0]
-        if not hasattr(first, "nbytes"):  # inside a transformation
+        if not hasattr(self.k_pages[0], "nbytes"):  # inside a transformation
             return f"KVCache({self.num_layers} layers)"
-        pages, heads, page_size, head_dim = first.shape
-        mib = self.page_bytes * pages / 2**20
+        mib = f"{self.nbytes / 2**20:.1f} MiB"
+        if self.layout is not None:
+            each = ", ".join(
+                f"{len(group.layers)} layers with {group.num_pages} pages"
+                + (f" for windows of {group.window}" if group.window else "")
+                for group in self.layout.groups
+            )
+            return f"KVCache({each}; pages of {self.page_size} tokens, {mib})"
+        pages, heads, page_size, head_dim = self.k_pages[0].shape
         return (
             f"KVCache({self.num_layers} layers, {pages} pages of {page_size} tokens, "
-            f"{heads} heads of {head_dim}, {first.dtype}, {mib:.1f} MiB)"
+            f"{heads} heads of {head_dim}, {self.k_pages[0].dtype}, {mib})"
         )
 
 
-def _seen(group: GroupBatch) -> dict[str, Any]:
-    """What a batch says about the tokens that its rows see, as options of attention."""
-    said = dict(starts=group.starts, sliding_window=group.window)
-    return {name: value for name, value in said.items() if value is not None}
+@partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _copy_pages(
+    cache: KVCache, src: Int[Array, " C"], dst: Int[Array, " C"], number: int
+) -> KVCache:
+    """In the layers of one group."""
+    for layer in range(cache.num_layers):
+        if cache.group_of(layer) == number:
+            pools = cache.k_pages[layer], cache.v_pages[layer]
+            copied = copy_pages(*pools, src, dst, placement=cache.placement)
+            cache = cache._with_layer(layer, *copied)
+    return cache
 
 
-def one_token_batch(
-    batch: DecodeBatch, tokens: Int[AnyArray, " B"], seq_lens: Int[AnyArray, " B"]
-) -> DecodeBatch:
-    """The step of one newest token for each row, on the same pages: for loops on the device.
-
-    Args:
-      batch: made by an allocator, whose tables reach as far as the loop goes (`KVCache.reserve`).
-      tokens: int `[B]`, the newest token of each row.
-      seq_lens: int `[B]`, lengths with it; 0 for a row that has ended, which writes to the null
-        page and sees nothing.
-
-    Example:
-      >>> allocator = BlockAllocator(9, 4)
-      >>> handle = allocator.allocate([5, 6, 7])
-      >>> copies = allocator.reserve([handle], 2)
-      >>> batch = allocator.batch([handle], 3, 3)
-      >>> one_token_batch(batch, jnp.array([8]), jnp.array([4])).slots
-      Array([[7]], dtype=int32)
-    """
-    positions = jnp.maximum(seq_lens - 1, 0)[:, None]
-
-    def place(group: GroupBatch) -> GroupBatch:
-        if (size := group.page_size) is None:
-            raise ValueError("the batch must say its page_size; DecodeBatch.of takes it")
-        pages = jnp.take_along_axis(group.page_table, positions // size, axis=1)
-        slots = jnp.where(seq_lens[:, None] > 0, pages * size + positions % size, 0)
-        return replace(group, slots=slots)
-
-    groups = tuple(place(group) for group in batch.groups)
-    return DecodeBatch(tokens[:, None], seq_lens, positions, groups)
-
-
-@partial(jax.jit, donate_argnums=0)
-def _copy_pages(cache: KVCache, src: Int[Array, " C"], dst: Int[Array, " C"]) -> KVCache:
-    pairs = [
-        copy_pages(k, v, src, dst, placement=cache.placement)
-        for k, v in zip(cache.k_pages, cache.v_pages, strict=True)
-    ]
-    return replace(cache, k_pages=tuple(k for k, _ in pairs), v_pages=tuple(v for _, v in pairs))
+def _given(name: str, value: int | None) -> int:
+    if value is None:
+        raise TypeError(f"{name} must be given, or a layout")
+    return value

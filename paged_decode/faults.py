@@ -11,10 +11,9 @@ again = Faults(faults.replay())       # the same faults at the same places, by n
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -194,11 +193,19 @@ def poison_free_pages(cache: KVCache, allocator: BlockAllocator | ShardedAllocat
 
     Whatever reads them shows it. Makes new arrays; a pool of integers is filled with their maximum.
     """
-    free = np.flatnonzero(np.isin(allocator.page_states(), (PageState.FREE, PageState.NULL)))
+    empty = PageState.FREE, PageState.NULL
+    free = [
+        np.flatnonzero(np.isin(allocator.page_states(group), empty))
+        for group in range(len(allocator.pools))
+    ]
 
-    def poison(pages: Any) -> Any:
+    def poison(layer: int, pages: Any) -> Any:
         floats = jnp.issubdtype(pages.dtype, jnp.floating)
         bad = jnp.nan if floats else jnp.iinfo(pages.dtype).max
-        return pages.at[free].set(jnp.asarray(bad, pages.dtype))
+        return pages.at[free[cache.group_of(layer)]].set(jnp.asarray(bad, pages.dtype))
 
-    return jax.tree.map(poison, cache)
+    k_pages, v_pages = (
+        tuple(poison(layer, pages) for layer, pages in enumerate(each))
+        for each in (cache.k_pages, cache.v_pages)
+    )
+    return replace(cache, k_pages=k_pages, v_pages=v_pages)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .._matching import require_one_group
 from ..allocator.arguments import as_count, as_counts
 from ..allocator.view import AllocatorView
 
@@ -124,8 +125,10 @@ def sequence_limit(config: EngineConfig, allocator: AllocatorView) -> int:
     """Tokens that a sequence may have.
 
     Raises:
+      NotImplementedError: the allocator has several groups of layers.
       ValueError: the pool cannot hold so many, or not even two.
     """
+    require_one_group(allocator.pools, "the engine")
     capacity = allocator.sequence_pages * allocator.page_size
     limit = config.max_sequence_tokens or capacity
     if not 2 <= limit <= capacity:

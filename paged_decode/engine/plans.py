@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..allocator import PageCopies
+from ..allocator.merging import in_groups
 from ..requests import Sample
 from .config import EngineConfig
 from .records import Chunk, Decode, Enter, TableDelta
@@ -47,7 +48,7 @@ class Growth(NamedTuple):
         handles = np.array([sample.handle for sample in rows], np.int64)
         lengths = np.array([len(sample.tokens) + sample.in_flight for sample in rows], np.int64)
         budgets = np.minimum([sample.goal for sample in rows] - lengths, steps)
-        prepared = allocator.prepare(handles, lengths - 1 + budgets)
+        (prepared,) = in_groups(allocator.prepare(handles, lengths - 1 + budgets))
         slots = np.array([slot_of(sample) for sample in rows], np.int64)
         places = slots[prepared.places].astype(np.int32)
         tables = TableDelta(places, prepared.columns.astype(np.int32), prepared.pages)

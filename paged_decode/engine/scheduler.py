@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from ..allocator import Handle, PageCopies
+from ..allocator.merging import in_groups
 from ..errors import OutOfPages
 from ..requests import Sample
 from .config import EngineConfig, EngineStats
@@ -135,7 +136,7 @@ class Scheduler:
         self.allocator.truncate(child.handle, length - 1)
         child.computed = length - 1
         try:
-            prepared = self.allocator.prepare([child.handle], length)
+            (prepared,) = in_groups(self.allocator.prepare([child.handle], length))
         except OutOfPages:
             self._leaving.append(child.handle)
             child.handle, child.computed = None, 0

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from .._matching import require_one_group
 from .._text import printable, shown
 from ..allocator import AllocatorState, BlockAllocator, Handle
 from ..allocator.prefix import salt_key
@@ -241,6 +242,7 @@ def load_snapshot(
 
 def place_snapshot(opened: Opened, cache: Any, allocator: BlockAllocator, terms: Terms) -> Restored:
     """The second half of `load_snapshot`."""
+    require_one_group(allocator.pools, "a snapshot")
     parts = parts_of(cache, allocator.num_pages)
     _require_match(opened, parts, allocator, terms.accept_fingerprint)
     state, kept = _fit(terms, opened.state, allocator)

@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
+from .._matching import require_one_group
 from .._text import printable, shown
 from ..allocator import BlockAllocator, Handle
 from ..cache import KVCache
@@ -243,6 +244,7 @@ def plan_save(
     path = Path(path).absolute()  # wherever the process goes while a thread writes
     metadata = {} if metadata is None else metadata
     check_metadata(metadata, ValueError)
+    require_one_group(allocator.pools, "a snapshot")
     parts = parts_of(cache, allocator.num_pages)
     if isinstance(cache, KVCache):
         cache.check_sizes(allocator)

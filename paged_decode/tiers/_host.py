@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from .._devices import tied
+from .._matching import require_one_group
 from ..allocator import BlockAllocator, Handle
 from ..allocator.arguments import as_count, as_counts
 from ..cache import KVCache
@@ -353,6 +354,7 @@ class HostTier:
 
 
 def _check_pool(cache: Any, allocator: BlockAllocator) -> None:
+    require_one_group(allocator.pools, "the host tier")
     if isinstance(cache, KVCache):
         cache.check_allocator(allocator)
 

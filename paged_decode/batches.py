@@ -1,0 +1,64 @@
+"""Batches as pytrees: what a compiled step is told of its rows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Int
+
+from .allocator import DecodeBatch, GroupBatch
+from .kernels.checks import AnyArray
+
+__all__ = ["DecodeBatch", "GroupBatch", "one_token_batch", "seen"]
+
+# The classes live with the allocator, which never imports jax; here they become pytrees.
+jax.tree_util.register_dataclass(
+    GroupBatch,
+    data_fields=["page_table", "slots", "starts"],
+    meta_fields=["page_size", "num_pages", "window"],
+)
+jax.tree_util.register_dataclass(
+    DecodeBatch, data_fields=["tokens", "seq_lens", "positions", "groups"], meta_fields=[]
+)
+
+
+def seen(group: GroupBatch) -> dict[str, Any]:
+    """What a batch says about the tokens that its rows see, as options of attention."""
+    said = dict(starts=group.starts, sliding_window=group.window)
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def one_token_batch(
+    batch: DecodeBatch, tokens: Int[AnyArray, " B"], seq_lens: Int[AnyArray, " B"]
+) -> DecodeBatch:
+    """The step of one newest token for each row, on the same pages: for loops on the device.
+
+    Args:
+      batch: made by an allocator, whose tables reach as far as the loop goes (`KVCache.reserve`).
+      tokens: int `[B]`, the newest token of each row.
+      seq_lens: int `[B]`, lengths with it; 0 for a row that has ended, which writes to the null
+        page and sees nothing.
+
+    Example:
+      >>> from paged_decode import BlockAllocator
+      >>> allocator = BlockAllocator(9, 4)
+      >>> handle = allocator.allocate([5, 6, 7])
+      >>> copies = allocator.reserve([handle], 2)
+      >>> batch = allocator.batch([handle], 3, 3)
+      >>> one_token_batch(batch, jnp.array([8]), jnp.array([4])).slots
+      Array([[7]], dtype=int32)
+    """
+    positions = jnp.maximum(seq_lens - 1, 0)[:, None]
+
+    def place(group: GroupBatch) -> GroupBatch:
+        if (size := group.page_size) is None:
+            raise ValueError("the batch must say its page_size; DecodeBatch.of takes it")
+        pages = jnp.take_along_axis(group.page_table, positions // size, axis=1)
+        slots = jnp.where(seq_lens[:, None] > 0, pages * size + positions % size, 0)
+        return replace(group, slots=slots)
+
+    groups = tuple(place(group) for group in batch.groups)
+    return DecodeBatch(tokens[:, None], seq_lens, positions, groups)

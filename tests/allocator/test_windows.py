@@ -1,0 +1,335 @@
+"""Groups of layers that see a window: which pages they hold, give back, and still need."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from paged_decode.allocator import (
+    BlockAllocator,
+    CacheLayout,
+    OutOfPages,
+    PageSpec,
+    PageTableError,
+    SequenceTooLong,
+    ShardedAllocator,
+)
+from paged_decode.allocator.windows import first_column, most_pages
+
+from .test_interrupts import interrupted
+
+
+def layout(window: int, page_size: int, *, pages: int = 4096, full: int = 4096) -> CacheLayout:
+    one = dict(num_kv_heads=1, head_dim=8)
+    return CacheLayout(
+        page_size,
+        (
+            PageSpec(layers=(1,), num_pages=full, **one),
+            PageSpec(layers=(0,), num_pages=pages, window=window, **one),
+        ),
+    )
+
+
+def compute(allocator, handle, end: int, chunk: int) -> None:
+    """As a prefill does: pages for a chunk, its program, commit, and the next."""
+    done = allocator.sequence(handle).computed
+    while done < end:
+        done = min(done + chunk, end)
+        allocator.prepare([handle], done)
+        allocator.batch([handle], allocator.sequence(handle).computed, done, tokens_per_row=chunk)
+        allocator.commit([handle], done)
+        allocator.check_invariants()
+
+
+VECTORS = [  # window, page size, computed, prepared; first, end, held, most, shortest truncation
+    (1, 4, 3, 1, 0, 1, 1, 1, 0),
+    (1, 4, 4, 1, 1, 2, 1, 1, 4),
+    (1, 4, 7, 1, 1, 2, 1, 1, 4),
+    (4, 4, 6, 1, 0, 2, 2, 2, 0),
+    (4, 4, 7, 1, 1, 2, 1, 2, 7),
+    (5, 4, 7, 1, 0, 2, 2, 2, 0),
+    (5, 4, 8, 1, 1, 3, 2, 2, 8),
+    (6, 4, 8, 1, 0, 3, 3, 3, 0),
+    (6, 4, 9, 1, 1, 3, 2, 3, 9),
+    (64, 4, 20, 1, 0, 6, 6, 17, 0),
+    (3, 4, 13, 5, 2, 5, 3, 3, 10),
+    (8, 4, 24, 16, 4, 10, 6, 7, 23),
+    (512, 16, 526, 1, 0, 33, 33, 33, 0),
+    (512, 16, 527, 1, 1, 33, 32, 33, 527),
+    (512, 16, 2048, 16, 96, 129, 33, 34, 2047),
+    (512, 16, 2048, 128, 96, 136, 40, 41, 2047),
+    (512, 16, 2048, 512, 96, 160, 64, 65, 2047),
+    (128, 64, 1000, 16, 13, 16, 3, 4, 959),
+    (1, 1, 5, 1, 5, 6, 1, 1, 5),
+    (2, 1, 5, 1, 4, 6, 2, 2, 5),
+]
+
+
+@pytest.mark.parametrize("vector", VECTORS, ids=str)
+def test_a_window_holds_what_the_next_query_sees_and_what_is_prepared(vector):
+    window, size, computed, ahead, first, end, held, most, shortest = vector
+    allocator = BlockAllocator(layout(window, size))
+    handle = allocator.allocate(range(computed), chunk=ahead)
+    compute(allocator, handle, computed, ahead)
+    allocator.reserve([handle], ahead)
+    found = allocator.sequence(handle).groups[1]
+    assert (found.first, found.first + len(found.pages), len(found.pages)) == (first, end, held)
+    assert held <= most_pages(window, ahead, size) == most
+    assert allocator.stats(1).peak_used <= most
+    if shortest:
+        with pytest.raises(PageTableError, match=f"cut to {shortest} tokens or more"):
+            allocator.truncate([handle], shortest - 1)
+    allocator.truncate([handle], shortest)
+    allocator.check_invariants()
+    assert allocator.sequence(handle).length == shortest
+
+
+def test_the_bound_is_the_most_that_is_ever_held():
+    for window, size, ahead in product(range(1, 14), (1, 2, 4, 8), range(12)):
+        computed = np.arange(4 * (window + size + ahead))
+        first = first_column(computed, window, size)
+        held = -(-(computed + ahead) // size) - first
+        assert held.max() == most_pages(window, ahead, size), (window, size, ahead)
+
+
+def test_a_long_prompt_lives_off_the_pages_that_it_has_passed():
+    size, window, chunk = 4, 8, 12
+    allocator = BlockAllocator(layout(window, size, pages=1 + most_pages(window, chunk, size)))
+    handle = allocator.allocate(range(400), chunk=chunk)
+    compute(allocator, handle, 400, chunk)
+    assert allocator.stats(1).peak_used <= most_pages(window, chunk, size)
+    with pytest.raises(SequenceTooLong, match="in group 1, .* for a window of 8 tokens"):
+        allocator.allocate(range(400))
+    with pytest.raises(OutOfPages) as caught:
+        allocator.allocate(range(400), chunk=20)
+    assert caught.value.group == 1
+
+
+def test_a_sequence_is_forked_when_its_window_has_pages_for_all_of_it():
+    allocator = BlockAllocator(layout(6, 4))
+    handle = allocator.allocate(range(20), chunk=4)
+    with pytest.raises(PageTableError, match="compute it, then fork"):
+        allocator.fork(handle)
+    compute(allocator, handle, 19, 4)
+    allocator.prepare([handle], 20)
+    twin = allocator.fork(handle)[0]
+    assert allocator.sequence(twin).groups == allocator.sequence(handle).groups
+    _, copies = allocator.advance([handle, twin], [7, 8])
+    assert [len(each.src) for each in copies] == [0, 0]  # position 20 begins a page
+    allocator.check_invariants()
+
+
+def test_a_second_group_that_sees_all_has_pages_for_all_tokens():
+    one = dict(num_kv_heads=1, head_dim=8)
+    groups = (PageSpec((0,), num_pages=40, **one), PageSpec((1,), num_pages=12, **one))
+    allocator = BlockAllocator(CacheLayout(4, (*groups, PageSpec((2,), 1, 8, 30, window=6))))
+    handle = allocator.allocate(range(21), chunk=4)
+    assert [len(held.pages) for held in allocator.sequence(handle).groups] == [6, 6, 1]
+    compute(allocator, handle, 21, 4)
+    allocator.advance([handle, *allocator.fork(handle)], [1, 2])
+    assert [allocator.stats(group).used for group in range(3)] == [7, 7, 3]
+    with pytest.raises(SequenceTooLong, match="in group 1, whose pool has 11: create a larger"):
+        allocator.append([handle], [list(range(40))], chunk=4)
+    with pytest.raises(OutOfPages) as caught:
+        allocator.allocate(range(20), chunk=4)
+    assert caught.value.group == 1
+    allocator.check_invariants()
+
+
+def test_groups_that_differ_in_what_they_are_made_of_are_refused():
+    one = PageSpec(layers=(0,), num_kv_heads=1, head_dim=8, num_pages=9)
+    window = PageSpec(layers=(0,), num_kv_heads=1, head_dim=8, num_pages=9, window=4)
+    for groups, word in (
+        ((), "first group"),
+        ((window,), "first group"),
+        ((one, one), "each once"),
+        ((one, PageSpec((2,), 1, 8, 9)), "each once"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            CacheLayout(4, groups)
+    with pytest.raises(ValueError, match="power of two"):
+        CacheLayout(3, (one,))
+    with pytest.raises(ValueError, match="window must be at least 1"):
+        PageSpec((0,), 1, 8, 9, window=0)
+    with pytest.raises(TypeError, match="page_size is part of the layout"):
+        BlockAllocator(CacheLayout(4, (one,)), 4)
+
+
+# ---- calls that are cut off
+
+
+def crowded(shards: int):
+    """Sequences at all stages of a window of 6 tokens: passed, shared, prepared, not computed."""
+    sizes = layout(6, 4, pages=24 * shards, full=48 * shards)
+    allocator = ShardedAllocator(sizes, num_shards=shards) if shards > 1 else BlockAllocator(sizes)
+    one = allocator.allocate(range(30), chunk=8)
+    compute(allocator, one, 30, 8)
+    (two,) = allocator.fork(one)
+    three = allocator.allocate(range(20), chunk=8)
+    allocator.reserve([two], 3)
+    return allocator, (one, two, three)
+
+
+CALLS = {
+    "allocate": lambda a, h: a.allocate(range(17), chunk=5),
+    "append": lambda a, h: a.append([h[0], h[2]], [[1, 2, 3], [4, 5, 6]], chunk=8),
+    "advance": lambda a, h: a.advance(h[:2], [1, 2], commit=True),
+    "prepare": lambda a, h: a.prepare([h[1], h[2]], [40, 16]),
+    "commit": lambda a, h: a.commit([h[2]], 8),
+    "fork": lambda a, h: a.fork(h[0], 2),
+    "truncate": lambda a, h: a.truncate(h[:2], 29),
+    "trim": lambda a, h: a.trim(h[1]),
+    "free": lambda a, h: a.free(h[:2]),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_call_that_is_cut_off_anywhere_leaves_both_groups_consistent(name, shards):
+    at, torn = 0, True
+    while torn:
+        allocator, handles = crowded(shards)
+        torn = interrupted(lambda a=allocator, h=handles: CALLS[name](a, h), at)
+        at += 3
+        allocator.check_invariants()
+        for handle in allocator.handles:
+            info, text = allocator.sequence(handle), allocator.tokens(handle).tolist()
+            assert len(text) == info.length and info.groups[1].first * 4 <= max(
+                0, info.computed - 5
+            )
+        allocator.free(list(allocator.handles))
+        assert allocator.stats(0).used == allocator.stats(1).used == 0
+    assert at > 30
+
+
+# ---- random programs, with the device's memory beside
+
+
+class Device:
+    """What programs have written: a token for every slot of every group, or -1."""
+
+    def __init__(self, allocator):
+        self.pools = [np.full(pages * allocator.page_size, -1) for pages, _ in allocator.pools]
+        self.size = allocator.page_size
+
+    def copy(self, copies) -> None:
+        for pool, part in zip(self.pools, copies, strict=True):
+            pages = pool.reshape(-1, self.size)
+            pages[part.dst] = pages[part.src]
+
+    def run(self, batch, texts) -> None:
+        """Write the batch's tokens, then compare all that every query sees with the texts."""
+        for pool, group in zip(self.pools, batch.groups, strict=True):
+            pool[group.slots] = batch.tokens
+            pool[: self.size] = -1  # the null page
+        for pool, group in zip(self.pools, batch.groups, strict=True):
+            for row, column in zip(*(group.slots >= self.size).nonzero(), strict=True):
+                position, text = int(batch.positions[row, column]), texts[row]
+                begin = 0
+                if group.window is not None:
+                    begin = max(0, position - group.window + 1)
+                    assert group.starts[row] <= begin
+                seen = np.arange(begin, position + 1)
+                slots = group.page_table[row][seen // self.size] * self.size + seen % self.size
+                assert pool[slots].tolist() == text[begin : position + 1]
+
+
+def program(seed: int, moves: int, shards: int = 1) -> dict[str, int]:
+    """Random calls over two groups, a window of random size; counts what happened."""
+    rng = np.random.default_rng(seed)
+    size = int(rng.choice([1, 2, 4, 8]))
+    window = int(rng.integers(1, 4 * size + 6))
+    sizes = layout(window, size, pages=shards * (8 + 40 // size), full=shards * (8 + 160 // size))
+    allocator = ShardedAllocator(sizes, num_shards=shards) if shards > 1 else BlockAllocator(sizes)
+    device, texts, counts = Device(allocator), {}, dict.fromkeys(("calls", "refused", "passed"), 0)
+
+    def state():
+        return [(h, allocator.sequence(h), allocator.tokens(h).tolist()) for h in texts]
+
+    def pick():
+        return list(texts)[int(rng.integers(len(texts)))]
+
+    for _ in range(moves):
+        move, before = int(rng.integers(9)), state()
+        try:
+            if move <= 1 or not texts:
+                text = rng.integers(0, 50, int(rng.integers(1, 60))).tolist()
+                chunk = int(rng.integers(1, 20))
+                texts[allocator.allocate(text, chunk=chunk)] = text
+            elif move == 2:
+                handle = pick()
+                info = allocator.sequence(handle)
+                end = min(info.length, info.computed + int(rng.integers(1, 12)))
+                if end > info.computed:
+                    device.copy(_tuple(allocator.prepare([handle], end)))
+                    batch = allocator.batch([handle], info.computed, end, tokens_per_row=12)
+                    device.run(batch, [texts[handle]])
+                    allocator.commit([handle], end)
+            elif move <= 4:
+                whole = [h for h in texts if allocator.sequence(h).computed == len(texts[h])][
+                    : int(rng.integers(1, 4))
+                ]
+                if whole:
+                    tokens = rng.integers(0, 50, len(whole)).tolist()
+                    batch, copies = allocator.advance(whole, tokens)
+                    device.copy(copies)
+                    for handle, token in zip(whole, tokens, strict=True):
+                        texts[handle] = [*texts[handle], token]
+                    device.run(batch, [texts[h] for h in whole])
+                    allocator.commit(whole, [len(texts[h]) for h in whole])
+            elif move == 5:
+                handle, more = pick(), rng.integers(0, 50, int(rng.integers(1, 20))).tolist()
+                device.copy(allocator.append(handle, more, chunk=int(rng.integers(1, 9))))
+                texts[handle] = texts[handle] + more
+            elif move == 6:
+                handle = pick()
+                for child in allocator.fork(handle, int(rng.integers(1, 3))):
+                    texts[child] = texts[handle]
+            elif move == 7:
+                handle = pick()
+                keep = int(rng.integers(len(texts[handle]) + 1))
+                allocator.truncate(handle, keep)
+                texts[handle] = texts[handle][:keep]
+            else:
+                handle = pick()
+                allocator.free(handle)
+                del texts[handle]
+        except (OutOfPages, SequenceTooLong, PageTableError):
+            counts["refused"] += 1
+            assert state() == before
+            if len(texts) > 2:
+                handle = pick()
+                allocator.free(handle)
+                del texts[handle]
+        counts["calls"] += 1
+        for handle, text in texts.items():
+            info = allocator.sequence(handle)
+            assert allocator.tokens(handle).tolist() == text
+            held = info.groups[1]
+            ahead = max(0, (held.first + len(held.pages)) * size - info.computed)
+            assert len(held.pages) <= most_pages(window, ahead, size)
+            assert held.first == max(0, info.computed - window + 1) // size or info.computed == 0
+            counts["passed"] += held.first > 0
+    allocator.check_invariants()
+    allocator.free(list(texts))
+    assert allocator.stats(0).used == allocator.stats(1).used == 0
+    return counts
+
+
+def _tuple(prepared):
+    return tuple(each.copies for each in prepared)
+
+
+@pytest.mark.parametrize("seeds", [range(12), range(12, 24)], ids=str)
+def test_random_programs_over_two_groups_see_their_own_tokens(seeds):
+    total = [program(seed, 150, shards=1 + seed % 2) for seed in seeds]
+    assert all(sum(each[name] for each in total) > 50 for name in ("refused", "passed"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("first", [100, 150, 200, 250])
+def test_random_programs_of_100_000_calls(first):
+    for seed in range(first, first + 50):
+        program(seed, 500, shards=1 + seed % 2)
