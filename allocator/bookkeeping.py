@@ -27,7 +27,7 @@ from .rows import Handle, RowTable
 from .state import AllocatorState
 from .state_rules import check_state
 from .transfer import adopt_state, plan_adoption
-from .windows import plan_pass, require_held, require_room
+from .windows import plan_pass, require_held, require_pages, require_room
 
 __all__ = ["Bookkeeping", "Growing", "Plan"]
 
@@ -342,6 +342,7 @@ class Bookkeeping:
                 f"{length[at]} tokens; append first"
             )
         computed = np.maximum(computed, before)
+        require_pages(self.windows, rows, row, computed)
         full = computed // size
         fuller = (full > before // size).nonzero()[0] if self.caching else _NONE
         passes = [plan_pass(group, row, computed) for group in self.windows]

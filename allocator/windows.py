@@ -26,6 +26,7 @@ __all__ = [
     "most_pages",
     "plan_pass",
     "require_held",
+    "require_pages",
     "require_room",
     "shortest_truncation",
     "window_of",
@@ -93,6 +94,21 @@ def require_room(group: PageGroup, pages: np.ndarray) -> None:
             f"a sequence would have {needed} pages of {pool.page_size} tokens in group "
             f"{pool.number}, whose pool has {pool.usable}{window}: {cure}create a larger pool"
         )
+
+
+def require_pages(
+    groups: Iterable[PageGroup], rows: RowTable, row: np.ndarray, computed: np.ndarray
+) -> None:
+    """Whether every window has had pages for the `computed` tokens `[B]` of rows."""
+    for group in groups:
+        held = group.table.end[row] * group.pool.page_size
+        if (short := computed > held).any():
+            at = int(short.argmax())
+            raise ValueError(
+                f"computed must be at most what has pages, got {computed[at]}: sequence "
+                f"{rows.name(int(row[at]))} has them for {held[at]} in group {group.pool.number}; "
+                "prepare first"
+            )
 
 
 def require_held(

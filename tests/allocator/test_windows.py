@@ -121,6 +121,22 @@ def test_a_sequence_is_forked_when_its_window_has_pages_for_all_of_it():
     allocator.check_invariants()
 
 
+def test_what_has_no_pages_yet_is_neither_described_nor_committed():
+    allocator = BlockAllocator(layout(6, 4))
+    handle = allocator.allocate(range(20), chunk=8)
+    for call in (
+        lambda: allocator.commit([handle], 9),
+        lambda: allocator.batch([handle], 0, 9, tokens_per_row=9),
+    ):
+        with pytest.raises(ValueError, match="prepare first"):
+            call()
+    allocator.append([handle], [[1, 2]], chunk=3)
+    allocator.commit([handle], 8)
+    with pytest.raises(ValueError, match="has them for 8 in group 1"):
+        allocator.commit([handle], 22)
+    allocator.check_invariants()
+
+
 def test_a_second_group_that_sees_all_has_pages_for_all_tokens():
     one = dict(num_kv_heads=1, head_dim=8)
     groups = (PageSpec((0,), num_pages=40, **one), PageSpec((1,), num_pages=12, **one))
