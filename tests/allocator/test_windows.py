@@ -208,7 +208,7 @@ def test_a_call_that_is_cut_off_anywhere_leaves_both_groups_consistent(name, sha
     while torn:
         allocator, handles = crowded(shards)
         torn = interrupted(lambda a=allocator, h=handles: CALLS[name](a, h), at)
-        at += 3
+        at += 5 * shards
         allocator.check_invariants()
         for handle in allocator.handles:
             info, text = allocator.sequence(handle), allocator.tokens(handle).tolist()
@@ -338,10 +338,10 @@ def _tuple(prepared):
     return tuple(each.copies for each in prepared)
 
 
-@pytest.mark.parametrize("seeds", [range(12), range(12, 24)], ids=str)
+@pytest.mark.parametrize("seeds", [range(8), range(8, 16)], ids=str)
 def test_random_programs_over_two_groups_see_their_own_tokens(seeds):
     total = [program(seed, 150, shards=1 + seed % 2) for seed in seeds]
-    assert all(sum(each[name] for each in total) > 50 for name in ("refused", "passed"))
+    assert all(sum(each[name] for each in total) > 30 for name in ("refused", "passed"))
 
 
 @pytest.mark.long
