@@ -204,7 +204,8 @@ class PagePool:
     ) -> list[CacheEntry]:
         """`publish` of many, of which none is the parent of another."""
         if self._are_new(digests):
-            return self._add(pages, digests, parents, depths)
+            self.withdrawn[pages] = False
+            return self.cache.add_each(pages, digests, parents, depths)
         each = zip(pages, digests, parents, depths, strict=True)
         return [self.publish(*one) for one in each]
 
@@ -216,7 +217,7 @@ class PagePool:
         if self._are_new(digests):
             serial = self.cache.next_serial
             parents = [parent, *range(serial, serial + len(pages) - 1)][: len(pages)]
-            return self._add(pages, digests, parents, depths)
+            return self.publish_each(pages, digests, parents, depths)
         entries: list[CacheEntry] = []
         for page, digest, at in zip(pages, digests, depths, strict=True):
             entries.append(self.publish(page, digest, parent, at))
@@ -226,16 +227,6 @@ class PagePool:
     def _are_new(self, digests: Sequence[bytes]) -> bool:
         known = self.cache.index.keys()
         return len(set(digests)) == len(digests) and known.isdisjoint(digests)
-
-    def _add(
-        self,
-        pages: Sequence[int],
-        digests: Sequence[bytes],
-        parents: Sequence[int | bytes],
-        depths: Sequence[int],
-    ) -> list[CacheEntry]:
-        self.withdrawn[pages] = False
-        return self.cache.add_each(pages, digests, parents, depths)
 
     def unpublish(self, page: int) -> CachedPage | None:
         """Make a published page unfindable; without an owner it becomes free."""
