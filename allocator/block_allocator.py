@@ -8,7 +8,7 @@ from .arguments import Ints, as_ints
 from .bookkeeping import Bookkeeping
 from .calls import AllocatorCalls
 from .eviction import EvictionRank
-from .layout import CacheLayout, pools_of
+from .layout import CacheLayout, pools_of, require_one_group
 from .locking import atomic, changing
 from .prefix import Digest, PrefixCache
 from .rows import Handle, as_handles
@@ -96,7 +96,7 @@ class BlockAllocator(AllocatorCalls):
           committed_only: slots behind what was committed hold nothing yet; without it, slots up to
             the length count as filled.
         """
-        self._require_one_group("export_state")
+        require_one_group(self.pools, "export_state")
         row = (
             self._rows.live
             if handles is None
@@ -132,9 +132,5 @@ class BlockAllocator(AllocatorCalls):
         Raises:
           PageTableError: the state or the pages break a rule; the message says which.
         """
-        self._require_one_group("import_state")
+        require_one_group(self.pools, "import_state")
         return self._books.plan_import(state, pages, private=private)()
-
-    def _require_one_group(self, call: str) -> None:
-        if len(self._books.groups) > 1:
-            raise NotImplementedError(f"{call} serves one group of layers so far; free and compute")

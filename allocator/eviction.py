@@ -106,7 +106,7 @@ class EvictionQueue:
         """The same for many, of which none replaces another."""
         if self._rank is not None:
             for page, depth in zip(pages, depths, strict=True):
-                self.known[page] = successor(page, depth, None)
+                self.publish(page, depth)
 
     def forget(self, page: int) -> CachedPage | None:
         """The page left the cache; returns its history."""

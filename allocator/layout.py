@@ -1,5 +1,6 @@
 """Which layers of a model share pages, and how large these are. No jax."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
@@ -8,7 +9,7 @@ import numpy as np
 from .arguments import as_count, as_counts
 from .pool import check_pool_size
 
-__all__ = ["CacheLayout", "PageSpec", "pools_of"]
+__all__ = ["CacheLayout", "PageSpec", "pools_of", "require_one_group"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +116,11 @@ class CacheLayout:
         return sum(len(group.layers) for group in self.groups)
 
     @property
+    def pools(self) -> tuple[tuple[int, int | None], ...]:
+        """Pages and window of every group."""
+        return tuple((group.num_pages, group.window) for group in self.groups)
+
+    @property
     def group_of(self) -> tuple[int, ...]:
         """The group of every layer, by number."""
         found = {layer: i for i, group in enumerate(self.groups) for layer in group.layers}
@@ -128,11 +134,17 @@ def pools_of(
     if isinstance(pages, CacheLayout):
         if page_size is not None:
             raise TypeError("page_size is part of the layout: leave it out")
-        return tuple((group.num_pages, group.window) for group in pages.groups), pages.page_size
+        return pages.pools, pages.page_size
     if page_size is None:
         raise TypeError("page_size must be given, or a CacheLayout alone")
     num_pages, size = check_pool_size(pages, page_size)
     return ((num_pages, None),), size
+
+
+def require_one_group(pools: Sequence[tuple[int, int | None]], what: str) -> None:
+    """Refuse several groups where they are not served yet."""
+    if len(pools) > 1:
+        raise NotImplementedError(f"{what} serves caches of one group of layers so far")
 
 
 def _name_of(dtype: Any) -> str:

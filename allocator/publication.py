@@ -136,5 +136,6 @@ def _publish(group: PageGroup, rows: RowTable, plan: Several) -> None:
     entries = group.pool.publish_chain(pages, digests, parent, keep)
     if any(entry.page != page for entry, page in zip(entries, pages, strict=True)):
         rows.borrows[row] = True
-    rows.chains[row] = chain + entries if keep else entries
+    chain.extend(entries)  # in place: a long sequence's is not copied at every chunk
+    rows.chains[row] = chain
     rows.chain_seen[row] = lost[int(rows.borrows[row])]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from .allocator import DecodeBatch, GroupBatch
 from .allocator.view import AllocatorView
 
-__all__ = ["check_sizes", "matching_group", "require_one_group"]
+__all__ = ["check_sizes", "matching_group"]
 
 Pools = Sequence[tuple[int, int | None]]
 """Pages and window of every group of layers."""
@@ -40,12 +40,6 @@ def matching_group(
             f"{window}: make the cache and the allocator of the same layout"
         )
     return group
-
-
-def require_one_group(pools: Pools, what: str) -> None:
-    """Refuse several groups where they are not served yet."""
-    if len(pools) > 1:
-        raise NotImplementedError(f"{what} serves caches of one group of layers so far")
 
 
 def check_sizes(pools: Pools, page_size: int, allocator: AllocatorView) -> None:

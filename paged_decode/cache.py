@@ -157,7 +157,7 @@ class KVCache:
         """Pages and window of every group of layers."""
         if self.layout is None:
             return ((self.num_pages, None),)
-        return tuple((group.num_pages, group.window) for group in self.layout.groups)
+        return self.layout.pools
 
     def group_of(self, layer: int) -> int:
         """The number of a layer's group."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .._matching import require_one_group
 from ..allocator.arguments import as_count, as_counts
+from ..allocator.layout import require_one_group
 from ..allocator.view import AllocatorView
 
 __all__ = ["EngineConfig", "EngineStats", "sequence_limit"]

@@ -110,7 +110,7 @@ class Outbox:
                 self._kept = kept._replace(num_shown=count)
                 break
             event = kept.events[kept.num_shown]
-            self._kept = kept._replace(num_shown=kept.num_shown + 1)
+            self._kept = _Kept(kept.events, kept.num_taken, kept.num_shown + 1)
             if (on_token := self.callbacks.get(event.request_id)) is not None:
                 try:
                     on_token(event)
@@ -122,7 +122,7 @@ class Outbox:
 
     def forget_callbacks(self, living: Collection[int]) -> None:
         """Keep those of requests that are living; all of the others' events were shown."""
-        if self.callbacks and not self._new and not self._kept.unseen:
+        if self.callbacks and not self._new and self._kept.num_shown == len(self._kept.events):
             kept = {request: cb for request, cb in self.callbacks.items() if request in living}
             self.callbacks = kept
 

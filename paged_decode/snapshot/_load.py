@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from .._matching import require_one_group
 from .._text import printable, shown
 from ..allocator import AllocatorState, BlockAllocator, Handle
+from ..allocator.layout import require_one_group
 from ..allocator.prefix import salt_key
 from ..errors import OutOfPages, SnapshotCorrupt, SnapshotMismatch
 from ._engine import ENGINE, EngineState, engine_from

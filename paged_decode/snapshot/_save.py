@@ -14,9 +14,9 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from .._matching import require_one_group
 from .._text import printable, shown
 from ..allocator import BlockAllocator, Handle
+from ..allocator.layout import require_one_group
 from ..cache import KVCache
 from ..errors import SnapshotError
 from ._files import Files, OSFiles

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from .._devices import tied
-from .._matching import require_one_group
 from ..allocator import BlockAllocator, Handle
 from ..allocator.arguments import as_count, as_counts
+from ..allocator.layout import require_one_group
 from ..cache import KVCache
 from ._device import CacheHolder, CopyPending, DeviceMover, PageMover, fits
 from ._disk import DiskTier
