@@ -220,11 +220,11 @@ class Bookkeeping:
                 f"{pool.usable * pool.page_size} tokens ({pool.usable} pages of "
                 f"{pool.page_size}); stop it here, or create a larger pool"
             )
-        growths = [plan_growth(self.main, row, start, stop)]
+        growths = [plan_growth(self.main, row, start, stop, stop)]
         for group in self.others:
             end = stop if group.window is None else until
             require_room(group, -(-end // pool.page_size) - group.table.first[row])
-            growths.append(plan_growth(group, row, start, end))
+            growths.append(plan_growth(group, row, start, stop, end))
         needed = pool.pages_for(longest)
         self._make_room(0, needed)
         held = max([growth.held for growth in growths])

@@ -48,8 +48,10 @@ class Growth(NamedTuple):
     unpublished: list[int]
 
 
-def plan_growth(group: PageGroup, row: np.ndarray, start: np.ndarray, stop: np.ndarray) -> Growth:
-    """Plan pages for positions below `stop` of rows of which `start` tokens are there.
+def plan_growth(
+    group: PageGroup, row: np.ndarray, start: np.ndarray, stop: np.ndarray, until: np.ndarray
+) -> Growth:
+    """Plan a write of positions `start` to `stop` of rows, with pages for those below `until`.
 
     Raises:
       OutOfPages: the pages are not there now.
@@ -57,10 +59,10 @@ def plan_growth(group: PageGroup, row: np.ndarray, start: np.ndarray, stop: np.n
     pool, table = group.pool, group.table
     page_size = pool.page_size
     held = table.end.take(row)
-    places = (stop > held * page_size).nonzero()[0]
+    places = (until > held * page_size).nonzero()[0]
     columns = held[places]
     if places.size:
-        places, columns = _new_entries(places, columns, -(-stop[places] // page_size) - columns)
+        places, columns = _new_entries(places, columns, -(-until[places] // page_size) - columns)
     column = start // page_size
     tail = table.ids[row, column]
     # Where the next token begins a page, `tail` is a reserved page or the null page: both pass.

@@ -121,6 +121,17 @@ def test_a_sequence_is_forked_when_its_window_has_pages_for_all_of_it():
     allocator.check_invariants()
 
 
+def test_a_shared_page_is_copied_for_new_tokens_that_are_computed_later():
+    allocator = BlockAllocator(layout(18, 4))
+    parent = allocator.allocate(range(9))
+    (child,) = allocator.fork(parent)
+    allocator.truncate([child], 1)
+    copies = allocator.append([child], [[7, 8, 9]], chunk=1)  # a page up to where it is computed
+    assert [len(each.src) for each in copies] == [1, 1]
+    held = [allocator.sequence(handle).groups[1].pages for handle in (parent, child)]
+    assert not set(held[0]) & set(held[1])
+
+
 def test_what_has_no_pages_yet_is_neither_described_nor_committed():
     allocator = BlockAllocator(layout(6, 4))
     handle = allocator.allocate(range(20), chunk=8)
