@@ -119,6 +119,34 @@ def as_rows(name: str, value: Ints, num_rows: int) -> np.ndarray:
     return array
 
 
+def as_kept(value: Ints, shards: int, groups: int) -> list[list[int]]:
+    """Pages to be left of every shard, in every group, from one number, `[R]` or `[R, G]`."""
+    array = as_ints("keep_free", value)
+    if array.ndim and array.shape not in ((shards,), (shards, groups)):
+        raise ValueError(
+            f"keep_free must be one integer or have shape [R] = [{shards}] or [R, G] = "
+            f"[{shards}, {groups}], got shape {list(array.shape)}"
+        )
+    if array.size and array.min() < 0:
+        raise ValueError(f"keep_free must be 0 or more, got {array.min()}")
+    if array.ndim == 0:
+        array = -(-array // shards)
+    array = array[:, None] if array.ndim == 1 else array
+    return np.broadcast_to(array, (shards, groups)).tolist()
+
+
+def as_appended(
+    handle: np.ndarray, tokens: Ints, counts: Ints | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens `[B, k]`, and how many of them each row takes `[B]`."""
+    token = as_step_tokens(tokens, handle.shape, "k")
+    width = token.shape[-1]
+    count = as_rows("counts", width if counts is None else counts, handle.size)
+    if count.size and count.max() > width:
+        raise ValueError(f"counts must be at most k = {width}, got {count.max()}")
+    return token.reshape(handle.size, width), count
+
+
 def _refuse_type(name: str, value: Ints, array: np.ndarray) -> None:
     if array.size == 0 and not hasattr(value, "dtype"):
         return  # an empty list has no element type: NumPy calls it float64

@@ -101,9 +101,9 @@ class Bookkeeping:
         return chain.root, cache.match(chain.root, digests, pages, self.main.pool.tokens)
 
     def plan_allocate(
-        self, key: PromptKey, keep_free: int, chunk: int | None = None
+        self, key: PromptKey, keep_free: Sequence[int], chunk: int | None = None
     ) -> Plan[Handle]:
-        """`BlockAllocator.allocate`; every group keeps so many pages free."""
+        """`BlockAllocator.allocate`; so many pages stay free in each group."""
         rows, pool, table = self.rows, self.main.pool, self.main.table
         num_pages = pool.pages_for(len(key))
         if num_pages > pool.usable:
@@ -116,16 +116,16 @@ class Bookkeeping:
         hits = np.array([entry.page for entry in entries], np.int32)
         revived = int((pool.refs[hits] == 0).sum()) if entries else 0
         num_new = num_pages - len(hits)
-        pool.require(num_new + revived + keep_free)
+        pool.require(num_new + revived + keep_free[0])
         found = len(hits) * pool.page_size
         until = len(key) if chunk is None else min(len(key), found + chunk)
         ends = [len(key) if group.window is None else until for group in self.others]
         others = [
             (group, pool.pages_for(end)) for group, end in zip(self.others, ends, strict=True)
         ]
-        for group, count in others:
+        for (group, count), keep in zip(others, keep_free[1:], strict=True):
             require_room(group, np.array([count]))
-            group.pool.require(count + keep_free)
+            group.pool.require(count + keep)
         self._make_room(1, num_pages)
         known = list(key.chain(pool.cache, pool.page_size).digests)
 

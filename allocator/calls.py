@@ -5,7 +5,17 @@ from typing import Any, SupportsIndex, TypeVar
 
 import numpy as np
 
-from .arguments import Ints, as_count, as_counts, as_int, as_ints, as_rows, as_step_tokens
+from .arguments import (
+    Ints,
+    as_appended,
+    as_count,
+    as_counts,
+    as_int,
+    as_ints,
+    as_kept,
+    as_rows,
+    as_step_tokens,
+)
 from .batch import DecodeBatch, Prepared
 from .bookkeeping import Bookkeeping, Plan
 from .errors import OutOfPages
@@ -50,7 +60,8 @@ class AllocatorCalls(AllocatorView):
           cache_salt: only sequences with an equal salt share pages through the cache. None, "",
             b"", "x" and b"x" are five different salts.
           keep_free: pages that must be free or evictable afterwards (a watermark), in every group.
-            Over shards, of one number every shard keeps its part; a number for each holds there.
+            Over shards, of one number every shard keeps its part; a number for each, int `[R]`,
+            holds there, and `[R, G]` in each group.
           chunk: of the tokens that were not found, how many are computed first. Window groups take
             pages for these alone; `prepare` takes those for the next, after `commit`. None: all.
 
@@ -60,12 +71,8 @@ class AllocatorCalls(AllocatorView):
             found ones that were evictable, and `keep_free`.
         """
         key, shards = as_key(tokens, cache_salt), len(self._shards)
-        if as_ints("keep_free", keep_free).ndim:
-            keep = as_rows("keep_free", keep_free, shards).tolist()
-        else:
-            keep = [-(-as_count("keep_free", keep_free) // shards)] * shards  # type: ignore[arg-type]
         first = None if chunk is None else as_count("chunk", chunk, 1)
-        return self._plan_allocate(key, keep, first)()
+        return self._plan_allocate(key, as_kept(keep_free, shards, len(self.pools)), first)()
 
     # ---- growth ----
 
@@ -95,7 +102,7 @@ class AllocatorCalls(AllocatorView):
           OutOfPages, SequenceTooLong, StaleHandle: no sequence has changed.
         """
         handle = as_handles(handles)
-        token, count = _as_appended(handle, tokens, counts)
+        token, count = as_appended(handle, tokens, counts)
         parts = self._grown(handle, count, None if chunk is None else as_count("chunk", chunk, 1))
         return merged_copies(
             [books.append(row, token[at], count[at], each) for books, row, at, each in parts]
@@ -162,7 +169,7 @@ class AllocatorCalls(AllocatorView):
           A batch with T = k, at least 1, and the pages to copy on the device before the step.
         """
         handle = as_handles(handles)
-        token, count = _as_appended(handle, tokens, counts)
+        token, count = as_appended(handle, tokens, counts)
         more = np.minimum(as_rows("reserve", reserve, handle.size), 2**32)
         return self._step(self._grown(handle, count + more), token, count, pad_to, columns, commit)
 
@@ -412,7 +419,7 @@ class AllocatorCalls(AllocatorView):
     # ---- over all shards
 
     def _plan_allocate(
-        self, key: PromptKey, keep_free: list[int], chunk: int | None
+        self, key: PromptKey, keep_free: list[list[int]], chunk: int | None
     ) -> Plan[Handle]:
         """On the shard that knows most of the prompt, and among equals has most pages to give."""
         if self._only is not None:
@@ -483,15 +490,3 @@ class AllocatorCalls(AllocatorView):
             raise ValueError(f"pages must be page ids from 0 to {self.num_pages - 1}, got {bad}")
         shard, own = np.divmod(ids, self.num_pages // len(self._shards))
         run(plan(books, own[shard == i]) for i, books in enumerate(self._shards))
-
-
-def _as_appended(
-    handle: np.ndarray, tokens: Ints, counts: Ints | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens `[B, k]`, and how many of them each row takes `[B]`."""
-    token = as_step_tokens(tokens, handle.shape, "k")
-    width = token.shape[-1]
-    count = as_rows("counts", width if counts is None else counts, handle.size)
-    if count.size and count.max() > width:
-        raise ValueError(f"counts must be at most k = {width}, got {count.max()}")
-    return token.reshape(handle.size, width), count

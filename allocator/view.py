@@ -89,6 +89,12 @@ class AllocatorView:
         return sum(books.cache.num_evictable for books in self._shards)
 
     @property
+    def num_available(self) -> tuple[int, ...]:
+        """Pages that are free or evictable, of every group."""
+        pools = ([group.pool for group in books.groups] for books in self._shards)
+        return tuple(sum(p.num_available for p in each) for each in zip(*pools, strict=True))
+
+    @property
     def num_used(self) -> int:
         """Pages with at least one owner."""
         return sum(books.main.pool.num_used for books in self._shards)

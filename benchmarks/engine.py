@@ -53,9 +53,8 @@ from _llama_shapes import LlamaShapes, llama_shapes
 from _result import spread, write_result
 from _torch_loop import measure_torch_loop
 
-from paged_decode import Engine, PageCopies
-from paged_decode.engine.plans import Growth, decode_plan
-from paged_decode.engine.records import TableDelta
+from paged_decode import Engine
+from paged_decode.engine.plans import Growth, Taken, decode_plan
 
 OURS, PROGRAM, TORCH = "paged-decode", "paged-decode/decode program", "torch+flashinfer"
 Record = dict[str, Any]
@@ -198,10 +197,10 @@ def program_seconds(engine: Engine, launches: int) -> float:
     rows, runner = list(engine.scheduler.running), engine.runner
     grown = Growth.of(rows, STEPS * (launches + 1), engine.allocator)
     grown = grown._replace(budgets=np.full(len(rows), STEPS))
-    plan = decode_plan(0, grown, (), (grown.tables,))
+    plan = decode_plan(0, grown, (), grown.taken.tables)
     runner.wait(runner.decode(plan).out)
-    no_copies, no_tables = PageCopies(*_NOTHING[:2]), (TableDelta(*_NOTHING),)
-    plan = plan._replace(copies=no_copies, tables=no_tables)
+    nothing = Taken.total([], len(plan.tables))
+    plan = plan._replace(copies=nothing.copies, tables=nothing.tables)
     start = time.perf_counter()
     tickets = [runner.decode(plan) for _ in range(launches)]
     runner.wait(tickets[-1].out)

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, Protocol, SupportsIndex, TypeVar, runtime_ch
 from .allocator import LRU, CachedPage, EvictionRank
 from .allocator.arguments import as_count, as_counts
 from .allocator.eviction import Rank
+from .allocator.windows import most_pages
 
 __all__ = [
     "FIFO",
@@ -139,14 +140,32 @@ class GroupPages(NamedTuple):
     Attributes:
       page_size: tokens per page.
       usable: pages that there are.
+      window: newest tokens that the layers see; None: all.
+      chunk, ahead: of a window alone: tokens whose pages a sequence gets when it is admitted, and
+        for how many tokens behind the computed ones it has pages at most.
     """
 
     page_size: int
     usable: int
+    window: int | None = None
+    chunk: int = 0
+    ahead: int = 0
 
     def pages_for(self, num_tokens: int) -> int:
-        """Pages that hold so many tokens of one sequence."""
-        return -(-num_tokens // self.page_size)
+        """The most pages that one sequence holds at once until it has so many tokens."""
+        pages = -(-num_tokens // self.page_size)
+        if self.window is None:
+            return pages
+        return min(pages, most_pages(self.window, self.ahead, self.page_size))
+
+    def least_held(self, computed: int, num_tokens: int) -> int:
+        """Pages that a sequence of so many tokens has at least, admitted and so far computed."""
+        if self.window is None:
+            return self.pages_for(num_tokens)
+        if not computed:
+            return self.pages_for(min(self.chunk, num_tokens))
+        first = max(0, computed - self.window + 1) // self.page_size
+        return -(-computed // self.page_size) - first
 
 
 @runtime_checkable
@@ -259,7 +278,10 @@ class AdmissionPolicy(Protocol):
 
 
 class Watermark:
-    """So many pages per running sample, so that the admitted do not push each other out at once."""
+    """So many pages per running sample, so that the admitted do not push each other out at once.
+
+    In a window no more than the sample can still take.
+    """
 
     def __init__(self, pages_per_sample: SupportsIndex = 1):
         self.pages_per_sample = as_count("pages_per_sample", pages_per_sample)
@@ -267,7 +289,13 @@ class Watermark:
     def keep_free(
         self, sample: Any, running: Sequence[Any], groups: Sequence[GroupPages]
     ) -> int | Sequence[int]:
-        return self.pages_per_sample * len(running)
+        each = self.pages_per_sample
+        return [
+            each * len(running)
+            if group.window is None
+            else sum(min(each, _growth(sample, group)) for sample in running)
+            for group in groups
+        ]
 
 
 class MustFit:
@@ -282,9 +310,10 @@ class MustFit:
 def _growth(sample: Any, group: GroupPages) -> int:
     """Pages that a sample can take beyond those of its tokens, and its siblings with it."""
     held = len(sample.tokens) - 1  # the newest token is written by the next step
-    pages = group.pages_for(held + sample.left) - group.pages_for(held)
+    pages = group.pages_for(held + sample.left) - group.least_held(sample.computed, held)
     for sibling in sample.siblings:  # shares the full pages, but not those to come
-        pages += group.pages_for(held + sibling.left) - held // group.page_size
+        shared = held // group.page_size if group.window is None else 0
+        pages += group.pages_for(held + sibling.left) - shared
     return pages
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..allocator.arguments import as_count, as_counts
-from ..allocator.layout import require_one_group
 from ..allocator.view import AllocatorView
+from ..policies import GroupPages
 
-__all__ = ["EngineConfig", "EngineStats", "sequence_limit"]
+__all__ = ["EngineConfig", "EngineStats", "groups_of", "sequence_limit"]
 
 _LEAST = dict(
     max_rows=1,
@@ -82,6 +82,12 @@ class EngineConfig:
         if not isinstance(self.collect_at_once, bool):
             raise TypeError(f"collect_at_once must be a bool, got {self.collect_at_once!r}")
 
+    @property
+    def tokens_ahead(self) -> int:
+        """For how many tokens behind the computed ones a row may have pages in a window: those of
+        the chunks of one visit, or of one visit in flight and the next."""
+        return max(self.prefill_rows * self.prefill_chunk, 2 * self.decode_steps)
+
 
 @dataclass(slots=True)
 class EngineStats:
@@ -121,19 +127,36 @@ class EngineStats:
         self.peak_used_pages = max(self.peak_used_pages, num_pages)
 
 
+def groups_of(config: EngineConfig, allocator: AllocatorView) -> tuple[GroupPages, ...]:
+    """The pools of every group of layers, for one sequence: those of one shard."""
+    size, shards = allocator.page_size, allocator.num_shards
+    chunk, ahead = config.prefill_chunk, config.tokens_ahead
+    return tuple(
+        GroupPages(size, num_pages // shards - 1, window, chunk, ahead)
+        for num_pages, window in allocator.pools
+    )
+
+
 def sequence_limit(config: EngineConfig, allocator: AllocatorView) -> int:
     """Tokens that a sequence may have.
 
     Raises:
-      NotImplementedError: the allocator has several groups of layers.
-      ValueError: the pool cannot hold so many, or not even two.
+      ValueError: a pool cannot hold so many, or not even two; or not what a window needs of them.
     """
-    require_one_group(allocator.pools, "the engine")
-    capacity = allocator.sequence_pages * allocator.page_size
+    groups = groups_of(config, allocator)
+    usable = min(group.usable for group in groups if group.window is None)
+    capacity = usable * allocator.page_size
     limit = config.max_sequence_tokens or capacity
     if not 2 <= limit <= capacity:
         raise ValueError(
             f"max_sequence_tokens must be in [2, {capacity}] for a pool of "
-            f"{allocator.sequence_pages} usable pages of {allocator.page_size}, got {limit}"
+            f"{usable} usable pages of {allocator.page_size}, got {limit}"
         )
+    for number, group in enumerate(groups):
+        if group.usable < (needed := group.pages_for(limit)):
+            raise ValueError(
+                f"group {number} needs {needed} usable pages of {allocator.page_size} for one "
+                f"sequence, with a window of {group.window} tokens and {config.tokens_ahead} ahead "
+                f"of it (prefill_rows * prefill_chunk, or 2 * decode_steps), got {group.usable}"
+            )
     return limit

@@ -61,8 +61,8 @@ class Engine:
 
     Args:
       model: `model(params, cache, tokens, batch) -> (logits, cache)`: tokens int32 `[B, T]`, a
-        `DecodeBatch`, logits `[B, V]` of column T-1. It writes K and V of every token to
-        `batch.slots` and attends through `batch.page_table`.
+        `DecodeBatch`, logits `[B, V]` of column T-1. It writes K and V of every token and attends
+        with `cache.append_and_attend(layer, q, k, v, batch)`.
       params: whatever the model takes, a pytree.
       cache: the pool; the engine donates it to its programs, `engine.cache` is the living one.
       allocator: its bookkeeping, with the same number and size of pages.

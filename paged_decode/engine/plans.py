@@ -2,35 +2,69 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 
-from ..allocator import PageCopies
+from ..allocator import HeldPages, PageCopies, Prepared
 from ..allocator.merging import in_groups
 from ..requests import Sample
-from .config import EngineConfig
-from .records import Chunk, Decode, Enter, TableDelta
+from .records import Decode, Enter, TableDelta
 from .room import Allocator
 
 __all__ = [
     "Growth",
+    "Taken",
     "choose_decoding",
     "decode_plan",
     "entries_of",
     "growing",
-    "prefill_programs",
     "slot_of",
 ]
 
 _NONE = np.empty(0, np.int32)
 
 
+class Taken(NamedTuple):
+    """What rows took from the pools: pages to copy, and entries of tables, of each group."""
+
+    copies: tuple[PageCopies, ...]
+    tables: tuple[TableDelta, ...]
+
+    @classmethod
+    def of(cls, slots: np.ndarray, done: Prepared | tuple[Prepared, ...]) -> Taken:
+        """What `prepare` returned for the rows in these slots."""
+        groups = in_groups(done)
+        tables = [
+            TableDelta(
+                slots[each.places].astype(np.int32), each.columns.astype(np.int32), each.pages
+            )
+            for each in groups
+        ]
+        return cls(tuple(each.copies for each in groups), tuple(tables))
+
+    @classmethod
+    def total(cls, parts: Iterable[Taken], groups: int) -> Taken:
+        """That of several calls, or of none, for so many groups."""
+        none = cls(
+            (PageCopies(_NONE, _NONE),) * groups, (TableDelta(_NONE, _NONE, _NONE),) * groups
+        )
+        copies, tables = zip(none, *parts, strict=True)
+        return cls(
+            tuple(PageCopies(*_joined(each)) for each in zip(*copies, strict=True)),
+            tuple(TableDelta(*_joined(each)) for each in zip(*tables, strict=True)),
+        )
+
+
+def _joined(parts: Iterable[Sequence[np.ndarray]]) -> list[np.ndarray]:
+    """Records of arrays, each field one behind the other."""
+    return [np.concatenate(field) for field in zip(*parts, strict=True)]
+
+
 class Growth(NamedTuple):
-    """Rows that may go on, how many tokens each may get, and what that took from the pool.
+    """Rows that may go on, how many tokens each may get, and what that took from the pools.
 
     `lengths` are their tokens at the first step; `slots`, `lengths` and `budgets` int64 `[n]`.
     """
@@ -39,8 +73,7 @@ class Growth(NamedTuple):
     slots: np.ndarray
     lengths: np.ndarray
     budgets: np.ndarray
-    copies: PageCopies
-    tables: TableDelta
+    taken: Taken
 
     @classmethod
     def of(cls, rows: list[Sample], steps: int, allocator: Allocator) -> Growth:
@@ -48,25 +81,17 @@ class Growth(NamedTuple):
         handles = np.array([sample.handle for sample in rows], np.int64)
         lengths = np.array([len(sample.tokens) + sample.in_flight for sample in rows], np.int64)
         budgets = np.minimum([sample.goal for sample in rows] - lengths, steps)
-        (prepared,) = in_groups(allocator.prepare(handles, lengths - 1 + budgets))
+        prepared = allocator.prepare(handles, lengths - 1 + budgets)
         slots = np.array([slot_of(sample) for sample in rows], np.int64)
-        places = slots[prepared.places].astype(np.int32)
-        tables = TableDelta(places, prepared.columns.astype(np.int32), prepared.pages)
-        return cls(rows, slots, lengths, budgets, prepared.copies, tables)
+        return cls(rows, slots, lengths, budgets, Taken.of(slots, prepared))
 
     @classmethod
-    def total(cls, parts: Sequence[Growth]) -> Growth:
-        """That of all shards."""
-        none = cls([], _NONE, _NONE, _NONE, PageCopies(_NONE, _NONE), TableDelta(*[_NONE] * 3))
-        rows, slots, lengths, budgets, copies, tables = zip(none, *parts, strict=True)
-        return cls(
-            list(chain.from_iterable(rows)),
-            np.concatenate(slots),
-            np.concatenate(lengths),
-            np.concatenate(budgets),
-            PageCopies(*map(np.concatenate, zip(*copies, strict=True))),
-            TableDelta(*map(np.concatenate, zip(*tables, strict=True))),
-        )
+    def total(cls, parts: Sequence[Growth], groups: int) -> Growth:
+        """That of all shards; none has grown where there is none."""
+        numbers = [(_NONE,) * 3, *((p.slots, p.lengths, p.budgets) for p in parts)]
+        slots, lengths, budgets = _joined(numbers)
+        rows, taken = chain.from_iterable(p.rows for p in parts), (p.taken for p in parts)
+        return cls(list(rows), slots, lengths, budgets, Taken.total(taken, groups))
 
 
 def slot_of(sample: Sample) -> int:
@@ -86,68 +111,38 @@ def growing(samples: Iterable[Sample]) -> list[Sample]:
     return rows
 
 
-def prefill_programs(
-    samples: Sequence[Sample], config: EngineConfig
-) -> tuple[tuple[tuple[int, tuple[Chunk, ...]], ...], int]:
-    """As many programs as the budget of tokens has room for, one at least; who comes first in
-    `samples` is served first.
-
-    Where there are fewer prompts than rows, a prompt has several rows, one behind the other: in
-    every layer all rows write their keys and values before one is read.
-
-    Returns:
-      The programs, and how many of the samples are in them.
-    """
-    programs: list[tuple[int, tuple[Chunk, ...]]] = []
-    budget = config.prefill_tokens
-    for first in range(0, len(samples), config.prefill_rows):
-        chunks = _chunks(samples[first : first + config.prefill_rows], config)
-        widest = max(len(chunk.tokens) for chunk in chunks)
-        width = next(size for size in config.chunk_buckets if size >= widest)
-        if budget is not None:
-            budget -= width * config.prefill_rows
-            if budget < 0 and programs:
-                return tuple(programs), first
-        programs.append((width, chunks))
-    return tuple(programs), len(samples)
-
-
-def _chunks(samples: Sequence[Sample], config: EngineConfig) -> tuple[Chunk, ...]:
-    turn = deque((sample, sample.computed) for sample in samples)
-    chunks: list[Chunk] = []
-    while turn and len(chunks) < config.prefill_rows:
-        sample, begin = turn.popleft()
-        last = len(sample.tokens) - 1
-        end = min(begin + config.prefill_chunk, last)
-        chunks.append(Chunk(slot_of(sample), begin, sample.tokens[begin:end]))
-        if end < last:
-            turn.append((sample, end))
-    return tuple(chunks)
-
-
 def entries_of(
-    entering: Sequence[Sample], pages: Sequence[Sequence[int]], grown: TableDelta | None = None
+    entering: Sequence[Sample],
+    held: Sequence[Sequence[HeldPages]],
+    grown: tuple[TableDelta, ...],
 ) -> tuple[tuple[Enter, ...], tuple[TableDelta, ...]]:
-    """Rows that begin, with whole tables, and what grew in those that the device knows."""
+    """Rows that begin, with whole tables, and what grew in those that the device knows.
+
+    `held` has of each of them its pages in every group.
+    """
     if not entering:
-        return (), (TableDelta(_NONE, _NONE, _NONE) if grown is None else grown,)
-    slots = [slot_of(sample) for sample in entering]
-    counts = [len(each) for each in pages]
-    parts = [
-        TableDelta(
-            np.repeat(np.array(slots, np.int32), counts),
-            np.concatenate([_NONE, *(np.arange(count, dtype=np.int32) for count in counts)]),
-            np.concatenate([_NONE, *(np.array(each, np.int32) for each in pages)]),
-        )
-    ]
-    if grown is not None and grown.slots.size:
-        known = ~np.isin(grown.slots, slots) if slots else slice(None)
-        parts.append(TableDelta(*(array[known] for array in grown)))
+        return (), grown
+    slots = np.array([slot_of(sample) for sample in entering], np.int32)
     enter = tuple(
         Enter(slot, int(s.tokens[-1]), len(s.tokens), s.generated, s.sampling)
-        for slot, s in zip(slots, entering, strict=True)
+        for slot, s in zip(slots.tolist(), entering, strict=True)
     )
-    return enter, (TableDelta(*map(np.concatenate, zip(*parts, strict=True))),)
+    groups = zip(grown, zip(*held, strict=True), strict=True)
+    return enter, tuple(_entered(slots, pages, known) for known, pages in groups)
+
+
+def _entered(slots: np.ndarray, held: Sequence[HeldPages], grown: TableDelta) -> TableDelta:
+    """In one group: the whole tables of the rows in `slots`, and what grew in others."""
+    spans = [range(each.first, each.first + len(each.pages)) for each in held]
+    entered = (
+        np.repeat(slots, [len(each.pages) for each in held]),
+        np.array(list(chain.from_iterable(spans)), np.int32),
+        np.array(list(chain.from_iterable(each.pages for each in held)), np.int32),
+    )
+    others = ~np.isin(grown.slots, slots)
+    return TableDelta(
+        *(np.concatenate([new, old[others]]) for new, old in zip(entered, grown, strict=True))
+    )
 
 
 def decode_plan(
@@ -156,7 +151,7 @@ def decode_plan(
     """The steps of the rows that may go on."""
     slots, budgets = grown.slots.astype(np.int32), grown.budgets.astype(np.int32)
     rows = tuple(grown.rows)
-    return Decode(number, grown.copies, tables, enter, slots, budgets, grown.lengths, rows)
+    return Decode(number, grown.taken.copies, tables, enter, slots, budgets, grown.lengths, rows)
 
 
 def choose_decoding(samples: Iterable[Sample], request_id: int, index: int | None) -> Sample:

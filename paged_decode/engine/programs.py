@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
-from ..cache import DecodeBatch, KVCache, one_token_batch
+from ..cache import DecodeBatch, GroupBatch, KVCache, one_token_batch
 from ..sampling import Kind, draw
 from .rows import MessageSizes, RowState, apply_message, take_rows
 
@@ -84,7 +84,7 @@ def _required(model: Callable[[], Model | None]) -> Callable[[], Model]:
 
 @partial(jax.jit, donate_argnames=("table", "state"), static_argnames="size")
 def update(
-    table: Int[Array, "B P"], state: RowState, message: Int[Array, " M"], *, size: MessageSizes
+    table: Int[Array, "G B P"], state: RowState, message: Int[Array, " M"], *, size: MessageSizes
 ) -> tuple[Array, RowState]:
     """What a message says; donates what it changes."""
     return apply_message(table, state, message, size)
@@ -93,7 +93,7 @@ def update(
 def _prefill(
     model: Callable[[], Model],
     cache: KVCache,
-    table: Int[Array, "B P"],
+    table: Int[Array, "G B P"],
     params: Any,
     message: Int[Array, "R C"],
 ) -> tuple[KVCache, Array]:
@@ -107,9 +107,17 @@ def _prefill(
     positions = end[:, None] - tokens.shape[1] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
     valid = positions >= begin[:, None]
     positions, size = jnp.maximum(positions, 0), cache.page_size
-    pages = jnp.take_along_axis(take_rows(table, slot), positions // size, axis=1)
-    slots = jnp.where(valid, pages * size + positions % size, 0)
-    batch = _batch(cache, take_rows(table, slot), end, positions, slots, tokens)
+
+    def place(group: GroupBatch) -> GroupBatch:
+        pages = jnp.take_along_axis(group.page_table, positions // size, axis=1)
+        slots = jnp.where(valid, pages * size + positions % size, 0)
+        if group.window is None:
+            return replace(group, slots=slots)
+        starts = jnp.maximum(begin - group.window + 1, 0)  # what is before may be another's
+        return replace(group, slots=slots, starts=starts)
+
+    groups = tuple(place(group) for group in _groups(cache, table, slot))
+    batch = DecodeBatch(tokens, end, positions, groups)
     return _call(model(), params, cache, batch)[1], jnp.int32(0)
 
 
@@ -117,7 +125,7 @@ def _decode(
     model: Callable[[], Model],
     cache: KVCache,
     state: RowState,
-    table: Int[Array, "B P"],
+    table: Int[Array, "G B P"],
     params: Any,
     message: Int[Array, "2 n"],
     *,
@@ -137,7 +145,7 @@ def _decode(
     where, budget = message
     rows, size = take_rows(state, where), where.shape[0]
     none = jnp.zeros((size, 1), jnp.int32)
-    batch = _batch(cache, take_rows(table, where), rows.length, none, none, none)
+    batch = DecodeBatch(none, rows.length, none, _groups(cache, table, where))
     function = model()
     out = DecodeOut(
         packed=jnp.zeros((steps, size), jnp.int32),
@@ -186,17 +194,15 @@ def _decode(
     return cache, state, out if cache.placement is None else cache.placement.whole(out)
 
 
-def _batch(
-    cache: KVCache, table: Array, seq_lens: Array, positions: Array, slots: Array, tokens: Array
-) -> DecodeBatch:
-    return DecodeBatch.of(
-        table,
-        seq_lens,
-        positions,
-        slots,
-        tokens=tokens,
-        page_size=cache.page_size,
-        num_pages=cache.num_pages // cache.data_shards,
+def _groups(cache: KVCache, table: Array, where: Array) -> tuple[GroupBatch, ...]:
+    """The tables of the rows in some slots, in every group of layers; of no token yet.
+
+    What one token sees of a window needs no `starts`: it has no padding that sees more.
+    """
+    none, shards = jnp.zeros((where.shape[0], 1), jnp.int32), cache.data_shards
+    return tuple(
+        GroupBatch(take_rows(ids, where), none, None, cache.page_size, pages // shards, window)
+        for ids, (pages, window) in zip(table, cache.pools, strict=True)
     )
 
 

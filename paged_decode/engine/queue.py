@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from bisect import insort
 from collections.abc import Iterable, Iterator
 from operator import attrgetter
@@ -25,7 +26,7 @@ class WaitingQueue:
         self._ready: list[Sample] = []
         self._prefixes = _PrefixesInFlight(page_size)
         self._last, self._first = itertools.count(1), itertools.count(0, -1)
-        self._blocked: tuple[Sample | None, int, int] = (None, 0, 0)
+        self._blocked: tuple[Sample | None, tuple[int, ...], int] = (None, (), 0)
 
     def __len__(self) -> int:
         return len(self._ready) + len(self._prefixes)
@@ -61,17 +62,18 @@ class WaitingQueue:
         else:
             self._prefixes.forget(sample)
 
-    def block(self, sample: Sample, available: int, running: int) -> None:
-        """The sample at the head did not fit, with so many pages there and so many rows."""
+    def block(self, sample: Sample, available: tuple[int, ...], running: int) -> None:
+        """The sample at the head did not fit, with so many pages of each group, and rows."""
         self._blocked = sample, available, running
 
-    def is_blocked(self, available: int, running: int) -> bool:
+    def is_blocked(self, available: tuple[int, ...], running: int) -> bool:
         """Whether the head did not fit, and nothing has got better: no page and no row came free.
 
         It is tried again at the latest when a row ends.
         """
         sample, pages, rows = self._blocked
-        return sample is self.head and 0 < running and running >= rows and available <= pages
+        worse = 0 < running and running >= rows and all(map(operator.le, available, pages))
+        return worse and sample is self.head
 
     def set_aside(self, sample: Sample, digests: list[bytes]) -> bool:
         """Whether another one is computing a prefix of it; then it is not ready."""
@@ -91,7 +93,7 @@ class WaitingQueue:
 
     def clear(self) -> None:
         """Nobody waits, nobody computes."""
-        self._ready, self._blocked = [], (None, 0, 0)
+        self._ready, self._blocked = [], (None, (), 0)
         self._prefixes.clear()
 
 

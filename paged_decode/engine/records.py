@@ -65,6 +65,7 @@ class Prefill(NamedTuple):
     """Chunks to compute, in programs of up to `prefill_rows` rows.
 
     Attributes:
+      copies: pages to copy before anything is written, of each group of layers.
       tables: one for each group.
       enter: rows that begin; their tables are in `tables` as a whole.
       programs: how many tokens wide each is, and its rows. Chunks of one prompt may be rows of
@@ -72,6 +73,7 @@ class Prefill(NamedTuple):
       samples: whose chunks these are: the scheduler's own.
     """
 
+    copies: tuple[PageCopies, ...]
     tables: tuple[TableDelta, ...]
     enter: tuple[Enter, ...]
     programs: tuple[tuple[int, tuple[Chunk, ...]], ...]
@@ -83,15 +85,14 @@ class Decode(NamedTuple):
 
     Attributes:
       number: of the visit, from 0.
-      copies: pages to copy before anything is written.
-      tables, enter: as in `Prefill`.
+      copies, tables, enter: as in `Prefill`.
       slots, budgets: int32 `[n]`, the rows and how many tokens each may get; more than 0.
       context: int64 `[n]`, tokens of each row at its first step, for cost models.
       samples: the sample of every row: the scheduler's own.
     """
 
     number: int
-    copies: PageCopies
+    copies: tuple[PageCopies, ...]
     tables: tuple[TableDelta, ...]
     enter: tuple[Enter, ...]
     slots: np.ndarray

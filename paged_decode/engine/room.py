@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..allocator import BlockAllocator, ShardedAllocator
-from ..errors import PagedDecodeError
+from ..errors import OutOfPages, PagedDecodeError
 from ..policies import (
     AdmissionPolicy,
-    GroupPages,
     LastAdmitted,
     MustFit,
     PreemptionPolicy,
@@ -21,7 +20,7 @@ from ..policies import (
     require_policy,
 )
 from ..requests import Sample
-from .config import EngineConfig
+from .config import EngineConfig, groups_of
 
 __all__ = ["Allocator", "Room", "forget_prefixes"]
 
@@ -54,27 +53,28 @@ class Room:
         self._victim = require_policy("victim", victim or LastAdmitted(), VictimPolicy)
         self._preemption = require_policy("preemption", preemption or Swap(), PreemptionPolicy)
         self._admission = require_policy("admission", admission or Watermark(), AdmissionPolicy)
-        self._groups = (GroupPages(allocator.page_size, allocator.sequence_pages),)
+        self._groups = groups_of(config, allocator)
 
     def protected(self, sample: Sample) -> bool:
         """Whether the sample was preempted so often that it must not be again."""
         return sample.preemptions >= self._most
 
-    def keep_free(self, sample: Sample, running: Sequence[Sample]) -> int:
-        """Pages that must be left where these run; where nobody does, whatever fits is let in.
+    def keep_free(self, sample: Sample, running: Sequence[Sample]) -> tuple[int, ...]:
+        """Pages that must be left where these run, in every group; where nobody does, whatever fits
+        is let in.
 
         A sample that was preempted too often comes back for good: it is let in when all that it and
         others like it can grow to is free. Those always finish, and each sample is preempted a
         bounded number of times.
         """
         if not running:
-            return 0
+            return (0,) * len(self._groups)
         keep = ask_keep_free(self._admission, sample, tuple(running), self._groups)
         if self.protected(sample):
             others = tuple(s for s in running if self.protected(s))
             must = ask_keep_free(_MUST_FIT, sample, others, self._groups)
             keep = tuple(map(max, keep, must))
-        return keep[0]
+        return keep
 
     def has_fork(
         self, sibling: Sample, running: Sequence[Sample], shard: int, *, forked: int = 0
@@ -85,7 +85,8 @@ class Room:
         """
         copied = (len(sibling.tokens) - 1) % self._allocator.page_size > 0
         copies = (forked + 1) * copied
-        return self.keep_free(sibling, running) + copies <= self.available(shard)
+        pairs = zip(self.keep_free(sibling, running), self.available(shard), strict=True)
+        return all(keep + copies <= available for keep, available in pairs)
 
     def victim(self, candidates: Sequence[Sample]) -> Sample:
         """Whom the policy names among those that were not preempted too often before."""
@@ -101,20 +102,27 @@ class Room:
         allocator = self._allocator
         return 0 if isinstance(allocator, BlockAllocator) else allocator.shard_of(sample.handle)
 
-    def available(self, shard: int | None = None) -> int:
-        """Pages that can be had on a shard, or on the one that has most."""
+    def available(self, shard: int | None = None) -> tuple[int, ...]:
+        """Pages of every group that can be had on a shard, or on the one that has most."""
         parts = self._allocator.shards if isinstance(self._allocator, ShardedAllocator) else ()
         if shard is not None and parts:
             parts = (parts[shard],)
-        return max(each.num_free + each.num_evictable for each in parts or (self._allocator,))
+        each = [part.num_available for part in parts or (self._allocator,)]
+        return tuple(map(max, zip(*each, strict=True)))
 
-    def shortage(self, needed: int, shard: int | None = None) -> str:
+    def passes(self, error: OutOfPages, shard: int | None = None) -> bool:
+        """Whether the pages are there that were missing: the failure was injected, or passes."""
+        return error.needed <= self.available(shard)[error.group]
+
+    def shortage(self, error: OutOfPages, shard: int | None = None) -> str:
         """Who has the pages, when nothing runs that could give some back."""
-        pages, raw = self._allocator.sequence_pages, self._allocator.stats().raw
+        group = error.group
+        usable, raw = self._groups[group].usable, self._allocator.stats(group).raw
+        where = f" of group {group}" if len(self._groups) > 1 else ""
         return (
-            f"needed {needed} pages, but only {self.available(shard)} of {pages} can be had: "
-            f"{raw} are held by number (allocate_pages), the others by sequences outside the "
-            "engine, or by itself; free those, or create a larger pool"
+            f"needed {error.needed} pages{where}, but only {self.available(shard)[group]} of "
+            f"{usable} can be had: {raw} are held by number (allocate_pages), the others by "
+            "sequences outside the engine, or by itself; free those, or create a larger pool"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,36 +66,40 @@ class MessageSizes:
 
 def messages(
     enter: Sequence[Enter],
-    tables: TableDelta,
+    tables: Sequence[TableDelta],
     sizes: Sequence[MessageSizes],
     *,
-    slots: int,
-    columns: int,
+    shape: tuple[int, int, int],
 ) -> Iterator[tuple[MessageSizes, np.ndarray]]:
-    """What a plan says of rows and tables, in as few messages as hold it.
+    """What a plan says of rows and of the tables of each group, in as few messages as hold it.
 
-    Padding names a slot, or an entry of the flat table, that there is not.
+    Padding names a slot, or an entry of the flat table of this `shape`, that there is not.
     """
-    places = tables.slots.astype(np.int64) * columns + tables.columns
+    _, slots, columns = shape
+    places = [
+        (group * slots + each.slots.astype(np.int64)) * columns + each.columns
+        for group, each in enumerate(tables)
+    ]
     rows = _packed(enter) if enter else np.empty((0, _ENTER_FIELDS), np.int32)
-    entries = np.stack([places, tables.pages], axis=1).astype(np.int32)
+    pages = np.concatenate([each.pages for each in tables])
+    entries = np.stack([np.concatenate(places), pages], axis=1).astype(np.int32)
     while len(rows) or len(entries):
         fits = (s for s in sizes if len(rows) <= s.enters and len(entries) <= s.entries)
         size = next(fits, sizes[-1])
-        message, head, tail = empty_message(size, slots, columns)
+        message, head, tail = empty_message(size, shape)
         head[: len(rows)], tail[: len(entries)] = rows[: size.enters], entries[: size.entries]
         rows, entries = rows[size.enters :], entries[size.entries :]
         yield size, message
 
 
 def empty_message(
-    size: MessageSizes, slots: int, columns: int
+    size: MessageSizes, shape: tuple[int, int, int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A message that says nothing, and its two parts: rows `[E, fields]`, entries `[D, 2]`."""
     message = np.zeros(size.length, np.int32)
     head = message[: size.enters * _ENTER_FIELDS].reshape(size.enters, _ENTER_FIELDS)
     tail = message[size.enters * _ENTER_FIELDS :].reshape(size.entries, 2)
-    head[:, 0], tail[:, 0] = slots, slots * columns
+    head[:, 0], tail[:, 0] = shape[1], math.prod(shape)
     return message, head, tail
 
 
@@ -118,7 +123,7 @@ def _packed(enter: Iterable[Enter]) -> np.ndarray:
 
 
 def apply_message(
-    table: Int[Array, "B P"],
+    table: Int[Array, "G B P"],
     state: RowState,
     message: Int[Array, " M"],
     size: MessageSizes,
@@ -137,6 +142,6 @@ def apply_message(
         return old.at[slot].set(new, mode="drop")
 
     state = jax.tree.map(put, state, entering)
-    table = table.at[slot].set(0, mode="drop")
+    table = table.at[:, slot].set(0, mode="drop")
     flat = table.reshape(-1).at[places].set(pages, mode="drop")
     return flat.reshape(table.shape), state

@@ -17,6 +17,7 @@ from ..cache import KVCache
 from ..sampling import Kind
 from ..sharding import rank_within
 from .config import EngineConfig, EngineStats
+from .plans import Taken
 from .programs import DecodeOut, Model, Programs, update
 from .records import Chunk, Decode, Enter, Prefill, Result, TableDelta, Ticket
 from .rows import MessageSizes, RowState, empty_message, messages
@@ -25,7 +26,6 @@ __all__ = ["DeviceRunner", "Progress"]
 
 Progress = Callable[[int, int], object]
 _KIND = ("shape", "dtype", "weak_type", "sharding")
-_NO_TABLES = (TableDelta(*np.zeros((3, 0), np.int32)),)
 
 
 class Launched:
@@ -90,10 +90,11 @@ class DeviceRunner:
         self._known: set[tuple[str, Any]] = set()
         self._kind: Any = None  # shapes of the weights for which these are
         self.set_params(params)
-        self._shards, self._columns = cache.data_shards, columns
-        self._pages = cache.num_pages // self._shards
+        self._shards = cache.data_shards
+        self._pages = [pages // self._shards for pages, _ in cache.pools]
         self._slots = self._shards * config.max_rows
-        few = max(256, 2 * self._slots)
+        self._shape = len(self._pages), self._slots, columns
+        few = max(256, 2 * self._slots) * len(self._pages)
         self._sizes = (
             MessageSizes(min(8, self._slots), few),
             MessageSizes(self._slots, max(few, 8192)),
@@ -135,7 +136,7 @@ class DeviceRunner:
         return put_beside(self._cache.k_pages[0], tree)
 
     def _enter_nobody(self) -> None:
-        table = np.zeros((self._slots, self._columns), np.int32)
+        table = np.zeros(self._shape, np.int32)
         self._table, self._state = self._put((table, RowState.empty(self._slots)))
         self._kinds = np.zeros(self._slots, np.int8)  # how each row is sampled
 
@@ -179,7 +180,7 @@ class DeviceRunner:
         """A program, traced with the arguments that it will have."""
         config, pages = self._config, (self._cache, self._table, self.params)
         if kind == "update":
-            message = self._put(empty_message(size, self._slots, self._columns)[0])
+            message = self._put(empty_message(size, self._shape)[0])
             lowered = update.lower(self._table, self._state, message, size=size)
         elif kind == "prefill":
             message = self._put(self._prefill_message(size, ()))
@@ -226,6 +227,7 @@ class DeviceRunner:
 
         def job(launched: Launched) -> Any:
             self._checked(plan)
+            self._cache = self._cache.copy_pages(plan.copies)
             self._tell(told)
             over = None
             for program, message in given:
@@ -274,9 +276,9 @@ class DeviceRunner:
         if (error := self._launch(job).future.result()) is not None:
             raise error
 
-    def copy(self, copies: PageCopies) -> None:
-        """Copy pages, in the order of the programs around it."""
-        if len(copies.src):
+    def copy(self, copies: tuple[PageCopies, ...]) -> None:
+        """Copy pages of every group, or of none, in the order of the programs around it."""
+        if any(len(each.src) for each in copies):
             self.exchange(lambda cache: cache.copy_pages(copies))
 
     def launched(self, out: Any) -> Any:
@@ -331,9 +333,8 @@ class DeviceRunner:
         """What the device is to know of rows and tables; nothing, if nothing changed."""
         for each in enter:
             self._kinds[each.slot] = each.sampling.kind
-        (delta,) = (self._local(each) for each in tables)
-        sizes, columns = self._sizes, self._columns
-        told = messages(enter, delta, sizes, slots=self._slots, columns=columns)
+        own = [self._local(each, pages) for each, pages in zip(tables, self._pages, strict=True)]
+        told = messages(enter, own, self._sizes, shape=self._shape)
         return [(self._executable("update", size), message) for size, message in told]
 
     def _tell(self, told: Sequence[tuple[Any, Any]]) -> None:
@@ -341,13 +342,12 @@ class DeviceRunner:
             args = self._table, self._state, self._put(message)
             self._table, self._state = program(*args)
 
-    def _local(self, delta: TableDelta) -> TableDelta:
-        """The page ids that the shard of each row has for them."""
+    def _local(self, delta: TableDelta, num_pages: int) -> TableDelta:
+        """The page ids that the shard of each row, of so many pages, has for them."""
         if self._shards == 1:
             return delta
-        return delta._replace(
-            pages=delta.pages - delta.slots // self._config.max_rows * self._pages
-        )
+        shard = delta.slots // self._config.max_rows
+        return delta._replace(pages=delta.pages - shard * num_pages)
 
     def _places(self, slots: np.ndarray, size: int) -> np.ndarray:
         """Where rows lie among those of a program, which has `size` of every shard."""
@@ -405,15 +405,16 @@ class DeviceRunner:
         keys = [(kind, size) for kind, each in sizes.items() for size in each]
         self._compile([self._lowered(*key) for key in keys], progress)
         for size in self._sizes:
-            message = empty_message(size, self._slots, self._columns)[0]
+            message = empty_message(size, self._shape)[0]
             told = [(self._executable("update", size), message)]
             self._launch(lambda _, told=told: self._tell(told))
+        nothing = Taken.total([], len(self._pages))
         for width in config.chunk_buckets:
-            self.wait(self.prefill(Prefill(_NO_TABLES, (), ((width, ()),), ())))
+            self.wait(self.prefill(Prefill(*nothing, (), ((width, ()),), ())))
         for size in decode:
             given = self._executable("decode", size), self._put(self._idle_rows(size[0]))
             self.wait(self._launch(lambda _, given=given: self._run_decode(*given)))
         width = 1
         while width < 2 * config.max_rows:
-            self.copy(PageCopies(*np.zeros((2, width), np.int32)))
+            self.copy((PageCopies(*np.zeros((2, width), np.int32)),) * len(self._pages))
             width *= 2

@@ -27,7 +27,8 @@ from ..errors import OutOfPages
 from ..requests import Sample
 from .config import EngineConfig, EngineStats
 from .journal import Journal, Outcome, Outcomes, outcomes_of
-from .plans import Growth, decode_plan, growing, prefill_programs, slot_of
+from .plans import Growth, decode_plan, growing
+from .prefilling import Prefilling
 from .queue import WaitingQueue
 from .records import Decode, Prefill, Result, Ticket
 from .room import Allocator, Room
@@ -35,8 +36,6 @@ from .seats import Seats
 from .swapping import Swapping
 
 __all__ = ["NeedsTruth", "Scheduler"]
-
-_NO_COPIES = PageCopies(*np.empty((2, 0), np.int32))
 
 
 class NeedsTruth(Exception):
@@ -90,7 +89,7 @@ class Scheduler:
         self.ending: list[Sample] = []
         self.flights = 0
         self._leaving: list[Any] = []  # handles to be freed
-        self._prefilling: list[Sample] = []  # whose turn is next comes first
+        self._prefilling = Prefilling(self.allocator, self.config)
 
     # ---- what comes and what goes
 
@@ -120,31 +119,31 @@ class Scheduler:
         samples = self.living.get(request_id, [])
         self._conclude([Outcome(s, len(s.tokens), (), "cancelled") for s in samples])
 
-    def fork(self, parent: Sample, child: Sample) -> PageCopies:
+    def fork(self, parent: Sample, child: Sample) -> tuple[PageCopies, ...]:
         """Let a new sample go on from what is known of one that decodes; there is a free row.
 
-        Returns the pages to copy at once. The child gets a copy of the last page right away,
-        because a visit in flight may be writing to it; without room for that the child waits.
+        Returns the pages to copy at once, of each group. The child gets a copy of the last page
+        now, because a visit in flight may be writing to it; without room for that the child waits.
         """
         self.living[child.request_id] = [child]
         shard, length = self.room.shard_of(parent), len(child.tokens)
         here = self._seats.on(shard)
         if self.room.protected(child) and not self.room.has_fork(child, here, shard):
             self.waiting.put_front(child)
-            return _NO_COPIES
+            return ()
         self._fork(child, parent)
         self.allocator.truncate(child.handle, length - 1)
         child.computed = length - 1
         try:
-            (prepared,) = in_groups(self.allocator.prepare([child.handle], length))
+            prepared = in_groups(self.allocator.prepare([child.handle], length))
         except OutOfPages:
             self._leaving.append(child.handle)
             child.handle, child.computed = None, 0
             self.waiting.put_front(child)
             self.release()
-            return _NO_COPIES
+            return ()
         self._seat(child, [])
-        return prepared.copies
+        return tuple(each.copies for each in prepared)
 
     def release(self) -> None:
         """Free the pages of who is gone; if a user's rank raises, the next time."""
@@ -210,7 +209,8 @@ class Scheduler:
         sample.asked = bool(self.running)
         self._opening = frozenset(self.allocator.handles)
         try:
-            handle = self.allocator.allocate(sample.key, keep_free=keep)
+            chunk = self.config.prefill_chunk
+            handle = self.allocator.allocate(sample.key, keep_free=keep, chunk=chunk)
         except OutOfPages:
             self._opening = None  # what others open from here on is not ours
             raise
@@ -265,17 +265,17 @@ class Scheduler:
     def _seat(self, sample: Sample, digests: list[bytes]) -> None:
         self._seats.sit(sample, self.room.shard_of(sample))
         if not sample.decoding:
-            self._prefilling.append(sample)
+            self._prefilling.samples.append(sample)
             self.waiting.begin(sample, digests)
 
     def _refused(self, sample: Sample, error: OutOfPages) -> bool:
         """There are not enough pages: whether the sample was ended, for there never will be."""
         available = self.room.available()
-        if self.running or self.ending or self.flights or error.needed <= available:
-            if not self._prefilling:  # which may publish what it waits for
+        if self.running or self.ending or self.flights or self.room.passes(error):
+            if not self._prefilling.samples:  # which may publish what it waits for
                 self.waiting.block(sample, available, len(self.running))
             return False
-        detail = self.room.shortage(error.needed)
+        detail = self.room.shortage(error)
         self._conclude(
             [
                 Outcome(s, len(s.tokens), (), "capacity", detail=detail)
@@ -311,29 +311,37 @@ class Scheduler:
     # ---- prefill
 
     def plan_prefill(self) -> Prefill | None:
-        """Admit who fits, and choose the chunks of this visit."""
+        """Admit who fits, and choose the chunks of this visit.
+
+        Raises:
+          NeedsTruth: as `plan_decode`.
+        """
         if self.swapping is not None:
             self.swapping.settle()
         self._admit()
-        if not self._prefilling:
-            return None
-        programs, served = prefill_programs(self._prefilling, self.config)
-        enter, tables = self._seats.enter(self.allocator)
-        return Prefill(tables, enter, programs, tuple(self._prefilling[:served]))
+        while self._prefilling.samples:
+            if (found := self._prefilling.next_chunks()) is not None:
+                programs, samples, taken = found
+                enter, tables = self._seats.enter(self.allocator, taken.tables)
+                self.stats.note_usage(self.allocator.num_used)
+                return Prefill(taken.copies, tables, enter, programs, tuple(samples))
+            if growing(self.running):
+                return None  # those end, and give pages back
+            if self.flights:
+                raise NeedsTruth
+            shard = self._seats.shard_of(self._prefilling.samples[0])
+            error = self._prefilling.shortage()
+            if error is None or not self._make_way(shard, error):
+                return None
+        return None
 
     def prefilled(self, plan: Prefill) -> None:
         """The programs are launched: whoever reads what they write comes after them."""
-        chunks = [chunk for _, chunks in plan.programs for chunk in chunks]
-        ends = {chunk.slot: chunk.begin + len(chunk.tokens) for chunk in chunks}
-        self.stats.prefill_tokens += sum(len(chunk.tokens) for chunk in chunks)
-        computed = [ends[slot_of(sample)] for sample in plan.samples]
+        computed = self._prefilling.turn(plan)
+        self.stats.prefill_tokens += sum(computed) - sum(s.computed for s in plan.samples)
         self.allocator.commit([s.handle for s in plan.samples], computed)
-        later = self._prefilling[len(plan.samples) :]
         for sample, end in zip(plan.samples, computed, strict=True):
             sample.computed = end
-            if not sample.decoding:
-                later.append(sample)
-        self._prefilling = later
         for sample in plan.samples:
             self.waiting.progress(sample, over=sample.decoding)
             if sample.decoding:
@@ -353,11 +361,12 @@ class Scheduler:
         if isinstance(grown, OutOfPages):
             if self.flights:
                 raise NeedsTruth
-            grown = Growth.total([self._squeeze(shard) for shard in self._seats.shards])
+            parts = [self._squeeze(shard) for shard in self._seats.shards]
+            grown = Growth.total([part for part in parts if part], len(self.allocator.pools))
         self.stats.note_usage(self.allocator.num_used)
         if not grown.rows:
             return None
-        enter, tables = self._seats.enter(self.allocator, grown.tables)
+        enter, tables = self._seats.enter(self.allocator, grown.taken.tables)
         plan = decode_plan(next(self._visits), grown, enter, tables)
         self.flights += 1
         self._fly(grown)
@@ -381,7 +390,7 @@ class Scheduler:
         except OutOfPages as error:
             return error
 
-    def _squeeze(self, shard: int) -> Growth:
+    def _squeeze(self, shard: int) -> Growth | None:
         """The same for one shard that may be short: fewer steps, then fewer rows."""
         while rows := growing(self._seats.on(shard)):
             steps = self.config.decode_steps
@@ -391,7 +400,7 @@ class Scheduler:
                 return grown
             if not self._make_way(shard, grown):
                 break
-        return Growth.total([])
+        return None
 
     def _make_way(self, shard: int, error: OutOfPages) -> bool:
         """Take the pages of one sample, or end one that is alone; whether the shard is short.
@@ -400,12 +409,12 @@ class Scheduler:
         visit.
         """
         here = self._seats.on(shard)
-        if error.needed <= self.room.available(shard):
+        if self.room.passes(error, shard):
             return False
         if len(here) > 1:
             self.preempt(self.room.victim(here))
             return True
-        detail = self.room.shortage(error.needed, shard)
+        detail = self.room.shortage(error, shard)
         self._conclude([Outcome(here[0], len(here[0].tokens), (), "capacity", detail=detail)])
         self.release()
         return True
@@ -486,6 +495,6 @@ class Scheduler:
             self._seats.leave([sample])
         else:
             self.ending.remove(sample)
-        if sample in self._prefilling:
-            self._prefilling.remove(sample)
+        if sample in self._prefilling.samples:
+            self._prefilling.samples.remove(sample)
             self.waiting.progress(sample, over=True)

@@ -62,9 +62,9 @@ class Seats:
         self.running = [s for s in self.running if s.slot is not None]
 
     def enter(
-        self, allocator: Allocator, grown: TableDelta | None = None
+        self, allocator: Allocator, grown: tuple[TableDelta, ...]
     ) -> tuple[tuple[Enter, ...], tuple[TableDelta, ...]]:
-        """What the device has yet to learn of rows and tables."""
+        """What the device has yet to learn of rows and tables, beside what grew."""
         entering, self._entering = self._entering, []
-        pages = [allocator.sequence(sample.handle).pages for sample in entering]
-        return entries_of(entering, pages, grown)
+        held = [allocator.sequence(sample.handle).groups for sample in entering]
+        return entries_of(entering, held, grown)

@@ -12,6 +12,7 @@ import numpy as np
 from ..allocator import BlockAllocator
 from ..engine import Engine, EngineConfig
 from ..engine.loop import Plans
+from ..engine.plans import Taken
 from ..engine.records import Decode, Prefill, Result, Runner, Ticket
 from ..policies import SampleView
 from ..requests import TokenEvent
@@ -98,6 +99,8 @@ class _TimedRunner:
     def prefill(self, plan: Prefill) -> None:
         for width, chunks in plan.programs:
             self._runner.prefill(plan._replace(programs=((width, chunks),)))
+            nothing = Taken.total([], len(plan.tables))
+            plan = plan._replace(copies=nothing.copies, tables=nothing.tables, enter=())
             jax.block_until_ready(self._holder.cache)
             tokens = sum(len(chunk.tokens) for chunk in chunks)
             context = sum(chunk.begin for chunk in chunks)
@@ -107,7 +110,7 @@ class _TimedRunner:
     def decode(self, plan: Decode) -> Ticket:
         ticket = self._runner.decode(plan)
         self._runner.wait(ticket.out)
-        if copied := len(plan.copies.src):  # with the program: one wait less
+        if copied := sum(len(each.src) for each in plan.copies):  # with the program: one wait less
             self._timer.timings.append((Program("copy", copied, 1, 0, 0), 0.0))
         size = next(s for s in self._config.row_buckets if s >= len(plan.slots))
         context, budgets = int((plan.context * plan.budgets).sum()), plan.budgets

@@ -90,7 +90,7 @@ class _ModelledRunner:
             self._spend(Program("prefill", rows, width, tokens, context))
 
     def decode(self, plan: Decode) -> Ticket:
-        if copied := len(plan.copies.src):
+        if copied := sum(len(each.src) for each in plan.copies):
             self._clock.now += self._costs.seconds(Program("copy", copied, 1, 0, 0))
         count, steps = len(plan.slots), int(plan.budgets.max())
         size = next(size for size in self._config.row_buckets if size >= count)

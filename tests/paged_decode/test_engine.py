@@ -282,7 +282,7 @@ def test_a_copy_that_fails_loses_no_request():
     original = cache_type.copy_pages
 
     def failing(self, copies):
-        if len(copies.src):
+        if any(len(each.src) for each in copies):
             raise RuntimeError("copy")
         return original(self, copies)
 

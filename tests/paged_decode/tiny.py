@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paged_decode import BlockAllocator, Engine, EngineConfig, KVCache
+from paged_decode import BlockAllocator, CacheLayout, Engine, EngineConfig, KVCache
 
 VOCAB, WIDTH, HEADS, KV_HEADS, DIM, LAYERS, MAX_LEN = 61, 32, 4, 2, 8, 2, 256
 
@@ -48,23 +48,24 @@ def model(params, cache, tokens, batch):
             (x @ params[f"{name}{layer}"]).reshape(*tokens.shape, heads, DIM)
             for name, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS))
         )
-        cache = cache.append(layer, k, v, batch.slots)
+        cache = cache.append(layer, k, v, batch)
         seen = cache.attend(layer, q, batch)
         x = x + jnp.tanh(seen.reshape(*tokens.shape, -1) @ params[f"o{layer}"])
     return x[:, -1] @ params["head"], cache
 
 
-def dense_logits(tokens, params=PARAMS) -> np.ndarray:
-    """Float64 logits after the last token, computed without any cache."""
+def dense_logits(tokens, params=PARAMS, windows=(None,) * LAYERS) -> np.ndarray:
+    """Float64 logits after the last token, computed without any cache; a window for each layer."""
     p = {name: value.astype(np.float64) for name, value in params.items()}
     n = len(tokens)
+    back = np.subtract.outer(np.arange(n), np.arange(n))
     x = p["embed"][tokens] + p["place"][:n]
-    for layer in range(LAYERS):
+    for layer, window in enumerate(windows):
         q = (x @ p[f"q{layer}"]).reshape(n, KV_HEADS, HEADS // KV_HEADS, DIM)
         k = (x @ p[f"k{layer}"]).reshape(n, KV_HEADS, DIM)
         v = (x @ p[f"v{layer}"]).reshape(n, KV_HEADS, DIM)
         scores = np.einsum("tkgd,skd->kgts", q, k) * DIM**-0.5
-        scores = np.where(np.tri(n, dtype=bool), scores, -np.inf)
+        scores = np.where((back >= 0) & (back < (window or n)), scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
         seen = np.einsum("kgts,skd->tkgd", weights, v).reshape(n, -1)
@@ -72,10 +73,10 @@ def dense_logits(tokens, params=PARAMS) -> np.ndarray:
     return x[-1] @ p["head"]
 
 
-def dense_greedy(prompt, count: int, params=PARAMS) -> tuple[int, ...]:
+def dense_greedy(prompt, count: int, params=PARAMS, windows=(None,) * LAYERS) -> tuple[int, ...]:
     tokens = list(prompt)
     for _ in range(count):
-        tokens.append(int(np.argmax(dense_logits(tokens, params))))
+        tokens.append(int(np.argmax(dense_logits(tokens, params, windows))))
     return tuple(tokens[len(prompt) :])
 
 
@@ -126,20 +127,23 @@ def make_engine(
     fn=model,
     policies: dict | None = None,
     allocator: BlockAllocator | None = None,
+    layout: CacheLayout | None = None,
     **config,
 ) -> Engine:
     shapes = (
         dict(max_rows=4, row_buckets=(4,), prefill_chunk=8, prefill_rows=2, decode_steps=4) | config
     )
-    cache = KVCache.create(
+    layout = layout or CacheLayout.uniform(
         num_layers=LAYERS,
         num_pages=num_pages,
         num_kv_heads=KV_HEADS,
         page_size=page_size,
         head_dim=DIM,
     )
+    cache = KVCache.create(layout=layout)
     if allocator is None:
-        options = dict(prefix_cache=prefix_cache, hash_key=b"test")
-        allocator = BlockAllocator(num_pages, page_size, **options)
-    shapes.setdefault("max_sequence_tokens", min(MAX_LEN, allocator.usable_pages * page_size))
+        allocator = BlockAllocator(layout, prefix_cache=prefix_cache, hash_key=b"test")
+    shapes.setdefault(
+        "max_sequence_tokens", min(MAX_LEN, allocator.usable_pages * layout.page_size)
+    )
     return Engine(fn, PARAMS, cache, allocator, EngineConfig(**shapes), **policies or {})
