@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -80,7 +80,12 @@ class Placement:
                 f"num_pages must be a multiple of the {shards} shards of {data_axis!r}, with at "
                 f"least 2 pages in each (one of them is its null page); got {num_pages}"
             )
-        return cls(mesh, head_axis, data_axis, max(heads // num_kv_heads, 1))
+        made = cls(mesh, head_axis, data_axis)
+        return replace(made, kv_copies=made.copies_of(num_kv_heads))
+
+    def copies_of(self, num_kv_heads: int) -> int:
+        """How many devices hold each of so many KV heads."""
+        return max(_size(self.mesh, self.head_axis) // num_kv_heads, 1)
 
     @property
     def head_shards(self) -> int:

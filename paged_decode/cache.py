@@ -53,7 +53,7 @@ class KVCache:
     Attributes:
       k_pages: L arrays `[N, Hk, S, D]`.
       v_pages: L arrays `[N, Hk, S, D]`.
-      placement: how they lie on a mesh, or None: on one device.
+      placement: how they lie on a mesh, those of the first group; None: on one device.
       layout: which layers have pages of their own; None: all lie in one group, and see all tokens.
 
     Example:
@@ -86,7 +86,6 @@ class KVCache:
         """Make an empty cache of layers that are alike; `num_pages` counts the null page.
 
         Or of a `CacheLayout`, as the allocator is then: layers see the window of their group.
-
         With a mesh, KV heads are split over its axis `head_axis`. If there are r times as many
         devices as heads, r devices hold each head: the arrays then have r * Hk heads, and `append`
         copies every new head r times. Over `data_axis` of R devices, rows and pages are split:
@@ -94,7 +93,6 @@ class KVCache:
         the device sees are local to it (`split`). Other axes of the mesh hold copies.
 
         Raises:
-          NotImplementedError: a layout of several groups over a mesh.
           TypeError: a size is not an integer, is missing, or is given beside a layout.
           ValueError: a size is less than 1, there are fewer than 2 pages or more than 2**31 slots,
             page_size is not a power of two, or heads or pages cannot be split so.
@@ -117,28 +115,27 @@ class KVCache:
                 f"mesh and head_axis or data_axis go together; got {mesh}, {head_axis!r} and "
                 f"{data_axis!r}"
             )
-        first, several = layout.groups[0], len(layout.groups) > 1
-        placement, where, copies = None, None, 1
-        if mesh is not None:
-            if several:
-                raise NotImplementedError("several groups of layers serve one device so far")
-            placement = Placement.create(
+        placement = None
+        for group in reversed(layout.groups):  # all of them can be split; that of the first stays
+            placement = mesh and Placement.create(
                 mesh,
-                num_kv_heads=first.num_kv_heads,
-                num_pages=first.num_pages,
+                num_kv_heads=group.num_kv_heads,
+                num_pages=group.num_pages,
                 head_axis=head_axis,
                 data_axis=data_axis,
             )
-            where, copies = placement.sharding("N, Hk, S, D"), placement.kv_copies
 
         def pages(layer: int) -> Array:
             group = layout.groups[layout.group_of[layer]]
-            heads = group.num_kv_heads * copies
+            heads = group.num_kv_heads * (
+                placement.copies_of(group.num_kv_heads) if placement else 1
+            )
             shape = (group.num_pages, heads, layout.page_size, group.head_dim)
+            where = placement and placement.sharding("N, Hk, S, D")
             return jnp.zeros(shape, group.dtype, device=where)
 
         k_pages, v_pages = (tuple(map(pages, range(layout.num_layers))) for _ in "kv")
-        return cls(k_pages, v_pages, placement, layout if several else None)
+        return cls(k_pages, v_pages, placement, layout if len(layout.groups) > 1 else None)
 
     @property
     def num_layers(self) -> int:
@@ -162,6 +159,12 @@ class KVCache:
     def group_of(self, layer: int) -> int:
         """The number of a layer's group."""
         return 0 if self.layout is None else self.layout.group_of[layer]
+
+    def kv_copies(self, layer: int) -> int:
+        """How many devices of the mesh hold each KV head of a layer."""
+        if self.placement is None or self.layout is None:
+            return self.placement.kv_copies if self.placement else 1
+        return self.placement.copies_of(self.layout.groups[self.group_of(layer)].num_kv_heads)
 
     @property
     def page_size(self) -> int:
@@ -268,8 +271,7 @@ class KVCache:
 
     def _with_copies(self, layer: int, new: AnyArray) -> AnyArray:
         """New keys or values with every head as often as the mesh holds it."""
-        copies = self.placement.kv_copies if self.placement else 1
-        heads = self.k_pages[layer].shape[1]
+        copies, heads = self.kv_copies(layer), self.k_pages[layer].shape[1]
         if copies == 1 or copies * new.shape[-2] != heads:  # heads are local
             return new
         return jnp.repeat(jnp.asarray(new), copies, axis=-2)
@@ -419,10 +421,8 @@ class KVCache:
                 check_live(name, pages)
 
     def split(self, batch: DecodeBatch, sizes: Sequence[int]) -> tuple[DecodeBatch, Spread]:
-        """The batch as the device takes it, and where its rows lie; see `split_batch`.
-
-        Without a data axis it is the batch itself.
-        """
+        """The batch as the device takes it, and where its rows lie; see `split_batch`. Without a
+        data axis it is the batch itself."""
         matching_group(batch, 0, self.pools, self.page_size)
         if self.data_shards == 1:
             rows = len(batch.seq_lens)
@@ -430,7 +430,7 @@ class KVCache:
         return split_batch(
             batch,
             shards=self.data_shards,
-            pages_per_shard=self.num_pages // self.data_shards,
+            pages_per_shard=[pages // self.data_shards for pages, _ in self.pools],
             page_size=self.page_size,
             sizes=tuple(sizes),
         )
@@ -456,7 +456,7 @@ class KVCache:
             check_range(name, ids, self.pools[number][0])
         check_live("k_pages", self.k_pages[0])
         if (shards := self.data_shards) > 1:
-            pages = self.num_pages // shards
+            pages = self.pools[number][0] // shards
             ids = split_copies(copies, shards=shards, pages_per_shard=pages)
         else:
             ids = np.zeros((2, 1 << (len(copies.src) - 1).bit_length()), np.int32)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
 
-from .allocator import DecodeBatch, PageCopies
+from .allocator import DecodeBatch, GroupBatch, PageCopies
 from .errors import PageTableError
 
 __all__ = ["Spread", "rank_within", "split_batch", "split_copies"]
@@ -61,14 +62,19 @@ class Spread:
 
 
 def split_batch(
-    batch: DecodeBatch, *, shards: int, pages_per_shard: int, page_size: int, sizes: tuple[int, ...]
+    batch: DecodeBatch,
+    *,
+    shards: int,
+    pages_per_shard: int | Sequence[int],
+    page_size: int,
+    sizes: tuple[int, ...],
 ) -> tuple[DecodeBatch, Spread]:
     """Sort the rows of a host batch by shard and make their ids local.
 
     Args:
       batch: NumPy arrays with ids of the whole pool, as `ShardedAllocator` makes them.
       shards: R, data shards.
-      pages_per_shard: N / R.
+      pages_per_shard: N / R, of every group. The first one, which is full, says where a row is.
       page_size: S.
       sizes: rows that a shard may have, ascending; the least that serves is taken. A batch of
         padding only keeps its number of rows.
@@ -78,31 +84,40 @@ def split_batch(
       ValueError: one shard has more rows than the last of `sizes`.
     """
     living = np.flatnonzero(batch.seq_lens)
-    count, (group,) = len(living), batch.groups
-    table, slots = group.page_table[living], group.slots[living]
-    shard = table[:, 0] // pages_per_shard
-    _refuse_foreign("page", table, shard, pages_per_shard, shards)
-    _refuse_foreign("page of slot", slots // page_size, shard, pages_per_shard, shards)
+    each = [pages_per_shard] if isinstance(pages_per_shard, int) else list(pages_per_shard)
+    count, shard = len(living), batch.groups[0].page_table[living, 0] // each[0]
+    pairs = zip(batch.groups, each, strict=True)
+    groups = [_localised(group, living, shard, shards, n, page_size) for group, n in pairs]
     most = int(np.bincount(shard, minlength=1).max()) if count else len(batch.seq_lens)
     if most > sizes[-1] and count:
         raise ValueError(f"one shard has {most} rows, but a program has {sizes[-1]} at most")
     size = next((s for s in sizes if s >= most), most)
     spread = Spread(shard * size + rank_within(shard), shards * size, len(batch.seq_lens), living)
     here = Spread(spread.rows, spread.total, count, np.arange(count))
-    first = (shard * pages_per_shard)[:, None].astype(np.int32)
-    group = replace(
-        group,
-        page_table=np.where(table, table - first, 0),
-        slots=np.where(slots >= page_size, slots - first * page_size, 0),
-        num_pages=pages_per_shard,
-    )
     local = DecodeBatch(
         tokens=None if batch.tokens is None else batch.tokens[living],
         seq_lens=batch.seq_lens[living],
         positions=batch.positions[living],
-        groups=(group,),
+        groups=tuple(groups),
     )
     return here.put(local), spread
+
+
+def _localised(
+    group: GroupBatch, living: np.ndarray, shard: np.ndarray, shards: int, pages: int, size: int
+) -> GroupBatch:
+    """The living rows of a group, with ids of their shard of so many pages."""
+    table, slots = group.page_table[living], group.slots[living]
+    _refuse_foreign("page", table, shard, pages, shards)
+    _refuse_foreign("page of slot", slots // size, shard, pages, shards)
+    first = (shard * pages)[:, None].astype(np.int32)
+    return replace(
+        group,
+        page_table=np.where(table, table - first, 0),
+        slots=np.where(slots >= size, slots - first * size, 0),
+        starts=None if group.starts is None else group.starts[living],
+        num_pages=pages,
+    )
 
 
 def rank_within(shard: np.ndarray) -> np.ndarray:

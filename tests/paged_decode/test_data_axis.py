@@ -13,12 +13,14 @@ from jax.sharding import AxisType
 
 from paged_decode import (
     BlockAllocator,
+    CacheLayout,
     DecodeBatch,
     Engine,
     EngineConfig,
     KVCache,
     OutOfPages,
     PageCopies,
+    PageSpec,
     PageTableError,
     SamplingParams,
     SequenceTooLong,
@@ -120,6 +122,28 @@ def test_the_engine_over_data_shards_gives_the_tokens_of_one_device(data, heads,
     assert [c.finish_reason for c in done] == ["length", "invalid_logits", "length", "length"]
     assert [c.tokens for c in done if c.tokens] == [tiny.dense_greedy(p, 10) for p in fine]
     assert engine.idle and allocator.num_used == 0
+    allocator.check_invariants()
+
+
+@pytest.mark.parametrize("data, heads", [(2, 2), (1, 4)])
+def test_groups_of_layers_over_a_mesh_give_the_tokens_of_one_device(data, heads):
+    """With forks, copies of pages, and more devices than KV heads."""
+    kinds = dict(num_kv_heads=tiny.KV_HEADS, head_dim=tiny.DIM)
+    groups = (
+        PageSpec((1,), num_pages=40 * data, **kinds),
+        PageSpec((0,), num_pages=24 * data, window=6, **kinds),
+    )
+    layout = CacheLayout(4, groups)
+    mesh = make_mesh(data, heads)
+    cache = KVCache.create(layout=layout, mesh=mesh, data_axis="data", head_axis="tensor")
+    allocator = ShardedAllocator(layout, num_shards=data)
+    shapes = EngineConfig(max_rows=4, prefill_chunk=8, decode_steps=4)
+    engine = Engine(tiny.model, jax.tree.map(jnp.asarray, tiny.PARAMS), cache, allocator, shapes)
+    prompts = tiny.prompts(3, seed=4, low=8, high=40)
+    done = engine.generate(prompts, SamplingParams(max_new_tokens=10), n=2)
+    for i, completion in enumerate(done):
+        assert completion.tokens == tiny.dense_greedy(prompts[i // 2], 10, windows=(6, None))
+    assert allocator.stats(1).copies and allocator.stats(1).used == 0
     allocator.check_invariants()
 
 
