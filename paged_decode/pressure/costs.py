@@ -21,7 +21,8 @@ class Program:
       rows: compiled rows, for copies of any kind pages.
       width: compiled tokens per row; for decode, steps that were needed.
       tokens: tokens computed, padding left out.
-      context_tokens: cached tokens read, summed over rows and steps.
+      context_tokens: cached tokens read, summed over rows and steps, by layers that see all.
+      window_tokens: the same for each group of layers with a window, which reads no more than that.
     """
 
     kind: str
@@ -29,6 +30,7 @@ class Program:
     width: int
     tokens: int
     context_tokens: int
+    window_tokens: tuple[int, ...] = ()
 
 
 @runtime_checkable
@@ -44,13 +46,15 @@ class Roofline:
 
     Attributes:
       weight_bytes: read once per step.
-      kv_bytes_per_token: keys and values of all layers.
+      kv_bytes_per_token: keys and values of all layers; of those without a window, if there are
+        `window_bytes_per_token`.
       flops_per_token: twice the number of weights, as a rule.
       bandwidth_bytes: per second.
       flops: per second.
       launch_seconds: per step.
       page_size: for copies of pages.
       link_bytes: per second between device and host, one way; PCIe 5 with 16 lanes has about 5e10.
+      window_bytes_per_token: keys and values of each group of layers with a window, in their order.
     """
 
     weight_bytes: float
@@ -61,6 +65,7 @@ class Roofline:
     launch_seconds: float
     page_size: int = 16
     link_bytes: float = 5e10
+    window_bytes_per_token: tuple[float, ...] = ()
 
     def seconds(self, program: Program) -> float:
         if program.kind in ("copy", "store", "load"):
@@ -71,6 +76,10 @@ class Roofline:
         steps = program.width if program.kind == "decode" else 1
         read = program.tokens + program.context_tokens
         num_bytes = steps * self.weight_bytes + read * self.kv_bytes_per_token
+        for tokens, per_token in zip(
+            program.window_tokens, self.window_bytes_per_token, strict=False
+        ):
+            num_bytes += (program.tokens + tokens) * per_token
         work = program.tokens * self.flops_per_token
         busy = max(num_bytes / self.bandwidth_bytes, work / self.flops)
         return steps * self.launch_seconds + busy

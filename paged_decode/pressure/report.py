@@ -69,7 +69,8 @@ class Report:
     computed tokens that was computed again; `utilisation` the mean part of the pool in use;
     `tail_waste` the mean part of the used pages' slots that held no token. `lifetimes` counts pages
     by how long their content stayed, from being taken to being freed or evicted: one number per
-    bin, below the first, between two, and above the last of `LIFETIME_EDGES`.
+    bin, below the first, between two, and above the last of `LIFETIME_EDGES`. Pages are those
+    of the first group of layers; figures of others end with the group's number: "evictions/1".
     """
 
     figures: dict[str, float]
@@ -108,14 +109,16 @@ class UsageLog:
         self._held = np.zeros(allocator.num_pages, bool)  # pages with content
         self._born = np.zeros(allocator.num_pages)  # when they got it
         self._lifetimes = np.zeros(len(LIFETIME_EDGES) + 1, np.int64)
-        self._now = self._used = 0.0
+        self._now = 0.0
+        self._used = np.zeros(len(allocator.pools))
         self._visits = self._looks = 0
         self._waste = 0.0
 
     def note(self, now: float) -> None:
         """A visit has ended at this time, in seconds from the start."""
         allocator = self._allocator
-        self._used += (now - self._now) * allocator.num_used
+        used = [allocator.num_used, *(allocator.stats(g).used for g in range(1, len(self._used)))]
+        self._used += (now - self._now) * np.array(used)
         self._now = now
         if self._visits % _WASTE_EVERY == 0 and allocator.num_used:
             self._waste += allocator.stats().tail_waste
@@ -131,10 +134,10 @@ class UsageLog:
         self._born[changed] = now
         self._held, self._stamps = holds, stamps
 
-    @property
-    def utilisation(self) -> float:
+    def utilisation(self, group: int = 0) -> float:
         """Mean part of the usable pages that had an owner, weighted by time."""
-        return self._used / self._now / self._allocator.usable_pages if self._now else 0.0
+        usable = self._allocator.pools[group][0] - 1
+        return float(self._used[group]) / self._now / usable if self._now else 0.0
 
     @property
     def tail_waste(self) -> float:
@@ -173,10 +176,18 @@ def summarize(
         "swapped_in_pages": stats.swapped_in_pages,
         "evictions": counted.evictions,
         "copies": counted.copies,
-        "utilisation": usage.utilisation,
+        "utilisation": usage.utilisation(),
         "tail_waste": usage.tail_waste,
         "peak_used_pages": stats.peak_used_pages,
     }
+    for group in range(1, len(allocator.pools)):
+        of_group = allocator.stats(group)
+        figures |= {
+            f"evictions/{group}": of_group.evictions,
+            f"copies/{group}": of_group.copies,
+            f"utilisation/{group}": usage.utilisation(group),
+            f"peak_used_pages/{group}": of_group.peak_used,
+        }
     for name in ("ttft_seconds", "per_token_seconds"):
         values = [v for r in records if (v := getattr(r, name)) is not None]
         for percentile in (50, 90, 99):

@@ -72,9 +72,15 @@ class _ModelledRunner:
     is_lost = False
 
     def __init__(
-        self, cache: Any, config: EngineConfig, costs: CostModel, clock: _Clock, stats: EngineStats
+        self,
+        cache: Any,
+        config: EngineConfig,
+        costs: CostModel,
+        clock: _Clock,
+        stats: EngineStats,
+        windows: Sequence[int],
     ):
-        self.cache = cache
+        self.cache, self._windows = cache, windows
         self._config, self._costs, self._clock, self._stats = config, costs, clock, stats
         self._shapes: set[tuple[int, int]] = set()
         self.collected: _Times | None = None  # of the visit that is being booked
@@ -87,7 +93,8 @@ class _ModelledRunner:
         for width, chunks in plan.programs:
             tokens = sum(len(chunk.tokens) for chunk in chunks)
             context = sum(chunk.begin for chunk in chunks)
-            self._spend(Program("prefill", rows, width, tokens, context))
+            seen = tuple(sum(min(c.begin, window) for c in chunks) for window in self._windows)
+            self._spend(Program("prefill", rows, width, tokens, context, seen))
 
     def decode(self, plan: Decode) -> Ticket:
         if copied := sum(len(each.src) for each in plan.copies):
@@ -96,9 +103,10 @@ class _ModelledRunner:
         size = next(size for size in self._config.row_buckets if size >= count)
         budgets = plan.budgets.astype(np.int64)
         # A row of n tokens reads n, n + 1, ... of them in its steps.
-        context = int((budgets * plan.context + budgets * (budgets - 1) // 2).sum())
+        context = _read(plan.context, budgets)
+        seen = tuple(_read(plan.context, budgets, window) for window in self._windows)
         start = self._clock.now
-        seconds = self._spend(Program("decode", size, steps, int(budgets.sum()), context))
+        seconds = self._spend(Program("decode", size, steps, int(budgets.sum()), context, seen))
         return Ticket(plan, _Times(start, seconds / steps))
 
     def launched(self, out: Any) -> None:
@@ -205,7 +213,12 @@ class _Simulation:
         self.allocator, self.config, self.clock = allocator, config, _Clock()
         self.stats, self.limit = EngineStats(), sequence_limit(config, allocator)
         self.runner = _ModelledRunner(
-            _pool_without_memory(allocator), config, costs, self.clock, self.stats
+            _pool_without_memory(allocator),
+            config,
+            costs,
+            self.clock,
+            self.stats,
+            [window for _, window in allocator.pools if window is not None],
         )
         swapping = None
         if tier is not None:
@@ -267,6 +280,13 @@ class _Simulation:
         first = Sample(number, 0, size, tokens, sampling, None, priority=request.priority)
         first.siblings = [first.spawn(number, i, sampling) for i in range(1, request.samples)]
         self.scheduler.add(first)
+
+
+def _read(context: np.ndarray, steps: np.ndarray, window: int | None = None) -> int:
+    """Tokens that rows of so many read in so many steps each, of the newest `window` alone."""
+    short = steps if window is None else (window - context).clip(0, steps)
+    read = short * context + short * (short - 1) // 2
+    return int((read if window is None else read + (steps - short) * window).sum())
 
 
 def _pool_without_memory(allocator: BlockAllocator) -> KVCache:

@@ -3,9 +3,16 @@
 import numpy as np
 import pytest
 
-from paged_decode import BlockAllocator, EngineConfig, OutOfPages, SamplingParams
+from paged_decode import (
+    BlockAllocator,
+    CacheLayout,
+    EngineConfig,
+    OutOfPages,
+    PageSpec,
+    SamplingParams,
+)
 from paged_decode.policies import LeastComputed, Watermark
-from paged_decode.pressure import Measured, Program, Request, poisson, simulate
+from paged_decode.pressure import Measured, Program, Request, Roofline, poisson, simulate
 from paged_decode.pressure.report import LIFETIME_EDGES, UsageLog
 from paged_decode.tiers import HostTier
 
@@ -181,7 +188,7 @@ def test_a_page_lives_from_being_taken_to_being_freed_or_evicted():
     usage.note(13.0)
     bins = dict(zip((*LIFETIME_EDGES, float("inf")), usage.lifetimes, strict=True))
     assert {edge: n for edge, n in bins.items() if n} == {4.0: 2, 16.0: 1}  # 4, 4 and 12 s
-    assert usage.utilisation == pytest.approx((1 * 3 + 4 * 0 + 8 * 3) / 13 / 3)
+    assert usage.utilisation() == pytest.approx((1 * 3 + 4 * 0 + 8 * 3) / 13 / 3)
 
 
 def test_measured_times_lie_on_a_line_between_those_that_were_measured():
@@ -199,3 +206,30 @@ def test_a_simulation_keeps_the_promise_of_the_pool():
     assert allocator.num_used == 0
     with pytest.raises(OutOfPages):
         allocator.allocate_pages(9)
+
+
+def test_a_window_is_read_no_further_than_itself_and_its_pool_has_figures_of_its_own():
+    costs = Roofline(0.0, 1.0, 0.0, 1.0, 1.0, 0.0, window_bytes_per_token=(100.0,))
+    program = Program("decode", 4, 2, 2, 30, (7,))
+    assert costs.seconds(program) == (2 + 30) + 100 * (2 + 7)
+    kinds = dict(num_kv_heads=1, head_dim=8)
+    groups = PageSpec((1,), num_pages=30, **kinds), PageSpec((0,), num_pages=9, window=6, **kinds)
+    allocator, programs = BlockAllocator(CacheLayout(4, groups)), []
+
+    class Noting(PerKind):
+        def seconds(self, program):
+            programs.append((program.kind, program.context_tokens, program.window_tokens))
+            return super().seconds(program)
+
+    report = simulate([request(0.0, [1, 2, 3, 4, 5], 6)], allocator, Noting(), config=CONFIG)
+    # 20 tokens: 19 in chunks of 8; then 4 and 2 steps from lengths 20 and 24.
+    assert programs == [
+        ("prefill", 0, (0,)),
+        ("prefill", 8, (6,)),
+        ("prefill", 16, (6,)),
+        ("decode", 20 + 21 + 22 + 23, (4 * 6,)),
+        ("decode", 24 + 25, (2 * 6,)),
+    ]
+    figures = report.figures
+    assert (figures["peak_used_pages"], figures["peak_used_pages/1"]) == (7, 4)
+    assert 0 < figures["utilisation/1"] < 1 and figures["evictions/1"] == figures["copies/1"] == 0
