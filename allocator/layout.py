@@ -17,7 +17,7 @@ class PageSpec:
     """A group of layers that see the same tokens, in a pool of pages of their own.
 
     Attributes:
-      layers: their numbers in the model.
+      layers: their numbers in the model; none in a first group that only keeps the books.
       num_kv_heads: Hk.
       head_dim: D.
       num_pages: N, the null page included.
@@ -58,7 +58,8 @@ class CacheLayout:
 
     The first group is full and keeps the books of all tokens: which ones a sequence has, and which
     pages can be found again. One page size serves all groups, so a token lies in the same column
-    of every page table.
+    of every page table. Where all layers have windows the first group has none: its pages are on
+    the host alone.
 
     Attributes:
       page_size: S, in tokens, a power of two.

@@ -435,6 +435,36 @@ def tpu_static() -> Iterator[str]:
     yield "\n"
 
 
+def memory() -> Iterator[str]:
+    result = load("memory")
+    case = result["records"][0]["case"]
+    yield from heading(
+        "What {rows} rows of {tokens} tokens hold, {dtype}, pages of {page_size}, prompts in "
+        "chunks of {chunk}".format(**case),
+        result,
+        ("python", "numpy"),
+    )
+    yield head("layers", "laid out as", "pages", "GB", "of the floor", "most in prefill")
+    layers: dict[str, str] = {}
+    for r in result["records"]:
+        model, window = r["case"]["model"], r["case"]["window"]
+        if len(r.get("layers", [])) == 2:
+            layers[model] = "{} full, {} of a window of {}".format(*r["layers"], window)
+    for r in result["records"]:
+        model = r["case"]["model"]
+        cells = [f"{model}: {layers[model]}", r["system"].removeprefix(f"{OURS}/")]
+        if r["system"] == "floor":
+            yield line(cells[0], "what layers see", "", f"{r['bytes'] / 1e9:.2f}", "", "")
+            continue
+        pages = r["pages"] if isinstance(r["pages"], list) else [r["pages"]]
+        if "groups" in r:
+            cells[1] += f": {r['groups']} groups of {r['layers_of_a_group']} layers"
+            cells[1] += f", {r['padding_layers']} of them padding" if r["padding_layers"] else ""
+        over = [f"{r[key] / r['floor_bytes']:.3f}x" for key in ("bytes", "peak_bytes")]
+        yield line(*cells, " + ".join(map(str, pages)), f"{r['bytes'] / 1e9:.2f}", *over)
+    yield "\n"
+
+
 PAGES = {
     "README.md": (
         decode_grid,
@@ -447,6 +477,7 @@ PAGES = {
     ),
     "docs/attention.md": (decode_models, hopper),
     "docs/snapshots.md": (snapshot, snapshot_gpu),
+    "docs/planning.md": (memory,),
     "docs/pressure.md": (tier,),
     "docs/sharding.md": (sharding_cost, sharding_talk, sharding_memory),
 }

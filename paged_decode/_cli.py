@@ -8,19 +8,20 @@ from collections.abc import Sequence
 
 from . import _doctor_cli, _snapshot_cli
 from .errors import PagedDecodeError
+from .planning import command as planning
 from .pressure import command as pressure
 
 __all__ = ["main"]
 
 # A subcommand is a module with `add(subparsers)`; it sets `run`, which returns an exit status.
-COMMANDS = (_doctor_cli, _snapshot_cli, pressure)
+COMMANDS = (_doctor_cli, planning, _snapshot_cli, pressure)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status, 1 for an error that a message explains."""
     parser = argparse.ArgumentParser(
         prog="paged-decode",
-        description="Tools for paged KV caches: backends, snapshots, memory pressure.",
+        description="Tools for paged KV caches: backends, plans, snapshots, memory pressure.",
     )
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:

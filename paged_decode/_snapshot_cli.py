@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ._text import printable, shown
+from ._text import print_table, printable, say, shown, size_text
 from .snapshot import SnapshotInfo, compact_snapshot, inspect_snapshot, verify_snapshot
 
 __all__ = ["add"]
@@ -42,7 +41,7 @@ def _inspect(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     with _Progress("verify") as progress:
         info = verify_snapshot(args.file, progress=progress)
-    _say(f"{printable(args.file)}: sound, {_size(info.file_bytes)}, every checksum compared")
+    say(f"{printable(args.file)}: sound, {size_text(info.file_bytes)}, every checksum compared")
     return 0
 
 
@@ -50,8 +49,8 @@ def _compact(args: argparse.Namespace) -> int:
     before = inspect_snapshot(args.file)
     with _Progress("compact") as progress:
         info = compact_snapshot(args.file, args.output, progress=progress)
-    sizes = f"{_size(before.file_bytes)} and its parents -> {_size(info.file_bytes)}"
-    _say(f"{printable(info.path)}: {sizes}")
+    sizes = f"{size_text(before.file_bytes)} and its parents -> {size_text(info.file_bytes)}"
+    say(f"{printable(info.path)}: {sizes}")
     return 0
 
 
@@ -68,7 +67,9 @@ class _Progress:
         self._last, self._drawn = now, True
         part = done / total
         bar = "#" * int(30 * part)
-        print(f"\r{self._what} [{bar:<30}] {part:4.0%} of {_size(total)}", end="", file=sys.stderr)
+        print(
+            f"\r{self._what} [{bar:<30}] {part:4.0%} of {size_text(total)}", end="", file=sys.stderr
+        )
 
     def __enter__(self) -> _Progress:
         return self
@@ -83,7 +84,7 @@ def _show(info: SnapshotInfo) -> None:
     if info.parent is not None:
         parent = f"{printable(info.parent.name, _WIDE)} {info.parent.id.hex()}"
     rows = {
-        "file": f"{printable(info.path)}, {_size(info.file_bytes)}",
+        "file": f"{printable(info.path)}, {size_text(info.file_bytes)}",
         "id": info.id.hex(),
         "parent": parent,
         "pages": f"{info.num_pages} of {info.page_size} tokens, {info.own_pages} in this file",
@@ -95,35 +96,12 @@ def _show(info: SnapshotInfo) -> None:
     rows |= {f"metadata {shown(key)}": shown(value) for key, value in info.metadata.items()}
     width = max(map(len, rows))
     for name, value in rows.items():
-        _say(f"{name:<{width}}  {value}")
-    _say("")
-    _table(
+        say(f"{name:<{width}}  {value}")
+    say("")
+    print_table(
         ("array", "dtype", "shape", "size"),
         [
-            (printable(s.name, _WIDE), s.dtype, "x".join(map(str, s.shape)), _size(s.nbytes))
+            (printable(s.name, _WIDE), s.dtype, "x".join(map(str, s.shape)), size_text(s.nbytes))
             for s in info.arrays
         ],
     )
-
-
-def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
-    rows = [head, *rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    for at, row in enumerate(rows):
-        _say("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip())
-        if at == 0:
-            _say("  ".join("-" * w for w in widths))
-
-
-def _say(line: str) -> None:
-    """Print a line; what the terminal has no letters for is escaped."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(line.encode(encoding, "backslashreplace").decode(encoding))
-
-
-def _size(size: int | float) -> str:
-    for unit in ("bytes", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"

@@ -25,3 +25,8 @@ def test_the_table_of_backends_says_what_the_code_answers():
     pytest.importorskip("triton", reason="the table has a column for the Triton kernel")
     command = [sys.executable, "benchmarks/backend_table.py", "--check"]
     subprocess.run(command, cwd=DOCS.parent, check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+
+
+def test_the_tables_of_results_say_what_the_files_hold():
+    command = [sys.executable, "benchmarks/report.py", "--check"]
+    subprocess.run(command, cwd=DOCS.parent, check=True)
