@@ -37,8 +37,9 @@ def read_model(path: str | os.PathLike[str]) -> ModelShape:
     model = model_of_config(_read_object(path))
     index = path.parent / "model.safetensors.index.json"
     if index.exists():
-        size = _read_object(index).get("metadata", {}).get("total_size")
-        if isinstance(size, int | float) and size > 0:
+        about = _read_object(index).get("metadata")
+        size = about.get("total_size") if isinstance(about, dict) else None
+        if isinstance(size, int | float) and 0 < size < 2**63:
             return replace(model, weights_bytes=int(size))
     return model
 

@@ -100,7 +100,7 @@ def plan_layout(
       page_size: S, in tokens, a power of two.
       dtype: of keys and values: float32, bfloat16 or float16.
       tokens_in_flight: n: a chunk of a prompt, or 2k where k steps are launched before the last k
-        are read; the larger one.
+        are read; the larger one. Of an engine, `EngineConfig.tokens_ahead`.
       cached_tails: as in `Plan`; None: as many as rows.
       head_shards: A, devices over which KV heads are split. Hk / A lie on each, or one where there
         are more devices than heads.

@@ -17,9 +17,11 @@ from jax.sharding import AbstractMesh
 from paged_decode import (
     BlockAllocator,
     CacheLayout,
+    EngineConfig,
     KVCache,
     OutOfPages,
     PageSpec,
+    SamplingParams,
     ShardedAllocator,
     planning,
 )
@@ -36,6 +38,8 @@ from paged_decode.planning import (
     read_model,
 )
 from paged_decode.planning.command import parse_size
+
+from .tiny import DIM, KV_HEADS, make_engine, prompts
 
 GEMMA = ModelShape.of_sizes(18, num_kv_heads=1, head_dim=256, window=512, full_every=6)
 TINY = ModelShape.of_sizes(4, num_kv_heads=2, head_dim=8, window=6, full_every=2)
@@ -166,6 +170,28 @@ def test_one_page_less_than_planned_fails_in_some_order(window, size, chunk):
     assert widest(plan.layout) == windowed.num_pages - 1
     with pytest.raises(OutOfPages):
         widest(less)
+
+
+def test_an_engine_runs_16_rows_in_the_planned_pools_without_a_preemption():
+    model = ModelShape.of_sizes(2, num_kv_heads=KV_HEADS, head_dim=DIM, window=6, full_every=2)
+    shapes: dict = dict(max_rows=16, row_buckets=(16,), max_sequence_tokens=64)
+    shapes |= dict(prefill_chunk=8, prefill_rows=2, decode_steps=4)
+    plan = plan_layout(
+        model,
+        rows=16,
+        context=64,
+        page_size=4,
+        dtype="float32",
+        tokens_in_flight=EngineConfig(**shapes).tokens_ahead,
+        cached_tails=0,
+    )
+    engine, most = make_engine(layout=plan.layout, **shapes), 0
+    for prompt in prompts(18, low=20, high=50):
+        engine.submit(prompt, SamplingParams(max_new_tokens=9))
+    while not engine.idle:
+        engine.step()
+        most = max(most, len(engine.scheduler.running))
+    assert (most, engine.stats.preemptions) == (16, 0)
 
 
 def test_rows_of_32k_tokens_hold_at_most_a_tenth_more_than_their_layers_see():
