@@ -4,9 +4,10 @@ from typing import SupportsIndex
 
 import numpy as np
 
-from .arguments import Ints, as_ints
+from .arguments import Ints, as_count, as_ints
 from .bookkeeping import Bookkeeping
 from .calls import AllocatorCalls
+from .copying import plan_cancel_copy, plan_commit_copy, plan_prepare_copy
 from .eviction import EvictionRank
 from .layout import CacheLayout, pools_of, require_one_group
 from .locking import atomic, changing
@@ -42,6 +43,9 @@ class BlockAllocator(AllocatorCalls):
         a call is planned: if it raises, the call does, and nothing has changed.
       digest: replaces keyed BLAKE2b, `(key, payload) -> bytes`; for tests of collisions.
 
+    Attributes:
+      layout: the layout that was given, or None.
+
     Example:
       >>> allocator = BlockAllocator(num_pages=9, page_size=4)
       >>> handle = allocator.allocate([5, 6, 7, 8, 9])
@@ -76,6 +80,7 @@ class BlockAllocator(AllocatorCalls):
         )
         books = Bookkeeping(pools, size, cache, caching=prefix_cache)
         super().__init__((books,))
+        self.layout = num_pages if isinstance(num_pages, CacheLayout) else None
         self._books, self._rows = books, books.rows
         self._pool, self._cache = books.main.pool, books.cache
 
@@ -105,6 +110,48 @@ class BlockAllocator(AllocatorCalls):
         return collect_state(
             self._books.main, self._rows, row, cached=cached, committed_only=committed_only
         )
+
+    @changing
+    def prepare_copy(self, handle: SupportsIndex, computed: SupportsIndex) -> tuple[list[int], ...]:
+        """Hold pages aside for keys and values that a copy will bring, up to `computed` tokens.
+
+        Of a window those are for what the next query sees, and none before it; groups that see all
+        tokens are filled in the sequence's own pages. Nothing else changes until `commit_copy`.
+        They go back with `cancel_copy`, another `prepare_copy`, or the sequence.
+
+        Args:
+          handle: the sequence.
+          computed: from what is computed to the length.
+
+        Returns:
+          For every group page ids: of a window for its columns `max(0, computed - W + 1) // S` to
+          `ceil(computed / S) - 1`, elsewhere none.
+
+        Raises:
+          ValueError: computed is less or more.
+          OutOfPages, SequenceTooLong, StaleHandle: nothing has changed.
+        """
+        return plan_prepare_copy(self._books, self._row(handle), as_count("computed", computed))()
+
+    @changing
+    def commit_copy(self, handle: SupportsIndex) -> int:
+        """Say that the pages are filled; returns how many tokens are computed now.
+
+        A window has the pages held aside from now on, and gives the others back. They are published
+        when the sequence fills one more.
+
+        Raises:
+          ValueError: no pages are held aside, or more tokens are computed or fewer there by now.
+        """
+        return plan_commit_copy(self._books, self._row(handle))()
+
+    @changing
+    def cancel_copy(self, handle: SupportsIndex) -> None:
+        """Give back what `prepare_copy` holds aside, if there is anything."""
+        plan_cancel_copy(self._books, self._row(handle))()
+
+    def _row(self, handle: SupportsIndex) -> int:
+        return self._home(handle)[1]
 
     def page_stamps(self, pages: Ints | None = None) -> np.ndarray:
         """int64 `[k]`: see `StatePages.stamps`; None is every page."""

@@ -404,16 +404,16 @@ class Bookkeeping:
 
     # ---- pages outside sequences
 
-    def plan_take_raw(self, count: int) -> Plan[list[int]]:
+    def plan_take_raw(self, count: int, group: int) -> Plan[list[int]]:
         """`BlockAllocator.allocate_pages`."""
-        pool, base = self.main.pool, self.main.base
+        pool, base = self.groups[group].pool, self.groups[group].base
         pool.require(count)
         return lambda: [base + page for page in pool.take_raw(count)]
 
-    def plan_free_raw(self, pages: np.ndarray) -> Plan[None]:
+    def plan_free_raw(self, pages: np.ndarray, group: int) -> Plan[None]:
         """`BlockAllocator.free_pages`, with ids from 0."""
-        pool = self.main.pool
-        return partial(pool.release_raw, pool.plan_raw_release(pages, self.main.base))
+        pool, base = self.groups[group].pool, self.groups[group].base
+        return partial(pool.release_raw, pool.plan_raw_release(pages, base))
 
     def plan_import(
         self, state: AllocatorState, pages: Ints, *, private: bool
@@ -455,6 +455,11 @@ class Bookkeeping:
         for pool, table, *_ in self.groups:
             ends = [0] * len(rows) if length is None else (-(-length // pool.page_size)).tolist()
             gone = [table.beyond(at, end)[::-1] for at, end in zip(rows, ends, strict=True)]
+            if table.aside:
+                pairs = zip(rows, ends, strict=True)
+                gone += [
+                    table.aside[at].pages for at, end in pairs if not end and at in table.aside
+                ]
             pages = np.concatenate(gone) if gone else np.empty(0, np.int32)
             release = pool.plan_release(pages, several=len(gone) > 1)
             cuts.append(Cut(ends, release, len(pages)))
@@ -465,5 +470,7 @@ class Bookkeeping:
         for (pool, table, *_), cut in zip(self.groups, cuts, strict=True):
             for each, end in zip(row.tolist(), cut.ends, strict=True):
                 table.cut(each, end)
+                if not end:
+                    table.aside.pop(each, None)
             pool.release(cut.release)
         return sum(cut.num_pages for cut in cuts)

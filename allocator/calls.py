@@ -390,20 +390,22 @@ class AllocatorCalls(AllocatorView):
     # ---- pages outside sequences ----
 
     @changing
-    def allocate_pages(self, k: SupportsIndex) -> list[int]:
-        """Take k raw pages, by number, until `free_pages`; raises OutOfPages."""
-        count, room = as_count("k", k), [books.main.pool.num_available for books in self._shards]
+    def allocate_pages(self, k: SupportsIndex, *, group: SupportsIndex = 0) -> list[int]:
+        """Take k raw pages of a group, by number, until `free_pages`; raises OutOfPages."""
+        count, number = as_count("k", k), self._number(group)
+        pools = [books.groups[number].pool for books in self._shards]
+        room, free = [p.num_available for p in pools], sum(p.num_free for p in pools)
         if count > sum(room):
-            raise OutOfPages(count, self.num_free, self.num_evictable)
+            raise OutOfPages(count, free, sum(room) - free, number)
         plans: list[Plan[list[int]]] = []
         for i in sorted(range(len(room)), key=lambda i: (-room[i], i)):
             share = min(count, room[i])
-            plans.append(self._shards[i].plan_take_raw(share))
+            plans.append(self._shards[i].plan_take_raw(share, number))
             count -= share
         return sum(run(plans), [])
 
     @changing
-    def free_pages(self, pages: Ints) -> None:
+    def free_pages(self, pages: Ints, *, group: SupportsIndex = 0) -> None:
         """Give back pages of `allocate_pages`; the null page among them is padding, and skipped.
 
         Raises:
@@ -414,7 +416,8 @@ class AllocatorCalls(AllocatorView):
         ids = as_ints("pages", pages)
         if ids.ndim != 1:
             raise ValueError(f"pages must have shape [k], got shape {list(ids.shape)}")
-        self._each_pool(ids, lambda books, own: books.plan_free_raw(own))
+        number = self._number(group)
+        self._each_pool(ids, lambda books, own: books.plan_free_raw(own, number), number)
 
     # ---- over all shards
 
@@ -482,11 +485,12 @@ class AllocatorCalls(AllocatorView):
         return run(plan(books, row, at) for books, row, at in self._split(handle))
 
     def _each_pool(
-        self, ids: np.ndarray, plan: Callable[[Bookkeeping, np.ndarray], Plan[None]]
+        self, ids: np.ndarray, plan: Callable[[Bookkeeping, np.ndarray], Plan[None]], group: int = 0
     ) -> None:
-        """The same for pages of the whole pool, which `plan` is given with ids from 0."""
-        if ids.size and (ids.min() < 0 or ids.max() >= self.num_pages):
-            bad = ids[(ids < 0) | (ids >= self.num_pages)][0]
-            raise ValueError(f"pages must be page ids from 0 to {self.num_pages - 1}, got {bad}")
-        shard, own = np.divmod(ids, self.num_pages // len(self._shards))
+        """The same for pages of a whole pool, which `plan` is given with ids from 0."""
+        num_pages, _ = self.pools[group]
+        if ids.size and (ids.min() < 0 or ids.max() >= num_pages):
+            bad = ids[(ids < 0) | (ids >= num_pages)][0]
+            raise ValueError(f"pages must be page ids from 0 to {num_pages - 1}, got {bad}")
+        shard, own = np.divmod(ids, num_pages // len(self._shards))
         run(plan(books, own[shard == i]) for i, books in enumerate(self._shards))

@@ -6,7 +6,14 @@ import numpy as np
 
 from .pool import PagePool
 
-__all__ = ["PageGroup", "PageTable"]
+__all__ = ["Aside", "PageGroup", "PageTable"]
+
+
+class Aside(NamedTuple):
+    """Pages that a row holds in no column yet: a copy fills them, for so many tokens in all."""
+
+    computed: int
+    pages: np.ndarray
 
 
 class PageTable:
@@ -28,6 +35,7 @@ class PageTable:
     def __init__(self, rows: int) -> None:
         self.first, self.end = np.zeros((2, rows), np.int64)
         self.ids = np.zeros((rows, 8), np.int32)
+        self.aside: dict[int, Aside] = {}  # by row
 
     def pages(self, row: int) -> np.ndarray:
         """int32, a view: the row's pages in order."""
@@ -71,10 +79,12 @@ class PageTable:
         self.make_room(len(live), 0)
         self.first[~live] = self.end[~live] = 0
         self.ids[~self._used()] = 0
+        self.aside = {row: aside for row, aside in self.aside.items() if live[row]}
 
     def owners(self, num_pages: int) -> np.ndarray:
         """int64 `[N]`: how many rows hold each page; only of a table that was repaired."""
-        return np.bincount(self.ids[self._used()], minlength=num_pages)
+        aside = (each.pages for each in self.aside.values())
+        return np.bincount(np.concatenate([self.ids[self._used()], *aside]), minlength=num_pages)
 
     def _used(self) -> np.ndarray:
         column = np.arange(self.ids.shape[1])

@@ -67,7 +67,8 @@ def _owners(pool: PagePool, table: PageTable, rows: RowTable) -> Iterator[str]:
     live = rows.live
     pages, column = table.ids[live], np.arange(table.ids.shape[1])
     used = (column >= table.first[live][:, None]) & (column < table.end[live][:, None])
-    counted = np.bincount(pages[used], minlength=len(pool.refs)) + pool.raw
+    held = np.concatenate([pages[used], *(each.pages for each in table.aside.values())])
+    counted = np.bincount(held, minlength=len(pool.refs)) + pool.raw
     for page in (counted != pool.refs).nonzero()[0].tolist():
         yield f"page {page} has ref count {pool.refs[page]} but {counted[page]} owners"
     if pool.refs[0] != 1 or not pool.raw[0]:

@@ -5,6 +5,7 @@ import numpy as np
 from .bookkeeping import Bookkeeping
 from .groups import PageGroup
 from .rows import ALL, RowTable
+from .windows import first_column, window_of
 
 __all__ = ["repair"]
 
@@ -26,6 +27,7 @@ def repair(books: Bookkeeping) -> None:
         if _cut_reserved(group, rows):
             _recount(group)
     _fit_lengths(books)
+    _fit_windows(books)
     for row in rows.live.tolist():
         _fit_chain(books, row)
 
@@ -61,6 +63,23 @@ def _fit_lengths(books: Bookkeeping) -> None:
     rows.length[live], rows.computed[live] = length, computed
     described = np.maximum(rows.described[live], computed)
     rows.described[live] = np.where(described >= length, ALL, described)
+
+
+def _fit_windows(books: Bookkeeping) -> None:
+    """Who lacks what its window needs has nothing computed: a call that replaced it got no further.
+
+    The pages that it has left go back.
+    """
+    rows, live = books.rows, books.rows.live
+    lost = np.zeros(len(live), bool)
+    for group in books.windows:
+        needed = first_column(rows.computed[live], window_of(group), group.pool.page_size)
+        lost |= group.table.first[live] > needed
+    rows.computed[live[lost]] = 0
+    for group in books.windows if lost.any() else ():
+        for row in live[lost].tolist():
+            group.table.cut(row, 0)
+        _recount(group)
 
 
 def _fit_chain(books: Bookkeeping, row: int) -> None:

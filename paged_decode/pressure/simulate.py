@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ..allocator import BlockAllocator
+from ..allocator import BlockAllocator, CacheLayout, PageSpec
 from ..cache import KVCache
 from ..engine import EngineConfig, EngineStats
 from ..engine.config import sequence_limit
@@ -290,15 +290,9 @@ def _read(context: np.ndarray, steps: np.ndarray, window: int | None = None) -> 
 
 
 def _pool_without_memory(allocator: BlockAllocator) -> KVCache:
-    return jax.eval_shape(
-        lambda: KVCache.create(
-            num_layers=1,
-            num_pages=allocator.num_pages,
-            num_kv_heads=1,
-            page_size=allocator.page_size,
-            head_dim=1,
-        )
-    )
+    groups = (PageSpec((i,), 1, 1, n, window=w) for i, (n, w) in enumerate(allocator.pools))
+    layout = CacheLayout(allocator.page_size, tuple(groups))
+    return jax.eval_shape(lambda: KVCache.create(layout=layout))
 
 
 def _generated(sample: Sample) -> int:

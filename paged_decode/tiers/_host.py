@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
 
 from .._devices import tied
 from ..allocator import BlockAllocator, Handle
 from ..allocator.arguments import as_count, as_counts
-from ..allocator.layout import require_one_group
 from ..cache import KVCache
+from ..errors import OutOfPages
 from ._device import CacheHolder, CopyPending, DeviceMover, PageMover, fits
 from ._disk import DiskTier
+from ._wanted import Wanted, keys_of, part_of, wanted_pages, with_part
 
 __all__ = ["HostTier", "TierStats"]
 
@@ -63,13 +65,8 @@ class _Held:
         self.cache = change(self.cache)
 
 
-@dataclass(slots=True)
-class _Wanted:
-    """The pages of a sequence: digest and tokens of each, a last partial one included."""
-
-    keys: list[bytes]
-    tokens: list[np.ndarray]
-    pages: list[int] = field(default_factory=list)
+_Found = dict[int, tuple[_Chunk, int]]
+"""By column, the chunk that has the page, and the row in it."""
 
 
 class HostTier:
@@ -87,8 +84,12 @@ class HostTier:
     load     the longest run of known pages -> the pages of a new sequence, committed
     ```
 
+    Of several groups of layers each has its own chunks. A sequence is stored in all of them or,
+    without the room, not at all: in a window the pages that it still holds. It comes back as far
+    as every group has what the next token sees; a window takes no page for what is before.
+
     Args:
-      capacity_pages: at rest and in flight together.
+      capacity_pages: at rest and in flight together, of whatever group.
       buckets: pages per copy; a device program is compiled for each. 1 is always one of them.
       mover: how pages travel; None is `DeviceMover()`.
       disk: where chunks go that are given up; None is nowhere.
@@ -136,9 +137,12 @@ class HostTier:
         compiles programs anew for it: compile your own afterwards, as `Engine.warmup` does.
         """
         cache = tied(cache)
-        for size in self.buckets:
-            null = np.zeros(size, np.int32)
-            cache = self.mover.put(cache, self.mover.finish(self.mover.take(cache, null)), null)
+        groups = range(len(cache.pools)) if isinstance(cache, KVCache) else (0,)
+        for group in [g for g in groups if jax.tree.leaves(part_of(cache, g))]:
+            for size in self.buckets:
+                null, part = np.zeros(size, np.int32), part_of(cache, group)
+                part = self.mover.put(part, self.mover.finish(self.mover.take(part, null)), null)
+                cache = with_part(cache, group, part)
         return cache
 
     def store(self, cache: Any, allocator: BlockAllocator, handle: Handle) -> int:
@@ -152,16 +156,20 @@ class HostTier:
         """
         _check_pool(cache, allocator)
         info = allocator.sequence(handle)
-        wanted = _wanted(allocator, handle, 0 if info.private else info.computed)
-        known = [key in self._where or key in self._coming for key in wanted.keys]
-        self._touch(key for key in reversed(wanted.keys))
-        missing = [at for at, there in enumerate(known) if not there]
-        room = self._make_room(len(missing), keep=set(wanted.keys))
-        for places in _split(missing[:room], self.buckets):
-            if not self._send(cache, wanted, places):
-                break
-        here = (key in self._where or key in self._coming for key in wanted.keys)
-        return next((at for at, there in enumerate(here) if not there), len(known))
+        wanted = wanted_pages(allocator, handle, 0 if info.private else info.computed)
+        if not wanted:
+            return 0
+        self._touch(each.keys[column] for each in wanted for column in reversed(each.held))
+        missing = [[at for at in each.held if not self._has(each.keys[at])] for each in wanted]
+        count = sum(map(len, missing))
+        room = self._make_room(count, {each.keys[at] for each in wanted for at in each.held})
+        if room == count or len(wanted) == 1:
+            for each, columns in zip(wanted, missing, strict=True):
+                for some in _split(columns[:room], self.buckets):
+                    if not self._send(cache, each, some):
+                        break
+        keys = wanted[0].keys
+        return next((at for at, key in enumerate(keys) if not self._has(key)), len(keys))
 
     def settle(self) -> None:
         """Wait for the copies that were begun, and make their pages findable."""
@@ -199,34 +207,19 @@ class HostTier:
         """`load` into a cache that somebody else holds, who alone replaces it."""
         cache = holder.cache
         _check_pool(cache, allocator)
-        info = allocator.sequence(handle)
-        first, rest = divmod(info.computed, allocator.page_size)
+        info, size = allocator.sequence(handle), allocator.page_size
+        first, rest = divmod(info.computed, size)
         if rest or info.private or info.computed == info.length:
             return
-        wanted = _wanted(allocator, handle, info.length)
-        found = list(self._find(wanted, first, cache))
-        loaded = set()
+        wanted = wanted_pages(allocator, handle, info.length)
+        busy: list[_Chunk] = []
         try:
-            for chunk in dict.fromkeys(chunk for chunk, _ in found):
-                ids = np.zeros(len(chunk.keys), np.int32)
-                mine = [(at, row) for at, (c, row) in enumerate(found, first) if c is chunk]
-                for at, row in mine:
-                    ids[row] = wanted.pages[at]
-                holder.exchange(partial(self._put, chunk, ids))
-                loaded.update(at for at, _ in mine)
-        except COPY_ERRORS:
-            if getattr(holder.cache, "is_deleted", False):
-                raise
-            self.stats.failed_copies += 1
+            end, found = self._longest(wanted, first, info.length, size, cache, busy)
+            if end > first:
+                self._bring(holder, allocator, handle, wanted, range(first, end), found)
         finally:
-            for chunk, _ in found:
+            for chunk in busy:
                 chunk.busy = False
-        end = next(at for at in range(first, len(wanted.keys) + 1) if at not in loaded)
-        self.stats.loaded += end - first
-        allocator.commit(
-            [handle], [max(info.computed, min(end * allocator.page_size, info.length))]
-        )
-        self._touch(reversed(wanted.keys[:end]))
 
     def forget(self, allocator: BlockAllocator, handle: Handle) -> None:
         """Forget the pages of a sequence, in flight and on the disk too: they may be wrong.
@@ -236,7 +229,9 @@ class HostTier:
         info, tokens = allocator.sequence(handle), allocator.tokens(handle)
         if not len(tokens):
             return
-        keys = set(allocator.prefix_digests(tokens, cache_salt=info.cache_salt))
+        digests = allocator.prefix_digests(tokens, cache_salt=info.cache_salt)
+        groups = range(len(allocator.pools))
+        keys = {key for group in groups for key in keys_of(allocator, group, digests)}
         for chunk in [c for c in self._flying if not keys.isdisjoint(c.keys)]:
             self._flying.remove(chunk)
             self._coming.difference_update(chunk.keys)
@@ -275,35 +270,138 @@ class HostTier:
 
     # ---- one copy
 
-    def _send(self, cache: Any, wanted: _Wanted, places: list[int]) -> bool:
+    def _has(self, key: bytes) -> bool:
+        return key in self._where or key in self._coming
+
+    def _send(self, cache: Any, wanted: Wanted, columns: list[int]) -> bool:
+        pages = np.array([wanted.page(column) for column in columns], np.int32)
         try:
-            copy = self.mover.take(cache, np.array([wanted.pages[at] for at in places], np.int32))
+            copy = self.mover.take(part_of(cache, wanted.group), pages)
         except COPY_ERRORS:
             self.stats.failed_copies += 1
             return False
-        keys = tuple(wanted.keys[at] for at in places)
-        self._flying.append(_Chunk(keys, tuple(wanted.tokens[at] for at in places), copy))
+        keys = tuple(wanted.keys[column] for column in columns)
+        tokens = tuple(wanted.tokens[column] for column in columns)
+        self._flying.append(_Chunk(keys, tokens, copy))
         self._coming.update(keys)
         self.num_pages += len(keys)
         return True
-
-    def _put(self, chunk: _Chunk, ids: np.ndarray, cache: Any) -> Any:
-        return self.mover.put(cache, chunk.pages, ids)
 
     def _shelve(self, chunk: _Chunk) -> None:
         self._chunks[id(chunk)] = chunk
         self._where.update((key, (chunk, row)) for row, key in enumerate(chunk.keys))
 
-    def _find(self, wanted: _Wanted, first: int, cache: Any) -> Iterator[tuple[_Chunk, int]]:
-        """Chunk and row of each page from `first` on, until one is missing; busy then."""
-        for key, tokens in zip(wanted.keys[first:], wanted.tokens[first:], strict=True):
-            if key not in self._where and not self._revive(key, set(wanted.keys), cache):
+    # ---- what comes back
+
+    def _longest(
+        self,
+        wanted: list[Wanted],
+        first: int,
+        length: int,
+        size: int,
+        cache: Any,
+        busy: list[_Chunk],
+    ) -> tuple[int, list[_Found]]:
+        """Up to which column every group has here what it needs, and where; those chunks are
+        `busy` then. A column that a window lacks is lacked by every end behind it."""
+        found: list[_Found] = [{} for _ in wanted]
+        keep = {key for each in wanted for key in each.keys}
+
+        def has(at: int, column: int) -> bool:
+            if column not in found[at]:
+                if (place := self._find(wanted[at], column, cache, keep)) is None:
+                    return False
+                place[0].busy = True
+                busy.append(place[0])
+                found[at][column] = place
+            return True
+
+        full = [at for at, each in enumerate(wanted) if each.window is None]
+        windows = [at for at, each in enumerate(wanted) if each.window is not None]
+        end = first
+        while end < len(wanted[0].keys) and all(has(at, end) for at in full):
+            end += 1
+        while end > first:
+            lacking = (
+                column
+                for at in windows
+                for column in reversed(wanted[at].needed(first, min(end * size, length), size))
+                if not has(at, column)
+            )
+            if (column := next(lacking, None)) is None:
+                break
+            end = column
+        return end, found
+
+    def _find(
+        self, wanted: Wanted, column: int, cache: Any, keep: set[bytes]
+    ) -> tuple[_Chunk, int] | None:
+        """Chunk and row of a page; None if it is not here, nor on the disk."""
+        key = wanted.keys[column]
+        if key not in self._where and not self._revive(key, keep, part_of(cache, wanted.group)):
+            return None
+        chunk, row = self._where[key]
+        same = np.array_equal(chunk.tokens[row], wanted.tokens[column])
+        return (chunk, row) if same else None  # else two contents of one digest
+
+    def _bring(
+        self,
+        holder: CacheHolder,
+        allocator: BlockAllocator,
+        handle: Handle,
+        wanted: list[Wanted],
+        columns: range,
+        found: list[_Found],
+    ) -> None:
+        """Copy back these columns, and what windows need at the end of them; then commit.
+
+        Of one group as far as copies went well. Of several all or nothing: where a window has no
+        room, or a copy fails, the tokens are computed.
+        """
+        size, length = allocator.page_size, allocator.sequence(handle).length
+        computed = min(columns.stop * size, length)
+        windows = any(each.window is not None for each in wanted)
+        try:
+            aside = allocator.prepare_copy(handle, computed) if windows else ()
+        except OutOfPages:
+            return
+        for at, each in enumerate(wanted):
+            need = each.needed(columns.start, computed, size)
+            if each.window is not None:
+                wanted[at] = each = each.holding(need.start, aside[each.group])
+            loaded = self._copy(holder, each, {column: found[at][column] for column in need})
+            end = next((column for column in need if column not in loaded), need.stop)
+            self.stats.loaded += len(loaded) if windows else end - need.start
+            if end < need.stop and len(wanted) > 1:
+                if windows:
+                    allocator.cancel_copy(handle)
                 return
-            chunk, row = self._where[key]
-            if not np.array_equal(chunk.tokens[row], tokens):
-                return  # two contents of one digest
-            chunk.busy = True
-            yield chunk, row
+            columns = range(columns.start, min(end, columns.stop))
+        if windows:
+            allocator.commit_copy(handle)
+        elif columns:
+            allocator.commit([handle], [min(columns.stop * size, length)])
+        self._touch(reversed(wanted[0].keys[: columns.stop]))
+
+    def _copy(self, holder: CacheHolder, wanted: Wanted, found: _Found) -> set[int]:
+        """Copy these columns to the pages that the sequence has; returns which are there now."""
+        loaded: set[int] = set()
+        try:
+            for chunk in dict.fromkeys(chunk for chunk, _ in found.values()):
+                ids = np.zeros(len(chunk.keys), np.int32)
+                mine = [(column, row) for column, (c, row) in found.items() if c is chunk]
+                for column, row in mine:
+                    ids[row] = wanted.page(column)
+                holder.exchange(partial(self._put, chunk, ids, wanted.group))
+                loaded.update(column for column, _ in mine)
+        except COPY_ERRORS:
+            if getattr(holder.cache, "is_deleted", False):
+                raise
+            self.stats.failed_copies += 1
+        return loaded
+
+    def _put(self, chunk: _Chunk, ids: np.ndarray, group: int, cache: Any) -> Any:
+        return with_part(cache, group, self.mover.put(part_of(cache, group), chunk.pages, ids))
 
     # ---- room
 
@@ -354,20 +452,8 @@ class HostTier:
 
 
 def _check_pool(cache: Any, allocator: BlockAllocator) -> None:
-    require_one_group(allocator.pools, "the host tier")
     if isinstance(cache, KVCache):
         cache.check_allocator(allocator)
-
-
-def _wanted(allocator: BlockAllocator, handle: Handle, num_tokens: int) -> _Wanted:
-    """The pages that hold the first so many tokens."""
-    if num_tokens == 0:
-        return _Wanted([], [])
-    info, size = allocator.sequence(handle), allocator.page_size
-    tokens = allocator.tokens(handle)[:num_tokens]
-    keys = allocator.sequence_digests(handle, num_tokens, partial=True)
-    parts = [tokens[begin : begin + size] for begin in range(0, num_tokens, size)]
-    return _Wanted(keys, parts, list(info.pages[: len(keys)]))
 
 
 def _split(places: list[int], buckets: tuple[int, ...]) -> Iterator[list[int]]:

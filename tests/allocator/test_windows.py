@@ -15,6 +15,7 @@ from paged_decode.allocator import (
     PageTableError,
     SequenceTooLong,
     ShardedAllocator,
+    StaleHandle,
 )
 from paged_decode.allocator.windows import first_column, most_pages
 
@@ -229,6 +230,54 @@ def test_a_call_that_is_cut_off_anywhere_leaves_both_groups_consistent(name, sha
         allocator.free(list(allocator.handles))
         assert allocator.stats(0).used == allocator.stats(1).used == 0
     assert at > 30
+
+
+def test_what_a_copy_brought_is_the_window_s_at_once_or_the_sequence_begins_anew():
+    at, torn = 0, True
+    while torn:
+        allocator = BlockAllocator(layout(6, 4))
+        handle = allocator.allocate(range(30), chunk=8)
+        compute(allocator, handle, 9, 8)
+
+        def copied(allocator=allocator, handle=handle):
+            before = allocator.sequence(handle).groups
+            _, pages = allocator.prepare_copy(handle, 27)
+            assert len(pages) == 2 and allocator.sequence(handle).groups == before
+            assert allocator.commit_copy(handle) == 27
+            assert allocator.sequence(handle).groups[1] == (5, tuple(pages))
+
+        torn = interrupted(copied, at)
+        at += 2
+        allocator.check_invariants()
+        info = allocator.sequence(handle)
+        assert info.computed in ((0, 9, 27) if torn else (27,)) and len(info.groups[0].pages) == 8
+        allocator.free(handle)
+        assert allocator.stats(0).used == allocator.stats(1).used == 0
+    assert at > 30
+
+
+def test_pages_held_aside_for_a_copy_go_back_with_the_copy_or_the_sequence():
+    allocator = BlockAllocator(layout(6, 4, pages=5))
+    handle = allocator.allocate(range(30), chunk=4)
+    for end in (27, 30, 27):
+        allocator.prepare_copy(handle, end)
+        allocator.check_invariants()
+        assert allocator.stats(1).used == 3
+    for end in (-1, 31):
+        with pytest.raises(ValueError, match="computed must be"):
+            allocator.prepare_copy(handle, end)
+    for drop in (allocator.cancel_copy, lambda h: allocator.truncate([h], 0), allocator.free):
+        other = allocator.allocate(range(9), chunk=4) if drop != allocator.free else handle
+        allocator.cancel_copy(handle)
+        allocator.prepare_copy(other, 9)
+        drop(other)
+        with pytest.raises((ValueError, StaleHandle)):
+            allocator.commit_copy(other)
+        allocator.check_invariants()
+        assert allocator.stats(1).used <= 2
+        if other != handle:
+            allocator.free(other)
+    assert allocator.stats(0).used == allocator.stats(1).used == 0
 
 
 # ---- random programs, with the device's memory beside

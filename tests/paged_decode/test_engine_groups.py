@@ -12,6 +12,7 @@ from paged_decode.allocator.windows import most_pages
 from paged_decode.faults import poison_free_pages
 from paged_decode.policies import MustFit
 from paged_decode.requests import gather
+from paged_decode.tiers import HostTier
 
 from .tiny import DIM, KV_HEADS, dense_greedy, dense_logits, make_engine, preempt, prompts
 
@@ -89,6 +90,17 @@ def test_short_of_pages_of_either_group_or_preempted_at_will_tokens_are_the_same
     engine = engine_of(full=30, windowed=2 * BOUND, max_sequence_tokens=116)
     assert answers(engine, LENGTHS, poison=True, forced=9) == expected(LENGTHS)
     assert engine.stats.preemptions > 3
+
+
+def test_what_gave_way_comes_back_from_the_tier_in_every_group():
+    """Windows without the pages that they had passed."""
+    tier = HostTier(500, buckets=(1, 4))
+    engine = engine_of(policies=dict(tier=tier), prefix_cache=False)
+    assert answers(engine, LENGTHS, poison=True, forced=3) == expected(LENGTHS)
+    tier.check_invariants()
+    stats = engine.stats
+    assert stats.preemptions == stats.swaps > 5 and stats.swapped_in_pages > 20
+    assert stats.recomputed_tokens < 80
 
 
 def test_samples_and_forks_share_a_window_and_go_their_own_ways():

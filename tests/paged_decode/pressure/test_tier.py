@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paged_decode import BlockAllocator, KVCache
+from paged_decode import BlockAllocator, CacheLayout, KVCache, PageSpec
 from paged_decode.faults import FaultPlan, Faults
 from paged_decode.tiers import CopyFailed, CopyPending, DeviceMover, DiskTier, HostTier
 
@@ -50,6 +50,110 @@ def started(allocator, tokens, salt=None):
 def forget(allocator, *handles):
     allocator.free(list(handles))
     assert allocator.reset_prefix_cache(same_weights=True)
+
+
+WINDOW = 6
+LAYOUT = CacheLayout(
+    SIZE,
+    (
+        PageSpec((1, 3), num_kv_heads=2, head_dim=8, num_pages=40),
+        PageSpec((0, 2), num_kv_heads=1, head_dim=16, num_pages=20, window=WINDOW),
+        PageSpec((4,), num_kv_heads=1, head_dim=8, num_pages=40, dtype=jnp.bfloat16),
+    ),
+)
+
+
+def grouped(seed=0):
+    """A cache of three groups of random numbers, and the books of it."""
+    rng = np.random.default_rng(seed)
+    cache = jax.tree.map(
+        lambda a: jnp.asarray(rng.normal(size=a.shape), a.dtype), KVCache.create(layout=LAYOUT)
+    )
+    return cache, BlockAllocator(LAYOUT, hash_key=b"k")
+
+
+def prefilled(allocator, tokens, end, chunk=8):
+    """A sequence, computed up to `end` as a prefill does."""
+    handle = allocator.allocate(tokens, chunk=chunk)
+    for done in (*range(chunk, end, chunk), end):
+        allocator.prepare([handle], done)
+        allocator.commit([handle], done)
+    return handle
+
+
+def seen_of(cache, allocator, handle):
+    """The keys and values of every layer that its next token sees, as bytes."""
+    info, found = allocator.sequence(handle), []
+    for layer, (k, v) in enumerate(zip(cache.k_pages, cache.v_pages, strict=True)):
+        first, pages = info.groups[LAYOUT.group_of[layer]]
+        window = LAYOUT.groups[LAYOUT.group_of[layer]].window or info.computed + 1
+        begin = max(0, info.computed - window + 1)
+        for pool in (k, v):
+            text = np.moveaxis(np.asarray(pool)[list(pages)], 1, 2).reshape(-1, pool.shape[1])
+            rows = text.reshape(len(pages) * SIZE, -1)
+            found.append(rows[begin - first * SIZE : info.computed - first * SIZE].tobytes())
+    return found
+
+
+@pytest.mark.parametrize("spills", [False, True])
+def test_every_group_comes_back_as_far_as_its_window_still_held_it(spills, tmp_path):
+    cache, allocator = grouped()
+    disk = DiskTier(tmp_path, 10**7)
+    tier = HostTier(24 if spills else 100, buckets=(1, 4), disk=disk)
+    rng = np.random.default_rng(1)
+    texts = [rng.integers(0, 50, n).tolist() for n in (37, 30, 21)]
+    want = []
+    for text in texts:
+        handle = prefilled(allocator, text, len(text))
+        want.append(seen_of(cache, allocator, handle))
+        assert tier.store(cache, allocator, handle) == -(-len(text) // SIZE)
+        tier.settle()
+        forget(allocator, handle)
+    assert (tier.stats.spilled > 0) == spills
+    for text, wanted in zip(texts, want, strict=True):
+        handle = allocator.allocate(text, chunk=8)
+        used = allocator.stats(1).used
+        cache = tier.load(cache, allocator, handle)
+        assert allocator.sequence(handle).computed == len(text)
+        assert allocator.stats(1).used <= used and allocator.stats(1).peak_used <= 8
+        assert seen_of(cache, allocator, handle) == wanted
+        allocator.check_invariants()
+        tier.check_invariants()
+        allocator.advance([handle], [7], commit=True)
+        forget(allocator, handle)
+    assert (tier.stats.revived > 0) == spills
+    assert all(allocator.stats(group).used == 0 for group in range(3))
+
+
+def test_of_several_groups_all_come_back_or_nothing_does():
+    cache, allocator = grouped()
+    tier, text = HostTier(100, buckets=(1, 4)), list(range(37))
+    handle = prefilled(allocator, text, 37)
+    tier.store(cache, allocator, handle)
+    tier.settle()
+    forget(allocator, handle)
+    other = allocator.allocate(range(60, 79))  # which leaves no page for the window
+    handle = allocator.allocate(text, chunk=56)
+    before = allocator.sequence(handle)
+    allocator.allocate_pages(allocator.stats(1).free, group=1)
+    cache = tier.load(cache, allocator, handle)
+    assert allocator.sequence(handle) == before and before.computed == 0
+    allocator.check_invariants()
+
+    class Failing(DeviceMover):
+        def put(self, cache, rested, pages):
+            if len(jax.tree.leaves(cache)) == 2:  # of the last group
+                raise CopyFailed("no")
+            return super().put(cache, rested, pages)
+
+    allocator.free([other])
+    tier.mover = Failing()
+    cache = tier.load(cache, allocator, handle)
+    assert tier.stats.failed_copies == 1 and allocator.sequence(handle) == before
+    assert allocator.stats(1).used - allocator.stats(1).raw == len(before.groups[1].pages)
+    tier.forget(allocator, handle)
+    assert tier.num_pages == 0
+    tier.check_invariants()
 
 
 class Held:

@@ -1,0 +1,97 @@
+"""Keys and values that a copy brings to a sequence, instead of a program: pages held aside for it.
+
+```
+W 6, S 4, computed 9; a tier has what is needed of 30 tokens
+column      1    2    .    6    7                   1    2    6    7
+         [ own ][ own ]  [aside][aside]   ->                [ own ][ own ]
+                          are filled          commit        computed 30
+```
+
+Only windows need that: other groups have pages for all tokens, and are filled where they lie.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from .bookkeeping import Bookkeeping
+from .groups import Aside, PageGroup
+from .windows import first_column, require_room
+
+__all__ = ["plan_cancel_copy", "plan_commit_copy", "plan_prepare_copy"]
+
+
+def plan_prepare_copy(
+    books: Bookkeeping, row: int, computed: int
+) -> Callable[[], tuple[list[int], ...]]:
+    """`BlockAllocator.prepare_copy`; what was held aside before goes back."""
+    cancel = plan_cancel_copy(books, row)
+    _require_computed(books, row, computed)
+    counts = [
+        group.pool.pages_for(computed) - _first(group, computed) if group.window else 0
+        for group in books.groups
+    ]
+    for group, count in zip(books.groups, counts, strict=True):
+        require_room(group, np.array([count]))
+        before = group.table.aside.get(row)
+        group.pool.require(count - (0 if before is None else len(before.pages)))
+
+    def apply() -> tuple[list[int], ...]:
+        cancel()
+        for group, count in zip(books.groups, counts, strict=True):
+            if group.window is not None:
+                group.table.aside[row] = Aside(computed, group.pool.take(count))
+        held = ((group, group.table.aside.get(row)) for group in books.groups)
+        return tuple([] if a is None else group.whole(a.pages).tolist() for group, a in held)
+
+    return apply
+
+
+def plan_commit_copy(books: Bookkeeping, row: int) -> Callable[[], int]:
+    """`BlockAllocator.commit_copy`."""
+    rows, plans, computed = books.rows, [], -1
+    for group in books.windows:
+        if (aside := group.table.aside.get(row)) is not None:
+            computed = aside.computed
+            release = group.pool.plan_release(group.table.pages(row)[::-1].copy())
+            plans.append((group, aside.pages, _first(group, computed), release))
+    if len(plans) != len(books.windows) or not plans:
+        raise ValueError("no pages are held aside for a copy: call prepare_copy first")
+    _require_computed(books, row, computed)
+
+    def apply() -> int:
+        for group, pages, first, release in plans:
+            table = group.table
+            table.cut(row, int(table.first[row]))
+            table.set(row, pages, first)
+            table.aside.pop(row, None)
+            group.pool.release(release)
+        rows.computed[row] = computed
+        rows.describe(np.array([row]), np.maximum(rows.described[[row]], computed))
+        return computed
+
+    return apply
+
+
+def plan_cancel_copy(books: Bookkeeping, row: int) -> Callable[[], None]:
+    """`BlockAllocator.cancel_copy`."""
+    held = [(group, group.table.aside[row]) for group in books.windows if row in group.table.aside]
+    plans = [(group, group.pool.plan_release(aside.pages)) for group, aside in held]
+
+    def apply() -> None:
+        for group, release in plans:
+            group.table.aside.pop(row, None)
+            group.pool.release(release)
+
+    return apply
+
+
+def _first(group: PageGroup, computed: int) -> int:
+    window = group.window or 1
+    return int(first_column(np.array([computed]), window, group.pool.page_size)[0])
+
+
+def _require_computed(books: Bookkeeping, row: int, computed: int) -> None:
+    known, length = int(books.rows.computed[row]), int(books.rows.length[row])
+    if not known <= computed <= length:
+        raise ValueError(f"computed must be from {known} to {length}, got {computed}")
