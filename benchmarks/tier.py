@@ -222,7 +222,7 @@ class AllAtOnce(DeviceMover):
     """The same arrays, handed over in one go."""
 
     def take(self, cache: Any, pages: np.ndarray) -> Any:
-        out = _gather(jax.tree.leaves(cache), pages)
+        out = _gather(jax.tree.leaves(cache), pages, axis=0)
         return jax.device_put(out, [a.sharding.with_memory_kind("pinned_host") for a in out])
 
     def finish(self, copy: Any) -> Any:

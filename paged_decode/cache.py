@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from ._devices import put_beside
 from ._matching import check_sizes, matching_group
+from ._pools import Place, empty_pages, layout_of, place_of
 from .allocator import (
     BlockAllocator,
     CacheLayout,
@@ -38,6 +38,7 @@ from .sharding import Spread, split_batch, split_copies
 __all__ = ["DecodeBatch", "GroupBatch", "KVCache", "PageCopies", "one_token_batch"]
 
 Allocator: TypeAlias = BlockAllocator | ShardedAllocator
+Layer: TypeAlias = int | Int[AnyArray, ""]
 
 
 @jax.tree_util.register_dataclass
@@ -51,10 +52,11 @@ class KVCache:
     nothing is ever read from it.
 
     Attributes:
-      k_pages: L arrays `[N, Hk, S, D]`.
-      v_pages: L arrays `[N, Hk, S, D]`.
+      k_pages: L arrays `[N, Hk, S, D]`; stacked, one `[L, N, Hk, S, D]` for each group.
+      v_pages: like `k_pages`.
       placement: how they lie on a mesh, those of the first group; None: on one device.
       layout: which layers have pages of their own; None: all lie in one group, and see all tokens.
+      stacked: whether the layers of a group are one array.
 
     Example:
       >>> cache = KVCache.create(
@@ -67,6 +69,7 @@ class KVCache:
     v_pages: tuple[Any, ...]
     placement: Placement | None = field(default=None, metadata=dict(static=True))
     layout: CacheLayout | None = field(default=None, metadata=dict(static=True))
+    stacked: bool = field(default=False, metadata=dict(static=True))
 
     @classmethod
     def create(
@@ -82,6 +85,7 @@ class KVCache:
         mesh: Mesh | AbstractMesh | None = None,
         head_axis: Axis = None,
         data_axis: Axis = None,
+        stacked: bool = False,
     ) -> KVCache:
         """Make an empty cache of layers that are alike; `num_pages` counts the null page.
 
@@ -91,69 +95,44 @@ class KVCache:
         copies every new head r times. Over `data_axis` of R devices, rows and pages are split:
         each shard has `num_pages / R` pages, the first of which is its null page, and the ids that
         the device sees are local to it (`split`). Other axes of the mesh hold copies.
+        Stacked, the layers of each group are one array, for models that scan over them: with
+        `group=` the methods take a layer within a group, which may be traced.
 
         Raises:
           TypeError: a size is not an integer, is missing, or is given beside a layout.
           ValueError: a size is less than 1, there are fewer than 2 pages or more than 2**31 slots,
             page_size is not a power of two, or heads or pages cannot be split so.
         """
-        if layout is None:
-            layout = CacheLayout.uniform(
-                num_layers=_given("num_layers", num_layers),
-                num_pages=_given("num_pages", num_pages),
-                num_kv_heads=_given("num_kv_heads", num_kv_heads),
-                page_size=_given("page_size", page_size),
-                head_dim=_given("head_dim", head_dim),
-                dtype=dtype,
-            )
-        elif any(
-            each is not None for each in (num_layers, num_pages, num_kv_heads, page_size, head_dim)
-        ):
-            raise TypeError("the layout has all sizes: give either it or them")
-        if (mesh is None) != (head_axis is None and data_axis is None):
-            raise ValueError(
-                f"mesh and head_axis or data_axis go together; got {mesh}, {head_axis!r} and "
-                f"{data_axis!r}"
-            )
-        placement = None
-        for group in reversed(layout.groups):  # all of them can be split; that of the first stays
-            placement = mesh and Placement.create(
-                mesh,
-                num_kv_heads=group.num_kv_heads,
-                num_pages=group.num_pages,
-                head_axis=head_axis,
-                data_axis=data_axis,
-            )
-
-        def pages(layer: int) -> Array:
-            group = layout.groups[layout.group_of[layer]]
-            heads = group.num_kv_heads * (
-                placement.copies_of(group.num_kv_heads) if placement else 1
-            )
-            shape = (group.num_pages, heads, layout.page_size, group.head_dim)
-            where = placement and placement.sharding("N, Hk, S, D")
-            return jnp.zeros(shape, group.dtype, device=where)
-
-        k_pages, v_pages = (tuple(map(pages, range(layout.num_layers))) for _ in "kv")
-        return cls(k_pages, v_pages, placement, layout if len(layout.groups) > 1 else None)
+        layout = layout_of(
+            layout,
+            dtype,
+            num_layers=num_layers,
+            num_pages=num_pages,
+            num_kv_heads=num_kv_heads,
+            page_size=page_size,
+            head_dim=head_dim,
+        )
+        k_pages, v_pages, placement = empty_pages(
+            layout, stacked=stacked, mesh=mesh, head_axis=head_axis, data_axis=data_axis
+        )
+        kept = layout if stacked or len(layout.groups) > 1 else None
+        return cls(k_pages, v_pages, placement, kept, stacked)
 
     @property
     def num_layers(self) -> int:
         """L."""
-        return len(self.k_pages)
+        return len(self.k_pages) if self.layout is None else self.layout.num_layers
 
     @property
     def num_pages(self) -> int:
         """N, the null page included; of the first group of layers."""
-        if self.layout is not None:
-            return self.layout.groups[0].num_pages
-        return self.k_pages[0].shape[0]
+        return self.pools[0][0]
 
     @property
     def pools(self) -> tuple[tuple[int, int | None], ...]:
         """Pages and window of every group of layers."""
         if self.layout is None:
-            return ((self.num_pages, None),)
+            return ((self.k_pages[0].shape[-4], None),)
         return self.layout.pools
 
     def group_of(self, layer: int) -> int:
@@ -162,19 +141,22 @@ class KVCache:
 
     def kv_copies(self, layer: int) -> int:
         """How many devices of the mesh hold each KV head of a layer."""
+        return self._copies(self.group_of(layer))
+
+    def _copies(self, group: int) -> int:
         if self.placement is None or self.layout is None:
             return self.placement.kv_copies if self.placement else 1
-        return self.placement.copies_of(self.layout.groups[self.group_of(layer)].num_kv_heads)
+        return self.placement.copies_of(self.layout.groups[group].num_kv_heads)
 
     @property
     def page_size(self) -> int:
         """S, in tokens."""
-        return self.k_pages[0].shape[2]
+        return self.k_pages[0].shape[-2]
 
     @property
     def page_bytes(self) -> int:
         """Bytes of one page over all layers, keys and values; of groups, of one page of each."""
-        return sum(a.nbytes // a.shape[0] for a in (*self.k_pages, *self.v_pages))
+        return sum(a.nbytes // a.shape[-4] for a in (*self.k_pages, *self.v_pages))
 
     @property
     def nbytes(self) -> int:
@@ -188,99 +170,126 @@ class KVCache:
 
     def append(
         self,
-        layer: int,
+        layer: Layer,
         k: Float[AnyArray, "B T Hk D"] | Float[AnyArray, "B Hk D"],
         v: Float[AnyArray, "B T Hk D"] | Float[AnyArray, "B Hk D"],
         slots: Int[AnyArray, "B T"] | Int[AnyArray, " B"] | DecodeBatch,
+        *,
+        group: int | None = None,
     ) -> KVCache:
         """Write new keys and values of one layer to their slots; in place under donation.
 
-        Given the batch, its sizes are compared with ours and its slots are taken.
+        Of a batch the sizes are compared and the slots taken; `group` is as in `append_and_attend`.
         """
-        layer = self._known(layer)
-        where: Any = self._group(layer, slots).slots if isinstance(slots, DecodeBatch) else slots
-        pools = self.k_pages[layer], self.v_pages[layer]
-        new = self._with_copies(layer, k), self._with_copies(layer, v)
-        pools = append_kv(*pools, *new, where, placement=self.placement)
-        return self._with_layer(layer, *pools)
+        at = self._place(layer, group)
+        where: Any = self._batch(at, slots).slots if isinstance(slots, DecodeBatch) else slots
+        pools = self.k_pages[at.leaf], self.v_pages[at.leaf]
+        new = self._with_copies(at, k), self._with_copies(at, v)
+        pools = append_kv(*pools, *new, where, layer=at.layer, placement=self.placement)
+        return self._with_leaf(at.leaf, *pools)
 
-    def attend(self, layer: int, q: AnyArray, batch: DecodeBatch, **options: Any) -> Any:
+    def attend(
+        self,
+        layer: Layer,
+        q: AnyArray,
+        batch: DecodeBatch,
+        *,
+        group: int | None = None,
+        **options: Any,
+    ) -> Any:
         """`paged_attention` of `q` over one layer, through the batch's page table."""
-        layer = self._known(layer)
-        group = self._group(layer, batch)
+        at = self._place(layer, group)
+        own = self._batch(at, batch)
         return paged_attention(
             q,
-            self.k_pages[layer],
-            self.v_pages[layer],
-            group.page_table,
+            self.k_pages[at.leaf],
+            self.v_pages[at.leaf],
+            own.page_table,
             batch.seq_lens,
+            layer=at.layer,
             placement=self.placement,
-            **seen(group) | options,
+            **seen(own) | options,
         )
 
     def append_and_attend(
-        self, layer: int, q: AnyArray, k: AnyArray, v: AnyArray, batch: DecodeBatch, **options: Any
+        self,
+        layer: Layer,
+        q: AnyArray,
+        k: AnyArray,
+        v: AnyArray,
+        batch: DecodeBatch,
+        *,
+        group: int | None = None,
+        **options: Any,
     ) -> tuple[Any, KVCache]:
         """`append` of the batch's new tokens, then `attend`: one launch on a GPU where T = 1.
 
         Args:
-          layer: which layer, `0 .. L-1`.
+          layer: which layer, `0 .. L-1`; within `group` where that is named, and in a stacked cache
+            perhaps traced then.
           q: `[B, T, Hq, D]`.
           k: `[B, T, Hk, D]`.
           v: `[B, T, Hk, D]`.
           batch: whose slots say which of the T tokens of a row are new.
+          group: the number of the group of layers that `layer` counts in; None: in all of them.
           options: those of `paged_attention`.
 
         Returns:
           `(out, cache)`, where out is `(out, lse)` with `return_lse`.
         """
-        layer = self._known(layer)
-        group = self._group(layer, batch)
+        at = self._place(layer, group)
+        own = self._batch(at, batch)
         *out, k_pages, v_pages = append_and_attend(
             q,
-            self._with_copies(layer, k),
-            self._with_copies(layer, v),
-            self.k_pages[layer],
-            self.v_pages[layer],
-            group.page_table,
+            self._with_copies(at, k),
+            self._with_copies(at, v),
+            self.k_pages[at.leaf],
+            self.v_pages[at.leaf],
+            own.page_table,
             batch.seq_lens,
-            slots=group.slots,
+            slots=own.slots,
+            layer=at.layer,
             placement=self.placement,
-            **seen(group) | options,
+            **seen(own) | options,
         )
-        return (out[0] if len(out) == 1 else tuple(out)), self._with_layer(layer, k_pages, v_pages)
+        return (out[0] if len(out) == 1 else tuple(out)), self._with_leaf(at.leaf, k_pages, v_pages)
 
-    def _known(self, layer: int) -> int:
-        """The number of a layer of ours; to a tuple, -1 would be the last one."""
-        try:
-            index = None if isinstance(layer, bool | np.bool_ | Tracer) else operator.index(layer)
-        except TypeError:
-            index = None
-        if index is None:
-            raise TypeError(
-                f"layer must be a Python int, because layers are a tuple; got {layer!r}: unroll "
-                "them, or scan over one stacked pool with append_and_attend(..., layer=layer)"
-            )
-        if not 0 <= index < self.num_layers:
-            raise ValueError(f"layer must be in 0 .. {self.num_layers - 1}; got {index}")
-        return index
+    def _place(self, layer: Layer, group: int | None) -> Place:
+        return place_of(layer, group, self._groups, stacked=self.stacked)
 
-    def _group(self, layer: int, batch: DecodeBatch) -> GroupBatch:
-        number, shards = self.group_of(layer), self.data_shards
-        return matching_group(batch, number, self.pools, self.page_size, shards=shards)
+    @property
+    def _groups(self) -> list[Sequence[int]]:
+        """The layers of each."""
+        if self.layout is None:
+            return [range(self.num_layers)]
+        return [group.layers for group in self.layout.groups]
 
-    def _with_copies(self, layer: int, new: AnyArray) -> AnyArray:
+    def _batch(self, at: Place, batch: DecodeBatch) -> GroupBatch:
+        shards = self.data_shards
+        return matching_group(batch, at.group, self.pools, self.page_size, shards=shards)
+
+    def _with_copies(self, at: Place, new: AnyArray) -> AnyArray:
         """New keys or values with every head as often as the mesh holds it."""
-        copies, heads = self.kv_copies(layer), self.k_pages[layer].shape[1]
+        copies, heads = self._copies(at.group), self.k_pages[at.leaf].shape[-3]
         if copies == 1 or copies * new.shape[-2] != heads:  # heads are local
             return new
         return jnp.repeat(jnp.asarray(new), copies, axis=-2)
 
-    def _with_layer(self, layer: int, k_pages: Array, v_pages: Array) -> KVCache:
+    def _with_leaf(self, leaf: int, k_pages: Array, v_pages: Array) -> KVCache:
         return replace(
             self,
-            k_pages=(*self.k_pages[:layer], k_pages, *self.k_pages[layer + 1 :]),
-            v_pages=(*self.v_pages[:layer], v_pages, *self.v_pages[layer + 1 :]),
+            k_pages=(*self.k_pages[:leaf], k_pages, *self.k_pages[leaf + 1 :]),
+            v_pages=(*self.v_pages[:leaf], v_pages, *self.v_pages[leaf + 1 :]),
+        )
+
+    def leaves_of(self, group: int) -> tuple[int, ...]:
+        """Which of `k_pages` and `v_pages` are of one group of layers."""
+        if self.stacked:
+            return (group,)
+        return (
+            tuple(range(self.num_layers))
+            if self.layout is None
+            else self.layout.groups[group].layers
         )
 
     @property
@@ -394,8 +403,7 @@ class KVCache:
     ) -> tuple[KVCache, list[Handle]]:
         """`allocator.fork`, after a commit of what earlier batches described of the sequence.
 
-        So the forks may grow at once: none of them has to compute what they share. Nothing is
-        copied yet; the cache comes back as it is.
+        So the forks may grow at once, without computing what they share. Nothing is copied yet.
         """
         self.check_allocator(allocator)
         return self, allocator.fork(handle, n, commit=True)
@@ -486,15 +494,7 @@ def _copy_pages(
     cache: KVCache, src: Int[Array, " C"], dst: Int[Array, " C"], number: int
 ) -> KVCache:
     """In the layers of one group."""
-    for layer in range(cache.num_layers):
-        if cache.group_of(layer) == number:
-            pools = cache.k_pages[layer], cache.v_pages[layer]
-            copied = copy_pages(*pools, src, dst, placement=cache.placement)
-            cache = cache._with_layer(layer, *copied)
+    for leaf in cache.leaves_of(number):
+        pools = cache.k_pages[leaf], cache.v_pages[leaf]
+        cache = cache._with_leaf(leaf, *copy_pages(*pools, src, dst, placement=cache.placement))
     return cache
-
-
-def _given(name: str, value: int | None) -> int:
-    if value is None:
-        raise TypeError(f"{name} must be given, or a layout")
-    return value

@@ -199,13 +199,14 @@ def poison_free_pages(cache: KVCache, allocator: BlockAllocator | ShardedAllocat
         for group in range(len(allocator.pools))
     ]
 
-    def poison(layer: int, pages: Any) -> Any:
+    def poison(ids: np.ndarray, pages: Any) -> Any:
         floats = jnp.issubdtype(pages.dtype, jnp.floating)
         bad = jnp.nan if floats else jnp.iinfo(pages.dtype).max
-        return pages.at[free[cache.group_of(layer)]].set(jnp.asarray(bad, pages.dtype))
+        return pages.at[..., ids, :, :, :].set(jnp.asarray(bad, pages.dtype))
 
+    of_leaf = {leaf: ids for group, ids in enumerate(free) for leaf in cache.leaves_of(group)}
     k_pages, v_pages = (
-        tuple(poison(layer, pages) for layer, pages in enumerate(each))
+        tuple(poison(of_leaf[leaf], pages) for leaf, pages in enumerate(each))
         for each in (cache.k_pages, cache.v_pages)
     )
     return replace(cache, k_pages=k_pages, v_pages=v_pages)

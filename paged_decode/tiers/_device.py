@@ -85,7 +85,7 @@ class DeviceMover:
         leaves = jax.tree.leaves(cache)
         if not leaves[0].is_fully_addressable:
             raise NotImplementedError("a host tier serves a cache of one process, not of several")
-        copies = _gather(leaves, put_beside(leaves[0], pages))
+        copies = _gather(leaves, put_beside(leaves[0], pages), axis=page_axis(cache))
         if self.memory == "pinned_host" or pinned_sharding(copies[0]) is not None:
             return self._sender.submit(_send, copies)
         return copies
@@ -98,27 +98,34 @@ class DeviceMover:
 
     def put(self, cache: Any, rested: Any, pages: np.ndarray) -> Any:
         leaves, tree = jax.tree.flatten(cache)
-        where = [leaves[group[0]].sharding for group in _groups(leaves, len(pages))]
+        axis = page_axis(cache)
+        where = [leaves[group[0]].sharding for group in _groups(leaves, len(pages), axis)]
         new, ids = jax.device_put(rested, where), put_beside(leaves[0], pages)
-        return jax.tree.unflatten(tree, _scatter(leaves, new, ids))
+        return jax.tree.unflatten(tree, _scatter(leaves, new, ids, axis=axis))
+
+
+def page_axis(cache: Any) -> int:
+    """Which axis of the arrays of a cache is that of the pages."""
+    return int(getattr(cache, "stacked", False))
 
 
 def fits(cache: Any, rested: list[Any], num_pages: int) -> bool:
     """Whether arrays are what a `DeviceMover` makes of so many pages of that cache."""
-    leaves = jax.tree.leaves(cache)
-    ours = [
-        ((len(group) * num_pages, *leaves[group[0]].shape[1:]), np.dtype(leaves[group[0]].dtype))
-        for group in _groups(leaves, num_pages)
-    ]
+    leaves, axis, ours = jax.tree.leaves(cache), page_axis(cache), []
+    for group in _groups(leaves, num_pages, axis):
+        shape = list(leaves[group[0]].shape)
+        shape[axis] = num_pages
+        shape[0] *= len(group)
+        ours.append((tuple(shape), np.dtype(leaves[group[0]].dtype)))
     return ours == [(each.shape, np.dtype(each.dtype)) for each in rested]
 
 
-def _groups(leaves: Sequence[Any], num_pages: int) -> list[list[int]]:
+def _groups(leaves: Sequence[Any], num_pages: int, axis: int) -> list[list[int]]:
     """Which arrays of the cache travel together: neighbours that are alike, up to 16 MiB."""
     groups: list[list[int]] = []
     for at, leaf in enumerate(leaves):
         last = leaves[groups[-1][0]] if groups else None
-        most = _ARRAY_BYTES * leaf.shape[0] // max(1, num_pages * leaf.nbytes)
+        most = _ARRAY_BYTES * leaf.shape[axis] // max(1, num_pages * leaf.nbytes)
         alike = last is not None and (last.shape, last.dtype) == (leaf.shape, leaf.dtype)
         if alike and len(groups[-1]) < most:
             groups[-1].append(at)
@@ -136,25 +143,30 @@ def _send(copies: list[Array]) -> list[Array]:
     return jax.block_until_ready(sent)
 
 
-@jax.jit
-def _gather(leaves: list[Array], pages: Int[Array, " C"]) -> list[Array]:
-    """One array `[G * C, ...]` for each group of G leaves."""
+@partial(jax.jit, static_argnames="axis")
+def _gather(leaves: list[Array], pages: Int[Array, " C"], *, axis: int) -> list[Array]:
+    """One array `[G * C, ...]`, of stacks `[G * L, C, ...]`, for each group of G leaves."""
+    at = (slice(None),) * axis
     return [
-        unbits(jnp.concatenate([bits(leaves[at])[pages] for at in group]), leaves[group[0]].dtype)
-        for group in _groups(leaves, len(pages))
+        unbits(
+            jnp.concatenate([bits(leaves[i])[*at, pages] for i in group]), leaves[group[0]].dtype
+        )
+        for group in _groups(leaves, len(pages), axis)
     ]
 
 
-@partial(jax.jit, donate_argnums=0)
-def _scatter(leaves: list[Array], new: list[Array], pages: Int[Array, " C"]) -> list[Array]:
+@partial(jax.jit, donate_argnums=0, static_argnames="axis")
+def _scatter(
+    leaves: list[Array], new: list[Array], pages: Int[Array, " C"], *, axis: int
+) -> list[Array]:
     """Pages that are not wanted all go to the null page, which may hold anything."""
-    groups = _groups(leaves, len(pages))
+    groups, at = _groups(leaves, len(pages), axis), (slice(None),) * axis
     values = [
         value
         for group, array in zip(groups, new, strict=True)
         for value in jnp.split(bits(array), len(group))
     ]
     return [
-        unbits(bits(leaf).at[pages].set(value), leaf.dtype)
+        unbits(bits(leaf).at[*at, pages].set(value), leaf.dtype)
         for leaf, value in zip(leaves, values, strict=True)
     ]

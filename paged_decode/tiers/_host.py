@@ -138,7 +138,7 @@ class HostTier:
         """
         cache = tied(cache)
         groups = range(len(cache.pools)) if isinstance(cache, KVCache) else (0,)
-        for group in [g for g in groups if jax.tree.leaves(part_of(cache, g))]:
+        for group in [g for g in groups if sum(map(np.size, jax.tree.leaves(part_of(cache, g))))]:
             for size in self.buckets:
                 null, part = np.zeros(size, np.int32), part_of(cache, group)
                 part = self.mover.put(part, self.mover.finish(self.mover.take(part, null)), null)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..allocator import BlockAllocator, Handle
+from ..allocator import BlockAllocator, CacheLayout, Handle
 from ..allocator.windows import first_column
 from ..cache import KVCache
 
@@ -84,19 +84,24 @@ def keys_of(allocator: BlockAllocator, group: int, digests: Sequence[bytes]) -> 
 
 
 def part_of(cache: Any, group: int) -> Any:
-    """The page arrays of one group of layers, as a pytree; of one group all of the cache."""
-    if not isinstance(cache, KVCache) or cache.layout is None:
+    """The cache of one group of layers alone; of one group all of it."""
+    if not isinstance(cache, KVCache) or cache.layout is None or len(cache.pools) == 1:
         return cache
-    layers = cache.layout.groups[group].layers
-    return tuple(tuple(pages[at] for at in layers) for pages in (cache.k_pages, cache.v_pages))
+    leaves, spec = cache.leaves_of(group), cache.layout.groups[group]
+    k_pages, v_pages = (
+        tuple(pages[at] for at in leaves) for pages in (cache.k_pages, cache.v_pages)
+    )
+    alone = replace(spec, layers=tuple(range(len(spec.layers))), window=None)
+    layout = CacheLayout(cache.page_size, (alone,)) if spec.layers else None
+    return KVCache(k_pages, v_pages, cache.placement, layout, cache.stacked)
 
 
 def with_part(cache: Any, group: int, part: Any) -> Any:
-    """The cache with these arrays in the place of the group's."""
-    if not isinstance(cache, KVCache) or cache.layout is None:
+    """The cache with the pages of that one in the place of the group's."""
+    if not isinstance(cache, KVCache) or cache.layout is None or len(cache.pools) == 1:
         return part
-    layers, both = cache.layout.groups[group].layers, []
-    for pages, new in zip((cache.k_pages, cache.v_pages), part, strict=True):
-        given = dict(zip(layers, new, strict=True))
+    leaves, both = cache.leaves_of(group), []
+    for pages, new in ((cache.k_pages, part.k_pages), (cache.v_pages, part.v_pages)):
+        given = dict(zip(leaves, new, strict=True))
         both.append(tuple(given.get(at, old) for at, old in enumerate(pages)))
     return replace(cache, k_pages=both[0], v_pages=both[1])

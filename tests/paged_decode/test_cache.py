@@ -135,7 +135,7 @@ def test_a_layer_is_a_number_that_is_known_while_tracing(unchecked):
     for layer in (True, 1.0, None, jnp.zeros(2, jnp.int32)):
         with pytest.raises(TypeError, match="layer must be a Python int, because layers are"):
             cache.append(layer, k, k, np.array([4], np.int32))
-    with pytest.raises(TypeError, match="scan over one stacked pool"):
+    with pytest.raises(TypeError, match="made with stacked=True"):
         jax.jit(lambda i: cache.append(i, k, k, np.array([4], np.int32)))(1)
     cache.append(np.int64(1), k, k, np.array([4], np.int32))
 

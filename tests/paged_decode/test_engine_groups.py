@@ -92,10 +92,11 @@ def test_short_of_pages_of_either_group_or_preempted_at_will_tokens_are_the_same
     assert engine.stats.preemptions > 3
 
 
-def test_what_gave_way_comes_back_from_the_tier_in_every_group():
+@pytest.mark.parametrize("stacked", [False, True])
+def test_what_gave_way_comes_back_from_the_tier_in_every_group(stacked):
     """Windows without the pages that they had passed."""
     tier = HostTier(500, buckets=(1, 4))
-    engine = engine_of(policies=dict(tier=tier), prefix_cache=False)
+    engine = engine_of(policies=dict(tier=tier), prefix_cache=False, stacked=stacked)
     assert answers(engine, LENGTHS, poison=True, forced=3) == expected(LENGTHS)
     tier.check_invariants()
     stats = engine.stats

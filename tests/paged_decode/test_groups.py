@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -161,3 +162,90 @@ def test_a_step_over_two_groups_copies_no_pool():
     memory = step.lower(cache, batch).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= cache.nbytes
     assert memory.temp_size_in_bytes < cache.nbytes / 20
+
+
+# ---- layers of a group in one array
+
+
+def period(cache, batch, scale, layers, groups):
+    """One block of a hybrid model: a layer with a window, then one that sees all."""
+    outs = []
+    for kind, layer, group in zip((0, 1), layers, groups, strict=True):
+        q, k, v = (a * scale for a in numbers(kind, batch.tokens, batch.positions))
+        out, cache = cache.append_and_attend(layer, q, k, v, batch, group=group)
+        outs.append(out)
+    return cache, outs
+
+
+@partial(jax.jit, donate_argnums=0)
+@jax.default_matmul_precision("highest")
+def scanned(cache, batch):
+    """Blocks in a scan: the layer is traced, and its group is not."""
+
+    def body(cache, block):
+        return period(cache, batch, 1 + block.astype(jnp.float32), (block, block), (1, 0))
+
+    return jax.lax.scan(body, cache, jnp.arange(2))
+
+
+@partial(jax.jit, donate_argnums=0)
+@jax.default_matmul_precision("highest")
+def unrolled(cache, batch):
+    outs = []
+    for block in range(2):
+        layers = 2 * block, 2 * block + 1
+        cache, out = period(cache, batch, 1.0 + block, layers, (None, None))
+        outs.append(out)
+    return cache, [jnp.stack(each) for each in zip(*outs, strict=True)]
+
+
+def blocks(num_pages: int = 64) -> CacheLayout:
+    full, window = (
+        replace(spec, num_pages=num_pages, dtype="float32") for spec in (FULL, WINDOWED)
+    )
+    return CacheLayout(SIZE, (replace(full, layers=(1, 3)), replace(window, layers=(0, 2))))
+
+
+def test_a_stack_of_each_group_holds_what_the_layers_hold_one_by_one():
+    layout = blocks()
+    caches = [KVCache.create(layout=layout, stacked=stacked) for stacked in (False, True)]
+    assert [a.shape for a in caches[1].k_pages] == [(2, 64, 1, 4, 16), (2, 64, 2, 4, 8)]
+    assert caches[0].nbytes == caches[1].nbytes and caches[0].page_bytes == caches[1].page_bytes
+    allocator = BlockAllocator(layout)
+    handle = allocator.allocate(range(3, 24), chunk=21)
+    batch = allocator.batch([handle], 0, 21, tokens_per_row=24, columns=16)
+    outs = [[], [], []]
+    for turn in range(6):
+        if turn:  # the first time it is a prompt
+            allocator.commit([handle], allocator.sequence(handle).length)
+            (twin,) = allocator.fork(handle)
+            batch, copies = allocator.advance([handle, twin], [turn, 40 - turn], columns=16)
+            caches = [cache.copy_pages(copies) for cache in caches]
+            caches = [poison_free_pages(cache, allocator) for cache in caches]
+        for i, (at, step) in enumerate(((0, unrolled), (1, unrolled), (1, scanned))):
+            caches[at], out = step(caches[at], batch)
+            outs[i].append(out)
+        if turn:
+            allocator.free(twin)
+    for one, other, third in zip(*map(jax.tree.leaves, outs), strict=True):
+        assert np.isfinite(one).all()
+        np.testing.assert_allclose(one, other, atol=1e-5)
+        np.testing.assert_allclose(one, third, atol=1e-5)
+
+
+def test_a_scan_over_a_stack_copies_no_pool_and_an_unknown_layer_is_refused():
+    layout = blocks(4096)
+    cache, allocator = KVCache.create(layout=layout, stacked=True), BlockAllocator(layout)
+    cache, batch = cache.advance(allocator, [allocator.allocate([1])], [2], columns=4)
+    memory = scanned.lower(cache, batch).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= cache.nbytes
+    assert memory.temp_size_in_bytes < cache.nbytes / 20
+    new = [jnp.zeros((1, 1, 1, 16))] * 2
+    plain = KVCache.create(layout=layout)
+    with pytest.raises(TypeError, match="made with stacked=True"):
+        jax.eval_shape(lambda i: plain.append(i, *new, batch, group=0), jnp.int32(0))
+    for bad in (dict(layer=4), dict(layer=2, group=0), dict(layer=0, group=2)):
+        with pytest.raises(ValueError, match="must be"):
+            plain.append(bad.pop("layer"), *new, batch, **bad)
+    with pytest.raises(ValueError):
+        cache.append(2, *new, batch, group=0)

@@ -128,6 +128,7 @@ def make_engine(
     policies: dict | None = None,
     allocator: BlockAllocator | None = None,
     layout: CacheLayout | None = None,
+    stacked: bool = False,
     **config,
 ) -> Engine:
     shapes = (
@@ -140,7 +141,7 @@ def make_engine(
         page_size=page_size,
         head_dim=DIM,
     )
-    cache = KVCache.create(layout=layout)
+    cache = KVCache.create(layout=layout, stacked=stacked)
     if allocator is None:
         allocator = BlockAllocator(layout, prefix_cache=prefix_cache, hash_key=b"test")
     shapes.setdefault(

@@ -1,0 +1,126 @@
+"""Which arrays a cache is made of: one for every layer, or one stack of layers for every group."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array
+
+from .allocator import CacheLayout
+from .allocator.arguments import as_count
+from .kernels import Placement
+from .kernels.placement import Axis
+
+__all__ = ["Place", "empty_pages", "layout_of", "place_of"]
+
+
+class Place(NamedTuple):
+    """Where the pages of a layer are.
+
+    Attributes:
+      group: the number of its group.
+      leaf: which array of keys, and of values.
+      layer: which layer of a stack, and perhaps traced; None: the array is of one layer.
+    """
+
+    group: int
+    leaf: int
+    layer: Any = None
+
+
+def layout_of(layout: CacheLayout | None, dtype: Any, **sizes: int | None) -> CacheLayout:
+    """The layout, or that of layers which are alike.
+
+    Raises:
+      TypeError: a size is missing, or given beside a layout.
+    """
+    if layout is None:
+        for name, size in sizes.items():
+            if size is None:
+                raise TypeError(f"{name} must be given, or a layout")
+        return CacheLayout.uniform(**sizes, dtype=dtype)  # type: ignore[arg-type]
+    if any(size is not None for size in sizes.values()):
+        raise TypeError("the layout has all sizes: give either it or them")
+    return layout
+
+
+def empty_pages(
+    layout: CacheLayout, *, stacked: bool, mesh: Any, head_axis: Axis, data_axis: Axis
+) -> tuple[tuple[Array, ...], tuple[Array, ...], Placement | None]:
+    """Keys, values, and how they lie on the mesh: that of the first group.
+
+    Raises:
+      ValueError: a group cannot be split so, or there are axes without a mesh.
+    """
+    if (mesh is None) != (head_axis is None and data_axis is None):
+        raise ValueError(
+            f"mesh and head_axis or data_axis go together; got {mesh}, {head_axis!r} and "
+            f"{data_axis!r}"
+        )
+    places = [
+        mesh
+        and Placement.create(
+            mesh,
+            num_kv_heads=group.num_kv_heads,
+            num_pages=group.num_pages,
+            head_axis=head_axis,
+            data_axis=data_axis,
+        )
+        for group in layout.groups
+    ]
+
+    def pages(number: int, *layers: int) -> Array:
+        group, place = layout.groups[number], places[number]
+        heads = group.num_kv_heads * (place.kv_copies if place else 1)
+        shape = (*layers, group.num_pages, heads, layout.page_size, group.head_dim)
+        axes = "L, N, Hk, S, D" if layers else "N, Hk, S, D"
+        return jnp.zeros(shape, group.dtype, device=place and place.sharding(axes))
+
+    def each() -> tuple[Array, ...]:
+        if stacked:
+            return tuple(pages(i, len(group.layers)) for i, group in enumerate(layout.groups))
+        return tuple(map(pages, layout.group_of))
+
+    return each(), each(), places[0]
+
+
+def place_of(layer: Any, group: Any, groups: Sequence[Sequence[int]], *, stacked: bool) -> Place:
+    """Where a layer is: of all of them, or within a named group, where that of a stack may be
+    traced.
+
+    Raises:
+      TypeError: layer is no Python int.
+      ValueError: there is no such layer or group.
+    """
+    if group is not None:
+        number = as_count("group", group, 0, len(groups) - 1)
+        if stacked:
+            return Place(number, number, layer)
+        layers = groups[number]
+        return Place(number, layers[_known(layer, len(layers))])
+    index = _known(layer, sum(map(len, groups)))
+    number = next(i for i, layers in enumerate(groups) if index in layers)
+    if stacked:
+        return Place(number, number, groups[number].index(index))
+    return Place(number, index)
+
+
+def _known(layer: Any, count: int) -> int:
+    """The number of one of so many layers; to a tuple, -1 would be the last one."""
+    try:
+        index = None if isinstance(layer, bool | np.bool_ | Tracer) else operator.index(layer)
+    except TypeError:
+        index = None
+    if index is None:
+        raise TypeError(
+            f"layer must be a Python int, because layers are a tuple; got {layer!r}: unroll them, "
+            "or scan over a group of a cache that is made with stacked=True (group=...)"
+        )
+    if not 0 <= index < count:
+        raise ValueError(f"layer must be in 0 .. {count - 1}; got {index}")
+    return index
