@@ -137,8 +137,8 @@ class BlockAllocator(AllocatorCalls):
     def commit_copy(self, handle: SupportsIndex) -> int:
         """Say that the pages are filled; returns how many tokens are computed now.
 
-        A window has the pages held aside from now on, and gives the others back. They are published
-        when the sequence fills one more.
+        A window has the pages held aside from now on, and gives the others back. Full pages enter
+        the prefix cache, as by `commit`.
 
         Raises:
           ValueError: no pages are held aside, or more tokens are computed or fewer there by now.

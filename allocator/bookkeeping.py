@@ -15,14 +15,16 @@ import numpy as np
 
 from .arguments import Ints, as_ints
 from .batch import PageCopies, Prepared
+from .companions import Companions
 from .errors import PageTableError, SequenceTooLong
 from .framing import Frame, fill_span
 from .groups import PageGroup, PageTable
 from .growth import Growth, apply_growth, plan_growth
-from .pool import PagePool, Release
-from .prefix import CacheEntry, Namespace, PrefixCache
+from .hits import Match, longest_hit, plan_priorities, plan_start, with_rest_of_tails
+from .pool import C, PagePool, Release
+from .prefix import Namespace, PrefixCache
 from .prompt import PromptKey
-from .publication import Publications, plan_publications, publish
+from .publication import plan_publications, publish
 from .rows import Handle, RowTable
 from .state import AllocatorState
 from .state_rules import check_state
@@ -36,6 +38,10 @@ Plan: TypeAlias = Callable[[], T]
 
 _NONE = np.empty(0, np.int64)
 _MANY = 2**32  # tokens: more than any pool holds, and far from overflow
+
+
+def _nothing() -> None:
+    """The plan of no change."""
 
 
 class Growing(NamedTuple):
@@ -76,29 +82,33 @@ class Bookkeeping:
         num_shards: int = 1,
     ):
         """`pools` are pages of this shard and window of every group, `cache` is the first one's."""
-        self.rows, groups = RowTable(shard, num_shards), []
-        for number, (num_pages, window) in enumerate(pools):
-            own = PrefixCache(num_pages, hash_key=b"") if number else cache
+        self.rows, self.cache = RowTable(shard, num_shards), cache
+
+        def group(number: int, own: C) -> PageGroup[C]:
+            num_pages, window = pools[number]
             pool = PagePool(num_pages, page_size, own, number=number)
-            table = PageTable(len(self.rows))
-            whole = num_shards * num_pages
-            groups.append(PageGroup(pool, table, shard * num_pages, whole, window))
-        self.groups = tuple(groups)
-        self.main, self.cache = groups[0], cache  # the first group is full, and has the tokens
-        self.others = tuple(groups[1:])
-        self.windows = tuple(group for group in groups if group.window is not None)
-        self.caching = caching and len(groups) == 1
+            table, whole = PageTable(len(self.rows)), num_shards * num_pages
+            return PageGroup(pool, table, shard * num_pages, whole, window)
+
+        self.main = group(0, cache)  # the first group is full, and has the tokens
+        others = range(1, len(pools))
+        self.others = tuple(group(i, Companions(pools[i][0], cache)) for i in others)
+        cache.followers = [group.pool.drop for group in self.others]
+        self.groups: tuple[PageGroup, ...] = (self.main, *self.others)
+        self.windows = tuple(group for group in self.others if group.window is not None)
+        self.caching = caching
 
     # ---- the start and the end of a sequence
 
-    def match(self, key: PromptKey) -> tuple[Namespace, list[CacheEntry]]:
-        """The salt's namespace, and entries for the leading full pages, the last token left out."""
+    def match(self, key: PromptKey) -> Match:
+        """Look up the leading full pages, the last token left out."""
         cache, size = self.cache, self.main.pool.page_size
         chain, pages = key.chain(cache, size), key.pages(len(key) - 1, size)
         if not self.caching or not len(pages):
-            return chain.root, []
+            return Match(chain.root, [], 0)
         digests = islice(key.digests(cache, size, chain), len(pages))
-        return chain.root, cache.match(chain.root, digests, pages, self.main.pool.tokens)
+        entries = cache.match(chain.root, digests, pages, self.main.pool.tokens)
+        return Match(chain.root, entries, longest_hit(entries, self.others))
 
     def plan_allocate(
         self, key: PromptKey, keep_free: Sequence[int], chunk: int | None = None
@@ -112,38 +122,25 @@ class Bookkeeping:
                 f"{pool.page_size}, but the whole pool has {pool.usable}; shorten it, or "
                 "create a larger pool"
             )
-        namespace, entries = self.match(key)
-        hits = np.array([entry.page for entry in entries], np.int32)
-        revived = int((pool.refs[hits] == 0).sum()) if entries else 0
-        num_new = num_pages - len(hits)
-        pool.require(num_new + revived + keep_free[0])
-        found = len(hits) * pool.page_size
+        root, entries, served = self.match(key)
+        found = served * pool.page_size
         until = len(key) if chunk is None else min(len(key), found + chunk)
-        ends = [len(key) if group.window is None else until for group in self.others]
-        others = [
-            (group, pool.pages_for(end)) for group, end in zip(self.others, ends, strict=True)
-        ]
-        for (group, count), keep in zip(others, keep_free[1:], strict=True):
-            require_room(group, np.array([count]))
-            group.pool.require(count + keep)
+        ends = [num_pages if g.window is None else pool.pages_for(until) for g in self.groups]
+        start = plan_start(self.main, self.others, entries, served, ends, keep_free)
         self._make_room(1, num_pages)
         known = list(key.chain(pool.cache, pool.page_size).digests)
 
         def apply() -> Handle:
-            if entries:
-                pool.share(hits)  # first: from here on they cannot be evicted for the new pages
-            pages = np.concatenate([hits, pool.take(num_new)])
-            row = rows.open(namespace)
-            table.set(row, pages)
-            for group, count in others:
-                group.table.set(row, group.pool.take(count))
-            rows.chains[row] = entries
+            row = rows.open(root)
+            start(row)
+            rows.chains[row] = entries[:served]
             rows.digests[row] = known
             rows.length[row] = len(key)
             rows.computed[row] = rows.cached[row] = found
             rows.described[row] = found
-            pool.store(pages[len(hits) :], key.tokens[found:])
-            pool.cache.count_query(len(key), found)
+            pool.store(table.ids[row, served:num_pages], key.tokens[found:])
+            for group in self.groups:
+                group.pool.cache.count_query(len(key), found)
             rows.enter(row)
             return rows.name(row)
 
@@ -179,7 +176,7 @@ class Bookkeeping:
 
     def plan_free(self, row: np.ndarray) -> Plan[None]:
         """`BlockAllocator.free`."""
-        cuts = self._plan_cut(row)
+        cuts = self._plan_cut(row)  # of each row a tail, for whoever goes on from there
 
         def apply() -> None:
             self.rows.leave(row)  # first: all of them at once
@@ -223,7 +220,8 @@ class Bookkeeping:
         growths = [plan_growth(self.main, row, start, stop, stop)]
         for group in self.others:
             end = stop if group.window is None else until
-            require_room(group, -(-end // pool.page_size) - group.table.first[row])
+            held = -(-end // pool.page_size) - group.table.first[row]
+            require_room(group, int(held.max(initial=0)))
             growths.append(plan_growth(group, row, start, stop, end))
         needed = pool.pages_for(longest)
         self._make_room(0, needed)
@@ -296,18 +294,21 @@ class Bookkeeping:
         cuts = self._plan_cut(row, length)
         cut = (length < have) & (length % size > 0)
         tails = [np.where(cut, g.table.ids[row, length // size], 0) for g in self.groups]
-        tail = tails[0]
-        owners = cuts[0].release.owners_of(tail, pool.refs[tail])
-        unpublished = tail[pool.cache.published[tail] & (owners == 1)].tolist()
+        alone = [
+            tail[cut.release.owners_of(tail, group.pool.refs[tail]) == 1].tolist()
+            for group, cut, tail in zip(self.groups, cuts, tails, strict=True)
+        ]
 
         def apply() -> None:
             for group, pages in zip(self.groups, tails, strict=True):
                 group.pool.stamp(pages[pages > 0])  # their last slots may be written again
-            for page in unpublished:
-                pool.unpublish(page)
             for each, keep in zip(row.tolist(), length.tolist(), strict=True):
                 rows.cut(each, keep, keep // size)  # before its pages: those are reserved then
             self._cut(row, cuts)
+            for group, pages in zip(self.groups, alone, strict=True):  # after what was planned
+                for page in pages:
+                    if group.pool.cache.published[page]:
+                        group.pool.unpublish(page)
 
         return apply
 
@@ -330,7 +331,7 @@ class Bookkeeping:
 
     def plan_commit(self, row: np.ndarray, computed: np.ndarray | None) -> Plan[None]:
         """`BlockAllocator.commit`; None: of all that batches have described."""
-        rows, size = self.rows, self.main.pool.page_size
+        rows = self.rows
         length, before = rows.length[row], rows.computed[row]
         described = np.minimum(rows.described[row], length)
         if computed is None:
@@ -343,17 +344,11 @@ class Bookkeeping:
             )
         computed = np.maximum(computed, before)
         require_pages(self.windows, rows, row, computed)
-        full = computed // size
-        fuller = (full > before // size).nonzero()[0] if self.caching else _NONE
         passes = [plan_pass(group, row, computed) for group in self.windows]
-        plan: Publications | None = None
-        if fuller.size:
-            fuller = fuller[rows.private[row[fuller]] == 0]
-            plan = plan_publications(self.main, rows, row[fuller], full[fuller])
+        published = self.plan_publication(row, computed)
 
         def apply() -> None:
-            if plan is not None:
-                publish(self.main, rows, plan)
+            published()
             rows.computed[row] = computed  # never more than there are entries for
             if np.count_nonzero(computed > described):
                 rows.describe(row, np.maximum(computed, described))
@@ -362,11 +357,26 @@ class Bookkeeping:
 
         return apply
 
+    def plan_publication(self, row: np.ndarray, computed: np.ndarray) -> Plan[None]:
+        """Let the full pages among so many tokens of rows be found."""
+        rows, size = self.rows, self.main.pool.page_size
+        full = computed // size
+        fuller = (full > rows.computed[row] // size).nonzero()[0] if self.caching else _NONE
+        if not fuller.size:
+            return _nothing
+        fuller = fuller[rows.private[row[fuller]] == 0]
+        plan = plan_publications(self.main, rows, row[fuller], full[fuller])
+        return partial(publish, self.groups, rows, plan)
+
     def withdraw(self, row: np.ndarray) -> None:
         """`BlockAllocator.withdraw`."""
-        held = [self.main.table.pages(each) for each in row.tolist()]
-        if held:
-            self.main.pool.withdraw(np.unique(np.concatenate(held)))
+        for group in self.groups if row.size else ():
+            held = [group.table.pages(each) for each in row.tolist()]
+            group.pool.withdraw(np.unique(np.concatenate(held)))
+        for group in self.others:  # and what it computed for an entry of someone, and passed
+            for each in row.tolist():
+                for entry in self.rows.chains[each]:
+                    group.pool.drop(entry)
 
     def plan_renewal(self, generation: bytes | None, weights: bytes | None = None) -> Plan[None]:
         """Empty the prefix cache, with another root for every digest from then on.
@@ -399,8 +409,7 @@ class Bookkeeping:
 
     def plan_prioritize(self, pages: Iterable[int], priority: int) -> Plan[None]:
         """`BlockAllocator.prioritize`, of pages with ids from 0."""
-        eviction = self.cache.eviction
-        return partial(eviction.set_priority, eviction.plan_priority(pages, priority))
+        return plan_priorities(self.cache, self.others, pages, priority)
 
     # ---- pages outside sequences
 
@@ -450,27 +459,31 @@ class Bookkeeping:
                 group.table.make_room(len(self.rows), num_pages)
 
     def _plan_cut(self, row: np.ndarray, length: np.ndarray | None = None) -> list[Cut]:
-        """For every group: let go of the pages that only tokens from `length[b]`, or 0, on need."""
+        """For every group: let go of the pages that only tokens from `length[b]` on need.
+
+        None is 0, and the end of the sequences: a tail is then all that whoever goes on needs.
+        """
         cuts, rows = [], row.tolist()
-        for pool, table, *_ in self.groups:
+        for group in self.groups:
+            pool, table = group.pool, group.table
             ends = [0] * len(rows) if length is None else (-(-length // pool.page_size)).tolist()
             gone = [table.beyond(at, end)[::-1] for at, end in zip(rows, ends, strict=True)]
-            if table.aside:
-                pairs = zip(rows, ends, strict=True)
-                gone += [
-                    table.aside[at].pages for at, end in pairs if not end and at in table.aside
-                ]
-            pages = np.concatenate(gone) if gone else np.empty(0, np.int32)
-            release = pool.plan_release(pages, several=len(gone) > 1)
-            cuts.append(Cut(ends, release, len(pages)))
+            ended = [at for at, end in zip(rows, ends, strict=True) if not end]
+            aside = [table.aside[at].pages for at in ended if at in table.aside]
+            num_pages, passed = sum(map(len, (*gone, *aside))), ()
+            if length is None and group.window is not None:
+                gone, passed = with_rest_of_tails(group, self.rows, rows, gone)
+            pages = np.concatenate([np.empty(0, np.int32), *gone, *aside])
+            release = pool.plan_release(pages, several=len(rows) > 1, passed=passed)
+            cuts.append(Cut(ends, release, num_pages))
         return cuts
 
     def _cut(self, row: np.ndarray, cuts: list[Cut]) -> int:
         """Carry it out; returns how many pages the rows had there."""
-        for (pool, table, *_), cut in zip(self.groups, cuts, strict=True):
+        for group, cut in zip(self.groups, cuts, strict=True):
             for each, end in zip(row.tolist(), cut.ends, strict=True):
-                table.cut(each, end)
+                group.table.cut(each, end)
                 if not end:
-                    table.aside.pop(each, None)
-            pool.release(cut.release)
+                    group.table.aside.pop(each, None)
+            group.pool.release(cut.release)
         return sum(cut.num_pages for cut in cuts)

@@ -429,7 +429,7 @@ class AllocatorCalls(AllocatorView):
             return self._only.plan_allocate(key, keep_free[0], chunk)
         refusals: list[OutOfPages] = []
         order = [
-            (-len(books.match(key)[1]), -books.main.pool.num_available) for books in self._shards
+            (-books.match(key).served, -books.main.pool.num_available) for books in self._shards
         ]
         for i in sorted(range(len(order)), key=lambda i: (order[i], i)):
             try:

@@ -32,7 +32,7 @@ def plan_prepare_copy(
         for group in books.groups
     ]
     for group, count in zip(books.groups, counts, strict=True):
-        require_room(group, np.array([count]))
+        require_room(group, count)
         before = group.table.aside.get(row)
         group.pool.require(count - (0 if before is None else len(before.pages)))
 
@@ -53,20 +53,22 @@ def plan_commit_copy(books: Bookkeeping, row: int) -> Callable[[], int]:
     for group in books.windows:
         if (aside := group.table.aside.get(row)) is not None:
             computed = aside.computed
-            release = group.pool.plan_release(group.table.pages(row)[::-1].copy())
-            plans.append((group, aside.pages, _first(group, computed), release))
+            held = group.table.pages(row).copy()
+            plans.append((group, aside.pages, _first(group, computed), held))
     if len(plans) != len(books.windows) or not plans:
         raise ValueError("no pages are held aside for a copy: call prepare_copy first")
     _require_computed(books, row, computed)
+    published = books.plan_publication(np.array([row]), np.array([computed]))
 
     def apply() -> int:
-        for group, pages, first, release in plans:
+        for group, pages, first, held in plans:
             table = group.table
             table.cut(row, int(table.first[row]))
             table.set(row, pages, first)
             table.aside.pop(row, None)
-            group.pool.release(release)
-        rows.computed[row] = computed
+            group.pool.pass_by(held)
+        published()
+        rows.computed[row] = computed  # never more than there are entries for
         rows.describe(np.array([row]), np.maximum(rows.described[[row]], computed))
         return computed
 

@@ -11,7 +11,17 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
-__all__ = ["LRU", "CachedPage", "EvictionQueue", "EvictionRank", "Queued", "Rank", "successor"]
+__all__ = [
+    "LRU",
+    "CachedPage",
+    "EvictionQueue",
+    "EvictionRank",
+    "Key",
+    "Queued",
+    "Rank",
+    "Ranked",
+    "successor",
+]
 
 Number: TypeAlias = int | float
 Key: TypeAlias = tuple[Number, ...]
@@ -23,7 +33,7 @@ class CachedPage(NamedTuple):
     """What is known of a cached page; times count retirements, so they are the same in every run.
 
     Attributes:
-      page: its id.
+      page: its id, in the pool of its group of layers.
       depth: pages before it in its sequence.
       born: when it first lost its last owner; of one sequence, deeper pages come first.
       last_used: when it last lost its last owner.
@@ -43,7 +53,11 @@ class CachedPage(NamedTuple):
 
 @runtime_checkable
 class EvictionRank(Protocol):
-    """Orders cached pages; one object may serve many allocators, as it holds no page."""
+    """Orders cached pages; one object may serve many allocators, as it holds no page.
+
+    In groups of layers beside the first one it is asked once for all pages of a tail, with the last
+    of them: see `BlockAllocator`.
+    """
 
     def rank(self, page: CachedPage) -> Rank:
         """Asked whenever a page loses its last owner, and again when it gets another priority.
@@ -74,7 +88,41 @@ class Queued(NamedTuple):
     known: CachedPage
 
 
-class EvictionQueue:
+class Ranked:
+    """What an order of eviction asks a rank, and the history of pages in `known`."""
+
+    def __init__(self, rank: EvictionRank | None):
+        if rank is not None and (isinstance(rank, type) or not isinstance(rank, EvictionRank)):
+            raise TypeError(
+                f"eviction must be an object with a method rank(page), such as LRU(); got {rank!r}"
+            )
+        self._rank = rank
+        self.known: dict[int, CachedPage] = {}
+        self._clock = 0
+        self._inflation: Number = 0.0
+
+    def priority_of(self, page: int) -> int:
+        """What `set_priority` said last of a cached page."""
+        return self.known[page].priority if page in self.known else 0
+
+    def forget(self, pages: Iterable[int]) -> None:
+        """The pages left the cache."""
+        if self.known:
+            for page in pages:
+                self.known.pop(page, None)
+
+    def _ask(self, page: CachedPage) -> Key:
+        rank: Any = None if self._rank is None else self._rank.rank(page)
+        key = tuple(_plain(each) for each in (rank if isinstance(rank, tuple) else (rank,)))
+        if not key or None in key:
+            raise TypeError(
+                "rank must return a number, or a tuple of numbers, none of them NaN; "
+                f"got {rank!r} for {page}"
+            )
+        return key  # type: ignore[return-value]
+
+
+class EvictionQueue(Ranked):
     """The cached pages without an owner, in the order in which they will be given up.
 
     With a rank, each change costs O(log n), and the heap holds at most twice the evictable pages.
@@ -83,16 +131,9 @@ class EvictionQueue:
     """
 
     def __init__(self, rank: EvictionRank | None):
-        if rank is not None and (isinstance(rank, type) or not isinstance(rank, EvictionRank)):
-            raise TypeError(
-                f"eviction must be an object with a method rank(page), such as LRU(); got {rank!r}"
-            )
-        self._rank = None if type(rank) is LRU else rank
-        self.known: dict[int, CachedPage] = {}
+        super().__init__(None if type(rank) is LRU else rank)
         self._queued: OrderedDict[int, Queued | None] = OrderedDict()
         self._heap: list[tuple[Key, int, int]] = []
-        self._clock = 0
-        self._inflation: Number = 0.0
 
     def __len__(self) -> int:
         return len(self._queued)
@@ -107,10 +148,6 @@ class EvictionQueue:
         if self._rank is not None:
             for page, depth in zip(pages, depths, strict=True):
                 self.publish(page, depth)
-
-    def forget(self, page: int) -> CachedPage | None:
-        """The page left the cache; returns its history."""
-        return self.known.pop(page, None)
 
     def plan(
         self, pages: Sequence[int], coming: Mapping[int, CachedPage] | None = None
@@ -200,16 +237,6 @@ class EvictionQueue:
         if len(self._heap) > 2 * len(self._queued) + 64:
             self._heap = [_entry(each) for each in self._queued.values() if each is not None]
             heapq.heapify(self._heap)
-
-    def _ask(self, page: CachedPage) -> Key:
-        rank: Any = None if self._rank is None else self._rank.rank(page)
-        key = tuple(_plain(each) for each in (rank if isinstance(rank, tuple) else (rank,)))
-        if not key or None in key:
-            raise TypeError(
-                "rank must return a number, or a tuple of numbers, none of them NaN; "
-                f"got {rank!r} for {page}"
-            )
-        return key  # type: ignore[return-value]
 
 
 def successor(page: int, depth: int, past: CachedPage | None) -> CachedPage:

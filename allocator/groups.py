@@ -1,12 +1,15 @@
 """Groups of layers: each has a pool of pages, and a page table of where the rows lie in it."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Generic, NamedTuple
 
 import numpy as np
 
-from .pool import PagePool
+from .pool import C, PagePool
 
 __all__ = ["Aside", "PageGroup", "PageTable"]
+
+_ALL = 2**32  # columns: more than any sequence has
 
 
 class Aside(NamedTuple):
@@ -51,11 +54,6 @@ class PageTable:
         self.ids[row, first:end] = pages
         self.first[row], self.end[row] = first, end
 
-    def pass_by(self, row: int, first: int) -> None:
-        """Hold no page in columns before `first`, which is not past the end."""
-        self.ids[row, self.first[row] : first] = 0
-        self.first[row] = first
-
     def cut(self, row: int, end: int) -> None:
         """Hold no page in columns from `end` on."""
         if end < (held := int(self.end[row])):
@@ -91,7 +89,8 @@ class PageTable:
         return (column >= self.first[:, None]) & (column < self.end[:, None])
 
 
-class PageGroup(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class PageGroup(Generic[C]):
     """The pages of one group of layers. The first group has the tokens and the prefix cache.
 
     Attributes:
@@ -101,11 +100,16 @@ class PageGroup(NamedTuple):
       window: newest tokens that its layers see; None: all.
     """
 
-    pool: PagePool
+    pool: PagePool[C]
     table: PageTable
     base: int
     num_pages: int
     window: int | None = None
+
+    @property
+    def lookback(self) -> int:
+        """Columns before it that a query at the start of a page sees, as far as there are any."""
+        return _ALL if self.window is None else self.pool.pages_for(self.window - 1)
 
     def slots(self, row: np.ndarray, position: np.ndarray) -> np.ndarray:
         """Where positions of rows (two arrays of one shape) lie in the pool."""

@@ -122,7 +122,7 @@ def apply_growth(group: PageGroup, growth: Growth) -> Prepared:
         src, dst = table.ids[row[copied], growth.columns[copied]], pages[copied]
         pool.tokens[dst], pool.withdrawn[dst] = pool.tokens[src], pool.withdrawn[src]
         pool.copied += len(src)
-        np.subtract.at(pool.refs, src, 1)  # another owner remains: never the last one
+        pool.pass_by(src)  # another owner remains, if a commit in the same call passed none of them
         copies = PageCopies(group.whole(src), group.whole(dst))
     table.ids[row, growth.columns] = pages
     new, columns = row[growth.num_copied :], growth.columns[growth.num_copied :]

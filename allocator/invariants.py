@@ -1,9 +1,10 @@
 """Every rule of the bookkeeping, checked from scratch against the raw state."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from .companions import Companions
 from .errors import CorruptState
 from .groups import PageGroup, PageTable
 from .pool import PagePool
@@ -13,19 +14,29 @@ from .rows import ALL, RowTable
 __all__ = ["require_consistent"]
 
 
-def require_consistent(groups: tuple[PageGroup, ...], rows: RowTable, *, caching: bool) -> None:
+def require_consistent(
+    main: PageGroup[PrefixCache],
+    others: Sequence[PageGroup[Companions]],
+    rows: RowTable,
+    *,
+    caching: bool,
+) -> None:
     """Raise one CorruptState that lists every rule that is broken."""
     violations: list[str] = []
-    for group in groups:
+    for group in (main, *others):
         pool, table = group.pool, group.table
         # The other checks index arrays with page ids, so ids outside the pool come first, and
         # alone.
         violations += list(_outside_pool(pool, table)) or [
             *_free_pages(pool),
             *_owners(pool, table, rows),
-            *_prefix_cache(pool, pool.cache),
+            *_cached_pages(pool),
             *_sequences(group, rows),
-            *(_content(group, rows, caching) if pool.number == 0 else ()),
+            *(
+                _content(main, rows, caching)
+                if pool.number == 0
+                else _companions(main, group, rows)
+            ),
             *_vacant_rows(table, rows),
         ]
     if violations:
@@ -80,7 +91,15 @@ def _owners(pool: PagePool, table: PageTable, rows: RowTable) -> Iterator[str]:
         yield f"num_used {pool.num_used} or peak_used {pool.peak_used} is impossible"
 
 
-def _prefix_cache(pool: PagePool, cache: PrefixCache) -> Iterator[str]:
+def _cached_pages(pool: PagePool) -> Iterator[str]:
+    published = set(pool.cache.published.nonzero()[0].tolist())
+    if published & set(pool.raw.nonzero()[0].tolist()):
+        yield "a raw page is published"
+    if sorted(pool.cache.eviction.order()) != sorted(p for p in published if pool.refs[p] == 0):
+        yield "the evictable pages are not the published ones without an owner"
+
+
+def _prefix_cache(cache: PrefixCache) -> Iterator[str]:
     by_page = set(cache.by_page)
     if by_page != set(cache.published.nonzero()[0].tolist()):
         yield "the published flags and the entries by page name different pages"
@@ -92,14 +111,11 @@ def _prefix_cache(pool: PagePool, cache: PrefixCache) -> Iterator[str]:
     serials = [entry.serial for entry in cache.by_page.values()]
     if len(set(serials)) != len(serials):
         yield "two entries have one serial number"
-    if by_page & set(pool.raw.nonzero()[0].tolist()):
-        yield "a raw page is published"
-    if sorted(cache.eviction.order()) != sorted(p for p in by_page if pool.refs[p] == 0):
-        yield "the evictable pages are not the published ones without an owner"
 
 
 def _content(group: PageGroup, rows: RowTable, caching: bool) -> Iterator[str]:
     """What only the first group has: tokens, and what can be found by them."""
+    yield from _prefix_cache(group.pool.cache)
     yield from _digests(group.pool, group.pool.cache)
     yield from _chains(group, rows, caching)
 
@@ -164,6 +180,28 @@ def _chains(group: PageGroup, rows: RowTable, caching: bool) -> Iterator[str]:
                 pool.tokens[page], pool.tokens[entry.page]
             ):
                 yield f"page {entry.page} is published for page {page}, but holds other tokens"
+
+
+def _companions(
+    main: PageGroup[PrefixCache], group: PageGroup[Companions], rows: RowTable
+) -> Iterator[str]:
+    """What only the other groups have: pages that go with entries of the first one."""
+    cache, entries = group.pool.cache, main.pool.cache
+    live = {entry.serial for entry in entries.by_page.values()}
+    if not (cache.pages.keys() | cache.eviction.branches.keys()) <= live:
+        yield "a companion, or a branch, goes with an entry that was forgotten"
+    if sorted(cache.pages.values()) != cache.published.nonzero()[0].tolist():
+        yield "the published flags and the companions name different pages"
+    if any(cache.serials[page] != serial for serial, page in cache.pages.items()):
+        yield "a companion and its page name different entries"
+    if len(cache.eviction) != len(cache.eviction.order()):
+        yield "the order of eviction does not have the pages that it counts"
+    for row in rows.live.tolist():
+        first = int(group.table.first[row])
+        for entry, page in zip(rows.chains[row][first:], group.table.pages(row), strict=False):
+            other = cache.published[page] and cache.serials[page] != entry.serial
+            if other and entries.is_live(entry):
+                yield f"page {page} goes with another entry than that of its own column"
 
 
 def _vacant_rows(table: PageTable, rows: RowTable) -> Iterator[str]:

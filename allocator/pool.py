@@ -1,16 +1,20 @@
 """The page pool: which page is free, and how many owners every other one has."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, SupportsIndex
+from typing import Generic, NamedTuple, SupportsIndex, TypeVar
 
 import numpy as np
 
 from .arguments import as_count
+from .companions import Companions
 from .errors import OutOfPages, PageTableError
 from .eviction import CachedPage, Queued
-from .prefix import CacheEntry, PrefixCache
+from .prefix import CachedPages, CacheEntry, PrefixCache
+from .tails import Tail
 
 __all__ = ["PagePool", "Release", "check_pool_size"]
+
+C = TypeVar("C", bound=CachedPages)
 
 
 def check_pool_size(num_pages: SupportsIndex, page_size: SupportsIndex) -> tuple[int, int]:
@@ -40,7 +44,7 @@ class Release(NamedTuple):
     pages: np.ndarray
     left: np.ndarray
     freed: np.ndarray
-    retired: list[int] | list[Queued]
+    retired: list[int] | list[Queued] | list[Tail]
 
     def owners_of(self, pages: np.ndarray, refs: np.ndarray) -> np.ndarray:
         """How many owners these pages have then, which have `refs` now."""
@@ -48,7 +52,7 @@ class Release(NamedTuple):
         return np.array([then.get(*pair) for pair in zip(pages.tolist(), refs, strict=True)], int)
 
 
-class PagePool:
+class PagePool(Generic[C]):
     """N pages of S tokens; page 0, the null page, has an owner for ever and is never handed out.
 
     What can be refused, or calls a user's code, is a `plan_` or `require`, and changes nothing; the
@@ -73,7 +77,7 @@ class PagePool:
       stamps: int64 `[N]`, a new number whenever a page is taken, and when a full one is cut.
     """
 
-    def __init__(self, num_pages: int, page_size: int, cache: PrefixCache, *, number: int = 0):
+    def __init__(self, num_pages: int, page_size: int, cache: C, *, number: int = 0):
         self.cache, self.number = cache, number
         self.page_size = page_size
         self.refs = np.zeros(num_pages, np.int32)
@@ -123,7 +127,7 @@ class PagePool:
         The caller has called `require`, so there are enough.
         """
         if (short := count - self.num_free) > 0:
-            self._push(np.array([self.cache.evict() for _ in range(short)], np.int32))
+            self._push(np.array(self.cache.evict(short), np.int32))
             self.evicted += short
         pages = self._free[self.num_free - count : self.num_free][::-1].copy()
         self.num_free -= count
@@ -154,17 +158,24 @@ class PagePool:
         self.refs[pages] += owners
         self.peak_used = max(self.peak_used, self.num_used)
 
-    def plan_release(self, pages: np.ndarray, *, several: bool = False) -> Release:
+    def plan_release(
+        self, pages: np.ndarray, *, several: bool = False, passed: Sequence[int] = ()
+    ) -> Release:
         """Plan to take one owner from each page for every mention of it, in this order.
 
         Pages of a sequence are given from the last to the first, so a deep page is evicted before
         the shallow ones without which it cannot be found. Pages of `several` may occur again.
+        Those `passed` have no owner, and get a place in the order as if they had lost one.
         """
-        left, idle = self.refs.take(pages) - 1, pages
+        refs = self.refs
+        if passed:
+            refs = refs.copy()
+            refs[passed] = 1
+        left, idle = refs.take(pages) - 1, pages
         if np.count_nonzero(left):
             if several:
                 distinct, last, lost = np.unique(pages[::-1], return_index=True, return_counts=True)
-                left = self.refs[distinct] - lost
+                left = refs[distinct] - lost
                 pages, idle = distinct, pages[np.sort(len(pages) - 1 - last[left == 0])]
             else:
                 idle = pages[left == 0]
@@ -180,7 +191,30 @@ class PagePool:
         self._push(plan.freed)
         self.cache.eviction.add(plan.retired)
 
-    def publish(self, page: int, digest: bytes, parent: int | bytes, depth: int = 0) -> CacheEntry:
+    def pass_by(self, pages: np.ndarray) -> None:
+        """Take one owner from each page for every mention of it, who goes on without it.
+
+        Those without an owner then are free, or go before all other cached ones.
+        """
+        distinct = list(dict.fromkeys(pages.tolist()))
+        if len(distinct) == len(pages):
+            self.refs[pages] -= 1
+        else:
+            np.subtract.at(self.refs, pages, 1)
+            pages = np.array(distinct, np.int32)
+        idle = pages[self.refs.take(pages) == 0]
+        if idle.size:
+            cached = self.cache.published.take(idle)
+            self._push(idle[~cached])
+            self.cache.pass_by(idle[cached])
+
+    def publish(
+        self: "PagePool[PrefixCache]",
+        page: int,
+        digest: bytes,
+        parent: int | bytes,
+        depth: int = 0,
+    ) -> CacheEntry:
         """Make a full page findable, or return the entry that already stands for its content.
 
         An entry of the same digest that is not equal is out of date (its parent was evicted and
@@ -196,7 +230,7 @@ class PagePool:
         return self.cache.add(page, digest, parent, depth, past)
 
     def publish_each(
-        self,
+        self: "PagePool[PrefixCache]",
         pages: Sequence[int],
         digests: Sequence[bytes],
         parents: Sequence[int | bytes],
@@ -210,7 +244,11 @@ class PagePool:
         return [self.publish(*one) for one in each]
 
     def publish_chain(
-        self, pages: Sequence[int], digests: Sequence[bytes], parent: int | bytes, depth: int
+        self: "PagePool[PrefixCache]",
+        pages: Sequence[int],
+        digests: Sequence[bytes],
+        parent: int | bytes,
+        depth: int,
     ) -> list[CacheEntry]:
         """`publish` of many, each of which is the parent of the next."""
         depths = range(depth, depth + len(pages))
@@ -224,7 +262,7 @@ class PagePool:
             parent = entries[-1].serial
         return entries
 
-    def _are_new(self, digests: Sequence[bytes]) -> bool:
+    def _are_new(self: "PagePool[PrefixCache]", digests: Sequence[bytes]) -> bool:
         known = self.cache.index.keys()
         return len(set(digests)) == len(digests) and known.isdisjoint(digests)
 
@@ -234,6 +272,22 @@ class PagePool:
             self.cache.eviction.remove(page)
             self._push(np.array([page], np.int32))
         return self.cache.forget(page)
+
+    def attach_each(
+        self: "PagePool[Companions]",
+        pages: list[int],
+        entries: list[CacheEntry],
+        depths: Sequence[int],
+    ) -> None:
+        """Publish full pages as companions of entries that have none."""
+        self.withdrawn[pages] = False
+        self.cache.attach_each(pages, entries, depths)
+
+    def drop(self: "PagePool[Companions]", entry: CacheEntry) -> None:
+        """Make the companion of an entry unfindable, and forget that a branch ends there."""
+        if page := self.cache.page_of(entry):
+            self.unpublish(page)
+        self.cache.eviction.branches.pop(entry.serial, None)
 
     def withdraw(self, pages: np.ndarray) -> None:
         """Take pages out of the cache because what they hold may be wrong."""
@@ -266,10 +320,9 @@ class PagePool:
         self.raw[plan.pages] = False
         self.release(plan)
 
-    def clear_cache(self) -> None:
+    def clear_cache(self: "PagePool[PrefixCache]") -> None:
         """Forget every published page: first those without an owner, in the order of eviction."""
-        while self.cache.num_evictable:
-            self._push(np.array([self.cache.evict()], np.int32))
+        self._push(np.array(self.cache.evict(self.cache.num_evictable), np.int32))
         for page in list(self.cache.by_page):
             self.unpublish(page)
 

@@ -4,14 +4,16 @@ import hashlib
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 from .eviction import CachedPage, EvictionQueue, EvictionRank
+from .tails import TailQueue
 
 __all__ = [
     "CacheEntry",
+    "CachedPages",
     "Digest",
     "Namespace",
     "PrefixCache",
@@ -21,6 +23,7 @@ __all__ = [
     "salt_of",
 ]
 
+Q = TypeVar("Q", EvictionQueue, TailQueue)
 Digest = Callable[[bytes, bytes], bytes]
 
 
@@ -80,11 +83,61 @@ class CacheEntry(NamedTuple):
     serial: int
 
 
-class PrefixCache:
-    """Digest to page, and the unreferenced pages among them in the order of eviction.
+class CachedPages(Generic[Q]):
+    """Published pages of one pool, and the unreferenced ones among them in the order of eviction.
 
     It knows nothing of reference counts: the pool tells its order of eviction when a page loses
     its last owner, and when it gets one again.
+    """
+
+    def __init__(self, num_pages: int, eviction: Q):
+        self.eviction = eviction
+        self.published = np.zeros(num_pages, bool)
+        self.num_evicted = self.num_withdrawn = 0  # pages forgotten so far, by why
+        self.queried_tokens = self.hit_tokens = 0
+
+    @property
+    def num_evictable(self) -> int:
+        """Published pages without an owner."""
+        return len(self.eviction)
+
+    def count_query(self, num_tokens: int, hits: int) -> None:
+        """For the statistics: so many tokens were asked for, and so many found."""
+        self.queried_tokens += num_tokens
+        self.hit_tokens += hits
+
+    def forget(self, page: int) -> CachedPage | None:
+        """The page can no longer be found, whoever holds it; returns its history."""
+        past = self.eviction.known.get(page)
+        self.num_withdrawn += 1
+        self._forget([page])
+        return past
+
+    def evict(self, count: int) -> list[int]:
+        """Give up the pages whose turn it is; there are so many."""
+        pages = [self.eviction.pop() for _ in range(count)]
+        self.num_evicted += count
+        self._forget(pages)
+        return pages
+
+    def pass_by(self, pages: np.ndarray) -> None:
+        """Published pages lost their last owner, who goes on without them."""
+        raise NotImplementedError
+
+    def repair(self, allowed: np.ndarray, idle: np.ndarray) -> None:
+        """Keep the pages on which all books agree; both bool `[N]`: pages that may be published,
+        and those without an owner."""
+        raise NotImplementedError
+
+    def _forget(self, pages: list[int]) -> None:
+        raise NotImplementedError
+
+
+class PrefixCache(CachedPages[EvictionQueue]):
+    """Digest to page, of the first group of layers.
+
+    Attributes:
+      followers: called with every entry that is forgotten.
     """
 
     def __init__(
@@ -102,8 +155,9 @@ class PrefixCache:
             raise TypeError(f"hash_key must be bytes or None, got {type(hash_key).__name__}")
         if hash_key is not None and len(hash_key) > hashlib.blake2b.MAX_KEY_SIZE:
             raise ValueError(f"hash_key must be at most 64 bytes, got {len(hash_key)}")
-        self.eviction = EvictionQueue(eviction)
-        self.published = np.zeros(num_pages, bool)
+        super().__init__(num_pages, EvictionQueue(eviction))
+        self.rank = eviction
+        self.followers: list[Callable[[CacheEntry], None]] = []
         self.by_page: dict[int, CacheEntry] = {}
         self.index: dict[bytes, CacheEntry] = {}
         self._hash_key = secrets.token_bytes(32) if hash_key is None else hash_key
@@ -113,8 +167,6 @@ class PrefixCache:
         self.num_updates = 0  # of the weights
         self._digest = blake2b_digest if digest is None else digest
         self.next_serial = 1
-        self.num_evicted = self.num_withdrawn = 0  # entries forgotten so far, by why
-        self.queried_tokens = self.hit_tokens = 0
 
     # ---- digests: the only place where a user's function is called; it changes nothing
 
@@ -203,16 +255,6 @@ class PrefixCache:
         equal = (pool_tokens[pages] == page_tokens[: len(found)]).all(axis=1)
         return found if equal.all() else found[: int(equal.argmin())]
 
-    @property
-    def num_evictable(self) -> int:
-        """Published pages without an owner."""
-        return len(self.eviction)
-
-    def count_query(self, num_tokens: int, hits: int) -> None:
-        """For the statistics: so many tokens were asked for, and so many found."""
-        self.queried_tokens += num_tokens
-        self.hit_tokens += hits
-
     def is_live(self, entry: CacheEntry) -> bool:
         """Whether the entry can still be found."""
         return self.by_page.get(entry.page) is entry
@@ -264,8 +306,6 @@ class PrefixCache:
         return entries
 
     def repair(self, allowed: np.ndarray, idle: np.ndarray) -> None:
-        """Keep the entries on which all books agree; both bool `[N]`: pages that may be published,
-        and those without an owner."""
         kept = {
             page: entry
             for page, entry in self.by_page.items()
@@ -280,19 +320,12 @@ class PrefixCache:
         self.by_page, self.published = kept, published
         self.index = {entry.digest: entry for entry in kept.values()}
 
-    def forget(self, page: int) -> CachedPage | None:
-        """The page can no longer be found, whoever holds it; returns its history."""
-        self.num_withdrawn += 1
-        return self._forget(page)
-
-    def evict(self) -> int:
-        """Give up the page whose turn it is, and return it."""
-        page = self.eviction.pop()
-        self.num_evicted += 1
-        self._forget(page)
-        return page
-
-    def _forget(self, page: int) -> CachedPage | None:
-        del self.index[self.by_page.pop(page).digest]
-        self.published[page] = False
-        return self.eviction.forget(page)
+    def _forget(self, pages: list[int]) -> None:
+        entries = [self.by_page.pop(page) for page in pages]
+        for entry in entries:
+            del self.index[entry.digest]
+        self.published[pages] = False
+        self.eviction.forget(pages)
+        for forget in self.followers:
+            for entry in entries:
+                forget(entry)

@@ -1,10 +1,13 @@
 """Putting the full, computed pages of sequences into the prefix cache."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from .groups import PageGroup
+from .hits import hang
+from .prefix import CacheEntry
 from .rows import RowTable
 
 __all__ = ["Publications", "digests_of", "plan_publications", "publish"]
@@ -111,8 +114,9 @@ def _plan(
     return Several(row, keep, pages, digests, lost)
 
 
-def publish(group: PageGroup, rows: RowTable, plan: Publications) -> None:
-    """Carry it out."""
+def publish(groups: Sequence[PageGroup], rows: RowTable, plan: Publications) -> None:
+    """Carry it out; what the rows hold there in other groups goes with the entries."""
+    group, others = groups[0], groups[1:]
     row, depth, pages, digests, seen = plan.one_each
     chains = [rows.chains[each] for each in row.tolist()]
     before = zip(chains, row.tolist(), strict=True)
@@ -123,11 +127,17 @@ def publish(group: PageGroup, rows: RowTable, plan: Publications) -> None:
         chain.append(entry)
         if entry.page != page:
             rows.borrows[each], rows.chain_seen[each] = True, -1  # to be looked at
+    for other in others:
+        hang(group, other, other.table.ids[row, depth], entries, depth)
     for several in plan.others:
-        _publish(group, rows, several)
+        entries = _publish(group, rows, several)
+        columns = range(several.keep, several.keep + len(entries))
+        for other in others:
+            held = other.table.ids[several.row, columns.start : columns.stop]
+            hang(group, other, held, entries, columns)
 
 
-def _publish(group: PageGroup, rows: RowTable, plan: Several) -> None:
+def _publish(group: PageGroup, rows: RowTable, plan: Several) -> list[CacheEntry]:
     row, keep, pages, digests, lost = plan
     chain = rows.chains[row]
     if keep < len(chain):
@@ -139,3 +149,4 @@ def _publish(group: PageGroup, rows: RowTable, plan: Several) -> None:
     chain.extend(entries)  # in place: a long sequence's is not copied at every chunk
     rows.chains[row] = chain
     rows.chain_seen[row] = lost[int(rows.borrows[row])]
+    return entries

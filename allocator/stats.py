@@ -90,7 +90,7 @@ def collect_stats(group: PageGroup, rows: RowTable) -> AllocatorStats:
         peak_used=pool.peak_used,
         shared=int((pool.refs > 1).sum()),
         raw=raw,
-        published=len(pool.cache.by_page),
+        published=int(np.count_nonzero(pool.cache.published)),
         sequences=len(rows.live),
         tokens=int(rows.length[rows.live].sum()),
         stored_tokens=stored,

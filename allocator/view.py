@@ -144,7 +144,7 @@ class AllocatorView:
         because its logits are wanted.
         """
         key = as_key(tokens, cache_salt)
-        return max(len(books.match(key)[1]) for books in self._shards) * self.page_size
+        return max(books.match(key).served for books in self._shards) * self.page_size
 
     @changing
     def page_digests(
@@ -231,7 +231,7 @@ class AllocatorView:
     def check_invariants(self) -> None:
         """Verify all bookkeeping from scratch; raises CorruptState with every broken rule."""
         for books in self._shards:
-            require_consistent(books.groups, books.rows, caching=books.caching)
+            require_consistent(books.main, books.others, books.rows, caching=books.caching)
 
     def __repr__(self) -> str:
         shards = "" if self._only is not None else f"{len(self._shards)} shards, "

@@ -57,19 +57,20 @@ def shortest_truncation(first: np.ndarray, window: int, page_size: int) -> np.nd
 
 def plan_pass(group: PageGroup, row: np.ndarray, computed: np.ndarray) -> Callable[[], None]:
     """Plan to give back what no query behind the computed tokens `[B]` of rows `[B]` sees."""
-    pool, table, begin = group.pool, group.table, group.table.first[row]
-    end = np.minimum(first_column(computed, window_of(group), pool.page_size), table.end[row])
-    (at,) = (end > begin).nonzero()
-    if not at.size:
+    table, begin, size = group.table, group.table.first[row], group.pool.page_size
+    end = np.minimum(first_column(computed, window_of(group), size), table.end[row])
+    end = np.maximum(begin, end)
+    count = end - begin
+    if not np.count_nonzero(count):
         return _nothing
-    passing = list(zip(*(a[at].tolist() for a in (row, begin, end)), strict=True))
-    pages = np.concatenate([table.ids[each, first:after] for each, first, after in passing])
-    release = pool.plan_release(pages, several=len(passing) > 1)
+    owner = np.repeat(row, count)
+    column = np.arange(len(owner)) - np.repeat(count.cumsum() - count - begin, count)
+    pages = table.ids[owner, column]
 
     def apply() -> None:
-        for each, _, after in passing:
-            table.pass_by(each, after)
-        pool.release(release)
+        table.first[row] = end  # before what lies there: a row holds nothing before its first page
+        table.ids[owner, column] = 0
+        group.pool.pass_by(pages)
 
     return apply
 
@@ -78,13 +79,13 @@ def _nothing() -> None:
     """No row passes a page."""
 
 
-def require_room(group: PageGroup, pages: np.ndarray) -> None:
-    """Whether a pool can ever hold so many pages `[B]` for one sequence at once.
+def require_room(group: PageGroup, needed: int) -> None:
+    """Whether a pool can ever hold so many pages for one sequence at once.
 
     Raises:
       SequenceTooLong: it is too small.
     """
-    needed, pool = int(pages.max(initial=0)), group.pool
+    pool = group.pool
     if needed > pool.usable:
         window, cure = "", ""
         if group.window is not None:
