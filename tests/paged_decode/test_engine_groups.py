@@ -104,6 +104,21 @@ def test_what_gave_way_comes_back_from_the_tier_in_every_group(stacked):
     assert stats.recomputed_tokens < 80
 
 
+def test_prompts_with_a_common_beginning_are_found_in_both_groups():
+    engine = engine_of(windowed=3 * ROWS * BOUND)
+    system, ends = prompts(1, seed=8, low=40, high=40)[0], prompts(6, seed=9, low=3, high=20)
+    turns = [[*system, *end] for end in ends]
+    for _ in range(2):  # the second time with the answers, as in a chat
+        done = engine.generate(turns, SamplingParams(max_new_tokens=9))
+        assert [c.tokens for c in done] == [dense(tuple(turn), 9) for turn in turns]
+        engine.runner.exchange(lambda cache: poison_free_pages(cache, engine.allocator))
+        turns = [[*turn, *c.tokens, 7, 8] for turn, c in zip(turns, done, strict=True)]
+    stats = engine.stats
+    asked = sum(len(turn) - 11 for turn in turns)
+    assert stats.prefix_hit_tokens > 0.75 * asked
+    engine.allocator.check_invariants()
+
+
 def test_samples_and_forks_share_a_window_and_go_their_own_ways():
     engine = engine_of()
     sampled = SamplingParams(max_new_tokens=20, temperature=1.0, seed=3)

@@ -156,7 +156,7 @@ def test_one_page_less_than_planned_fails_in_some_order(window, size, chunk):
 
     def widest(layout):
         """All rows at the length at which a chunk more holds the most, one after the other."""
-        allocator = BlockAllocator(layout)
+        allocator = BlockAllocator(layout, prefix_cache=False)
         ahead = [-(-(c + chunk) // size) - max(c - window + 1, 0) // size for c in range(1, 40)]
         start = 1 + int(np.argmax(ahead))
         for _ in range(plan.rows):
