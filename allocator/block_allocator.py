@@ -40,7 +40,10 @@ class BlockAllocator(AllocatorCalls):
         differ from one allocator to the next.
       fingerprint: what else the keys and values depend on (weights, rope, dtype), as bytes.
       eviction: ranks the cached pages without an owner; None is `LRU()`. Its `rank` is called while
-        a call is planned: if it raises, the call does, and nothing has changed.
+        a call is planned: if it raises, the call does, and nothing has changed. In other groups
+        than the first the same object ranks tails, what sequences held at their end: each as a
+        whole, with the history and depth of its last page, and the priority of the full page beside
+        that one. What sequences passed before goes first, unranked.
       digest: replaces keyed BLAKE2b, `(key, payload) -> bytes`; for tests of collisions.
 
     Attributes:

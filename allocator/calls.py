@@ -347,7 +347,8 @@ class AllocatorCalls(AllocatorView):
     def prioritize(self, pages: Iterable[SupportsIndex], priority: SupportsIndex) -> None:
         """Give cached pages a priority, for an eviction rank such as `policies.Priority`.
 
-        It lasts until the page leaves the cache. Pages that are not cached are passed over.
+        It lasts until the page leaves the cache. Pages that are not cached are passed over. What
+        other groups have for the same tokens gets it too.
         """
         value, last = as_int("priority", priority), self.num_pages - 1
         ids = np.array([page for page in as_counts("pages", pages) if page <= last], np.int64)

@@ -69,7 +69,7 @@ def plan_commit_copy(books: Bookkeeping, row: int) -> Callable[[], int]:
             group.pool.pass_by(held)
         published()
         rows.computed[row] = computed  # never more than there are entries for
-        rows.describe(np.array([row]), np.maximum(rows.described[[row]], computed))
+        rows.describe(row, computed)  # what was described behind that has no pages any more
         return computed
 
     return apply

@@ -42,6 +42,10 @@ class Device:
             pages = pool.reshape(-1, self.size)
             pages[part.dst] = pages[part.src]
 
+    def fill(self, group: int, page: int, text, column: int) -> None:
+        part = text[column * self.size : (column + 1) * self.size]
+        self.pools[group][page * self.size :][: len(part)] = part
+
     def run(self, batch, texts) -> None:
         """Write the batch's tokens, then compare all that every query sees with the texts."""
         for pool, group in zip(self.pools, batch.groups, strict=True):
@@ -85,8 +89,10 @@ class Program:
         """So many of the moves below, with every rule checked after each."""
         often = [self.allocate, self.allocate, self.prefill, self.prefill, self.step, self.step]
         seldom = [self.append, self.fork, self.truncate, self.free, self.end, self.others]
+        if self.allocator.num_shards == 1:
+            seldom.append(self.copy)
         for _ in range(moves):
-            move = (often + seldom)[int(self.rng.integers(12))]
+            move = (often + seldom)[int(self.rng.integers(len(often + seldom)))]
             try:
                 if self.texts or move == self.allocate:
                     move()
@@ -184,6 +190,27 @@ class Program:
         if not self.rng.integers(4):
             self.allocator.withdraw(some)
         self.forget(some)
+
+    def copy(self) -> None:
+        """As from a tier: what the next query sees, of more tokens than are computed."""
+        handle = self.pick()
+        text, computed = self.texts[handle], self.allocator.sequence(handle).computed
+        end = int(self.rng.integers(computed, len(text) + 1))
+        _, aside = self.attempt(self.allocator.prepare_copy, handle, end)
+        if not self.rng.integers(3):
+            self.allocator.cancel_copy(handle)
+        if self.rng.integers(3):
+            pages, first = self.allocator.sequence(handle).pages, -(-end // self.size) - len(aside)
+            for column in range(computed // self.size, -(-end // self.size)):
+                self.device.fill(0, pages[column], text, column)
+            for column, page in enumerate(aside, first):
+                self.device.fill(1, page, text, column)
+            try:
+                self.allocator.commit_copy(handle)
+            except ValueError:
+                return  # cancelled
+            self.written[handle] = end
+            self.counts["copies"] += 1
 
     def others(self) -> None:
         which = int(self.rng.integers(16))
