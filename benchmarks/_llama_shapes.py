@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "examples")]
-from smol.checkpoint import LlamaConfig  # noqa: E402
-from smol.llama import make_model  # noqa: E402
+from models.checkpoint import ModelConfig  # noqa: E402
+from models.decoder import make_model  # noqa: E402
 
 __all__ = ["LlamaShapes", "llama_shapes"]
 
-LARGE = LlamaConfig(
+LARGE = ModelConfig(
     vocab_size=128256,
     num_layers=32,
     width=4096,
@@ -49,7 +49,7 @@ SMALL = replace(
 class LlamaShapes:
     """A configuration, its weights, and the model that computes with them."""
 
-    config: LlamaConfig
+    config: ModelConfig
     params: dict[str, Any]
     model: Callable[..., Any]
     dtype: Any
@@ -78,7 +78,7 @@ def llama_shapes(layers: int | None = None, *, small: bool = False) -> LlamaShap
     return LlamaShapes(config, _params(config, dtype), make_model(config), dtype)
 
 
-def _params(config: LlamaConfig, dtype: Any) -> dict[str, Any]:
+def _params(config: ModelConfig, dtype: Any) -> dict[str, Any]:
     """Normal numbers of deviation 0.02, drawn on the device one matrix at a time."""
     key, drawn = jax.random.key(0), 0
     draw = jax.jit(

@@ -285,15 +285,15 @@ def engine_cases() -> Iterator[tuple[str, Callable[[], float]]]:
 def smollm2_cases() -> Iterator[tuple[str, Callable[[], float]]]:
     """SmolLM2-135M of the examples, which is fetched once: one request and eight."""
     sys.path.insert(0, str(HERE / "examples"))
-    from smol import llama, weights
+    from models import decoder, weights
 
     from paged_decode import BlockAllocator, Engine, EngineConfig, KVCache, SamplingParams
 
-    config, params = llama.load(weights.fetch())
+    config, params = decoder.load(weights.fetch())
     sizes: Any = dict(num_layers=config.num_layers, num_kv_heads=config.num_kv_heads)
     cache = KVCache.create(num_pages=257, page_size=16, head_dim=config.head_dim, **sizes)
     shapes = EngineConfig(max_rows=8, decode_steps=8, prefill_chunk=32, max_sequence_tokens=256)
-    model = llama.make_model(config)
+    model = decoder.make_model(config)
     engine = Engine(model, params, cache, BlockAllocator(257, 16, hash_key=b"k"), shapes)
     engine.warmup()
 

@@ -42,10 +42,10 @@ class PagedDecode:
     """The engine: one per batch size, compiled before it is timed."""
 
     def __init__(self, gguf: Path):
-        from smol import llama
+        from models import decoder
 
-        self.config, self.params = llama.load(gguf)
-        self.model = llama.make_model(self.config)
+        self.config, self.params = decoder.load(gguf)
+        self.model = decoder.make_model(self.config)
         self.engines: dict[tuple[int, int], Any] = {}
 
     def run(self, variant: str, prompts: list[list[int]], new: int) -> dict[str, Any]:
@@ -175,7 +175,7 @@ def rate(run: dict[str, Any]) -> float:
 
 
 def make_prompts(gguf: Path) -> dict[int, list[list[int]]]:
-    from smol import tokenizer
+    from models import tokenizer
 
     ids = tokenizer.load(gguf).encode(" ".join(TEXT.split()))
     return {
@@ -248,7 +248,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.serve:
         return serve(args.serve, args.gguf)
-    from smol import weights
+    from models import weights
 
     records = measure(args, args.gguf or weights.fetch())
     path = write_result("cpu_decode", records, command="python benchmarks/cpu_decode.py")

@@ -29,12 +29,12 @@ import numpy as np
 from _result import spread, write_result
 from jax.sharding import NamedSharding
 
-from examples.smol import llama, parallel
+from examples.models import decoder, parallel
 from paged_decode import DecodeBatch, KVCache
 from paged_decode.kernels import Placement
 
 ROUNDS, COLUMNS, PAGE = 60, 32, 16
-SMALL = llama.LlamaConfig(
+SMALL = decoder.ModelConfig(
     vocab_size=8192,
     num_layers=8,
     width=512,
@@ -58,7 +58,7 @@ LARGE = {
 
 
 def shapes(config, dtype):
-    """Shapes of the weights, as `llama.load` lays them out."""
+    """Shapes of the weights, as `decoder.load` lays them out."""
     c = config
     q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     layer = dict(
@@ -92,7 +92,7 @@ class Timed:
             lambda s: jnp.asarray(rng.standard_normal(s.shape, dtype=np.float32) * scale),
             shapes(config, jnp.float32),
         )
-        where, model = {}, llama.make_model(config)
+        where, model = {}, decoder.make_model(config)
         if devices is not None:
             mesh = parallel.make_mesh(devices)
             where = dict(mesh=mesh, head_axis=parallel.AXIS)

@@ -26,7 +26,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 from sharding import LARGE, compiled, count
 
-from examples.smol import parallel
+from examples.models import parallel
 
 SLICES = {"v5e:2x4": 8, "v5p:2x2x2": 8, "v6e:4x4": 16}
 

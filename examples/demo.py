@@ -12,11 +12,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from models import decoder, tokenizer, weights
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
-from smol import llama, tokenizer, weights
 
 from paged_decode import BlockAllocator, Engine, EngineConfig, KVCache, SamplingParams
 
@@ -50,7 +50,7 @@ ALONE = [
 
 
 def make_engine(path: Path, longest_prompt: int) -> Engine:
-    config, params = llama.load(path)
+    config, params = decoder.load(path)
     cache = KVCache.create(
         num_layers=config.num_layers,
         num_pages=NUM_PAGES,
@@ -67,7 +67,7 @@ def make_engine(path: Path, longest_prompt: int) -> Engine:
         max_sequence_tokens=longest_prompt + MAX_NEW,
     )
     return Engine(
-        llama.make_model(config), params, cache, BlockAllocator(NUM_PAGES, PAGE_SIZE), shapes
+        decoder.make_model(config), params, cache, BlockAllocator(NUM_PAGES, PAGE_SIZE), shapes
     )
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from smol import llama, parallel, tokenizer, weights
+from models import decoder, parallel, tokenizer, weights
 
 from paged_decode import BlockAllocator, Engine, EngineConfig, KVCache, SamplingParams
 from paged_decode.errors import PagedDecodeError
@@ -77,8 +77,8 @@ def read_ids(path: Path) -> list[dict]:
 
 
 def make_engine(args: argparse.Namespace, prompts: list[list[int]], path: Path) -> Engine:
-    config, params = llama.load(path, dtype=args.dtype)
-    model = llama.make_model(config)
+    config, params = decoder.load(path, dtype=args.dtype)
+    model = decoder.make_model(config)
     where: dict[str, Any] = {}
     if args.devices != 1:
         mesh = parallel.make_mesh(args.devices)

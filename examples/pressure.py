@@ -8,7 +8,7 @@
 import time
 from typing import Any
 
-from smol import llama, weights
+from models import decoder, weights
 
 from paged_decode import BlockAllocator, Engine, EngineConfig, KVCache, SamplingParams
 from paged_decode.policies import Recompute, Swap
@@ -19,7 +19,7 @@ PROMPT, PROMPTS, ANSWER = 40, 6, 48  # tokens, how many, tokens
 
 def make_engine(num_pages, page_size=16, *, eviction=None, gguf=None, **policies):
     """SmolLM2-135M on a pool of so many pages, the null page included."""
-    config, params = llama.load(gguf or weights.fetch(), dtype="float32")
+    config, params = decoder.load(gguf or weights.fetch(), dtype="float32")
     cache = KVCache.create(
         num_layers=config.num_layers,
         num_pages=num_pages,
@@ -35,7 +35,7 @@ def make_engine(num_pages, page_size=16, *, eviction=None, gguf=None, **policies
         max_sequence_tokens=min(1024, allocator.usable_pages * page_size),
         vocab_size=config.vocab_size,
     )
-    return Engine(llama.make_model(config), params, cache, allocator, shapes, **policies)
+    return Engine(decoder.make_model(config), params, cache, allocator, shapes, **policies)
 
 
 def main():

@@ -1,4 +1,4 @@
-"""The examples are scripts beside a package `smol`; they are imported from their own folder."""
+"""The examples are scripts beside a package `models`; they are imported from their own folder."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 @pytest.fixture(scope="session")
 def real_gguf() -> Path:
     """The real model's file; without a network the test is skipped, but never in CI."""
-    from smol import weights
+    from models import weights
 
     try:
         return weights.fetch()

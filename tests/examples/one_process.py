@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from smol import llama, parallel
+from models import decoder, parallel
 
 from paged_decode import BlockAllocator, Engine, EngineConfig, KVCache, ReplicaCheck, SamplingParams
 
@@ -25,7 +25,7 @@ def main(port, processes, process, cases, out, gguf):
         return disagree(int(process), Path(out))
     devices = np.array(jax.devices()).reshape(3, -1).T
     mesh = jax.sharding.Mesh(devices, ("copy", parallel.AXIS))
-    config, params = llama.load(gguf)
+    config, params = decoder.load(gguf)
     model = parallel.make_parallel_model(config, params, mesh)
     params = parallel.split_params(config, params, mesh)
     cache = KVCache.create(

@@ -5,8 +5,8 @@ import struct
 import gguf
 import numpy as np
 import pytest
-from smol.gguf_reader import GGUFError, read_gguf
-from smol.quants import TENSOR_TYPES, dequantise
+from models.gguf_reader import GGUFError, read_gguf
+from models.quants import TENSOR_TYPES, dequantise
 
 from .tiny_gguf import TYPES, f32, gguf_bytes, string, value
 

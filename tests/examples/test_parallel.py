@@ -8,18 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from smol import llama, parallel
+from models import decoder, parallel
 
 from paged_decode import BlockAllocator, DecodeBatch, KVCache, ShardedAllocator
 
+from .test_decoder import PAGE, PROMPTS, Paged
 from .test_generate import GOLDEN, run
-from .test_llama import PAGE, PROMPTS, Paged
 from .tiny_gguf import llama_weights, write_llama
 
 
 def split_paged(path, devices: int, capacity: int = 20) -> Paged:
     paged = Paged(path, PROMPTS, capacity=capacity)
-    config, params = llama.load(path, "float32")
+    config, params = decoder.load(path, "float32")
     mesh = parallel.make_mesh(devices)
     paged.model = jax.jit(parallel.make_parallel_model(config, params, mesh), donate_argnums=1)
     paged.params = parallel.split_params(config, params, mesh)
@@ -35,7 +35,7 @@ def split_paged(path, devices: int, capacity: int = 20) -> Paged:
     return paged
 
 
-SMALL = llama.LlamaConfig(
+SMALL = decoder.ModelConfig(
     vocab_size=32,
     num_layers=2,
     width=24,
@@ -47,7 +47,7 @@ SMALL = llama.LlamaConfig(
 )
 
 
-def random_params(config: llama.LlamaConfig, tied: bool) -> dict:
+def random_params(config: decoder.ModelConfig, tied: bool) -> dict:
     rng = np.random.default_rng(0)
 
     def normal(*shape: int) -> jax.Array:
@@ -91,7 +91,7 @@ def test_logits_on_several_devices_equal_those_of_one(devices, tied, vocab):
     """From 4 devices on there are several copies of every KV head."""
     config = replace(SMALL, vocab_size=vocab)
     params = random_params(config, tied)
-    want = first_logits(llama.make_model(config), params, config)
+    want = first_logits(decoder.make_model(config), params, config)
     mesh = parallel.make_mesh(devices)
     got = first_logits(
         parallel.make_parallel_model(config, params, mesh),
@@ -105,7 +105,7 @@ def test_logits_on_several_devices_equal_those_of_one(devices, tied, vocab):
 
 def test_rows_over_a_data_axis_give_the_same_logits():
     params = random_params(SMALL, tied=True)
-    want = first_logits(llama.make_model(SMALL), params, SMALL)
+    want = first_logits(decoder.make_model(SMALL), params, SMALL)
     mesh = parallel.make_mesh(2, data=2)
     cache = KVCache.create(
         num_layers=2,

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from smol import tokenizer
-from smol.gguf_reader import GGUFError
-from smol.tokenizer import StreamDecoder
+from models import tokenizer
+from models.gguf_reader import GGUFError
+from models.tokenizer import StreamDecoder
 
 from .tiny_gguf import gguf_bytes
 

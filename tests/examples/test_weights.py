@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from smol import weights
+from models import weights
 
 PAYLOAD = b"GGUF and so on"
 

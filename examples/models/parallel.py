@@ -1,4 +1,4 @@
-"""The Llama of `llama.py` over several devices: each has its heads, its part of every layer.
+"""The model of `decoder.py` over several devices: each has its heads, its part of every layer.
 
 Matrices that start a block are split by columns, those that end it by rows, so a block needs one
 sum over the devices (Shoeybi et al., "Megatron-LM", 2019). The vocabulary is split too where it
@@ -18,8 +18,8 @@ from jaxtyping import Array
 
 from paged_decode import DecodeBatch, KVCache
 
-from .checkpoint import LlamaConfig, Params
-from .llama import Model, make_model
+from .checkpoint import ModelConfig, Params
+from .decoder import Model, make_model
 
 __all__ = ["AXIS", "DATA", "make_mesh", "make_parallel_model", "param_specs", "split_params"]
 
@@ -42,7 +42,7 @@ def make_mesh(devices: int, *, data: int = 1) -> Mesh:
     )
 
 
-def local_config(config: LlamaConfig, devices: int) -> LlamaConfig:
+def local_config(config: ModelConfig, devices: int) -> ModelConfig:
     """The sizes that one device sees, with at least one KV head.
 
     Raises:
@@ -63,7 +63,7 @@ def local_config(config: LlamaConfig, devices: int) -> LlamaConfig:
     )
 
 
-def split_params(config: LlamaConfig, params: Params, mesh: Mesh) -> Params:
+def split_params(config: ModelConfig, params: Params, mesh: Mesh) -> Params:
     """Put every device's part of the weights on it; what cannot be split is on all.
 
     Columns are reordered so that one device's lie together: `[q0 k0 v0 | q1 k1 v1 | ...]`.
@@ -91,7 +91,7 @@ def split_params(config: LlamaConfig, params: Params, mesh: Mesh) -> Params:
     )
 
 
-def make_parallel_model(config: LlamaConfig, params: Params, mesh: Mesh) -> Model:
+def make_parallel_model(config: ModelConfig, params: Params, mesh: Mesh) -> Model:
     """Like `make_model`, for weights of `split_params` and a cache on the same mesh.
 
     The whole model runs inside one `shard_map`: in there heads are local, and the cache knows it.
@@ -127,7 +127,7 @@ def _interleave(parts: Sequence[np.ndarray], devices: int) -> np.ndarray:
     return np.concatenate([p for own in zip(*pieces, strict=True) for p in own], axis=1)
 
 
-def param_specs(config: LlamaConfig, params: Params, devices: int) -> Any:
+def param_specs(config: ModelConfig, params: Params, devices: int) -> Any:
     """How `split_params` splits every array: a pytree like `params` of PartitionSpecs."""
     columns, rows, whole = PartitionSpec(None, AXIS), PartitionSpec(AXIS, None), PartitionSpec()
     vocabulary = columns if config.vocab_size % devices == 0 else whole

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from smol import llama
-from smol.gguf_reader import GGUFError
+from models import decoder
+from models.gguf_reader import GGUFError
 
 from paged_decode import DecodeBatch, KVCache
 
@@ -79,8 +79,8 @@ class Paged:
     """A batch with scattered pages, advanced chunk by chunk."""
 
     def __init__(self, path, prompts, capacity: int, dtype="float32"):
-        config, self.params = llama.load(path, dtype)
-        self.model = jax.jit(llama.make_model(config), donate_argnums=1)
+        config, self.params = decoder.load(path, dtype)
+        self.model = jax.jit(decoder.make_model(config), donate_argnums=1)
         columns = -(-capacity // PAGE)
         pages = 1 + np.random.default_rng(2).permutation(columns * len(prompts))
         self.table = pages.reshape(len(prompts), columns).astype(np.int32)
@@ -191,19 +191,19 @@ def test_a_file_without_a_tensor_names_it(tmp_path):
     weights = llama_weights()
     del weights["blk.1.ffn_up"]
     with pytest.raises(GGUFError, match=r"'blk\.1\.ffn_up\.weight'"):
-        llama.load(write_llama(tmp_path / "m.gguf", weights))
+        decoder.load(write_llama(tmp_path / "m.gguf", weights))
 
 
 def test_a_tensor_of_another_shape_is_named_with_both_shapes(tmp_path):
     weights = llama_weights() | {"blk.0.attn_v": np.zeros((3, 3), np.float32)}
     with pytest.raises(GGUFError, match=r"attn_v.*\(8, 24\), got \(3, 3\)"):
-        llama.load(write_llama(tmp_path / "m.gguf", weights))
+        decoder.load(write_llama(tmp_path / "m.gguf", weights))
 
 
 def test_a_tensor_without_a_place_is_refused_and_not_ignored(tmp_path):
     weights = llama_weights() | {"blk.0.attn_q_norm": np.zeros(4, np.float32)}
     with pytest.raises(NotImplementedError, match="attn_q_norm"):
-        llama.load(write_llama(tmp_path / "m.gguf", weights))
+        decoder.load(write_llama(tmp_path / "m.gguf", weights))
 
 
 @pytest.mark.parametrize(
@@ -222,14 +222,14 @@ def test_a_tensor_without_a_place_is_refused_and_not_ignored(tmp_path):
 )
 def test_a_configuration_that_is_not_served_is_named(tmp_path, changes, error, message):
     with pytest.raises(error, match=message):
-        llama.load(write_llama(tmp_path / "m.gguf", llama_weights(), **changes))
+        decoder.load(write_llama(tmp_path / "m.gguf", llama_weights(), **changes))
 
 
 def test_a_file_that_is_no_model_is_refused(tmp_path):
     path = tmp_path / "m.gguf"
     path.write_bytes(gguf_bytes(llama_metadata(), {}))
     with pytest.raises(GGUFError, match="token_embd"):
-        llama.load(path)
+        decoder.load(path)
 
 
 # ---- the real one

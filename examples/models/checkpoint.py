@@ -12,13 +12,13 @@ from jaxtyping import Array
 
 from .gguf_reader import GGUF, GGUFError, read_gguf
 
-__all__ = ["LlamaConfig", "Params", "load"]
+__all__ = ["ModelConfig", "Params", "load"]
 
 Params = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class LlamaConfig:
+class ModelConfig:
     """Sizes and constants of one model; layers, KV heads and head_dim are those of its cache."""
 
     vocab_size: int
@@ -35,7 +35,7 @@ class LlamaConfig:
     sliding_window: int | None = None
 
 
-def load(path: str | PathLike[str], dtype: Any = "float32") -> tuple[LlamaConfig, Params]:
+def load(path: str | PathLike[str], dtype: Any = "float32") -> tuple[ModelConfig, Params]:
     """Read a GGUF file of architecture `llama` and convert its weights to `dtype`.
 
     Matrices are laid out `[in, out]`, and those that read the same input lie side by side: of
@@ -57,7 +57,7 @@ def load(path: str | PathLike[str], dtype: Any = "float32") -> tuple[LlamaConfig
     return config, _Loader(gguf, config, jnp.dtype(dtype)).params()
 
 
-def _read_config(gguf: GGUF) -> LlamaConfig:
+def _read_config(gguf: GGUF) -> ModelConfig:
     if (architecture := gguf.value("general.architecture", str)) != "llama":
         raise NotImplementedError(
             f"{gguf.path}: expected architecture 'llama', got {architecture!r}"
@@ -75,7 +75,7 @@ def _read_config(gguf: GGUF) -> LlamaConfig:
     for key in ("rope.dimension_count", "attention.value_length"):
         _served(gguf, key, _size(gguf, key, head_dim), (head_dim,))
     window = "attention.sliding_window"
-    return LlamaConfig(
+    return ModelConfig(
         vocab_size=gguf.info("token_embd.weight").shape[0],
         num_layers=_size(gguf, "block_count"),
         width=width,
@@ -115,7 +115,7 @@ def _served(gguf: GGUF, key: str, found: object, served: tuple[object, ...]) -> 
 class _Loader:
     """Reads every tensor once, and knows which ones nobody asked for."""
 
-    def __init__(self, gguf: GGUF, config: LlamaConfig, dtype: Any):
+    def __init__(self, gguf: GGUF, config: ModelConfig, dtype: Any):
         self.gguf, self.config, self.dtype = gguf, config, dtype
         self.unread = set(gguf.tensors)
 

@@ -17,15 +17,15 @@ from jaxtyping import Array, Float, Int
 
 from paged_decode import DecodeBatch, KVCache
 
-from .checkpoint import LlamaConfig, Params, load
+from .checkpoint import ModelConfig, Params, load
 
-__all__ = ["LlamaConfig", "load", "make_model"]
+__all__ = ["ModelConfig", "load", "make_model"]
 
 Model = Callable[[Params, KVCache, Array, DecodeBatch], tuple[Array, KVCache]]
 
 
 def make_model(
-    config: LlamaConfig, *, axis: str | None = None, split_vocabulary: bool = False
+    config: ModelConfig, *, axis: str | None = None, split_vocabulary: bool = False
 ) -> Model:
     """Return `model(params, cache, tokens, batch) -> (logits, cache)` for these sizes.
 
@@ -80,7 +80,7 @@ def _embed(
 
 
 def _attention(
-    config: LlamaConfig,
+    config: ModelConfig,
     layer: Params,
     index: int,
     x: Float[Array, "M E"],
