@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
+from typing import Any
 
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as _Tokenizer
 
 from .gguf_reader import GGUF, GGUFError, read_gguf
@@ -15,6 +16,7 @@ __all__ = ["StreamDecoder", "Tokenizer", "load"]
 
 _CONTROL = 3  # token type: control tokens such as <|im_end|>, matched before anything else
 _USER_DEFINED = 4
+_SPACE = "\u2581"  # how a scored vocabulary writes one
 
 
 def _byte_level(use_regex: bool = True) -> pre_tokenizers.PreTokenizer:
@@ -50,11 +52,12 @@ def load(path: str | PathLike[str]) -> Tokenizer:
 
 
 class Tokenizer:
-    """The byte-level BPE tokenizer that a GGUF file describes.
+    """The tokenizer that a GGUF file describes: byte-level BPE, or a scored vocabulary's (Gemma).
 
     Attributes:
       tokens: the spelling of every token.
       eos_id: the token that ends an answer.
+      chats: whether the file has a chat template; a base model has none.
 
     Raises:
       NotImplementedError: another kind of vocabulary or pre-tokenizer.
@@ -69,11 +72,12 @@ class Tokenizer:
     def __init__(self, gguf: GGUF):
         model = gguf.value("tokenizer.ggml.model", str)
         pre = gguf.value("tokenizer.ggml.pre", str, "default")
-        if model != "gpt2" or pre not in _PRE_TOKENIZERS:
+        scored = model == "llama" and not gguf.value("tokenizer.ggml.add_space_prefix", bool, True)
+        if not scored and (model != "gpt2" or pre not in _PRE_TOKENIZERS):
             raise NotImplementedError(
                 f"{gguf.path}: vocabulary {model!r} with pre-tokenizer {pre!r} is not served; "
-                f"known are 'gpt2' with {', '.join(map(repr, _PRE_TOKENIZERS))}. The model itself "
-                "can still be run on token ids"
+                f"known are 'gpt2' with {', '.join(map(repr, _PRE_TOKENIZERS))}, and 'llama' "
+                "without a space in front. The model itself can still be run on token ids"
             )
         tokens = gguf.value("tokenizer.ggml.tokens", list)
         types = gguf.metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
@@ -83,10 +87,12 @@ class Tokenizer:
                 f"{len(types)} types"
             )
         self.tokens = tokens
-        self._tokenizer = _build(gguf, tokens, types, pre)
+        build = _build_scored if scored else _build_byte_level
+        self._tokenizer, self._bytes_of = build(gguf, tokens, types), _said if scored else _spelt
         self._special = {i for i, kind in enumerate(types) if kind == _CONTROL}
         self._template = gguf.value("tokenizer.chat_template", str, "")
-        add_bos = gguf.value("tokenizer.ggml.add_bos_token", bool, pre == "llama-bpe")
+        self.chats = bool(self._template)
+        add_bos = gguf.value("tokenizer.ggml.add_bos_token", bool, scored or pre == "llama-bpe")
         self._prefix = [gguf.value("tokenizer.ggml.bos_token_id", int)] if add_bos else []
         self.eos_id = gguf.value("tokenizer.ggml.eos_token_id", int)
 
@@ -122,10 +128,7 @@ class Tokenizer:
         """What one token stands for; control tokens stand for nothing."""
         if token in self._special or not 0 <= token < len(self.tokens):
             return b""
-        text = self.tokens[token]
-        if all(char in _BYTE_OF for char in text):
-            return bytes(_BYTE_OF[char] for char in text)
-        return text.encode()  # a user-defined token is spelt in plain text
+        return self._bytes_of(self.tokens[token])
 
 
 class StreamDecoder:
@@ -150,24 +153,66 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-def _build(gguf: GGUF, tokens: list[str], types: Sequence[int], pre: str) -> _Tokenizer:
+def _build_byte_level(gguf: GGUF, tokens: list[str], types: Sequence[int]) -> _Tokenizer:
+    pre = gguf.value("tokenizer.ggml.pre", str)
     listed = gguf.value("tokenizer.ggml.merges", list)
+    if not all(isinstance(merge, str) for merge in listed):
+        raise GGUFError(f"{gguf.path}: expected merges as strings")
     vocab = {token: i for i, token in enumerate(tokens)}
+    merges = [tuple(merge.split(" ")) for merge in listed]
+    # Llama 3 keeps a word whole that is in its vocabulary, even if no merges lead there.
+    tokenizer = _bpe(gguf, vocab, merges, ignore_merges=pre == "llama-bpe")
+    tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]()
+    _add_whole(tokenizer, _of_type(_CONTROL, tokens, types), _of_type(_USER_DEFINED, tokens, types))
+    return tokenizer
+
+
+def _build_scored(gguf: GGUF, tokens: list[str], types: Sequence[int]) -> _Tokenizer:
+    """SentencePiece's BPE: every pair that makes a token is a merge, in the order of the tokens.
+
+    The file's scores are that order too, but for tokens of whitespace, which have none.
+    """
+    written = [
+        text.replace(" ", _SPACE) if kind == _USER_DEFINED else text
+        for text, kind in zip(tokens, types, strict=True)
+    ]
+    vocab = {text: i for i, text in enumerate(written)}
+    if missing := [name for name in _BYTE_NAMES if name not in vocab]:
+        raise GGUFError(
+            f"{gguf.path}: expected a token for every byte, such as {missing[0]!r}, without which "
+            f"some texts cannot be spelt; {len(missing)} are missing"
+        )
+    merges = [
+        (text[:at], text[at:])
+        for text in written
+        for at in range(len(text) - 1, 0, -1)  # the longer beginning first
+        if text[:at] in vocab and text[at:] in vocab
+    ]
+    tokenizer = _bpe(gguf, vocab, merges, byte_fallback=True)
+    tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
+    own = [text for text in _of_type(_USER_DEFINED, tokens, types) if text.strip(" ")]
+    _add_whole(tokenizer, _of_type(_CONTROL, tokens, types), own)
+    return tokenizer
+
+
+def _of_type(kind: int, tokens: list[str], types: Sequence[int]) -> list[str]:
+    return [text for text, its in zip(tokens, types, strict=True) if its == kind]
+
+
+def _bpe(gguf: GGUF, vocab: dict[str, int], merges: list[Any], **options: Any) -> _Tokenizer:
     try:
-        merges = [tuple(merge.split(" ")) for merge in listed]
-        # Llama 3 keeps a word whole that is in its vocabulary, even if no merges lead there.
-        bpe = models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe")
-        tokenizer = _Tokenizer(bpe)
+        return _Tokenizer(models.BPE(vocab=vocab, merges=merges, **options))
     except Exception as error:  # the binding raises plain Exception
         raise GGUFError(
             f"{gguf.path}: the vocabulary and its merges do not fit: {error}"
         ) from error
-    tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]()
-    tokenizer.decoder = decoders.ByteLevel()
-    for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
-        added = [t for t, of_kind in zip(tokens, types, strict=True) if of_kind == kind]
-        tokenizer.add_tokens([AddedToken(t, normalized=False, special=special) for t in added])
-    return tokenizer
+
+
+def _add_whole(tokenizer: _Tokenizer, control: Iterable[str], own: Iterable[str]) -> None:
+    """Tokens that are found in a text before anything is cut."""
+    for texts, special in ((control, True), (own, False)):
+        tokenizer.add_tokens([AddedToken(t, normalized=False, special=special) for t in texts])
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -179,3 +224,16 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_alphabet()
+_BYTE_NAMES = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
+
+
+def _spelt(text: str) -> bytes:
+    """What a token of a byte-level vocabulary stands for."""
+    if all(char in _BYTE_OF for char in text):
+        return bytes(_BYTE_OF[char] for char in text)
+    return text.encode()  # a user-defined token is spelt in plain text
+
+
+def _said(text: str) -> bytes:
+    """What a token of a scored vocabulary stands for."""
+    return _BYTE_NAMES.get(text) or text.replace(_SPACE, " ").encode()

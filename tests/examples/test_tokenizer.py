@@ -131,6 +131,87 @@ def test_entries_that_do_not_fit_together_are_one_kind_of_error(tmp_path, change
         tokenizer.load(tiny_file(tmp_path, **change))
 
 
+# ---- a scored vocabulary, as Gemma has
+
+
+SPELT = "\u2581"  # a space
+
+
+def scored_file(tmp_path, **changes) -> Path:
+    """Tokens of one letter, what they make up in the order of making, whitespace, and bytes."""
+    control = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    own = ["\n\n", "  ", "   ", "<b>"]
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    made = [f"{SPELT}t", "he", "th", f"{SPELT}the", "er", f"{SPELT}th"]
+    letters = [*"abehrt\n", SPELT, "é"]
+    tokens = [*control, *own, *bytes_, *made, *letters]
+    types = [3] * len(control) + [4] * len(own) + [6] * 256 + [1] * (len(made) + len(letters))
+    metadata = {
+        "tokenizer.ggml.model": ("string", "llama"),
+        "tokenizer.ggml.pre": ("string", "default"),
+        "tokenizer.ggml.tokens": ("array:string", tokens),
+        "tokenizer.ggml.token_type": ("array:i32", types),
+        "tokenizer.ggml.bos_token_id": ("u32", 2),
+        "tokenizer.ggml.eos_token_id": ("u32", 1),
+        "tokenizer.ggml.add_space_prefix": ("bool", False),
+    }
+    metadata |= {key.replace("__", "."): entry for key, entry in changes.items()}
+    path = tmp_path / "scored.gguf"
+    path.write_bytes(gguf_bytes({k: v for k, v in metadata.items() if v is not None}, {}))
+    return path
+
+
+def pieces(words, text: str) -> list[str]:
+    return [words.tokens[i] for i in words.encode(text)[1:]]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_scored_vocabulary_survives_the_round_trip_behind_its_begin_token(tmp_path, text):
+    words = tokenizer.load(scored_file(tmp_path))
+    ids = words.encode(text)
+    assert ids[0] == 2 and words.decode(ids) == text
+    assert not words.chats
+
+
+def test_pairs_are_made_in_the_order_of_the_tokens(tmp_path):
+    words = tokenizer.load(scored_file(tmp_path))
+    assert pieces(words, " the") == [f"{SPELT}the"]  # of _t and he, which come before th
+    assert pieces(words, "the") == ["t", "he"]
+    assert pieces(words, " ther") == [f"{SPELT}the", "r"]
+
+
+def test_runs_of_spaces_are_one_token_and_what_has_none_is_spelt_in_bytes(tmp_path):
+    words = tokenizer.load(scored_file(tmp_path))
+    assert pieces(words, "a   b") == ["a", "   ", "b"]
+    assert pieces(words, "a\n\nb<b>") == ["a", "\n\n", "b", "<b>"]
+    assert pieces(words, "éñ") == ["é", "<0xC3>", "<0xB1>"]
+    assert pieces(words, "<eos>a") == ["<eos>", "a"] and words.decode([1, 2, 3]) == ""
+
+
+def test_a_stream_of_byte_tokens_shows_a_character_when_its_last_byte_has_come(tmp_path):
+    words = tokenizer.load(scored_file(tmp_path))
+    stream = StreamDecoder(words)
+    assert [stream.push(i) for i in words.encode("a 👩")[1:]] == ["a", " ", "", "", "", "👩"]
+    assert stream.push(words.encode("ñ")[1]) == "" and stream.flush() == "\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(tokenizer__ggml__add_space_prefix=None), NotImplementedError, "space in front"),
+        (dict(tokenizer__ggml__model=("string", "bert")), NotImplementedError, "'bert'"),
+        (dict(tokenizer__ggml__tokens=("array:string", ["a"] * 279)), GGUFError, "every byte"),
+        (dict(tokenizer__ggml__token_type=("array:i32", [1])), GGUFError, "as many types"),
+        (dict(tokenizer__ggml__bos_token_id=None), GGUFError, "bos_token_id"),
+    ],
+)
+def test_a_scored_vocabulary_that_is_not_served_or_not_whole_is_named(
+    tmp_path, change, error, message
+):
+    with pytest.raises(error, match=message):
+        tokenizer.load(scored_file(tmp_path, **change))
+
+
 @pytest.mark.slow
 def test_the_real_vocabulary_gives_the_golden_ids(real_gguf):
     words = tokenizer.load(real_gguf)
