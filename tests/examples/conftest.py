@@ -20,3 +20,13 @@ def real_gguf() -> Path:
         if os.environ.get("CI"):
             raise
         pytest.skip(f"no weights: {error}")
+
+
+@pytest.fixture(scope="session")
+def real_gemma() -> Path:
+    """Gemma 3 270M, for whoever has it: its terms of use are theirs to accept, never a test's."""
+    from models import weights
+
+    if (path := weights.present(weights.GEMMA3)) is None:
+        pytest.skip("needs Gemma 3: python examples/generate.py --model gemma3-270m says how")
+    return path
