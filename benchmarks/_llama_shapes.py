@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "examples")]
-from models.checkpoint import ModelConfig  # noqa: E402
+from models.config import ModelConfig  # noqa: E402
 from models.decoder import make_model  # noqa: E402
 
 __all__ = ["LlamaShapes", "llama_shapes"]

@@ -18,7 +18,8 @@ from jaxtyping import Array
 
 from paged_decode import DecodeBatch, KVCache
 
-from .checkpoint import ModelConfig, Params
+from .checkpoint import Params
+from .config import ModelConfig
 from .decoder import Model, make_model
 
 __all__ = ["AXIS", "DATA", "make_mesh", "make_parallel_model", "param_specs", "split_params"]
@@ -46,8 +47,11 @@ def local_config(config: ModelConfig, devices: int) -> ModelConfig:
     """The sizes that one device sees, with at least one KV head.
 
     Raises:
+      NotImplementedError: the model has experts.
       ValueError: query heads, KV heads or the inner width cannot be split so.
     """
+    if config.num_experts:
+        raise NotImplementedError("models with experts run on one device so far")
     heads, kv_heads, inner = config.num_heads, config.num_kv_heads, config.inner_width
     if heads % devices or inner % devices or (kv_heads % devices and devices % kv_heads):
         raise ValueError(
@@ -131,9 +135,10 @@ def param_specs(config: ModelConfig, params: Params, devices: int) -> Any:
     """How `split_params` splits every array: a pytree like `params` of PartitionSpecs."""
     columns, rows, whole = PartitionSpec(None, AXIS), PartitionSpec(AXIS, None), PartitionSpec()
     vocabulary = columns if config.vocab_size % devices == 0 else whole
-    layer = dict(qkv=columns, out=rows, gate_up=columns, down=rows)
-    layer |= dict(attention_norm=whole, inner_norm=whole)
-    top = dict(embed=vocabulary, head=vocabulary, norm=whole, rope_frequencies=whole)
-    return {name: top[name] for name in params if name != "layers"} | dict(
-        layers=[layer] * len(params["layers"])
-    )
+    split = dict(qkv=columns, out=rows, gate_up=columns, down=rows)
+    split |= dict(embed=vocabulary, head=vocabulary)
+
+    def specs(arrays: Params) -> Params:
+        return {name: split.get(name, whole) for name in arrays if name != "layers"}
+
+    return specs(params) | dict(layers=[specs(layer) for layer in params["layers"]])

@@ -132,6 +132,13 @@ def _q6_k(b: np.ndarray) -> np.ndarray:
     return (scale[:, :, None] * q).reshape(len(b), 256)
 
 
+def _mxfp4(b: np.ndarray) -> np.ndarray:
+    # Numbers of 1, 2 and 1 bits for sign, exponent and mantissa; twice their values are whole.
+    steps = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
+    scale = np.ldexp(np.float32(1), b[:, :1].astype(np.int32) - 128)
+    return scale * steps[_nibbles(b[:, 1:])]
+
+
 TENSOR_TYPES: dict[int, TensorType] = {
     0: TensorType("F32", 1, 4, _f32),
     1: TensorType("F16", 1, 2, _half),
@@ -144,4 +151,5 @@ TENSOR_TYPES: dict[int, TensorType] = {
     13: TensorType("Q5_K", 256, 176, _q5_k),
     14: TensorType("Q6_K", 256, 210, _q6_k),
     30: TensorType("BF16", 1, 2, _bf16),
+    39: TensorType("MXFP4", 32, 17, _mxfp4),
 }

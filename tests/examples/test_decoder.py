@@ -209,7 +209,11 @@ def test_a_tensor_without_a_place_is_refused_and_not_ignored(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"general.architecture": ("string", "gemma3")}, NotImplementedError, "'gemma3'"),
+        (
+            {"general.architecture": ("string", "qwen2")},
+            NotImplementedError,
+            "'gpt-oss', got 'qwen2'",
+        ),
         ({"llama.rope.scaling.type": ("string", "yarn")}, NotImplementedError, "'yarn'"),
         ({"llama.rope.dimension_count": ("u32", 2)}, NotImplementedError, "dimension_count"),
         ({"llama.attention.head_count": ("u32", 0)}, GGUFError, "positive"),

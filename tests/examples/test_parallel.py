@@ -15,6 +15,7 @@ from paged_decode import BlockAllocator, DecodeBatch, KVCache, ShardedAllocator
 from .test_decoder import PAGE, PROMPTS, Paged
 from .test_generate import GOLDEN, run
 from .tiny_gguf import llama_weights, write_llama
+from .tiny_models import gemma_weights, write_gemma
 
 
 def split_paged(path, devices: int, capacity: int = 20) -> Paged:
@@ -81,7 +82,7 @@ def first_logits(model, params, config, **where) -> np.ndarray:
     allocator = BlockAllocator(9, 4)
     rows = [allocator.allocate([1] * n) for n in (5, 3)]
     batch = allocator.batch(rows, [0, 0], [5, 3], tokens_per_row=5)
-    tokens = np.random.default_rng(1).integers(0, 32, (2, 5)).astype(np.int32)
+    tokens = np.random.default_rng(1).integers(0, 32, (2, 5)).astype(np.int32) % config.vocab_size
     return np.asarray(jax.jit(model, donate_argnums=1)(params, cache, tokens, batch)[0])
 
 
@@ -135,6 +136,20 @@ def test_a_model_from_a_file_decodes_alike_on_two_devices(tmp_path):
         np.testing.assert_allclose(*logits, rtol=0, atol=2e-5)
         chunks = [[int(t)] for t in logits[0].argmax(-1)]
         logits = [paged.feed(chunks, 1) for paged in (one, two)]
+
+
+def test_a_gemma_has_its_norms_on_every_device(tmp_path):
+    config, params = decoder.load(write_gemma(tmp_path / "m.gguf", gemma_weights()))
+    want = first_logits(decoder.make_model(config), params, config)
+    mesh = parallel.make_mesh(4)  # two copies of each KV head
+    got = first_logits(
+        parallel.make_parallel_model(config, params, mesh),
+        parallel.split_params(config, params, mesh),
+        config,
+        mesh=mesh,
+        head_axis=parallel.AXIS,
+    )
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
 def test_a_step_sums_once_a_block_and_gathers_nothing(tmp_path):
