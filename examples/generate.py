@@ -1,11 +1,14 @@
-"""Generate with a Llama-family GGUF model through a paged cache.
+"""Generate with a GGUF model (Llama family, Gemma 3, gpt-oss) through a paged cache.
 
     python examples/generate.py "Why is the sky blue?" "Name three rivers."
+    python examples/generate.py --model gemma3-270m "The sea is"
     python examples/generate.py --ids-file in.json --max-new 64 --top-logits 5 --json out.json
 
 An ids file is `[{"name": ..., "prompt_ids": [...]}, ...]`; the result has per case `name`,
-`greedy_ids`, `finish_reason` and, with --top-logits K, `last_prompt_topK`: [[id, logit], ...].
-Without --gguf, SmolLM2-135M-Instruct is fetched once and checked by its hash.
+`greedy_ids`, `finish_reason` and, with --top-logits K, `last_prompt_topK`: [[id, logit], ...], of
+the first token, and `final_step_topK`, of the last.
+Without --gguf, the model named is fetched once and checked by its hash. Gemma has terms of use,
+which you are shown and must accept. A model without a chat template continues the prompts.
 """
 
 from __future__ import annotations
@@ -19,24 +22,37 @@ from typing import Any
 import jax
 from models import decoder, parallel, tokenizer, weights
 
-from paged_decode import BlockAllocator, Engine, EngineConfig, KVCache, SamplingParams
+from paged_decode import BlockAllocator, Completion, Engine, EngineConfig, KVCache, SamplingParams
 from paged_decode.errors import PagedDecodeError
+from paged_decode.policies import GroupPages
+from paged_decode.requests import gather
+from paged_decode.tiers import HostTier
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("prompt", nargs="*", help="texts to answer, as chat turns")
+    parser.add_argument("prompt", nargs="*", help="texts to answer, as chat turns, or to continue")
     parser.add_argument(
         "--ids-file", type=Path, help="prompts as token ids; EOS does not stop them"
     )
-    parser.add_argument("--gguf", type=Path, help="your own model file of the Llama family")
+    parser.add_argument("--model", choices=weights.RELEASES, default="smollm2")
+    parser.add_argument("--accept-terms", action="store_true", help="of use, of --model")
+    parser.add_argument("--gguf", type=Path, help="your own model file in place of --model")
     parser.add_argument("--max-new", type=int, default=64, help="tokens to generate")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--devices", type=int, default=1, help="split the model over so many")
     parser.add_argument("--page-size", type=int, default=16, help="tokens per page, a power of two")
     parser.add_argument("--num-pages", type=int, help="pages in the pool; default: all fit at once")
+    parser.add_argument("--window-pages", type=int, help="the same of layers that see a window")
+    parser.add_argument("--host-pages", type=int, help="pages in host memory for those preempted")
+    parser.add_argument(
+        "--snapshot-at",
+        nargs=2,
+        metavar=("TOKENS", "FILE"),
+        help="after so many, save to a file and go on from it in an engine of its own",
+    )
     parser.add_argument("--max-rows", type=int, default=8, help="sequences that run at once")
     parser.add_argument("--decode-steps", type=int, default=8, help="tokens per host visit")
     parser.add_argument("--prefill-chunk", type=int, default=128, help="prompt tokens per visit")
@@ -76,54 +92,108 @@ def read_ids(path: Path) -> list[dict]:
     return cases
 
 
-def make_engine(args: argparse.Namespace, prompts: list[list[int]], path: Path) -> Engine:
-    config, params = decoder.load(path, dtype=args.dtype)
-    model = decoder.make_model(config)
-    where: dict[str, Any] = {}
-    if args.devices != 1:
-        mesh = parallel.make_mesh(args.devices)
-        model = parallel.make_parallel_model(config, params, mesh)
-        params = parallel.split_params(config, params, mesh)
-        where = dict(mesh=mesh, head_axis=parallel.AXIS)
-    longest = max(map(len, prompts)) + args.max_new
-    needed = sum(-(-(len(p) + args.max_new) // args.page_size) for p in prompts)
-    num_pages = args.num_pages or needed + 1
-    cache = KVCache.create(
-        num_layers=config.num_layers,
-        num_pages=num_pages,
-        num_kv_heads=config.num_kv_heads,
-        page_size=args.page_size,
-        head_dim=config.head_dim,
-        dtype=args.dtype,
-        **where,
+class Engines:
+    """Engines of one model and one set of weights, each with a pool of its own."""
+
+    def __init__(self, args: argparse.Namespace, prompts: list[list[int]], path: Path):
+        self.args = args
+        self.config, self.params = decoder.load(path, dtype=args.dtype)
+        self.model = decoder.make_model(self.config)
+        self.where: dict[str, Any] = {}
+        if args.devices != 1:
+            mesh = parallel.make_mesh(args.devices)
+            self.model = parallel.make_parallel_model(self.config, self.params, mesh)
+            self.params = parallel.split_params(self.config, self.params, mesh)
+            self.where = dict(mesh=mesh, head_axis=parallel.AXIS)
+        self.totals = [len(prompt) + args.max_new for prompt in prompts]
+        needed = sum(-(-tokens // args.page_size) for tokens in self.totals)
+        self.num_pages = args.num_pages or needed + 1
+        rows = 1 if args.one_by_one else min(args.max_rows, len(prompts))
+        self.shapes = EngineConfig(
+            max_rows=rows,
+            row_buckets=(rows,),
+            chunk_buckets=(16, args.prefill_chunk) if args.prefill_chunk > 16 else (),
+            decode_steps=args.decode_steps,
+            prefill_chunk=args.prefill_chunk,
+            max_sequence_tokens=min(max(self.totals), (self.num_pages - 1) * args.page_size),
+            top_logits=args.top_logits,
+            vocab_size=self.config.vocab_size,
+        )
+
+    def window_pages(self) -> int | None:
+        """What all rows need at once of a pool for a window, unless the user says otherwise."""
+        if self.config.sliding_window is None or self.args.window_pages:
+            return self.args.window_pages
+        window, ahead = self.config.sliding_window, self.shapes.tokens_ahead
+        pool = GroupPages(self.args.page_size, 0, window, ahead, ahead)
+        most = sorted(map(pool.pages_for, self.totals))[-self.shapes.max_rows :]
+        return min(sum(most) + 1, self.num_pages)
+
+    def make(self) -> Engine:
+        args = self.args
+        layout = decoder.layout(
+            self.config,
+            page_size=args.page_size,
+            num_pages=self.num_pages,
+            window_pages=self.window_pages(),
+            dtype=args.dtype,
+        )
+        if args.window_pages and len(layout.groups) == 1:
+            raise ValueError("the layers of this model have one pool: leave out --window-pages")
+        cache = KVCache.create(layout=layout, **self.where)
+        allocator = BlockAllocator(layout, prefix_cache=args.prefix_cache)
+        tier = HostTier(args.host_pages) if args.host_pages else None
+        return Engine(self.model, self.params, cache, allocator, self.shapes, tier=tier)
+
+
+def answer(
+    engines: Engines, prompts: list[list[int]], sampling: SamplingParams
+) -> tuple[list[Completion], Engine]:
+    """What is said to the prompts, and the engine that said the end of it."""
+    engine = engines.make()
+    if engines.args.snapshot_at is None:
+        return engine.generate(prompts, sampling), engine
+    tokens, path = engines.args.snapshot_at
+    for prompt in prompts:
+        engine.submit(prompt, sampling)
+    events = []
+    while not engine.idle and len(events) < int(tokens):
+        events += engine.step()
+    engine.save(path)
+    engine = engines.make()  # the other one's pages are given up
+    engine.restore(path)
+    return gather([*events, *engine.stream()]), engine
+
+
+def report(engine: Engine) -> str:
+    stats, allocator = engine.stats, engine.allocator
+    used = ", ".join(
+        f"{allocator.stats(group).peak_used} of {num_pages - 1} pages"
+        + (f" for windows of {window}" if window else "")
+        for group, (num_pages, window) in enumerate(allocator.pools)
     )
-    allocator = BlockAllocator(num_pages, args.page_size, prefix_cache=args.prefix_cache)
-    rows = 1 if args.one_by_one else min(args.max_rows, len(prompts))
-    shapes = EngineConfig(
-        max_rows=rows,
-        row_buckets=(rows,),
-        chunk_buckets=(16, args.prefill_chunk) if args.prefill_chunk > 16 else (),
-        decode_steps=args.decode_steps,
-        prefill_chunk=args.prefill_chunk,
-        max_sequence_tokens=min(longest, allocator.usable_pages * args.page_size),
-        top_logits=args.top_logits,
-        vocab_size=config.vocab_size,
+    back = f", {stats.swapped_in_pages} back from the host" if engine.tier is not None else ""
+    return (
+        f"{stats.prefill_tokens} tokens prefilled ({stats.prefix_hit_tokens} found in the prefix "
+        f"cache), {stats.decode_tokens} generated, {stats.preemptions} preemptions, {used} "
+        f"used at most{back}"
     )
-    return Engine(model, params, cache, allocator, shapes)
 
 
 def main() -> None:
     args = arguments()
     if args.devices > 1:  # only a CPU obeys: one process then shows as many devices
         jax.config.update("jax_num_cpu_devices", args.devices)
-    path = args.gguf or weights.fetch()
+    release = weights.RELEASES[args.model]
+    path = args.gguf or weights.fetch(release, accept_terms=args.accept_terms)
     words = None
     if args.ids_file:
         cases = read_ids(args.ids_file)
         stop: tuple[int, ...] = ()
     else:
         words = tokenizer.load(path)
-        cases = [{"name": p, "prompt_ids": words.encode_chat(p)} for p in args.prompt]
+        encode = words.encode_chat if words.chats else words.encode
+        cases = [{"name": p, "prompt_ids": encode(p)} for p in args.prompt]
         stop = (words.eos_id,)
     prompts = [case["prompt_ids"] for case in cases]
     sampling = SamplingParams(
@@ -134,15 +204,8 @@ def main() -> None:
         seed=args.seed,
         stop_tokens=stop,
     )
-    engine = make_engine(args, prompts, path)
-    done = engine.generate(prompts, sampling)
-    stats = engine.stats
-    print(
-        f"{stats.prefill_tokens} tokens prefilled ({stats.prefix_hit_tokens} found in the prefix "
-        f"cache), {stats.decode_tokens} generated, {stats.preemptions} preemptions, "
-        f"{stats.peak_used_pages} of {engine.allocator.usable_pages} pages used at most",
-        file=sys.stderr,
-    )
+    done, engine = answer(Engines(args, prompts, path), prompts, sampling)
+    print(report(engine), file=sys.stderr)
     results = []
     for case, completion in zip(cases, done, strict=True):
         result = {
@@ -151,7 +214,9 @@ def main() -> None:
             "finish_reason": completion.finish_reason,
         }
         if args.top_logits:
-            result[f"last_prompt_top{args.top_logits}"] = next(iter(completion.top_logits), ())
+            every = completion.top_logits or ((),)
+            result[f"last_prompt_top{args.top_logits}"] = every[0]
+            result[f"final_step_top{args.top_logits}"] = every[-1]
         results.append(result)
         if words is not None:
             print(f"> {case['name']}\n{words.decode(completion.tokens)}\n")

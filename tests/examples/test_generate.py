@@ -7,10 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from .test_gemma import dense_logits
+from .tiny_gguf import llama_weights, write_llama
+from .tiny_models import VOCAB, gemma_weights, write_gemma
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = json.loads((ROOT / "tests/golden/smollm2_greedy.json").read_text())["cases"]
+GEMMA = json.loads((ROOT / "tests/golden/gemma3_greedy.json").read_text())["cases"]
 
 
 def run(
@@ -18,6 +24,29 @@ def run(
 ) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "examples" / script), *map(str, args)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+def check(gguf: Path, golden: list[dict], folder: Path, options: str, atol: float = 1e-3) -> str:
+    """Compare ids, and the logits that both sides have; what was said on stderr."""
+    prompts = [{"name": c["name"], "prompt_ids": c["prompt_ids"]} for c in golden]
+    (folder / "in.json").write_text(json.dumps(prompts))
+    out = folder / "out.json"
+    new = len(golden[0]["greedy_ids"])
+    done = run(
+        *("--gguf", gguf, "--ids-file", folder / "in.json", "--max-new", new),
+        *("--dtype", "float32", "--top-logits", 5, "--json", out, *options.split()),
+        cwd=folder,
+    )
+    assert done.returncode == 0, done.stderr
+    assert ("--num-pages" in options) == (" 0 preemptions" not in done.stderr)
+    results = json.loads(out.read_text())
+    assert [r["name"] for r in results] == [c["name"] for c in golden]
+    for result, case in zip(results, golden, strict=True):
+        assert result["greedy_ids"] == case["greedy_ids"]
+        for place in ("last_prompt_top5", "final_step_top5"):
+            for (got, logit), (want, reference) in zip(result[place], case[place], strict=True):
+                assert got == want and abs(logit - reference) < atol
+    return done.stderr
 
 
 @pytest.mark.slow
@@ -28,27 +57,53 @@ def run(
         "--page-size 1 --no-prefix-cache --num-pages 160",
         "--page-size 64 --num-pages 4 --prefill-chunk 8 --decode-steps 5",
         "--page-size 16 --one-by-one",
+        "--page-size 16 --num-pages 10 --host-pages 20",
+        "--page-size 16 --snapshot-at 40 answer.pgd",
     ],
 )
 def test_greedy_ids_and_logits_equal_the_golden_file(real_gguf, tmp_path, options):
     """Including pools in which samples must be preempted."""
-    prompts = [{"name": c["name"], "prompt_ids": c["prompt_ids"]} for c in GOLDEN]
-    (tmp_path / "in.json").write_text(json.dumps(prompts))
-    out = tmp_path / "out.json"
-    done = run(
-        *("--gguf", real_gguf, "--ids-file", tmp_path / "in.json", "--max-new", 64),
-        *("--dtype", "float32", "--top-logits", 5, "--json", out, *options.split()),
-    )
-    assert done.returncode == 0, done.stderr
-    assert ("--num-pages" in options) == (" 0 preemptions" not in done.stderr)
-    results = json.loads(out.read_text())
-    assert [r["name"] for r in results] == [c["name"] for c in GOLDEN]
-    for result, case in zip(results, GOLDEN, strict=True):
-        assert result["greedy_ids"] == case["greedy_ids"]
-        for (got, logit), (want, reference) in zip(
-            result["last_prompt_top5"], case["last_prompt_top5"], strict=True
-        ):
-            assert got == want and abs(logit - reference) < 1e-3
+    said = check(real_gguf, GOLDEN, tmp_path, options)
+    assert ("--host-pages" in options) == ("back from the host" in said)
+    assert " 0 back from the host" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--page-size 1 --no-prefix-cache --num-pages 1200 --window-pages 1100",
+        "--page-size 16 --num-pages 80 --window-pages 80 --host-pages 200",
+        "--page-size 64 --prefill-chunk 96 --decode-steps 5",
+    ],
+)
+def test_gemma_says_the_golden_words_in_two_page_groups(real_gemma, tmp_path, options):
+    said = check(real_gemma, GEMMA, tmp_path, options)
+    assert "pages for windows of 512" in said
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--page-size 1 --no-prefix-cache --devices 2",
+        "--page-size 4 --num-pages 18 --window-pages 11 --prefill-chunk 8 --decode-steps 3",
+    ],
+)
+def test_a_small_gemma_says_what_a_dense_forward_says(tmp_path, options):
+    """Over windows many times; where pools are given, they are too small for all prompts."""
+    weights, golden = gemma_weights(), []
+    for length in (1, 9, 33, 20):
+        prompt = np.random.default_rng(length).integers(0, VOCAB, length).tolist()
+        tokens, every = list(prompt), []
+        for _ in range(24):
+            logits = dense_logits(weights, tokens)[-1]
+            best = np.argsort(logits)[: -5 - 1 : -1]
+            every.append([(int(i), float(logits[i])) for i in best])
+            tokens.append(int(best[0]))
+        case = dict(name=f"{length}", prompt_ids=prompt, greedy_ids=tokens[length:])
+        golden.append(case | dict(last_prompt_top5=every[0], final_step_top5=every[-1]))
+    said = check(write_gemma(tmp_path / "m.gguf", weights), golden, tmp_path, options, atol=2e-5)
+    assert "pages for windows of 6" in said
 
 
 @pytest.mark.parametrize(
@@ -65,6 +120,13 @@ def test_a_bad_ids_file_is_one_line_on_stderr(tmp_path, ids, message):
     done = run("--gguf", "none.gguf", "--ids-file", tmp_path / "in.json")
     assert done.returncode == 1 and message in done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_pages_for_a_window_that_no_layer_has_are_refused(tmp_path):
+    path = write_llama(tmp_path / "m.gguf", llama_weights())
+    (tmp_path / "in.json").write_text('[{"name": "a", "prompt_ids": [1, 2]}]')
+    done = run("--gguf", path, "--ids-file", tmp_path / "in.json", "--window-pages", 9)
+    assert done.returncode == 1 and "leave out --window-pages" in done.stderr
 
 
 def test_a_missing_model_is_one_line_on_stderr(tmp_path):
