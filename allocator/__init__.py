@@ -28,6 +28,7 @@ from .errors import (
     StaleHandle,
 )
 from .eviction import LRU, CachedPage, EvictionRank
+from .group_state import GroupState
 from .layout import CacheLayout, PageSpec
 from .prompt import PromptKey
 from .rows import Handle, HeldPages, SequenceInfo
@@ -47,6 +48,7 @@ __all__ = [
     "CorruptState",
     "DecodeBatch",
     "EvictionRank",
+    "GroupState",
     "GroupBatch",
     "Handle",
     "HeldPages",

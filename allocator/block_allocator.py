@@ -1,5 +1,6 @@
 """The block allocator: sequences of tokens, mapped to pages of one pool."""
 
+from collections.abc import Sequence
 from typing import SupportsIndex
 
 import numpy as np
@@ -9,7 +10,7 @@ from .bookkeeping import Bookkeeping
 from .calls import AllocatorCalls
 from .copying import plan_cancel_copy, plan_commit_copy, plan_prepare_copy
 from .eviction import EvictionRank
-from .layout import CacheLayout, pools_of, require_one_group
+from .layout import CacheLayout, pools_of
 from .locking import atomic, changing
 from .prefix import Digest, PrefixCache
 from .rows import Handle, as_handles
@@ -91,7 +92,7 @@ class BlockAllocator(AllocatorCalls):
     def export_state(
         self, handles: Ints | None = None, *, cached: bool = True, committed_only: bool = False
     ) -> tuple[AllocatorState, StatePages]:
-        """Sequences, page table, tokens and prefix cache as plain arrays, and where they lie.
+        """Sequences, page tables, tokens and prefix cache as plain arrays, and where they lie.
 
         Reserved pages and pages of `allocate_pages` are not part of it. Entries whose parent was
         evicted cannot be found and are left out. A private sequence, or one that holds a page
@@ -104,14 +105,13 @@ class BlockAllocator(AllocatorCalls):
           committed_only: slots behind what was committed hold nothing yet; without it, slots up to
             the length count as filled.
         """
-        require_one_group(self.pools, "export_state")
         row = (
             self._rows.live
             if handles is None
             else self._rows.resolve(as_handles(handles).reshape(-1))
         )
         return collect_state(
-            self._books.main, self._rows, row, cached=cached, committed_only=committed_only
+            self._books.groups, self._rows, row, cached=cached, committed_only=committed_only
         )
 
     @changing
@@ -156,31 +156,36 @@ class BlockAllocator(AllocatorCalls):
     def _row(self, handle: SupportsIndex) -> int:
         return self._home(handle)[1]
 
-    def page_stamps(self, pages: Ints | None = None) -> np.ndarray:
-        """int64 `[k]`: see `StatePages.stamps`; None is every page."""
-        stamps, last = self._pool.stamps, self.num_pages - 1
+    def page_stamps(self, pages: Ints | None = None, *, group: SupportsIndex = 0) -> np.ndarray:
+        """int64 `[k]`, of pages of a group: see `StatePages.stamps`; None is every page."""
+        stamps = self._books.groups[self._number(group)].pool.stamps
         if pages is None:
             return stamps.copy()
-        ids = as_ints("pages", pages)
+        ids, last = as_ints("pages", pages), len(stamps) - 1
         if ids.ndim != 1 or (ids.size and not 0 <= ids.min() <= ids.max() <= last):
             raise ValueError(f"pages must be page ids from 0 to {last}, of shape [k]; got {pages}")
         return stamps[ids]
 
     @changing
     def import_state(
-        self, state: AllocatorState, pages: Ints, *, private: bool = False
+        self,
+        state: AllocatorState,
+        pages: Ints | Sequence[Ints],
+        *,
+        private: bool = False,
     ) -> list[Handle]:
         """Make the sequences and cached pages of `export_state` live here; returns handles.
 
         Args:
           state: from this or another allocator, or from a file: all of it is checked.
           pages: int `[M]`, from `allocate_pages`, filled with the keys and values of the state's
-            pages. They belong to the sequences and the prefix cache afterwards.
+            pages; of several groups of layers one such array for each. They belong to the
+            sequences and the prefix cache afterwards.
           private: the sequences never publish what they hold, now or later; the state has no
             cached pages then.
 
         Raises:
-          PageTableError: the state or the pages break a rule; the message says which.
+          PageTableError: the state or the pages break a rule, or its groups are others; the
+            message says which.
         """
-        require_one_group(self.pools, "import_state")
         return self._books.plan_import(state, pages, private=private)()

@@ -9,11 +9,11 @@ several shards, first makes all its plans and then carries all of them out.
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import islice
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
-from .arguments import Ints, as_ints
+from .adoption import adopt_state, checked_pages, plan_adoption
 from .batch import PageCopies, Prepared
 from .companions import Companions
 from .errors import PageTableError, SequenceTooLong
@@ -27,8 +27,6 @@ from .prompt import PromptKey
 from .publication import plan_publications, publish
 from .rows import Handle, RowTable
 from .state import AllocatorState
-from .state_rules import check_state
-from .transfer import adopt_state, plan_adoption
 from .windows import plan_pass, require_held, require_pages, require_room
 
 __all__ = ["Bookkeeping", "Growing", "Plan"]
@@ -425,26 +423,18 @@ class Bookkeeping:
         return partial(pool.release_raw, pool.plan_raw_release(pages, base))
 
     def plan_import(
-        self, state: AllocatorState, pages: Ints, *, private: bool
+        self, state: AllocatorState, pages: Any, *, private: bool
     ) -> Plan[list[Handle]]:
         """`BlockAllocator.import_state`."""
-        pool, rows, ids = self.main.pool, self.rows, as_ints("pages", pages)
-        if ids.shape != (state.num_pages,) or len(np.unique(ids)) != len(ids):
-            raise ValueError(f"pages must be {state.num_pages} different page ids, got {ids}")
-        if ids.size and (ids.min() < 1 or ids.max() > pool.usable):
-            raise ValueError(f"pages must be from 1 to {pool.usable}, got {ids}")
-        if not pool.raw[ids].all():
-            raise PageTableError("pages must be from allocate_pages, and not freed since")
-        if state.page_size != pool.page_size:
-            raise PageTableError(f"page size {state.page_size} is not this pool's {pool.page_size}")
-        check_state(state)
+        groups, rows = self.groups, self.rows
+        ids = checked_pages(groups, state, pages)
         if private and len(state.entry_pages):
             raise ValueError("a state with cached pages cannot be private; drop its entries first")
-        plan = plan_adoption(pool, state, ids, caching=self.caching, private=private)
+        plan = plan_adoption(groups, state, ids, caching=self.caching, private=private)
         self._make_room(len(state.lengths), int(state.page_counts.max(initial=0)))
 
         def apply() -> list[Handle]:
-            opened = adopt_state(self.main, rows, state, ids, plan, private=private)
+            opened = adopt_state(groups, rows, state, ids, plan, private=private)
             return [rows.name(row) for row in opened]
 
         return apply

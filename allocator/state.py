@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from .group_state import GroupState, slots_below
+
 __all__ = ["AllocatorState"]
 
 
@@ -13,7 +15,8 @@ class AllocatorState:
     """Q sequences, E published pages and what M pages hold; no page id of any pool occurs in it.
 
     Pages are numbered 0 to M - 1 in the order in which `table` and then `entry_pages` first name
-    them. So the pages of sequences come first, and behind them those that are only cached.
+    them. So the pages of sequences come first, and behind them those that are only cached. Of
+    several groups of layers these are the pages of the first one, which is full.
 
     ```
     lengths    [ 6, 7 ]   page_size 4:  two pages each
@@ -33,6 +36,8 @@ class AllocatorState:
       entry_parents: int32 `[E]`, the entry of the page before, or -1 - s: first page of salt s.
       evictable: int32 `[M - pages of sequences]`, the entries whose page has no owner.
       tokens: int32 `[M, S]`.
+      groups: where the sequences lie in the other groups of layers, and which pages there go with
+        entries.
     """
 
     page_size: int
@@ -46,6 +51,7 @@ class AllocatorState:
     entry_parents: np.ndarray
     evictable: np.ndarray
     tokens: np.ndarray
+    groups: tuple[GroupState, ...] = ()
 
     @property
     def num_pages(self) -> int:
@@ -98,8 +104,7 @@ class AllocatorState:
 
     def slots_below(self, lengths: np.ndarray) -> np.ndarray:
         """int64 `[len(table)]`: slots of each page that lie below `lengths` `[Q]`."""
-        left = np.repeat(lengths, self.page_counts) - self.columns * self.page_size
-        return left.clip(0, self.page_size)
+        return slots_below(lengths, self.page_counts, self.columns, self.page_size)
 
     def sequence_tokens(self) -> Iterator[np.ndarray]:
         """int32 `[length]` for every sequence: its tokens, and no other slot of a long page."""
@@ -109,32 +114,39 @@ class AllocatorState:
             tail = self.tokens[pages[full], :rest] if rest else tokens[:0]
             yield np.concatenate([tokens, tail])
 
-    def fit(self, num_pages: int) -> "tuple[AllocatorState, np.ndarray]":
-        """Leave out the cached pages that are evicted first, until M is at most `num_pages`.
+    def fit(self, *num_pages: int) -> "tuple[AllocatorState, tuple[np.ndarray, ...]]":
+        """Leave out the cached pages that are evicted first, until M is at most `num_pages`, a
+        number for each group.
 
-        Pages of sequences stay, and what follows a page that is left out goes with it.
+        Pages of sequences stay. What follows a page of the first group that is left out goes with
+        it, and so do the pages of its entry in other groups.
 
         Returns:
-          The smaller state, and int64 `[M']`: which of the old pages its pages are.
+          The smaller state, and for each group int64 `[M']`: which of the old pages its pages are.
         """
-        surplus = self.num_pages - max(num_pages, self.num_owned)
-        if surplus <= 0:
-            return self, np.arange(self.num_pages)
+        room, *others = num_pages
         keep = np.ones(len(self.entry_pages), bool)
-        keep[self.evictable[:surplus]] = False
+        keep[self.evictable[: max(0, self.num_pages - max(room, self.num_owned))]] = False
+        if keep.all() and all(g.num_pages <= n for g, n in zip(self.groups, others, strict=True)):
+            sizes = [self.num_pages, *(group.num_pages for group in self.groups)]
+            return self, tuple(map(np.arange, sizes))
         kept = keep.tolist()
         for entry, parent in enumerate(self.entry_parents.tolist()):
             kept[entry] = kept[entry] and (parent < 0 or kept[parent])
-        return self._with_entries(np.array(kept, bool))
+        smaller, pages = self._with_entries(np.array(kept, bool))
+        fitted = [group.fit(n) for group, n in zip(smaller.groups, others, strict=True)]
+        places = [at[more] for at, (_, more) in zip(pages[1:], fitted, strict=True)]
+        return replace(smaller, groups=tuple(group for group, _ in fitted)), (pages[0], *places)
 
-    def under(self, salt: bytes) -> "tuple[AllocatorState, np.ndarray]":
+    def under(self, salt: bytes) -> "tuple[AllocatorState, tuple[np.ndarray, ...]]":
         """Put every sequence and entry under the salt with that key, whatever theirs were.
 
-        Of entries that are of one prefix then, the first stays; what followed another follows it.
+        Of entries that are of one prefix then, the first stays, with the first page that one of
+        them has in another group; what followed another follows it.
 
         Returns:
-          The state without pages that neither a sequence nor an entry needs any more, and int64
-          `[M']`: which of the old pages its pages are.
+          The state without pages that neither a sequence nor an entry needs any more, and which of
+          the old pages its pages are, as `fit`.
         """
         contents, first, parent_of = self.contents, {}, []
         stands_for: list[int] = []  # which entry stays in the place of each
@@ -149,27 +161,34 @@ class AllocatorState:
             salt_keys=(salt,),
             entry_parents=np.array(parent_of, np.int32),
         )
-        return merged._with_entries(np.array(stands_for, np.int64) == np.arange(len(stands_for)))
+        stays = np.array(stands_for, np.int64)
+        return merged._with_entries(stays == np.arange(len(stays)), stays)
 
-    def without_entries(self) -> "tuple[AllocatorState, np.ndarray]":
-        """The sequences alone; returns as `under`."""
+    def without_entries(self) -> "tuple[AllocatorState, tuple[np.ndarray, ...]]":
+        """The sequences alone; returns as `fit`."""
         return self._with_entries(np.zeros(len(self.entry_pages), bool))
 
-    def _with_entries(self, keep: np.ndarray) -> "tuple[AllocatorState, np.ndarray]":
-        entry_place = keep.cumsum() - 1
+    def _with_entries(
+        self, keep: np.ndarray, stands_for: np.ndarray | None = None
+    ) -> "tuple[AllocatorState, tuple[np.ndarray, ...]]":
+        """`stands_for[i]` is the entry that other groups find in the place of entry i."""
+        entry_place = np.where(keep, keep.cumsum() - 1, -1)
         parents, pages = self.entry_parents[keep], self.entry_pages[keep]
         kept = np.concatenate([np.arange(self.num_owned), pages[pages >= self.num_owned]])
         page_place = np.zeros(self.num_pages, np.int32)
         page_place[kept] = np.arange(len(kept))
+        stands = entry_place if stands_for is None else entry_place[stands_for]
+        groups = [group.with_entries(stands) for group in self.groups]
         smaller = replace(
             self,
             entry_pages=page_place[pages],
             entry_parents=_renumbered(parents, entry_place),
             evictable=entry_place[self.evictable[keep[self.evictable]]].astype(np.int32),
             tokens=self.tokens[kept],
+            groups=tuple(group for group, _ in groups),
         )
         smaller.tokens[smaller.empty_slots] = 0  # of a page that only an entry had to the end
-        return smaller, kept
+        return smaller, (kept, *(at for _, at in groups))
 
 
 def _renumbered(parents: np.ndarray, entry_place: np.ndarray) -> np.ndarray:

@@ -4,7 +4,8 @@ from dataclasses import fields
 
 import numpy as np
 
-from .errors import PageTableError
+from .group_rules import check_groups, check_sharing
+from .group_rules import require as _require
 from .prefix import salt_key, salt_of
 from .state import AllocatorState
 
@@ -23,19 +24,15 @@ def check_state(state: AllocatorState) -> None:
         _check_entries,
         _check_prefixes,
         _check_slots,
+        check_groups,
     ):
         rule(state)
-
-
-def _require(holds: bool | np.bool_, message: str) -> None:
-    if not holds:
-        raise PageTableError(message)
 
 
 def _check_types(state: AllocatorState) -> None:
     for field in fields(state):
         value = getattr(state, field.name)
-        if field.name not in ("page_size", "salt_keys"):
+        if field.name not in ("page_size", "salt_keys", "groups"):
             axes = 2 if field.name == "tokens" else 1
             fits = isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.ndim == axes
             _require(fits, f"{field.name} must be an integer array of {axes} axes")
@@ -99,14 +96,8 @@ def _check_numbering(state: AllocatorState) -> None:
 
 
 def _check_sharing(state: AllocatorState) -> None:
-    """An owned page has one place and one salt, whoever its owners are."""
-    owner = np.repeat(np.arange(len(state.lengths)), state.page_counts)
-    pairs = owner * (state.num_pages + 1) + state.table
-    _require(len(np.unique(pairs)) == len(pairs), "a sequence holds a page twice")
-    for what, values in (("place", state.columns), ("salt", state.salts[owner])):
-        seen = np.zeros(state.num_pages, np.int64)
-        seen[state.table] = values
-        _require((seen[state.table] == values).all(), f"a shared page has more than one {what}")
+    counts, columns = state.page_counts, state.columns
+    check_sharing("page table", state.table, counts, columns, state.salts)
 
 
 def _check_entries(state: AllocatorState) -> None:

@@ -1,18 +1,18 @@
-"""The bookkeeping out of one allocator as plain arrays, and into another."""
+"""The bookkeeping out of an allocator as plain arrays."""
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .eviction import Queued, successor
+from .group_state import GroupState
 from .groups import PageGroup
-from .pool import PagePool, Release
-from .prefix import CacheEntry, Namespace
+from .pool import PagePool
+from .prefix import CacheEntry
 from .rows import RowTable
 from .state import AllocatorState
 
-__all__ = ["Adoption", "StatePages", "adopt_state", "collect_state", "plan_adoption"]
+__all__ = ["StatePages", "collect_state"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,15 +24,17 @@ class StatePages:
       filled: int64 `[M]`, leading slots that hold something.
       stamps: int64 `[M]`, never given twice by one allocator: as long as a page has its stamp, its
         keys and values are what they were. -1 where they may still change.
+      groups: the same of the other groups of layers.
     """
 
     pages: np.ndarray
     filled: np.ndarray
     stamps: np.ndarray
+    groups: "tuple[StatePages, ...]" = ()
 
 
 def collect_state(
-    group: PageGroup,
+    groups: Sequence[PageGroup],
     rows: RowTable,
     row: np.ndarray,
     *,
@@ -40,11 +42,12 @@ def collect_state(
     committed_only: bool,
 ) -> tuple[AllocatorState, StatePages]:
     """Export the sequences of these rows, and the pages that are only cached if `cached`."""
-    pool, table = group.pool, group.table
+    pool = groups[0].pool
     length, page_size = rows.length[row], pool.page_size
     counts = -(-length // page_size)
-    begins = row * table.ids.shape[1] - (counts.cumsum() - counts)
-    owned = table.ids.reshape(-1).take(np.arange(counts.sum()) + np.repeat(begins, counts))
+    spans = [_span(group, row, counts) for group in groups]
+    held = [_held(group, row, *span) for group, span in zip(groups, spans, strict=True)]
+    owned = held[0]
     _, first = np.unique(owned, return_index=True)
     entries, parents = _reachable(pool, None if cached else set(owned.tolist()))
     listed = np.array([entry.page for entry in entries], np.int32)
@@ -52,15 +55,12 @@ def collect_state(
     place = np.zeros(len(pool.refs), np.int32)
     place[pages] = np.arange(len(pages))
 
-    # A page whose content may be wrong is not computed, for whoever holds it: as all are published
-    # that are, whoever imports it would find it again.
-    spoilt = np.zeros(len(row), bool)
-    spoilt[np.repeat(np.arange(len(row)), counts)[pool.withdrawn[owned]]] = True
+    spoilt = _spoilt(groups, spans, held) | (rows.private[row] != 0)
     salts = _Salts()
     state = AllocatorState(
         page_size=page_size,
         lengths=length,
-        computed=np.where(spoilt | (rows.private[row] != 0), 0, rows.computed[row]),
+        computed=np.where(spoilt, 0, rows.computed[row]),
         cached=rows.cached[row],
         salts=np.array([salts.index(rows.namespaces[r].key) for r in row], np.int32),
         table=place[owned],
@@ -72,9 +72,68 @@ def collect_state(
         evictable=_eviction_order(pool, entries, set(owned.tolist())),
         tokens=pool.tokens[pages],
     )
-    where = _locate(pool, state, pages, committed_only)
+    valid = state.computed if committed_only else state.lengths
+    where, others = _locate(pool, state, pages, valid), []
+    for group in groups[1:]:
+        its, ids = _collect_group(group, row, state, spoilt, entries, cached=cached)
+        state = replace(state, groups=(*state.groups, its))
+        others.append(_locate_in(group.pool, its, ids, state, valid))
     state.tokens[state.empty_slots] = 0
-    return state, where
+    return state, replace(where, groups=tuple(others))
+
+
+def _span(group: PageGroup, row: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The columns that rows hold in a group, reserved pages left out."""
+    return group.table.first[row], np.minimum(group.table.end[row], counts)
+
+
+def _held(group: PageGroup, row: np.ndarray, first: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """int32 `[n]`: the pages of rows in these columns, row by row."""
+    ids, counts = group.table.ids, end - first
+    begins = row * ids.shape[1] + first - (counts.cumsum() - counts)
+    return ids.reshape(-1).take(np.arange(counts.sum()) + np.repeat(begins, counts))
+
+
+def _spoilt(
+    groups: Sequence[PageGroup],
+    spans: list[tuple[np.ndarray, np.ndarray]],
+    held: list[np.ndarray],
+) -> np.ndarray:
+    """bool `[Q]`: who holds a page whose content may be wrong.
+
+    It is not computed, for whoever holds it: as all are published that are, whoever imports it
+    would find it again.
+    """
+    spoilt = np.zeros(len(spans[0][0]), bool)
+    for group, (first, end), pages in zip(groups, spans, held, strict=True):
+        owner = np.repeat(np.arange(len(spoilt)), end - first)
+        spoilt[owner[group.pool.withdrawn[pages]]] = True
+    return spoilt
+
+
+def _collect_group(
+    group: PageGroup,
+    row: np.ndarray,
+    state: AllocatorState,
+    spoilt: np.ndarray,
+    entries: list[CacheEntry],
+    *,
+    cached: bool,
+) -> tuple[GroupState, np.ndarray]:
+    """What rows have in another group, and which of its pages go with the entries.
+
+    Of a window, who is computed anew has nothing: what was passed is gone.
+    """
+    first, end = _span(group, row, state.page_counts)
+    if group.window is not None:
+        first, end = (np.where(spoilt, 0, each) for each in (first, end))
+    table, cache = _held(group, row, first, end), group.pool.cache
+    pages = np.zeros(len(entries), np.int32)  # no page of another group goes with an entry yet
+    known = pages > 0
+    if not cached:
+        known &= np.isin(pages, table)
+    at = np.flatnonzero(known)
+    return GroupState.of(group.window, (first, end), table, at, pages[at], cache.eviction.order())
 
 
 class _Salts:
@@ -113,131 +172,30 @@ def _eviction_order(pool: PagePool, entries: list[CacheEntry], owned: set[int]) 
 
 
 def _locate(
-    pool: PagePool, state: AllocatorState, pages: np.ndarray, committed_only: bool
+    pool: PagePool, state: AllocatorState, pages: np.ndarray, valid: np.ndarray
 ) -> StatePages:
-    valid = state.computed if committed_only else state.lengths
     filled = np.zeros(len(pages), np.int64)
     np.maximum.at(filled, state.table, state.slots_below(valid))
     filled[state.entry_pages] = state.page_size
-    # Owners outside the state may be about to write a page of it that is not full for them.
-    exported = np.bincount(state.table, minlength=len(pages))
-    final = state.settled & (pool.refs[pages] <= exported)
-    return StatePages(pages, filled, np.where(final, pool.stamps[pages], -1))
+    return StatePages(pages, filled, _stamps(pool, pages, state.table, state.settled))
 
 
-class Link(NamedTuple):
-    """A page to be published: its number in the state, its digest, and the link before it.
-
-    `parent` is an earlier link, or -1 - s: the page begins salt s.
-    """
-
-    place: int
-    digest: bytes
-    parent: int
-    depth: int
-
-
-class Adoption(NamedTuple):
-    """What `import_state` will do: everything that calls a user's code is done.
-
-    Attributes:
-      roots: the namespace of every salt of the state.
-      links: first those of the state's entries, then those that only sequences have.
-      chains: the links of the full, computed pages of every sequence.
-      idle: pages without an owner in the state, the first to be evicted first.
-      retired: what the order of eviction needs of each of them.
-    """
-
-    roots: list[Namespace]
-    links: list[Link]
-    chains: list[list[int]]
-    idle: np.ndarray
-    retired: list[int] | list[Queued]
-
-
-def plan_adoption(
-    pool: PagePool, state: AllocatorState, pages: np.ndarray, *, caching: bool, private: bool
-) -> Adoption:
-    """Plan what `adopt_state` does with raw pages; the state was checked. Changes nothing."""
-    cache = pool.cache
-    roots = [Namespace(key, cache.root_digest(key)) for key in state.salt_keys]
-    links: list[Link] = []
-    known: dict[tuple[int, int], int] = {}  # a page that sequences share is digested once
-
-    def link(parent: int, place: int) -> int:
-        if (number := known.get((parent, place))) is None:
-            before, depth = (
-                (roots[-1 - parent].digest, 0)
-                if parent < 0
-                else (links[parent].digest, links[parent].depth + 1)
-            )
-            (digest,) = cache.digests(before, state.tokens[place : place + 1])
-            number = known[parent, place] = len(links)
-            links.append(Link(place, digest, parent, depth))
-        return number
-
-    if caching:
-        for parent, place in zip(
-            state.entry_parents.tolist(), state.entry_pages.tolist(), strict=True
-        ):
-            link(parent, place)
-    coming = {}
-    for each in links:
-        found, page = cache.index.get(each.digest), int(pages[each.place])
-        past = None if found is None else cache.eviction.known.get(found.page)
-        coming[page] = successor(page, each.depth, past)
-    chains: list[list[int]] = [[] for _ in state.lengths]
-    if caching and not private:
-        full = (state.computed // state.page_size).tolist()
-        for chain, salt, places, count in zip(
-            chains, state.salts.tolist(), state.tables, full, strict=True
-        ):
-            for place in places[:count].tolist():
-                chain.append(link(chain[-1] if chain else -1 - salt, place))
-    idle = pages[state.entry_pages[state.evictable]]
-    retired = cache.eviction.plan(idle.tolist(), coming) if caching else []
-    return Adoption(roots, links, chains, idle, retired)
-
-
-def adopt_state(
-    group: PageGroup,
-    rows: RowTable,
-    state: AllocatorState,
+def _locate_in(
+    pool: PagePool,
+    group: GroupState,
     pages: np.ndarray,
-    plan: Adoption,
-    *,
-    private: bool,
-) -> list[int]:
-    """Make sequences and cache entries of raw pages, which are raw no more; returns rows.
+    state: AllocatorState,
+    valid: np.ndarray,
+) -> StatePages:
+    filled = group.filled(valid, state.page_size)
+    settled = group.settled(state.computed, state.page_size)
+    return StatePages(pages, filled, _stamps(pool, pages, group.table, settled))
 
-    Until the end each page keeps the owner that it was taken with, so that none of them can become
-    free half way. There is room for the rows and their pages. All sequences begin at once, and
-    until then the pages are raw: whatever is torn before is as if it had not begun.
-    """
-    pool, made, opened = group.pool, list[CacheEntry](), []
-    pool.tokens[pages] = state.tokens
-    for place, digest, parent, depth in plan.links:
-        before = plan.roots[-1 - parent].key if parent < 0 else made[parent].serial
-        made.append(pool.publish(int(pages[place]), digest, before, depth))
-    for q, (places, chain) in enumerate(zip(state.tables, plan.chains, strict=True)):
-        row, held = rows.open(plan.roots[state.salts[q]]), pages[places]
-        group.table.set(row, held)
-        pool.refs[held] += 1
-        rows.length[row], rows.cached[row] = state.lengths[q], state.cached[q]
-        rows.computed[row], rows.private[row] = state.computed[q], private
-        rows.describe(row, int(state.computed[q]))
-        rows.chains[row] = [made[number] for number in chain]
-        rows.digests[row] = [plan.links[number].digest for number in chain]
-        rows.borrows[row] = any(
-            e.page != p for e, p in zip(rows.chains[row], held.tolist(), strict=False)
-        )
-        rows.chain_seen[row] = -1  # entries of one import may have replaced each other
-        opened.append(row)
-    rows.enter(np.array(opened, np.int64))
-    pool.raw[pages] = False
-    pool.refs[pages[: state.num_owned]] -= 1
-    stays = pool.cache.published[plan.idle]
-    retired: list[Any] = [each for each, kept in zip(plan.retired, stays, strict=False) if kept]
-    pool.release(Release(plan.idle, np.zeros_like(plan.idle), plan.idle[~stays], retired))
-    pool.peak_used = max(pool.peak_used, pool.num_used)
-    return opened
+
+def _stamps(
+    pool: PagePool, pages: np.ndarray, table: np.ndarray, settled: np.ndarray
+) -> np.ndarray:
+    # Owners outside the state may be about to write a page of it that is not full for them.
+    exported = np.bincount(table, minlength=len(pages))
+    final = settled & (pool.refs[pages] <= exported)
+    return np.where(final, pool.stamps[pages], -1)

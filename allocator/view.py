@@ -202,15 +202,16 @@ class AllocatorView:
         live = (books.rows.handle[books.rows.live] for books in self._shards)
         return tuple(handle for each in live for handle in each.tolist())
 
-    def ref_count(self, page: SupportsIndex) -> int:
+    def ref_count(self, page: SupportsIndex, *, group: SupportsIndex = 0) -> int:
         """How many owners a page has: sequences, or 1 if it is raw. A null page has 0."""
-        base, size = self._shards[0].main.base, self.num_pages
+        parts = [books.groups[self._number(group)] for books in self._shards]
+        base, size = parts[0].base, sum(len(part.pool.refs) for part in parts)
         if not 0 <= (at := as_count("page", page) - base) < size:
             raise ValueError(
                 f"page must be at least {base} and at most {base + size - 1}, got {page}"
             )
-        shard, own = divmod(at, size // len(self._shards))
-        return int(self._shards[shard].main.pool.refs[own]) if own else 0
+        shard, own = divmod(at, size // len(parts))
+        return int(parts[shard].pool.refs[own]) if own else 0
 
     @atomic
     def page_states(self, group: SupportsIndex = 0) -> np.ndarray:

@@ -83,11 +83,18 @@ def _show(info: SnapshotInfo) -> None:
     parent = "none: whole"
     if info.parent is not None:
         parent = f"{printable(info.parent.name, _WIDE)} {info.parent.id.hex()}"
+    groups = {}
+    if len(info.groups) > 1:
+        for number, each in enumerate(info.groups):
+            sees = "all tokens" if each.window is None else f"{each.window} tokens"
+            layers = f"{len(each.layers)} layers see {sees}" if each.layers else "no layers"
+            groups[f"group {number}"] = f"{each.num_pages} pages, {layers}"
     rows = {
         "file": f"{printable(info.path)}, {size_text(info.file_bytes)}",
         "id": info.id.hex(),
         "parent": parent,
         "pages": f"{info.num_pages} of {info.page_size} tokens, {info.own_pages} in this file",
+        **groups,
         "sequences": f"{info.sequences} with {info.tokens} tokens",
         "cached pages": str(info.cached_pages),
         "requests": "no engine" if info.requests is None else str(info.requests),

@@ -12,6 +12,7 @@ from ..errors import OutOfPages, SequenceTooLong, SnapshotMismatch
 from ..requests import Sample, TokenEvent
 from ..snapshot import SavedSalt
 from ..snapshot._engine import EngineState, PendingEvent, engine_arrays
+from ..snapshot._groups import GroupMismatch
 from ..snapshot._load import Opened, Terms, place_snapshot
 from ..snapshot._save import SaveJob, plan_save
 from .calls import Calls
@@ -68,7 +69,8 @@ def plan_engine_save(
 
 
 class Loaded(NamedTuple):
-    """The requests of a snapshot, and the pages of those that ran; None if there is no room."""
+    """The requests of a snapshot, and the pages of those that ran; None if these are computed
+    anew."""
 
     state: EngineState
     cache: Any
@@ -83,7 +85,8 @@ def load(
     limit: int,
     vocab_size: int | None,
 ) -> Loaded:
-    """Read and check everything, and put the pages into the pool; without room for them, none.
+    """Read and check everything, and put the pages into the pool; none without room for them, or
+    if they cannot be cut to the groups of layers here.
 
     Raises:
       SnapshotMismatch: the file is not of an engine, or does not fit.
@@ -98,7 +101,7 @@ def load(
         try:
             placed = place_snapshot(opened, cache, cast(BlockAllocator, allocator), terms)
             cache, handles = placed.cache, placed.handles
-        except OutOfPages:
+        except (OutOfPages, GroupMismatch):
             handles = None
     if not isinstance(terms.cache_salt, SavedSalt):
         for sample in state.samples:
@@ -171,8 +174,12 @@ def _owns_what_it_writes(allocator: Allocator, sample: Sample) -> bool:
     info = allocator.sequence(sample.handle)
     if info.computed == info.length:
         return True
-    pages = info.pages[info.computed // allocator.page_size :]
-    return all(allocator.ref_count(page) == 1 for page in pages)
+    column = info.computed // allocator.page_size
+    return all(
+        allocator.ref_count(page, group=number) == 1
+        for number, held in enumerate(info.groups)
+        for page in held.pages[max(0, column - held.first) :]
+    )
 
 
 def callbacks_of(

@@ -8,6 +8,7 @@ from typing import Any
 from .._text import printable
 from ..allocator import BlockAllocator, Handle
 from ..errors import SnapshotMismatch
+from ._compact import compact_snapshot
 from ._files import Files, OSFiles
 from ._load import (
     AS_SAVED,
@@ -16,7 +17,6 @@ from ._load import (
     SavedSalt,
     SnapshotInfo,
     Terms,
-    compact_snapshot,
     inspect_snapshot,
     load_snapshot,
     place_snapshot,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import struct
 import zlib
 from collections.abc import Mapping
@@ -21,10 +22,19 @@ import numpy as np
 from .._text import printable, shown
 from ..errors import SnapshotCorrupt, SnapshotVersion
 
-__all__ = ["ArraySpec", "Header", "Parent", "decode_header", "encode_header", "split_prefix"]
+__all__ = [
+    "ArraySpec",
+    "Header",
+    "Parent",
+    "SavedGroup",
+    "decode_header",
+    "encode_header",
+    "layer_of",
+    "split_prefix",
+]
 
 MAGIC = b"\x89PGD\r\n\x1a\n"
-VERSION = 1
+VERSIONS = (1, 2)  # of one group of layers, and of several
 PREFIX = struct.Struct("<8sIQQI")  # magic, version, header bytes, file bytes, CRC
 ALIGNMENT = 64
 CHUNK_BYTES = 1 << 22
@@ -34,6 +44,8 @@ MAX_AXES = 8
 MAX_NAME_BYTES = 255
 MAX_METADATA = 4096  # keys
 MAX_PARENTS = 256
+MAX_GROUPS = 256
+KEYS = ["arrays", "fingerprint", "metadata", "page_size", "pages", "parent"]
 
 DTYPES = {
     str(np.dtype(t)): np.dtype(t).newbyteorder("<")
@@ -92,17 +104,35 @@ class Parent:
 
 
 @dataclass(frozen=True, slots=True)
+class SavedGroup:
+    """A group of layers of a snapshot.
+
+    Attributes:
+      window: W, the newest tokens that its layers see; None: all.
+      num_pages: M, pages of it that the snapshot consists of.
+      layers: their numbers; none in a first group that only keeps the books, and none in a
+        snapshot of a cache that is no `KVCache`.
+    """
+
+    window: int | None
+    num_pages: int
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Header:
     """What the header says, all of it checked.
 
     Attributes:
       page_size: S.
-      num_pages: M, pages that the snapshot consists of, those of its parents included.
+      num_pages: M, pages that the snapshot consists of, those of its parents included; of several
+        groups of layers those of the first one.
       fingerprint: of the allocator that was saved.
       metadata: the user's.
       parent: of a delta; None for a whole snapshot.
       arrays: in the order of the file.
       crcs: per array the CRC-32 of every chunk.
+      groups: of layers, if there are several; else none.
     """
 
     page_size: int
@@ -112,6 +142,34 @@ class Header:
     parent: Parent | None
     arrays: tuple[ArraySpec, ...]
     crcs: tuple[tuple[int, ...], ...] = ()
+    groups: tuple[SavedGroup, ...] = ()
+
+    @property
+    def counts(self) -> list[int]:
+        """M of every group."""
+        return [group.num_pages for group in self.groups] or [self.num_pages]
+
+    @property
+    def windows(self) -> list[int | None]:
+        """W of every group."""
+        return [group.window for group in self.groups] or [None]
+
+    def arrays_of_groups(self) -> list[list[ArraySpec]]:
+        """The arrays of keys and values of every group."""
+        found: list[list[ArraySpec]] = [[] for _ in self.counts]
+        layers = dict[int | None, int]()
+        for number, group in enumerate(self.groups):
+            layers |= dict.fromkeys(group.layers, number)
+        for spec in self.arrays:
+            if spec.name.startswith("kv/"):
+                found[layers[layer_of(spec.name)] if self.groups else 0].append(spec)
+        return found
+
+
+def layer_of(name: str) -> int | None:
+    """The layer of an array `kv/.../<layer>`; None if the name is another."""
+    found = re.fullmatch(r"kv/.*/(0|[1-9][0-9]{0,9})", name, re.ASCII | re.DOTALL)
+    return None if found is None else int(found[1])
 
 
 def aligned(size: int) -> int:
@@ -136,6 +194,7 @@ def encode_header(header: Header) -> bytes:
     check_metadata(header.metadata, ValueError)
     parent = header.parent
     crcs = header.crcs or tuple((0,) * spec.num_chunks for spec in header.arrays)
+    groups = [[group.window or 0, group.num_pages, list(group.layers)] for group in header.groups]
     body: Any = msgpack.packb(
         {
             "arrays": [
@@ -143,6 +202,7 @@ def encode_header(header: Header) -> bytes:
                 for s, c in zip(header.arrays, crcs, strict=True)
             ],
             "fingerprint": header.fingerprint,
+            **({"groups": groups} if groups else {}),
             "metadata": dict(header.metadata),
             "page_size": header.page_size,
             "pages": header.num_pages,
@@ -154,7 +214,8 @@ def encode_header(header: Header) -> bytes:
             f"the header would take {len(body)} bytes and may take {MAX_HEADER_BYTES}: "
             "shorten the metadata, or split the sequences over several snapshots"
         )
-    front = PREFIX.pack(MAGIC, VERSION, len(body), layout(len(body), header.arrays)[1], 0)[:-4]
+    end = layout(len(body), header.arrays)[1]
+    front = PREFIX.pack(MAGIC, VERSIONS[bool(groups)], len(body), end, 0)[:-4]
     return front + struct.pack("<I", zlib.crc32(body, zlib.crc32(front))) + body
 
 
@@ -197,10 +258,10 @@ def split_prefix(front: bytes, file_bytes: int) -> int:
     _require(front[:8] == MAGIC, f"not a snapshot: it begins with {bytes(front[:8])!r}")
     _require(len(front) == PREFIX.size, f"cut within the first {PREFIX.size} bytes")
     _, version, header_bytes, declared, _ = PREFIX.unpack(front)
-    if version != VERSION:
+    if version not in VERSIONS:
         raise SnapshotVersion(
-            f"the file has format version {version}, this release reads version {VERSION}; "
-            "use the release that wrote it, or a newer one"
+            f"the file has format version {version}, this release reads versions 1 and 2; use "
+            " the release that wrote it, or a newer one"
         )
     _require(
         0 < header_bytes <= MAX_HEADER_BYTES,
@@ -220,12 +281,12 @@ def decode_header(front: bytes) -> Header:
     Raises:
       SnapshotCorrupt: a rule of the format is broken; the message says which.
     """
-    *_, file_bytes, crc = PREFIX.unpack_from(front)
+    _, version, _, file_bytes, crc = PREFIX.unpack_from(front)
     body = front[PREFIX.size :]
     found = zlib.crc32(body, zlib.crc32(front[: PREFIX.size - 4]))
     _require(found == crc, f"the header's checksum is {found:08x}, it should be {crc:08x}")
     fields = _unpack(body)
-    keys = ["arrays", "fingerprint", "metadata", "page_size", "pages", "parent"]
+    keys = KEYS if version == 1 else sorted([*KEYS, "groups"])
     _require(_is(fields, dict), f"the header is no map but {type(fields).__name__}")
     _require(list(fields) == keys, f"the header's keys are {shown(list(fields))}, not {keys}")
     page_size = _integer("page_size", fields["page_size"], 1, MAX_DIMENSION)
@@ -241,7 +302,10 @@ def decode_header(front: bytes) -> Header:
         parent=_parent(fields["parent"]),
         arrays=arrays,
         crcs=crcs,
+        groups=() if version == 1 else _groups(fields["groups"]),
     )
+    if header.groups:
+        _require_layers(header)
     end = layout(len(body), arrays)[1]
     _require(end == file_bytes, f"the arrays end at byte {end}, the file at {file_bytes}")
     return header
@@ -291,6 +355,41 @@ def _parent(value: Any) -> Parent | None:
         f"the parent's name {shown(name)} is not the name of a file in the same folder",
     )
     return Parent(ident, name, _integer("the parent's pages", pages, 0, MAX_DIMENSION))
+
+
+def _groups(value: Any) -> tuple[SavedGroup, ...]:
+    _require(
+        _is(value, list) and 2 <= len(value) <= MAX_GROUPS,
+        f"groups is not a list of 2 to {MAX_GROUPS}",
+    )
+    groups = []
+    for entry in value:
+        _require(
+            _is(entry, list) and len(entry) == 3 and _is(entry[2], list),
+            "a group is not [window, pages, layers]",
+        )
+        window = _integer("a group's window", entry[0], 0, MAX_DIMENSION)
+        pages = _integer("a group's pages", entry[1], 0, MAX_DIMENSION)
+        layers = [_integer("a group's layer", layer, 0, MAX_DIMENSION) for layer in entry[2]]
+        groups.append(SavedGroup(window or None, pages, tuple(layers)))
+    return tuple(groups)
+
+
+def _require_layers(header: Header) -> None:
+    """The first group has all tokens, and every layer is in one group and has arrays."""
+    groups, first = header.groups, header.groups[0]
+    _require(
+        first.window is None and first.num_pages == header.num_pages,
+        "the first group has a window, or other pages than the header",
+    )
+    layers = [layer for group in groups for layer in group.layers]
+    known = set(layers)
+    _require(
+        len(known) == len(layers) and known == set(range(len(known))) and bool(known),
+        "the groups have not the layers 0 to L-1, each once",
+    )
+    found = {layer_of(spec.name) for spec in header.arrays if spec.name.startswith("kv/")}
+    _require(found == known, "the arrays of keys and values are not those of the groups' layers")
 
 
 def is_name(name: str) -> bool:

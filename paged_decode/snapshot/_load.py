@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,25 +13,29 @@ import numpy as np
 
 from .._text import printable, shown
 from ..allocator import AllocatorState, BlockAllocator, Handle
-from ..allocator.layout import require_one_group
 from ..allocator.prefix import salt_key
+from ..allocator.regrouping import regrouped
 from ..errors import OutOfPages, SnapshotCorrupt, SnapshotMismatch
 from ._engine import ENGINE, EngineState, engine_from
-from ._files import Files, OSFiles
-from ._format import DTYPES, ArraySpec, Header, Parent, Scalar, encode_header
+from ._format import DTYPES, ArraySpec, Parent, SavedGroup, Scalar, layer_of
+from ._groups import GroupMismatch, match_groups
 from ._pages import prepare_insert
 from ._parts import Part, parts_of
-from ._reader import Chain, Progress, SnapshotFile, chunk_bytes, fresh_arrays, read_all
+from ._reader import (
+    Chain,
+    Progress,
+    SnapshotFile,
+    fresh_arrays,
+    read_all,
+)
 from ._save import GENERATION, Snapshot, marked_fingerprint
-from ._state import STATE, require_shapes, state_from
-from ._writer import array_chunks, write_file
+from ._state import require_shapes, state_from, state_names
 
 __all__ = [
     "AS_SAVED",
     "Restored",
     "SavedSalt",
     "SnapshotInfo",
-    "compact_snapshot",
     "inspect_snapshot",
     "load_snapshot",
     "verify_snapshot",
@@ -47,8 +50,9 @@ class SnapshotInfo:
       path, id: the file, and 16 bytes that name its content.
       file_bytes: its size.
       page_size: tokens per page.
-      num_pages: pages that it consists of; own_pages of them are in this file.
+      num_pages: pages that it consists of, of all groups of layers; own_pages are in this file.
       sequences, tokens, cached_pages: how many; tokens of shared pages count for each sequence.
+      groups: of layers: window, pages and layers of each.
       requests: samples of an engine, running and waiting; None without an engine.
       fingerprint: of the allocator that was saved.
       metadata: the user's.
@@ -70,6 +74,7 @@ class SnapshotInfo:
     metadata: Mapping[str, Scalar]
     parent: Parent | None
     arrays: tuple[ArraySpec, ...]
+    groups: tuple[SavedGroup, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +84,7 @@ class Restored:
     Attributes:
       cache: use it instead of the one that was passed in.
       handles: of the sequences, in the order of the file.
-      pages_loaded: pages taken from the pool.
+      pages_loaded: pages taken from the pool, or from those of all groups of layers.
       pages_dropped: cached pages that had no room, or were not wanted on the terms of the call.
       metadata: the user's.
       snapshot: name it as `parent` of a delta.
@@ -160,17 +165,27 @@ class Opened:
             id=file.id,
             file_bytes=file.file_bytes,
             page_size=header.page_size,
-            num_pages=header.num_pages,
-            own_pages=int((self.chain.place[:, 0] == 0).sum()),
+            num_pages=sum(header.counts),
+            own_pages=sum(int((place[:, 0] == 0).sum()) for place in self.chain.places),
             sequences=len(state.lengths),
             tokens=int(state.lengths.sum()),
-            cached_pages=state.num_pages - state.num_owned,
+            cached_pages=sum(each.num_pages - each.num_owned for each in (state, *state.groups)),
             requests=None if self.engine is None else len(self.engine.samples),
             fingerprint=header.fingerprint,
             metadata=header.metadata,
             parent=header.parent,
             arrays=header.arrays,
+            groups=self.groups,
         )
+
+    @property
+    def groups(self) -> tuple[SavedGroup, ...]:
+        """Those of the header; of one group with the layers that the names of its arrays say."""
+        header = self.chain.header
+        if header.groups:
+            return header.groups
+        layers = {layer for s in self.kv if (layer := layer_of(s.name)) is not None}
+        return (SavedGroup(None, header.num_pages, tuple(sorted(layers))),)
 
     def __enter__(self) -> Opened:
         return self
@@ -181,15 +196,16 @@ class Opened:
 
 def _bookkeeping(file: SnapshotFile) -> tuple[AllocatorState, EngineState | None]:
     """What one file says besides its pages, all of it checked."""
-    names = [s.name for s in file.header.arrays]
+    names, wanted = [s.name for s in file.header.arrays], state_names(len(file.header.counts))
     extra = any(name.startswith("engine/") for name in names)
-    require_shapes(file.specs, STATE)
+    require_shapes(file.specs, wanted)
     if extra:
         require_shapes(file.specs, ENGINE)
     kv = sum(name.startswith("kv/") for name in names)
-    if kv + len(STATE) + len(ENGINE) * extra + (file.header.parent is not None) != len(names):
+    sources = len(file.header.counts) if file.header.parent else 0
+    if kv + len(wanted) + len(ENGINE) * extra + sources != len(names):
         raise SnapshotCorrupt("there are arrays that the format does not have")
-    state = state_from({name: file.array(name) for name in STATE}, file.header.page_size)
+    state = state_from({name: file.array(name) for name in wanted}, file.header)
     if not extra:
         return state, None
     return state, engine_from({name: file.array(name) for name in ENGINE}, state)
@@ -207,7 +223,9 @@ def load_snapshot(
 
     What they hold already stays. Pages get new numbers, so the pool may be larger, smaller or
     fragmented, on one device or many (heads split, as the cache is), its layers a tuple or a
-    stack. Cached pages that have no room are left out, the ones evicted first before others.
+    stack. Cached pages that have no room are left out, the ones evicted first before others. A
+    group of layers may be split, and may become a window or a narrower one: what that has passed is
+    left out.
 
     Nothing is changed before the file, and what it needs of its parents, is found sound and every
     page lies ready beside the cache; then one program per layer writes the pages. A device that has
@@ -231,7 +249,7 @@ def load_snapshot(
       ValueError, TypeError: `cache_salt` is none, or `prefix_cache` no bool.
       SnapshotCorrupt, SnapshotVersion: the file is not a sound snapshot.
       SnapshotMismatch: it does not fit this cache, model or parent; all differences are listed.
-      OutOfPages: the sequences need more pages than are free and evictable.
+      OutOfPages: the sequences need more pages than are free and evictable in its `group`.
       OSError: the file cannot be read.
     """
     terms = Terms(accept_fingerprint, cache_salt, prefix_cache)
@@ -241,72 +259,117 @@ def load_snapshot(
 
 
 def place_snapshot(opened: Opened, cache: Any, allocator: BlockAllocator, terms: Terms) -> Restored:
-    """The second half of `load_snapshot`."""
-    require_one_group(allocator.pools, "a snapshot")
-    parts = parts_of(cache, allocator.num_pages)
-    _require_match(opened, parts, allocator, terms.accept_fingerprint)
-    state, kept = _fit(terms, opened.state, allocator)
+    """The second half of `load_snapshot`.
+
+    Raises:
+      GroupMismatch: the groups of layers are all that does not fit.
+    """
+    parts = parts_of(cache, allocator)
+    sources = _require_match(opened, parts, allocator, terms.accept_fingerprint)
+    whole, places = _in_groups(opened.state, allocator, sources)
+    state, kept = _fit(terms, whole, allocator)
+    kept = [place[some] for place, some in zip(places, kept, strict=True)]
     insert = prepare_insert(cache, parts, stage_pages(opened.chain, parts, kept))
-    pages = allocator.allocate_pages(state.num_pages)
+    pages: list[list[int]] = []
     try:
-        cache = insert(pages) if pages else cache
-        handles = allocator.import_state(state, pages, private=not terms.prefix_cache)
+        for group, its in enumerate((state, *state.groups)):
+            pages.append(allocator.allocate_pages(its.num_pages, group=group))
+        cache = insert(pages) if any(pages) else cache
+        named = pages if state.groups else pages[0]
+        handles = allocator.import_state(state, named, private=not terms.prefix_cache)
     except BaseException:
-        allocator.free_pages(pages)
+        for group, its in enumerate(pages):
+            allocator.free_pages(its, group=group)
         raise
-    stamps = np.full(opened.state.num_pages, -1)
-    stamps[kept] = np.where(state.settled, allocator.page_stamps(pages), -1)
-    file = opened.chain.files[0]
     return Restored(
         cache=cache,
         handles=tuple(handles),
-        pages_loaded=len(pages),
-        pages_dropped=opened.state.num_pages - len(pages),
+        pages_loaded=sum(map(len, pages)),
+        pages_dropped=sum(map(len, places)) - sum(map(len, pages)),
         metadata=opened.chain.header.metadata,
-        snapshot=Snapshot(
-            path=file.path.absolute(),
-            id=file.id,
-            num_pages=len(stamps),
-            written_pages=len(stamps),
-            _allocator=allocator,
-            _stamps=stamps,
-            _parents=tuple(str(f.real) for f in opened.chain.files[1:]),
-        ),
+        snapshot=_as_parent(opened, allocator, state, kept, pages, sources),
     )
 
 
-def stage_pages(chain: Chain, parts: list[Part], kept: np.ndarray) -> list[np.ndarray]:
-    """All pages in host memory, their checksums compared."""
-    staged = fresh_arrays(((len(kept), *part.shape), DTYPES[part.dtype]) for part in parts)
+def _in_groups(
+    state: AllocatorState, allocator: BlockAllocator, sources: list[int]
+) -> tuple[AllocatorState, tuple[np.ndarray, ...]]:
+    """The state in the groups of the allocator, whose pages come from these of its own; and which
+    ones they are."""
+    windows = [window for _, window in allocator.pools]
+    return regrouped(state, list(zip(sources, windows, strict=True))[1:])
+
+
+def _as_parent(
+    opened: Opened,
+    allocator: BlockAllocator,
+    state: AllocatorState,
+    kept: list[np.ndarray],
+    pages: list[list[int]],
+    sources: list[int],
+) -> Snapshot:
+    """What was loaded, as parent of a delta. One whose groups were others is the parent of none,
+    and no page of it is known."""
+    file, counts = opened.chain.files[0], opened.chain.header.counts
+    stamps = [np.full(count, -1) for count in counts]
+    windows = opened.chain.header.windows
+    if sources == list(range(len(counts))) and windows == [w for _, w in allocator.pools]:
+        others = [group.settled(state.computed, state.page_size) for group in state.groups]
+        for group, (known, settled) in enumerate(
+            zip(stamps, [state.settled, *others], strict=True)
+        ):
+            here = allocator.page_stamps(pages[group], group=group)
+            known[kept[group]] = np.where(settled, here, -1)
+    return Snapshot(
+        path=file.path.absolute(),
+        id=file.id,
+        num_pages=sum(counts),
+        written_pages=sum(counts),
+        _allocator=allocator,
+        _stamps=tuple(stamps),
+        _parents=tuple(str(f.real) for f in opened.chain.files[1:]),
+    )
+
+
+def stage_pages(chain: Chain, parts: list[Part], kept: list[np.ndarray]) -> list[np.ndarray]:
+    """All pages in host memory, those of its group for every part, their checksums compared."""
+    staged = fresh_arrays(
+        ((len(kept[part.group]), *part.shape), DTYPES[part.dtype]) for part in parts
+    )
     read_all(
         read
         for part, out in zip(parts, staged, strict=True)
-        for read in chain.reads(part.name, kept, out)
+        for read in chain.reads(part.name, kept[part.group], out)
     )
     return staged
 
 
 def _fit(
     terms: Terms, state: AllocatorState, allocator: BlockAllocator
-) -> tuple[AllocatorState, np.ndarray]:
-    """What is taken on these terms and has room, and which of the file's pages that are."""
-    free, evictable = allocator.num_free, allocator.num_evictable
-    if state.num_owned > free + evictable:
-        raise OutOfPages(state.num_owned, free, evictable)
-    kept = np.arange(state.num_pages)
+) -> tuple[AllocatorState, list[np.ndarray]]:
+    """What is taken on these terms and has room, and which of its pages that are, of every
+    group."""
+    free, kept = [], []
+    for group, its in enumerate((state, *state.groups)):
+        stats = allocator.stats(group)
+        if its.num_owned > stats.free + stats.evictable:
+            raise OutOfPages(its.num_owned, stats.free, stats.evictable, group)
+        free.append(stats.free if allocator.prefix_cache else 0)
+        kept.append(np.arange(its.num_pages))
     if not terms.prefix_cache:
         state, some = state.without_entries()
-        kept = kept[some]
+        kept = [each[at] for each, at in zip(kept, some, strict=True)]
     if not isinstance(terms.cache_salt, SavedSalt):
         state, some = state.under(salt_key(terms.cache_salt))
-        kept = kept[some]
-    state, some = state.fit(free if allocator.prefix_cache else 0)
-    return state, kept[some]
+        kept = [each[at] for each, at in zip(kept, some, strict=True)]
+    state, some = state.fit(*free)
+    return state, [each[at] for each, at in zip(kept, some, strict=True)]
 
 
 def _require_match(
     opened: Opened, parts: list[Part], allocator: BlockAllocator, accept: bytes | None
-) -> None:
+) -> list[int]:
+    """From which group of the file the pages of each of ours come."""
     header = opened.chain.header
     problems = []
     if header.page_size != allocator.page_size:
@@ -321,8 +384,11 @@ def _require_match(
             "keys and values of another model, or from before new weights (pass accept_fingerprint "
             "to take them all the same)"
         )
-    if problems:
-        raise SnapshotMismatch(f"{opened.chain.files[0]}: " + "; ".join(problems))
+    sources, widened = match_groups(opened.groups, parts, allocator.pools)
+    if problems or widened:
+        kind = SnapshotMismatch if problems else GroupMismatch
+        raise kind(f"{opened.chain.files[0]}: " + "; ".join(problems + widened))
+    return sources
 
 
 def _differences(theirs: list[ArraySpec], ours: list[Part]) -> list[str]:
@@ -362,62 +428,3 @@ def verify_snapshot(
         for file in opened.chain.files:
             file.verify(progress)
         return opened.info()
-
-
-def compact_snapshot(
-    path: str | os.PathLike[str],
-    out: str | os.PathLike[str] | None = None,
-    *,
-    progress: Progress | None = None,
-    files: Files | None = None,
-) -> SnapshotInfo:
-    """Fold a delta and its parents to one whole snapshot, in place of `path` or at `out`.
-
-    Deltas of `path` name its old content: after folding in place they are refused.
-
-    Raises:
-      SnapshotCorrupt, SnapshotVersion, SnapshotMismatch, OSError: as `load_snapshot`; OSError also
-        if `out` is one of the parents, or cannot be written, or its header would be too long.
-    """
-    target = path if out is None else out
-    with Opened(path) as opened:
-        header, chain = opened.chain.header, opened.chain
-        real = os.path.realpath(target)
-        if any(str(parent.real) == real for parent in chain.files[1:]):
-            text = f"this is a parent of {printable(path)}; others may need it: name another file"
-            raise OSError(errno.EINVAL, text, str(target))
-        specs, sources = [], []
-        for spec in header.arrays:
-            if spec.name == "pages/source":
-                continue
-            if spec.name.startswith("kv/"):
-                whole = ArraySpec(spec.name, spec.dtype, (header.num_pages, *spec.shape[1:]))
-                sources.append(_kv_chunks(chain, whole))
-            else:
-                whole = spec
-                sources.append(array_chunks(chain.files[0].array(spec.name), spec))
-            specs.append(whole)
-        folded = Header(
-            page_size=header.page_size,
-            num_pages=header.num_pages,
-            fingerprint=header.fingerprint,
-            metadata=header.metadata,
-            parent=None,
-            arrays=tuple(specs),
-        )
-        try:
-            encode_header(folded)  # the checksums of all pages may be too many for it
-        except ValueError as error:
-            raise OSError(errno.EFBIG, f"it cannot be folded: {error}", str(target)) from None
-        write_file(target, folded, sources, files=files or OSFiles(), progress=progress)
-    return inspect_snapshot(target)
-
-
-def _kv_chunks(chain: Chain, spec: ArraySpec) -> Any:
-    for chunk in range(spec.num_chunks):
-        first = chunk * spec.chunk_rows
-        count = chunk_bytes(spec, chunk) // spec.row_bytes
-        out = np.empty((count, *spec.shape[1:]), DTYPES[spec.dtype])
-        for read in chain.reads(spec.name, np.arange(first, first + count), out):
-            read()
-        yield out

@@ -6,7 +6,7 @@ On their way they are rows of the parts of the cache, in chunks of the format.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -32,13 +32,13 @@ _AHEAD = 2  # batches on their way, besides the one that is used
 def page_chunks(
     cache: Any,
     parts: list[Part],
-    pages: np.ndarray,
-    filled: np.ndarray,
+    pages: Sequence[np.ndarray],
+    filled: Sequence[np.ndarray],
     page_size: int,
     *,
     copy: bool,
 ) -> Iterator[np.ndarray]:
-    """The pages `[M]` of every part, part after part, in chunks of the format.
+    """The pages `[M]` of every part, those of its group, part after part, in chunks of the format.
 
     Slots from `filled` on are zero: what lies there may be of another prompt. While a chunk is
     used, the next ones are on their way from an accelerator, those of the next part too. A chunk
@@ -73,23 +73,24 @@ def _out_of_the_cache(batches: Iterator[_Batch]) -> Iterator[_Batch]:
 def _batches(
     cache: Any,
     parts: list[Part],
-    pages: np.ndarray,
-    filled: np.ndarray,
+    pages: Sequence[np.ndarray],
+    filled: Sequence[np.ndarray],
     page_size: int,
 ) -> Iterator[_Batch]:
     """Batches of 32 MiB from an accelerator, of a chunk from the host; some begin ahead."""
     leaves = jax.tree.leaves(cache)
     ahead: deque[_Batch] = deque()
-    places: dict[int, list[_Rows]] = {}  # the same for all parts whose pages are equally large
+    places: dict[Any, list[_Rows]] = {}  # the same for parts of a group with equally large pages
     for part in parts:
         pieces = _pieces(leaves[part.leaf], part)
         count = part.spec(0).chunk_rows
         if any(piece.pinned is not None for piece in pieces):
             count *= _BATCH_CHUNKS
-        if count not in places:
-            cuts = [slice(first, first + count) for first in range(0, len(pages), count)]
-            places[count] = [_Rows(pages[at], filled[at], page_size) for at in cuts]
-        for rows in places[count]:
+        alike, ids, ends = (part.group, count), pages[part.group], filled[part.group]
+        if alike not in places:
+            cuts = [slice(first, first + count) for first in range(0, len(ids), count)]
+            places[alike] = [_Rows(ids[at], ends[at], page_size) for at in cuts]
+        for rows in places[alike]:
             ahead.append(_Batch(part, pieces, rows))
             if len(ahead) > _AHEAD:
                 yield ahead.popleft()
@@ -290,21 +291,21 @@ def _without_tails(chunk: np.ndarray, filled: np.ndarray, page_size: int) -> np.
 
 def prepare_insert(
     cache: Any, parts: list[Part], staged: list[np.ndarray]
-) -> Callable[[list[int]], Any]:
+) -> Callable[[list[list[int]]], Any]:
     """Bring staged pages `[M, ...]` of every part to the devices, and compile what places them.
 
-    The function that comes back takes the M page ids, writes the pages there and returns the
-    cache; it donates the cache. All that can fail without the cache being touched fails here,
-    unless a device has no room for all pages: then most are brought in batches later.
+    The function that comes back takes the M page ids of every group, writes the pages there and
+    returns the cache; it donates the cache. All that can fail without the cache being touched fails
+    here, unless a device has no room for all pages: then most are brought in batches later.
     """
     leaves, tree = jax.tree.flatten(cache)
     devices = _devices(leaves)
     fills = [fill for device in devices for fill in _compile(leaves, parts, staged, device)]
 
-    def insert(pages: list[int]) -> Any:
-        ids = np.array(pages, np.int32)
+    def insert(pages: list[list[int]]) -> Any:
+        ids = [np.array(each, np.int32) for each in pages]
         with ThreadPoolExecutor(2) as threads:  # on a CPU a program runs in the calling thread
-            filled = list(threads.map(lambda fill: fill(ids), fills))
+            filled = list(threads.map(lambda fill: fill(ids[fill.group]), fills))
         if len(devices) == 1:
             return jax.tree.unflatten(tree, filled)
         return jax.tree.unflatten(
@@ -333,7 +334,7 @@ class _Fill:
     """Fills one leaf on one device with a batch of pages after the other.
 
     Attributes:
-      local: the leaf there.
+      local: the leaf there; group: whose pages it has.
       layers: its pages on the host, a layer each, with what the device has of a page.
       batches: equally many pages each, so that there is one program; the last may repeat some.
       ready: the pages of the first batch, if they are on the device.
@@ -341,6 +342,7 @@ class _Fill:
 
     program: Any
     local: Any
+    group: int
     device: Any
     layers: list[_Layer]
     batches: list[slice]
@@ -373,26 +375,33 @@ def _compile(
         index = shards[part.leaf][0][1 if part.layer is None else 2 :]
         layers[part.leaf].append((pages, _of_page(index, part)))
     one = {part.leaf: part for part in parts}  # of its layers, which are alike
-    stacked = {at: part.layer is not None for at, part in one.items()}
-    count = len(staged[0]) if staged else 0
-    page_bytes = sum(
-        local.nbytes // local.shape[stacked[at]] for at, (_, local) in enumerate(shards)
+    counts = [len(each[0][0]) if each else 0 for each in layers]  # a stack may have no layers
+    nbytes = sum(
+        count * (local.nbytes // local.shape[one[at].layer is not None])
+        for at, ((_, local), count) in enumerate(zip(shards, counts, strict=True))
+        if count
     )
-    at_once = _has_room(device, count * page_bytes)
+    at_once = _has_room(device, nbytes)
     programs: dict[Any, Any] = {}
     fills = []
-    for at, (_, local) in enumerate(shards):
-        batch = max(1, _BATCH_CHUNKS * one[at].spec(0).chunk_rows // len(layers[at]))
+    for at, ((_, local), count) in enumerate(zip(shards, counts, strict=True)):
+        if not count:
+            fills.append(_Fill(None, local, 0, device, [], [], None))
+            continue
+        part = one[at]
+        batch = max(1, _BATCH_CHUNKS * part.spec(0).chunk_rows // len(layers[at]))
         size = count if at_once else min(count, batch)
-        alike, ready = (local.shape, local.dtype, stacked[at]), None
+        stacked = part.layer is not None
+        alike, ready = (local.shape, local.dtype, stacked, size), None
         if at_once or alike not in programs:
             ready = _bring(layers[at], slice(size), device)
         if alike not in programs:
             ids = np.zeros(size, np.int32)
-            programs[alike] = _insert.lower(local, ready, ids, stacked=stacked[at]).compile()
-        begins = (min(begin, count - size) for begin in range(0, count, max(1, size)))
+            programs[alike] = _insert.lower(local, ready, ids, stacked=stacked).compile()
+        begins = (min(begin, count - size) for begin in range(0, count, size))
         batches = [slice(begin, begin + size) for begin in begins]
-        fills.append(_Fill(programs[alike], local, device, layers[at], batches, ready))
+        program = programs[alike]
+        fills.append(_Fill(program, local, part.group, device, layers[at], batches, ready))
     return fills
 
 

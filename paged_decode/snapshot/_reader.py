@@ -40,6 +40,7 @@ __all__ = [
     "chunk_bytes",
     "fresh_arrays",
     "read_all",
+    "source_name",
 ]
 
 Progress = Callable[[int, int], None]
@@ -168,7 +169,9 @@ class Chain:
     links, and must have the id that the child names.
 
     Attributes:
-      place: int64 `[M, 2]`: for each page which of the files holds it, and as which of its rows.
+      places: of every group of layers int64 `[M, 2]`: for each page which of the files holds it,
+        and as which of its rows.
+      groups: in which group the pages of every array of keys or values are.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -177,7 +180,8 @@ class Chain:
             self.files.append(SnapshotFile(path))
             while (parent := self.newest_parent()) is not None:
                 self.files.append(parent)
-            self.place = self._place_pages()
+            self.groups = self._groups()
+            self.places = self._place_pages()
         except BaseException:
             self.close()
             raise
@@ -219,26 +223,47 @@ class Chain:
             )
         return parent
 
-    def _place_pages(self) -> np.ndarray:
+    def _groups(self) -> dict[str, int]:
+        """Those of all files, whose groups are the same but for the pages in them."""
+        header = self.header
+        for file in self.files[1:]:
+            theirs = [(group.window, group.layers) for group in file.header.groups]
+            if theirs != [(group.window, group.layers) for group in header.groups]:
+                raise SnapshotMismatch(
+                    f"{file}, a parent, has other groups of layers than its delta"
+                )
+        each = enumerate(header.arrays_of_groups())
+        return {spec.name: number for number, specs in each for spec in specs}
+
+    def _place_pages(self) -> list[np.ndarray]:
         for file in self.files:  # before a number of pages is believed
             _require_tokens(file)
+        kv = [file.header.arrays_of_groups() for file in self.files]
+        places = []
+        for group in range(len(self.header.counts)):
+            places.append(self._place_group(group, [specs[group] for specs in kv]))
+        return places
+
+    def _place_group(self, group: int, kv: list[list[ArraySpec]]) -> np.ndarray:
+        name = source_name(group)
         place = np.zeros((0, 2), np.int64)
         for at in reversed(range(len(self.files))):
-            file, own = self.files[at], self.files[at].specs.get("pages/source")
+            file, own = self.files[at], self.files[at].specs.get(name)
+            count = file.header.counts[group]
             if (own is None) != (file.header.parent is None):
-                raise SnapshotCorrupt(f"{file}: a delta, and only a delta, has pages/source")
+                raise SnapshotCorrupt(f"{file}: a delta, and only a delta, has {name}")
             if own is None:
-                rows = np.arange(file.header.num_pages)
-                _require_rows(file, len(rows))
+                _require_rows(file, count, kv[at])
+                rows = np.arange(count)
                 place = np.stack([np.full_like(rows, at), rows], axis=1)
                 continue
-            if (own.dtype, own.shape) != ("int32", (file.header.num_pages,)):
-                raise SnapshotCorrupt(f"{file}: pages/source is not int32 [pages]")
-            source = file.array("pages/source").astype(np.int64)
+            if (own.dtype, own.shape) != ("int32", (count,)):
+                raise SnapshotCorrupt(f"{file}: {name} is not int32 [pages]")
+            source = file.array(name).astype(np.int64)
             new = source >= 0
             if (source < -len(place)).any() or (source[new] != np.arange(new.sum())).any():
-                raise SnapshotCorrupt(f"{file}: pages/source names a page that is not there")
-            _require_rows(file, int(new.sum()))
+                raise SnapshotCorrupt(f"{file}: {name} names a page that is not there")
+            _require_rows(file, int(new.sum()), kv[at])
             here = np.stack([np.full_like(source, at), source], axis=1)
             if len(place):
                 here[~new] = place[-1 - source[~new]]
@@ -247,7 +272,7 @@ class Chain:
 
     def reads(self, name: str, kept: np.ndarray, out: np.ndarray) -> Iterator[Read]:
         """What reads pages `kept` `[m]` of one array of keys or values, in this order, to `out`."""
-        place = self.place[kept]
+        place = self.places[self.groups[name]][kept]
         for at, file in enumerate(self.files):
             mine = np.flatnonzero(place[:, 0] == at)
             rows = place[mine, 1]
@@ -284,12 +309,21 @@ def _require_tokens(file: SnapshotFile) -> None:
         raise SnapshotCorrupt(f"{file}: array page/tokens is missing")
     if (found.dtype, found.shape) != ("int32", (header.num_pages, header.page_size)):
         raise SnapshotCorrupt(f"{file}: page/tokens is not int32 [pages, page_size]")
+    for number, group in enumerate(header.groups[1:], 1):  # every page is named by one of these
+        named = [file.specs.get(f"group/{number}/{name}") for name in ("pages", "entry_page")]
+        counts = [spec.shape[0] for spec in named if spec is not None and len(spec.shape) == 1]
+        if group.num_pages > sum(counts):
+            raise SnapshotCorrupt(f"{file}: group {number} has more pages than it names")
 
 
-def _require_rows(file: SnapshotFile, pages: int) -> None:
+def source_name(group: int) -> str:
+    """The array of a delta that says where the pages of a group are."""
+    return f"group/{group}/source" if group else "pages/source"
+
+
+def _require_rows(file: SnapshotFile, pages: int, kv: list[ArraySpec]) -> None:
     """Every array of keys and values has a row for each of the pages that lie in this file."""
-    kv = [spec for spec in file.header.arrays if spec.name.startswith("kv/")]
-    if file.header.num_pages and not kv:
+    if file.header.num_pages and not kv and not file.header.groups:
         raise SnapshotCorrupt(f"{file}: there are pages, but no array of keys and values")
     for spec in kv:
         if spec.shape[0] != pages:

@@ -15,8 +15,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from .._text import printable, shown
-from ..allocator import BlockAllocator, Handle
-from ..allocator.layout import require_one_group
+from ..allocator import AllocatorState, BlockAllocator, Handle
 from ..cache import KVCache
 from ..errors import SnapshotError
 from ._files import Files, OSFiles
@@ -24,13 +23,14 @@ from ._format import (
     MAX_PARENTS,
     Header,
     Parent,
+    SavedGroup,
     Scalar,
     check_metadata,
     is_plain_name,
 )
 from ._pages import page_chunks
 from ._parts import Part, parts_of
-from ._reader import Progress, SnapshotFile
+from ._reader import Progress, SnapshotFile, source_name
 from ._state import array_specs, state_arrays
 from ._writer import array_chunks, write_file
 
@@ -46,7 +46,8 @@ class Snapshot:
     Attributes:
       path: of the file.
       id: 16 bytes, other for any other content.
-      num_pages: pages that it consists of; written_pages of them are in this file.
+      num_pages: pages that it consists of, of all groups of layers; written_pages of them are in
+        this file.
     """
 
     path: Path
@@ -54,7 +55,7 @@ class Snapshot:
     num_pages: int
     written_pages: int
     _allocator: BlockAllocator
-    _stamps: np.ndarray
+    _stamps: tuple[np.ndarray, ...]  # of every group
     _parents: tuple[str, ...]  # real paths of the files that it is a delta of, the newest first
 
     def __repr__(self) -> str:
@@ -85,8 +86,8 @@ def save_snapshot(
     Args:
       path: to be replaced; a symbolic link is followed.
       cache: a `KVCache`, or any pytree of arrays `[N, ...]` of up to four axes, or stacked
-        `[L, N, ...]`. A third axis of a page array (`[N, Hk, S, ...]`) as long as a page is that of
-        its slots.
+        `[L, N, ...]`; for several groups of layers a `KVCache`. A third axis of a page array (`[N,
+        Hk, S, ...]`) as long as a page is that of its slots.
       allocator: its bookkeeping.
       handles: the sequences to save, in this order; None is all, as in `allocator.handles`.
       cached: save cached pages without an owner, too.
@@ -202,7 +203,7 @@ class SaveJob:
     header: Header
     sources: list[Iterable[np.ndarray]]
     allocator: BlockAllocator
-    stamps: np.ndarray
+    stamps: tuple[np.ndarray, ...]
     written_pages: int
     parents: tuple[str, ...]
 
@@ -219,7 +220,7 @@ class SaveJob:
         return Snapshot(
             path=self.path,
             id=ident,
-            num_pages=self.header.num_pages,
+            num_pages=sum(self.header.counts),
             written_pages=self.written_pages,
             _allocator=self.allocator,
             _stamps=self.stamps,
@@ -244,30 +245,33 @@ def plan_save(
     path = Path(path).absolute()  # wherever the process goes while a thread writes
     metadata = {} if metadata is None else metadata
     check_metadata(metadata, ValueError)
-    require_one_group(allocator.pools, "a snapshot")
-    parts = parts_of(cache, allocator.num_pages)
+    parts = parts_of(cache, allocator)
     if isinstance(cache, KVCache):
         cache.check_sizes(allocator)
-    state, where = allocator.export_state(
+    state, main = allocator.export_state(
         None if handles is None else list(handles), cached=cached, committed_only=committed_only
     )
+    groups = _saved_groups(cache, allocator, state)
+    where = [main, *main.groups]
     arrays = state_arrays(state) | dict(extra or {})
-    new = np.ones(state.num_pages, bool)
+    new = [np.ones(len(each.pages), bool) for each in where]
     named, parents = None, ()
     if parent is not None:
-        named, parents = _checked_parent(parent, path, allocator, parts)
-        known = _positions(parent._stamps, where.stamps)
-        new = known < 0
-        arrays["pages/source"] = np.where(new, new.cumsum() - 1, -1 - known).astype(np.int32)
-    count = int(new.sum())
+        named, parents = _checked_parent(parent, path, allocator, parts, groups)
+        for number, (each, stamps) in enumerate(zip(where, parent._stamps, strict=True)):
+            known = _positions(stamps, each.stamps)
+            new[number] = fresh = known < 0
+            source = np.where(fresh, fresh.cumsum() - 1, -1 - known)
+            arrays[source_name(number)] = source.astype(np.int32)
+    counts = [int(fresh.sum()) for fresh in new]
     specs = array_specs(arrays)
     sources: list[Iterable[np.ndarray]] = [
         array_chunks(a, s) for a, s in zip(arrays.values(), specs, strict=True)
     ]
-    chunks = page_chunks(
-        cache, parts, where.pages[new], where.filled[new], state.page_size, copy=copy
-    )
-    for spec in (part.spec(count) for part in parts):
+    pages = [each.pages[fresh] for each, fresh in zip(where, new, strict=True)]
+    filled = [each.filled[fresh] for each, fresh in zip(where, new, strict=True)]
+    chunks = page_chunks(cache, parts, pages, filled, state.page_size, copy=copy)
+    for spec in (part.spec(counts[part.group]) for part in parts):
         mine = islice(chunks, spec.num_chunks)  # the sources are asked in the order of the file
         sources.append(mine)
         specs.append(spec)
@@ -278,8 +282,22 @@ def plan_save(
         metadata=dict(metadata),
         parent=named,
         arrays=tuple(specs),
+        groups=groups,
     )
-    return SaveJob(path, header, sources, allocator, where.stamps, count, parents)
+    stamps = tuple(each.stamps for each in where)
+    return SaveJob(path, header, sources, allocator, stamps, sum(counts), parents)
+
+
+def _saved_groups(
+    cache: Any, allocator: BlockAllocator, state: AllocatorState
+) -> tuple[SavedGroup, ...]:
+    """What the header says of the groups of layers; nothing if there is one."""
+    if not state.groups:
+        return ()
+    layers = [spec.layers for spec in cache.layout.groups]
+    counts = [state.num_pages, *(group.num_pages for group in state.groups)]
+    windows = [window for _, window in allocator.pools]
+    return tuple(map(SavedGroup, windows, counts, layers))
 
 
 def marked_fingerprint(allocator: BlockAllocator) -> bytes:
@@ -288,7 +306,11 @@ def marked_fingerprint(allocator: BlockAllocator) -> bytes:
 
 
 def _checked_parent(
-    parent: Snapshot, path: Path, allocator: BlockAllocator, parts: list[Part]
+    parent: Snapshot,
+    path: Path,
+    allocator: BlockAllocator,
+    parts: list[Part],
+    groups: tuple[SavedGroup, ...],
 ) -> tuple[Parent, tuple[str, ...]]:
     """What a delta at `path` says of its parent, and the real paths of all files that it needs.
 
@@ -316,14 +338,17 @@ def _checked_parent(
         )
     if not is_plain_name(name):
         raise ValueError(f"the parent's name {shown(name)} cannot be stored; rename the file")
-    _require_unchanged(there, parent, parts)
-    return Parent(parent.id, name, parent.num_pages), needed
+    _require_unchanged(there, parent, parts, groups)
+    return Parent(parent.id, name, len(parent._stamps[0])), needed
 
 
-def _require_unchanged(path: str, parent: Snapshot, parts: list[Part]) -> None:
-    """Raise ValueError unless the parent and all that it needs lie there, with arrays as these."""
+def _require_unchanged(
+    path: str, parent: Snapshot, parts: list[Part], groups: tuple[SavedGroup, ...]
+) -> None:
+    """Raise ValueError unless the parent and all that it needs lie there, with arrays and groups as
+    these."""
     _writer.wait_for(path)  # it may be about to be replaced
-    where, older = Path(path), Parent(parent.id, "", parent.num_pages)
+    where, older = Path(path), Parent(parent.id, "", 0)
     files: list[SnapshotFile] = []
     while older is not None:
         if (file := _file_with(older.id, where)) is None:
@@ -340,6 +365,14 @@ def _require_unchanged(path: str, parent: Snapshot, parts: list[Part]) -> None:
         raise ValueError(
             f"{printable(path)}, the parent, has other arrays of keys and values than this cache; "
             "save a whole snapshot"
+        )
+    theirs, ours = (
+        [(g.window, g.layers) for g in each] for each in (files[0].header.groups, groups)
+    )
+    if theirs != ours:
+        raise ValueError(
+            f"{printable(path)}, the parent, has other groups of layers than this cache; save a "
+            "whole snapshot"
         )
 
 

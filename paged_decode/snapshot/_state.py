@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ..allocator import AllocatorState, check_state
+from ..allocator import AllocatorState, GroupState, check_state
 from ..errors import PageTableError, SnapshotCorrupt
-from ._format import ArraySpec
+from ._format import ArraySpec, Header
 
-__all__ = ["STATE", "array_specs", "require_shapes", "state_arrays", "state_from"]
+__all__ = ["STATE", "array_specs", "require_shapes", "state_arrays", "state_from", "state_names"]
 
 STATE = {
     "sequence/length": ("int64", 1),
@@ -27,10 +27,26 @@ STATE = {
 }
 """Name, dtype and number of axes of the arrays that every snapshot has."""
 
+GROUP = {
+    "first": "int64",
+    "end": "int64",
+    "pages": "int32",
+    "entry": "int32",
+    "entry_page": "int32",
+    "evictable": "int32",
+}
+"""Name and dtype of the arrays, of one axis, of every group of layers but the first."""
+
+
+def state_names(num_groups: int) -> dict[str, tuple[str, int]]:
+    """`STATE` of a snapshot with so many groups."""
+    own = {f"group/{i}/{n}": (kind, 1) for i in range(1, num_groups) for n, kind in GROUP.items()}
+    return STATE | own
+
 
 def state_arrays(state: AllocatorState) -> dict[str, np.ndarray]:
-    """The state under the names and dtypes of `STATE`."""
-    values = (
+    """The state under the names and dtypes of `state_names`."""
+    values = [
         state.lengths,
         state.computed,
         state.cached,
@@ -41,17 +57,25 @@ def state_arrays(state: AllocatorState) -> dict[str, np.ndarray]:
         state.evictable,
         *pack_bytes(state.salt_keys),
         state.tokens,
-    )
+    ]
+    for g in state.groups:
+        values += [g.first, g.end, g.table, g.entries, g.entry_pages, g.evictable]
+    names = state_names(1 + len(state.groups))
     return {
         name: np.asarray(value, dtype)
-        for (name, (dtype, _)), value in zip(STATE.items(), values, strict=True)
+        for (name, (dtype, _)), value in zip(names.items(), values, strict=True)
     }
 
 
-def state_from(arrays: Mapping[str, np.ndarray], page_size: int) -> AllocatorState:
+def state_from(arrays: Mapping[str, np.ndarray], header: Header) -> AllocatorState:
     """The checked state; raises SnapshotCorrupt."""
+    groups = [
+        GroupState(each.window, each.num_pages, *(arrays[f"group/{i}/{name}"] for name in GROUP))
+        for i, each in enumerate(header.groups)
+        if i
+    ]
     state = AllocatorState(
-        page_size=page_size,
+        page_size=header.page_size,
         lengths=arrays["sequence/length"],
         computed=arrays["sequence/computed"],
         cached=arrays["sequence/cached"],
@@ -62,6 +86,7 @@ def state_from(arrays: Mapping[str, np.ndarray], page_size: int) -> AllocatorSta
         entry_parents=arrays["entry/parent"],
         evictable=arrays["entry/evictable"],
         tokens=arrays["page/tokens"],
+        groups=tuple(groups),
     )
     try:
         check_state(state)

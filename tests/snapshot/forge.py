@@ -34,10 +34,11 @@ def build(fields: dict, arrays: dict[str, np.ndarray], change=None) -> bytes:
             [name, str(array.dtype), list(array.shape), struct.pack(f"<{len(sums)}I", *sums)]
         )
         data += raw.ljust(independent_reader.up(len(raw)), b"\0")
-    fields = dict(fields, arrays=entries)
+    fields = dict(fields, arrays=entries)  # in its place, if it has one
     if change:
         fields = change(fields) or fields
-    return pack(msgpack.packb(fields), data)
+    version = 2 if isinstance(fields, dict) and "groups" in fields else 1
+    return pack(msgpack.packb(fields), data, version=version)
 
 
 def put(name, at, value):

@@ -17,12 +17,13 @@ def read(path: Path) -> tuple[dict, dict[str, np.ndarray], bytes]:
     """Header, arrays and id."""
     data = path.read_bytes()
     magic, version, header_bytes, file_bytes, checksum = struct.unpack_from("<8sIQQI", data)
-    assert magic == bytes.fromhex("89504744 0d0a1a0a") and version == 1
+    assert magic == bytes.fromhex("89504744 0d0a1a0a") and version in (1, 2)
     assert file_bytes == len(data) and 1 <= header_bytes <= 1048576
     header = data[32 : 32 + header_bytes]
     assert zlib.crc32(data[:28] + header) == checksum
     fields = msgpack.unpackb(header)
-    assert list(fields) == ["arrays", "fingerprint", "metadata", "page_size", "pages", "parent"]
+    keys = ["arrays", "fingerprint", "metadata", "page_size", "pages", "parent"]
+    assert list(fields) == (keys if version == 1 else [*keys[:2], "groups", *keys[2:]])
     arrays, offset = {}, up(32 + header_bytes)
     assert not any(data[32 + header_bytes : offset])
     for name, dtype, shape, checksums in fields["arrays"]:
@@ -45,15 +46,37 @@ def up(size: int) -> int:
 
 
 def pages(path: Path, name: str) -> np.ndarray:
-    """One array of keys or values, all M pages of it, through the parents."""
+    """One array of keys or values, all pages of its group, through the parents."""
     fields, arrays, _ = read(path)
     if fields["parent"] is None:
         return arrays[name]
     ident, parent, count = fields["parent"]
     older = pages(path.parent / parent, name)
-    assert read(path.parent / parent)[2] == ident and len(older) == count
-    source = arrays["pages/source"]
+    of_parent, _, id_of_parent = read(path.parent / parent)
+    assert id_of_parent == ident and of_parent["pages"] == count
+    group = group_of(fields, name)
+    source = arrays[f"group/{group}/source" if group else "pages/source"]
     return np.stack([arrays[name][r] if r >= 0 else older[-1 - r] for r in source])
+
+
+def group_of(fields: dict, name: str) -> int:
+    """The group of an array of keys or values: its last part is the layer."""
+    layer = int(name.rsplit("/", 1)[1])
+    groups = fields.get("groups", [[0, fields["pages"], [layer]]])
+    return next(i for i, (_, _, layers) in enumerate(groups) if layer in layers)
+
+
+def held(path: Path, group: int) -> list[tuple[int, list[int]]]:
+    """For every sequence its first column in a group, and its pages from there on."""
+    _, arrays, _ = read(path)
+    if group == 0:
+        return [(0, table) for _, _, table in sequences(path)]
+    found, begin = [], 0
+    names = [f"group/{group}/{name}" for name in ("first", "end")]
+    for first, end in zip(*(arrays[name].tolist() for name in names), strict=True):
+        found.append((first, arrays[f"group/{group}/pages"][begin:][: end - first].tolist()))
+        begin += end - first
+    return found
 
 
 def sequences(path: Path) -> list[tuple[list[int], bytes, list[int]]]:
