@@ -6,9 +6,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .arguments import Ints, as_ints
+from .companions import Companions
 from .errors import PageTableError
 from .eviction import successor
+from .group_state import GroupState
 from .groups import PageGroup
+from .hits import hang
 from .pool import PagePool, Release
 from .prefix import CacheEntry, Namespace, PrefixCache
 from .rows import RowTable
@@ -81,7 +84,8 @@ def _raw_pages(group: PageGroup, pages: Ints, count: int) -> np.ndarray:
 
 
 def plan_adoption(
-    groups: Sequence[PageGroup],
+    main: PageGroup[PrefixCache],
+    others: Sequence[PageGroup[Companions]],
     state: AllocatorState,
     pages: Sequence[np.ndarray],
     *,
@@ -89,7 +93,7 @@ def plan_adoption(
     private: bool,
 ) -> Adoption:
     """Plan what `adopt_state` does with raw pages; the state was checked. Changes nothing."""
-    cache = groups[0].pool.cache
+    cache = main.pool.cache
     roots = [Namespace(key, cache.root_digest(key)) for key in state.salt_keys]
     links, chains = _links(cache, state, roots, public=not private) if caching else ([], [])
     chains = chains or [[] for _ in state.lengths]
@@ -100,9 +104,12 @@ def plan_adoption(
         coming[page] = successor(page, each.depth, past)
     idle = [pages[0][state.entry_pages[state.evictable]]]
     retired: list[Any] = [cache.eviction.plan(idle[0].tolist(), coming) if caching else []]
-    for _, its, ids in zip(groups[1:], state.groups, pages[1:], strict=True):
-        idle.append(ids[its.entry_pages[its.evictable]])
-        retired.append([])
+    for group, its, ids in zip(others, state.groups, pages[1:], strict=True):
+        gone, queue = ids[its.evicted_first], group.pool.cache.eviction
+        if caching:  # who asks for the history of a page that is not published finds its depth
+            queue.depths[gone] = [links[entry].depth for entry in its.entries[its.evictable]]
+        idle.append(gone)
+        retired.append(queue.plan(gone[its.num_passed :].tolist()) if caching else [])
     return Adoption(roots, links, chains, idle, retired)
 
 
@@ -140,7 +147,8 @@ def _links(
 
 
 def adopt_state(
-    groups: Sequence[PageGroup],
+    main: PageGroup[PrefixCache],
+    others: Sequence[PageGroup[Companions]],
     rows: RowTable,
     state: AllocatorState,
     pages: Sequence[np.ndarray],
@@ -154,14 +162,14 @@ def adopt_state(
     free half way. There is room for the rows and their pages. All sequences begin at once, and
     until then the pages are raw: whatever is torn before is as if it had not begun.
     """
-    pool, made, opened = groups[0].pool, list[CacheEntry](), []
+    pool, made, opened = main.pool, list[CacheEntry](), list[int]()
     pool.tokens[pages[0]] = state.tokens
     for place, digest, parent, depth in plan.links:
         before = plan.roots[-1 - parent].key if parent < 0 else made[parent].serial
         made.append(pool.publish(int(pages[0][place]), digest, before, depth))
     for q, (places, chain) in enumerate(zip(state.tables, plan.chains, strict=True)):
         row, held = rows.open(plan.roots[state.salts[q]]), pages[0][places]
-        groups[0].table.set(row, held)
+        main.table.set(row, held)
         pool.refs[held] += 1
         rows.length[row], rows.cached[row] = state.lengths[q], state.cached[q]
         rows.computed[row], rows.private[row] = state.computed[q], private
@@ -173,27 +181,43 @@ def adopt_state(
         )
         rows.chain_seen[row] = -1  # entries of one import may have replaced each other
         opened.append(row)
-    for group, its, ids in zip(groups[1:], state.groups, pages[1:], strict=True):
+    for group, its, ids in zip(others, state.groups, pages[1:], strict=True):
+        if made:
+            known = its.entries.tolist()
+            depths = [plan.links[entry].depth for entry in known]
+            hang(main, group, ids[its.entry_pages], [made[entry] for entry in known], depths)
         for row, places, first in zip(opened, its.tables, its.first.tolist(), strict=True):
             group.table.set(row, ids[places], first)
             group.pool.refs[ids[places]] += 1
+            chain = rows.chains[row][first : first + len(places)]
+            columns = range(first, first + len(chain))
+            hang(main, group, ids[places[: len(chain)]], chain, columns)
     rows.enter(np.array(opened, np.int64))
-    owned = [state.num_owned, *(its.num_owned for its in state.groups)]
-    for group, ids, count, idle, retired in zip(
-        groups, pages, owned, plan.idle, plan.retired, strict=True
-    ):
-        _give_up(group.pool, ids, count, idle, retired)
+    given_up = zip((main, *others), (state, *state.groups), pages, strict=True)
+    for (group, its, ids), idle, retired in zip(given_up, plan.idle, plan.retired, strict=True):
+        group.pool.raw[ids] = False
+        group.pool.refs[ids[: its.num_owned]] -= 1
+        passed = its.num_passed if isinstance(its, GroupState) else 0
+        group.pool.pass_by(idle[:passed])
+        _retire(group.pool, idle[passed:], retired)
     return opened
 
 
-def _give_up(
-    pool: PagePool, pages: np.ndarray, num_owned: int, idle: np.ndarray, retired: list[Any]
-) -> None:
-    """Take the owner that pages were taken with from them; those that were not published, because
-    what they hold was there already, become free."""
-    pool.raw[pages] = False
-    pool.refs[pages[:num_owned]] -= 1
+def _retire(pool: PagePool, idle: np.ndarray, retired: list[Any]) -> None:
+    """Take the owner that pages were taken with from those that no sequence has. Those that were
+    not published, because what they hold was there already, become free."""
     stays = pool.cache.published[idle]
-    kept: list[Any] = [each for each, stay in zip(retired, stays, strict=False) if stay]
+    kept = _staying(retired, pool, idle)
     pool.release(Release(idle, np.zeros_like(idle), idle[~stays], kept))
     pool.peak_used = max(pool.peak_used, pool.num_used)
+
+
+def _staying(retired: list[Any], pool: PagePool, idle: np.ndarray) -> list[Any]:
+    """What the order of eviction needs of the pages that were published: each, or whole tails."""
+    published = pool.cache.published
+    if pool.number == 0:
+        pairs = zip(retired, idle.tolist(), strict=False)
+        return [each for each, page in pairs if published[page]]
+    for tail in retired:
+        tail.pages = {page: None for page in tail.pages if published[page]}
+    return [tail for tail in retired if tail.pages]

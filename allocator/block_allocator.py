@@ -110,8 +110,9 @@ class BlockAllocator(AllocatorCalls):
             if handles is None
             else self._rows.resolve(as_handles(handles).reshape(-1))
         )
+        main, others = self._books.main, self._books.others
         return collect_state(
-            self._books.groups, self._rows, row, cached=cached, committed_only=committed_only
+            main, others, self._rows, row, cached=cached, committed_only=committed_only
         )
 
     @changing

@@ -426,15 +426,15 @@ class Bookkeeping:
         self, state: AllocatorState, pages: Any, *, private: bool
     ) -> Plan[list[Handle]]:
         """`BlockAllocator.import_state`."""
-        groups, rows = self.groups, self.rows
-        ids = checked_pages(groups, state, pages)
+        main, others, rows = self.main, self.others, self.rows
+        ids = checked_pages(self.groups, state, pages)
         if private and len(state.entry_pages):
             raise ValueError("a state with cached pages cannot be private; drop its entries first")
-        plan = plan_adoption(groups, state, ids, caching=self.caching, private=private)
+        plan = plan_adoption(main, others, state, ids, caching=self.caching, private=private)
         self._make_room(len(state.lengths), int(state.page_counts.max(initial=0)))
 
         def apply() -> list[Handle]:
-            opened = adopt_state(groups, rows, state, ids, plan, private=private)
+            opened = adopt_state(main, others, rows, state, ids, plan, private=private)
             return [rows.name(row) for row in opened]
 
         return apply

@@ -90,6 +90,10 @@ def _check_numbering(name: str, state: AllocatorState, group: GroupState) -> Non
     )
     require(known, f"{name}: entries are not known ones, in their order, once each")
     require(
+        type(group.num_passed) is int and 0 <= group.num_passed <= len(group.evictable),
+        f"{name}: {group.num_passed} of {len(group.evictable)} pages without an owner were passed",
+    )
+    require(
         np.array_equal(np.sort(group.evictable), np.flatnonzero(pages >= group.num_owned)),
         f"{name}: the order of eviction does not name exactly the pages of entries without an "
         "owner, once each",

@@ -1,7 +1,7 @@
 """Where the sequences of a state lie in a group of layers that is not the first, and what can be
 found there."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ class GroupState:
       entries: int32 `[C]`, ascending, the entries of the first group that have a page here.
       entry_pages: int32 `[C]`, these pages.
       evictable: int32 `[M - pages of sequences]`, which of the C pages have no owner.
+      num_passed: how many of these, the first ones, were passed by a sequence that went on.
     """
 
     window: int | None
@@ -45,6 +46,7 @@ class GroupState:
     entries: np.ndarray
     entry_pages: np.ndarray
     evictable: np.ndarray
+    num_passed: int = 0
 
     @classmethod
     def of(
@@ -55,13 +57,15 @@ class GroupState:
         entries: np.ndarray,
         entry_pages: np.ndarray,
         order: Iterable[int],
+        passed: Container[int],
     ) -> "tuple[GroupState, np.ndarray]":
         """The state of pages that have any other numbers.
 
         Args:
           span: `first` and `end`.
           order: pages in the order of eviction; those that the state does not have, or that have
-            an owner, are passed over, and those that it does not name come last.
+            an owner, are left out, and those that it does not name come last.
+          passed: which of them were passed; they come first.
 
         Returns:
           The state, and `[M]`: which pages its pages are.
@@ -85,6 +89,7 @@ class GroupState:
             entries=np.asarray(entries, np.int32),
             entry_pages=numbers[len(table) :],
             evictable=np.array([idle[page] for page in queue], np.int32),
+            num_passed=sum(page in passed for page in queue),
         )
         return state, named[by_name]
 
@@ -92,6 +97,11 @@ class GroupState:
     def num_owned(self) -> int:
         """Pages that a sequence needs; the others are only cached."""
         return int(self.table.max(initial=-1)) + 1
+
+    @property
+    def evicted_first(self) -> list[int]:
+        """Pages without an owner, the first to be evicted first."""
+        return self.entry_pages[self.evictable].tolist()
 
     @property
     def page_counts(self) -> np.ndarray:
@@ -152,9 +162,9 @@ class GroupState:
         return self._with_companions(self.entries[keep], self.entry_pages[keep])
 
     def _with_companions(self, entries: Any, pages: Any) -> "tuple[GroupState, np.ndarray]":
-        order: Sequence[int] = self.entry_pages[self.evictable].tolist()
-        span = self.first, self.end
-        return GroupState.of(self.window, span, self.table, entries, pages, order)
+        order, span = self.evicted_first, (self.first, self.end)
+        passed = set(order[: self.num_passed])
+        return GroupState.of(self.window, span, self.table, entries, pages, order, passed)
 
 
 def slots_below(

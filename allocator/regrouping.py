@@ -67,13 +67,13 @@ def _narrowed(
         end = np.minimum(end, -(-(computed + window) // size))
     column, counts = group.columns, group.page_counts
     held = (column >= np.repeat(first, counts)) & (column < np.repeat(end, counts))
-    table, idle = group.table[held], group.entry_pages[group.evictable].tolist()
+    table, idle = group.table[held], group.evicted_first
     near = _columns_behind(state) < -(-(window - 1) // size)
     stays = np.isin(group.entry_pages, table) | near[group.entries]
     entries, pages = group.entries[stays], group.entry_pages[stays]
     passed = pages[pages < group.num_owned].tolist()  # of which those in the table have an owner
-    order = [*passed, *idle]
-    return GroupState.of(window, (first, end), table, entries, pages, order)
+    order, passed = [*passed, *idle], {*passed, *idle[: group.num_passed]}
+    return GroupState.of(window, (first, end), table, entries, pages, order, passed)
 
 
 def _columns_behind(state: AllocatorState) -> np.ndarray:

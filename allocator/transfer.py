@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from .companions import Companions
 from .group_state import GroupState
 from .groups import PageGroup
 from .pool import PagePool
-from .prefix import CacheEntry
+from .prefix import CacheEntry, PrefixCache
 from .rows import RowTable
 from .state import AllocatorState
 
@@ -34,7 +35,8 @@ class StatePages:
 
 
 def collect_state(
-    groups: Sequence[PageGroup],
+    main: PageGroup[PrefixCache],
+    others: Sequence[PageGroup[Companions]],
     rows: RowTable,
     row: np.ndarray,
     *,
@@ -42,7 +44,7 @@ def collect_state(
     committed_only: bool,
 ) -> tuple[AllocatorState, StatePages]:
     """Export the sequences of these rows, and the pages that are only cached if `cached`."""
-    pool = groups[0].pool
+    groups, pool = (main, *others), main.pool
     length, page_size = rows.length[row], pool.page_size
     counts = -(-length // page_size)
     spans = [_span(group, row, counts) for group in groups]
@@ -73,13 +75,13 @@ def collect_state(
         tokens=pool.tokens[pages],
     )
     valid = state.computed if committed_only else state.lengths
-    where, others = _locate(pool, state, pages, valid), []
-    for group in groups[1:]:
+    where, elsewhere = _locate(pool, state, pages, valid), []
+    for group in others:
         its, ids = _collect_group(group, row, state, spoilt, entries, cached=cached)
         state = replace(state, groups=(*state.groups, its))
-        others.append(_locate_in(group.pool, its, ids, state, valid))
+        elsewhere.append(_locate_in(group.pool, its, ids, state, valid))
     state.tokens[state.empty_slots] = 0
-    return state, replace(where, groups=tuple(others))
+    return state, replace(where, groups=tuple(elsewhere))
 
 
 def _span(group: PageGroup, row: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -112,7 +114,7 @@ def _spoilt(
 
 
 def _collect_group(
-    group: PageGroup,
+    group: PageGroup[Companions],
     row: np.ndarray,
     state: AllocatorState,
     spoilt: np.ndarray,
@@ -128,12 +130,14 @@ def _collect_group(
     if group.window is not None:
         first, end = (np.where(spoilt, 0, each) for each in (first, end))
     table, cache = _held(group, row, first, end), group.pool.cache
-    pages = np.zeros(len(entries), np.int32)  # no page of another group goes with an entry yet
+    pages = np.array([*map(cache.page_of, entries)], np.int32)
     known = pages > 0
     if not cached:
         known &= np.isin(pages, table)
     at = np.flatnonzero(known)
-    return GroupState.of(group.window, (first, end), table, at, pages[at], cache.eviction.order())
+    order, span = cache.eviction.order(), (first, end)
+    passed = set(filter(cache.eviction.has_passed, order))
+    return GroupState.of(group.window, span, table, at, pages[at], order, passed)
 
 
 class _Salts:
@@ -147,7 +151,7 @@ class _Salts:
 
 
 def _reachable(
-    pool: PagePool, within: set[int] | None
+    pool: PagePool[PrefixCache], within: set[int] | None
 ) -> tuple[list[CacheEntry], list[int | bytes]]:
     """Entries that can be found, on the pages `within`, parents first; and the place of each one's
     parent, or its namespace key."""
@@ -164,7 +168,9 @@ def _reachable(
     return entries, parents
 
 
-def _eviction_order(pool: PagePool, entries: list[CacheEntry], owned: set[int]) -> np.ndarray:
+def _eviction_order(
+    pool: PagePool[PrefixCache], entries: list[CacheEntry], owned: set[int]
+) -> np.ndarray:
     """Entries on pages that the state has no owner for. Pages that others own come last."""
     idle = {entry.page: at for at, entry in enumerate(entries) if entry.page not in owned}
     order = [*(page for page in pool.cache.eviction.order() if page in idle), *idle]

@@ -371,7 +371,8 @@ def _compile(
     """What fills each leaf on one device; leaves that are alike, as layers are, share a program."""
     shards = [_shard_on(leaf, device) for leaf in leaves]
     layers: list[list[_Layer]] = [[] for _ in leaves]
-    for part, pages in zip(parts, staged, strict=True):
+    in_order = sorted(zip(parts, staged, strict=True), key=lambda each: each[0].layer or 0)
+    for part, pages in in_order:
         index = shards[part.leaf][0][1 if part.layer is None else 2 :]
         layers[part.leaf].append((pages, _of_page(index, part)))
     one = {part.leaf: part for part in parts}  # of its layers, which are alike

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..allocator import AllocatorState, GroupState, check_state
 from ..errors import PageTableError, SnapshotCorrupt
-from ._format import ArraySpec, Header
+from ._format import ArraySpec, Header, SavedGroup
 
 __all__ = ["STATE", "array_specs", "require_shapes", "state_arrays", "state_from", "state_names"]
 
@@ -34,6 +34,7 @@ GROUP = {
     "entry": "int32",
     "entry_page": "int32",
     "evictable": "int32",
+    "passed": "int64",
 }
 """Name and dtype of the arrays, of one axis, of every group of layers but the first."""
 
@@ -59,7 +60,7 @@ def state_arrays(state: AllocatorState) -> dict[str, np.ndarray]:
         state.tokens,
     ]
     for g in state.groups:
-        values += [g.first, g.end, g.table, g.entries, g.entry_pages, g.evictable]
+        values += [g.first, g.end, g.table, g.entries, g.entry_pages, g.evictable, [g.num_passed]]
     names = state_names(1 + len(state.groups))
     return {
         name: np.asarray(value, dtype)
@@ -69,11 +70,8 @@ def state_arrays(state: AllocatorState) -> dict[str, np.ndarray]:
 
 def state_from(arrays: Mapping[str, np.ndarray], header: Header) -> AllocatorState:
     """The checked state; raises SnapshotCorrupt."""
-    groups = [
-        GroupState(each.window, each.num_pages, *(arrays[f"group/{i}/{name}"] for name in GROUP))
-        for i, each in enumerate(header.groups)
-        if i
-    ]
+    pairs = enumerate(header.groups[1:], 1)
+    groups = [_group_from(f"group/{number}", each, arrays) for number, each in pairs]
     state = AllocatorState(
         page_size=header.page_size,
         lengths=arrays["sequence/length"],
@@ -93,6 +91,22 @@ def state_from(arrays: Mapping[str, np.ndarray], header: Header) -> AllocatorSta
     except PageTableError as error:
         raise SnapshotCorrupt(str(error)) from None
     return state
+
+
+def _group_from(name: str, group: SavedGroup, arrays: Mapping[str, np.ndarray]) -> GroupState:
+    if len(passed := arrays[f"{name}/passed"]) != 1:
+        raise SnapshotCorrupt(f"{name}/passed has not one value")
+    return GroupState(
+        window=group.window,
+        num_pages=group.num_pages,
+        first=arrays[f"{name}/first"],
+        end=arrays[f"{name}/end"],
+        table=arrays[f"{name}/pages"],
+        entries=arrays[f"{name}/entry"],
+        entry_pages=arrays[f"{name}/entry_page"],
+        evictable=arrays[f"{name}/evictable"],
+        num_passed=int(passed[0]),
+    )
 
 
 def array_specs(arrays: Mapping[str, np.ndarray]) -> list[ArraySpec]:

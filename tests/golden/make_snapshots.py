@@ -1,5 +1,5 @@
-"""How the snapshots of format version 1 in this folder were made. They are never made again: a
-release that cannot read them is broken, whatever it writes itself.
+"""How the snapshots of format versions 1 and 2 in this folder were made. They are never made
+again: a release that cannot read them is broken, whatever it writes itself.
 
     python -m tests.golden.make_snapshots FOLDER
 """
@@ -15,10 +15,25 @@ import numpy as np
 from paged_decode import SamplingParams, save_snapshot
 
 from ..paged_decode.tiny import make_engine, prompts
+from ..snapshot.grouped import LAYOUTS, lived
 from ..snapshot.small import busy
 
 
 def make(folder: Path) -> None:
+    """All files of version 1, then those of version 2."""
+    _make_first(folder)
+    for name, layout in LAYOUTS.items():
+        life = lived(layout, seed=8, fingerprint=b"golden")
+        path = folder / f"snapshot_v2_{name}.pgd"
+        parent = save_snapshot(path, life.cache, life.allocator, metadata={"layout": name})
+        if name == "two":
+            for _ in range(3):
+                life.turn()
+            path = folder / "snapshot_v2_delta.pgd"
+            save_snapshot(path, life.cache, life.allocator, parent=parent)
+
+
+def _make_first(folder: Path) -> None:
     for dtype in ("float32", "bfloat16", "float8_e4m3fn", "int8"):
         cache, allocator, handles = busy(
             dtype=np.dtype(getattr(ml_dtypes, dtype, dtype)), fingerprint=b"golden"

@@ -5,7 +5,9 @@ from __future__ import annotations
 from paged_decode import inspect_snapshot, save_snapshot
 from paged_decode._cli import main
 
+from .grouped import LEDGER, with_pages
 from .small import busy
+from .test_groups import cached
 
 
 def test_inspect_verify_and_compact_a_chain(tmp_path, capsys):
@@ -26,6 +28,16 @@ def test_inspect_verify_and_compact_a_chain(tmp_path, capsys):
     assert inspect_snapshot(tmp_path / "c").parent is None
     assert main(["snapshot", "compact", str(tmp_path / "b")]) == 0
     assert (tmp_path / "b").read_bytes() == (tmp_path / "c").read_bytes()
+
+
+def test_inspect_says_what_each_group_of_layers_has(tmp_path, capsys):
+    life = cached(with_pages(LEDGER, 80, 80, 80))
+    save_snapshot(tmp_path / "a", life.cache, life.allocator)
+    assert main(["snapshot", "inspect", str(tmp_path / "a")]) == 0
+    shown = capsys.readouterr().out
+    for part in ("pages, no layers", "1 layers see 6 tokens", "1 layers see 1 tokens"):
+        assert part in shown
+    assert "group/1/entry_page" in shown
 
 
 def test_a_bad_file_is_one_line_and_status_1(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Version 1 is read for ever, by the library and by a reader made from the page of docs."""
+"""Versions 1 and 2 are read for ever, by the library and by a reader made from the page of docs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from paged_decode import SamplingParams, load_snapshot, save_snapshot, verify_sn
 from ..golden.make_snapshots import make
 from ..paged_decode.tiny import make_engine, prompts
 from . import independent_reader
+from .grouped import LAYOUTS, TWO, allocator_of, cache_of
 from .small import LAYERS, busy, content, make_allocator, make_cache
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -54,7 +55,7 @@ def test_the_golden_engine_continues_with_the_tokens_of_an_uninterrupted_one():
 def test_this_release_still_writes_the_golden_bytes(tmp_path):
     """Equal state, equal bytes; the engine's pages hold floats that a processor may round anew."""
     make(tmp_path)
-    for path in sorted(GOLDEN.glob("snapshot_v1_*.pgd")):
+    for path in sorted(GOLDEN.glob("*.pgd")):
         verify_snapshot(path)
         if "engine" not in path.name:
             assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
@@ -84,6 +85,28 @@ def test_a_reader_written_from_the_page_alone_reads_the_same(name):
                 here = np.array(getattr(restored.cache, kind)[layer])[held]
                 there = independent_reader.pages(path, f"kv/{kind}/{layer}")[pages]
                 assert here.tobytes() == there.tobytes()
+
+
+@pytest.mark.parametrize("name", [*LAYOUTS, "delta"])
+def test_a_golden_snapshot_of_groups_is_read_alike_by_a_reader_of_the_page_alone(name):
+    path, layout = GOLDEN / f"snapshot_v2_{name}.pgd", LAYOUTS.get(name, TWO)
+    info, (fields, _, ident) = verify_snapshot(path), independent_reader.read(path)
+    assert ident == info.id
+    assert fields["groups"] == [[g.window or 0, g.num_pages, list(g.layers)] for g in info.groups]
+    allocator = allocator_of(layout, fingerprint=b"golden")
+    restored = load_snapshot(path, into=(cache_of(layout, seed=5), allocator))
+    allocator.check_invariants()
+    found = independent_reader.sequences(path)
+    for at, (handle, (tokens, *_)) in enumerate(zip(restored.handles, found, strict=True)):
+        assert tokens == allocator.tokens(handle).tolist()
+        for group, here in enumerate(allocator.sequence(handle).groups):
+            first, pages = independent_reader.held(path, group)[at]
+            assert first == here.first
+            for layer in layout.groups[group].layers:
+                for kind in ("k_pages", "v_pages"):
+                    ours = np.asarray(getattr(restored.cache, kind)[layer])[list(here.pages)]
+                    theirs = independent_reader.pages(path, f"kv/{kind}/{layer}")[pages]
+                    assert ours.tobytes() == theirs.tobytes()
 
 
 def test_arrays_of_several_chunks_agree_with_the_page_too(tmp_path):

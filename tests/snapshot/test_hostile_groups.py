@@ -31,7 +31,7 @@ def sample(tmp_path_factory):
 def test_what_the_sample_holds(sample):
     """Computed 17, 17 and 9; windows of 6 tokens in pages of 4."""
     path, fields, _ = sample
-    assert fields["groups"] == [[0, 12, [1]], [6, 6, [0, 2]]]
+    assert fields["groups"] == [[0, 12, [1]], [6, 10, [0, 2]]]
     assert independent_reader.held(path, 1) == [(3, [0, 1]), (3, [2, 3]), (1, [4, 5])]
 
 
@@ -48,7 +48,7 @@ FIELDS = {
     "no list": (lambda f: f | {"groups": {}}, "groups is not a list"),
     "one group": (lambda f: f | {"groups": f["groups"][:1]}, "not a list of 2"),
     "too many": (lambda f: f | {"groups": f["groups"] * 200}, "not a list of 2 to 256"),
-    "two fields": (lambda f: f | {"groups": [[0, 12], [6, 6]]}, "a group is not"),
+    "two fields": (lambda f: f | {"groups": [[0, 12], [6, 10]]}, "a group is not"),
     "window text": (group(1, 0, "6"), "window is not an integer"),
     "window -1": (group(1, 0, -1), "window is -1"),
     "window 2^31+1": (group(1, 0, 2**31 + 1), "window is 2147483649"),
@@ -56,16 +56,16 @@ FIELDS = {
     "other pages than the header": (group(0, 1, 11), "other pages than the header"),
     "pages true": (group(1, 1, True), "pages is not an integer"),
     "pages 2^31": (group(1, 1, 2**31), "more pages than it names"),
-    "a page less": (group(1, 1, 5), "has 6 rows for 5 pages"),
+    "a page less": (group(1, 1, 9), "has 10 rows for 9 pages"),
     "layers text": (group(1, 2, "02"), "a group is not"),
     "layer -1": (group(1, 2, [0, -1]), "layer is -1"),
     "a layer twice": (group(1, 2, [0, 0]), "not the layers 0 to L-1"),
     "a layer of two groups": (group(1, 2, [0, 1]), "not the layers 0 to L-1"),
-    "a layer left out": (group(1, 2, [0]), "arrays of keys and values|has 6 rows"),
+    "a layer left out": (group(1, 2, [0]), "arrays of keys and values|has 10 rows"),
     "a layer without arrays": (group(1, 2, [0, 2, 3]), "not those of the groups' layers"),
     "layers exchanged": (
-        lambda f: f | {"groups": [[0, 12, [0, 2]], [6, 6, [1]]]},
-        "rows for 12 pages|rows for 6 pages",
+        lambda f: f | {"groups": [[0, 12, [0, 2]], [6, 10, [1]]]},
+        "rows for 12 pages|rows for 10 pages",
     ),
     "no groups": (lambda f: {k: v for k, v in f.items() if k != "groups"}, "kv/|does not have"),
 }
@@ -88,20 +88,34 @@ STATES = {
     "end 2^62": (put("group/1/end", 0, 2**62), "columns that it does not have"),
     "one more page": (put("group/1/first", 0, 2), "page table has 6 entries"),
     "columns differ": (replace("group/1/first", [3, 3]), "sequences differ in length"),
-    "page -1": (put("group/1/pages", 0, -1), "outside 0..5"),
-    "page M": (put("group/1/pages", 0, 6), "outside 0..5"),
+    "page -1": (put("group/1/pages", 0, -1), "outside 0..9"),
+    "page M": (put("group/1/pages", 0, 10), "outside 0..9"),
     "page twice": (put("group/1/pages", 1, 0), "numbered|twice"),
     "pages out of order": (swap("group/1/pages", 0, 1), "not numbered in the order"),
     "two places": (put("group/1/pages", 3, 0), "numbered|place"),
-    "entry without page": (replace("group/1/entry", [0]), "columns of the entries"),
-    "entry unknown": (
-        lambda a: (
-            replace("group/1/entry", [9])(a),
-            replace("group/1/entry_page", [0])(a),
-        ),
-        "entries are not known ones",
+    "entry without page": (
+        replace("group/1/entry_page", [6, 7, 8, 0, 2, 9, 4, 5, 1]),
+        "columns of the entries",
     ),
-    "evictable": (replace("group/1/evictable", [0]), "order of eviction"),
+    "entry unknown": (put("group/1/entry", 6, 7), "entries are not known ones"),
+    "entry -1": (put("group/1/entry", 0, -1), "entries are not known ones"),
+    "entry twice": (put("group/1/entry", 1, 0), "entries are not known ones"),
+    "entries out of order": (swap("group/1/entry", 0, 1), "entries are not known ones"),
+    "a page of two entries": (put("group/1/entry_page", 6, 2), "two entries have one page"),
+    "entry page M": (put("group/1/entry_page", 0, 10), "outside 0..9"),
+    "entry pages out of order": (swap("group/1/entry_page", 0, 1), "not numbered in the order"),
+    "entry at another place": (swap("group/1/entry_page", 3, 6), "at another place or salt"),
+    "entry of another prefix": (swap("group/1/entry_page", 3, 4), "of more than one prefix"),
+    "evictable missing": (
+        lambda a: (replace("group/1/evictable", [0, 1, 2])(a), put("group/1/passed", 0, 3)(a)),
+        "order of eviction",
+    ),
+    "evictable twice": (put("group/1/evictable", 0, 1), "order of eviction"),
+    "evictable but used": (replace("group/1/evictable", [0, 1, 2, 5, 3]), "order of eviction"),
+    "evictable unknown": (put("group/1/evictable", 0, 7), "order of eviction"),
+    "passed -1": (put("group/1/passed", 0, -1), "-1 of 4 pages"),
+    "passed more than there are": (put("group/1/passed", 0, 5), "5 of 4 pages"),
+    "passed twice": (replace("group/1/passed", [4, 4]), "passed has not one value"),
     "another dtype": (replace("group/1/first", [3, 3, 1], np.int32), "not int64 with 1"),
     "another rank": (replace("group/1/pages", [[0, 1, 2, 3, 4, 5]]), "more pages|with 2 axes"),
     "missing": (lambda a: a.pop("group/1/end"), "group/1/end is missing"),
@@ -110,12 +124,12 @@ STATES = {
         "arrays that the format does not have",
     ),
     "source without parent": (
-        lambda a: a.update({"group/1/source": np.zeros(6, np.int32)}),
+        lambda a: a.update({"group/1/source": np.zeros(10, np.int32)}),
         "only a delta, has group/1/source",
     ),
     "a row less": (
         lambda a: a.update({"kv/k_pages/2": a["kv/k_pages/2"][:-1]}),
-        "kv/k_pages/2 has 5 rows for 6 pages",
+        "kv/k_pages/2 has 9 rows for 10 pages",
     ),
     "no layer": (
         lambda a: a.update({"kv/k_pages/x": a["kv/k_pages/2"]}),
@@ -135,6 +149,20 @@ def test_bookkeeping_of_a_group_that_contradicts_itself_is_refused(refused, samp
     arrays = dict(arrays)
     change(arrays)
     refused(build(fields, arrays), text)
+
+
+def test_a_page_that_sequences_of_other_tokens_share_is_refused(refused, sample):  # noqa: F811
+    _, fields, arrays = sample
+    shared = dict(arrays)
+    for name, value in dict(
+        pages=[0, 1, 0, 2, 3, 4],  # column 3, where the two have parted
+        entry=[0, 1, 2, 5, 6],
+        entry_page=[5, 6, 7, 8, 3],
+        evictable=[0, 1, 2, 3],
+    ).items():
+        shared[f"group/1/{name}"] = np.array(value, np.int32)
+    shared |= {n: a[:9] for n, a in arrays.items() if n.startswith("kv/") and len(a) == 10}
+    refused(build(group(1, 1, 9)(fields), shared), "of more than one prefix")
 
 
 def test_a_file_that_is_refused_leaves_cache_and_allocator_as_they_were(tmp_path, sample):
