@@ -25,10 +25,9 @@ PAGE_SIZE, WINDOW, BEGIN = 16, 512, 1000
 
 def layouts(rows: int, tokens: int) -> list[CacheLayout]:
     """One group, and two."""
-    sizes = dict(num_kv_heads=1, head_dim=256, dtype="bfloat16")
     pages = rows * -(-tokens // PAGE_SIZE) + 1
-    full = PageSpec((0,), num_pages=pages, **sizes)
-    window = PageSpec((1,), num_pages=pages, window=WINDOW, **sizes)
+    full = PageSpec((0,), num_kv_heads=1, head_dim=256, num_pages=pages)
+    window = PageSpec((1,), num_kv_heads=1, head_dim=256, num_pages=pages, window=WINDOW)
     return [CacheLayout(PAGE_SIZE, (full,)), CacheLayout(PAGE_SIZE, (full, window))]
 
 
@@ -59,7 +58,7 @@ def measure(rows: int, steps: int) -> list[list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--steps", type=int, default=3000)
     args = parser.parse_args()

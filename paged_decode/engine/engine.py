@@ -430,8 +430,7 @@ class Engine:
 
         With the same model, params and config, every request continues with the tokens that it
         would have got. Requests for which there are no rows wait, and compute their pages again; so
-        do all, if the pool has no room for their pages now, or if a group of layers sees more here
-        than in the file, whose windows gave that back.
+        do all, if the pool has no room for their pages, or a group sees more than the file's did.
 
         Args:
           on_token: called with every event; or one per saved request id.
