@@ -360,7 +360,7 @@ class AllocatorCalls(AllocatorView):
 
         A host tier finds nothing of before either, unless the weights are said to be the same.
         """
-        if self.num_used:
+        if any(group.pool.num_used for books in self._shards for group in books.groups):
             return False
         drawn = None if same_weights else new_generation()
         run(books.plan_renewal(drawn) for books in self._shards)

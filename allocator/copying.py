@@ -39,37 +39,38 @@ def plan_prepare_copy(
     def apply() -> tuple[list[int], ...]:
         cancel()
         for group, count in zip(books.groups, counts, strict=True):
-            if group.window is not None:
-                group.table.aside[row] = Aside(computed, group.pool.take(count))
-        held = ((group, group.table.aside.get(row)) for group in books.groups)
-        return tuple([] if a is None else group.whole(a.pages).tolist() for group, a in held)
+            group.table.aside[row] = Aside(computed, group.pool.take(count))
+        held = ((group, group.table.aside[row].pages) for group in books.groups)
+        return tuple(group.whole(pages).tolist() for group, pages in held)
 
     return apply
 
 
 def plan_commit_copy(books: Bookkeeping, row: int) -> Callable[[], int]:
     """`BlockAllocator.commit_copy`."""
-    rows, plans, computed = books.rows, [], -1
-    for group in books.windows:
-        if (aside := group.table.aside.get(row)) is not None:
-            computed = aside.computed
-            held = group.table.pages(row).copy()
-            plans.append((group, aside.pages, _first(group, computed), held))
-    if len(plans) != len(books.windows) or not plans:
+    rows, aside = books.rows, [group.table.aside.get(row) for group in books.groups]
+    if aside[0] is None:
         raise ValueError("no pages are held aside for a copy: call prepare_copy first")
+    computed = aside[0].computed
     _require_computed(books, row, computed)
+    held = [group.table.pages(row).copy() for group in books.windows]
     published = books.plan_publication(np.array([row]), np.array([computed]))
 
     def apply() -> int:
-        for group, pages, first, held in plans:
+        for group, pages in zip(books.windows, held, strict=True):
             table = group.table
             table.cut(row, int(table.first[row]))
-            table.set(row, pages, first)
-            table.aside.pop(row, None)
-            group.pool.pass_by(held)
+            table.set(row, table.aside[row].pages, _first(group, computed))
+            del table.aside[row]
+            group.pool.pass_by(pages)
+        for group in books.groups:
+            group.table.aside.pop(row, None)
         published()
         rows.computed[row] = computed  # never more than there are entries for
-        rows.describe(row, computed)  # what was described behind that has no pages any more
+        described = computed  # what was described behind that has no pages in a window any more
+        if not held:
+            described = max(computed, int(rows.described[row]))
+        rows.describe(row, described)
         return computed
 
     return apply
@@ -77,7 +78,7 @@ def plan_commit_copy(books: Bookkeeping, row: int) -> Callable[[], int]:
 
 def plan_cancel_copy(books: Bookkeeping, row: int) -> Callable[[], None]:
     """`BlockAllocator.cancel_copy`."""
-    held = [(group, group.table.aside[row]) for group in books.windows if row in group.table.aside]
+    held = [(group, group.table.aside[row]) for group in books.groups if row in group.table.aside]
     plans = [(group, group.pool.plan_release(aside.pages)) for group, aside in held]
 
     def apply() -> None:

@@ -35,7 +35,7 @@ def require_consistent(
             *(
                 _content(main, rows, caching)
                 if pool.number == 0
-                else _companions(main, group, rows)
+                else _companions(main, others[pool.number - 1], rows)
             ),
             *_vacant_rows(table, rows),
         ]

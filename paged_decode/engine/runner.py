@@ -99,7 +99,7 @@ class DeviceRunner:
             MessageSizes(min(8, self._slots), few),
             MessageSizes(self._slots, max(few, 8192)),
         )
-        self.straight = cache.k_pages[0].devices().pop().platform == "gpu"
+        self.straight = next(iter(cache.k_pages[0].devices())).platform == "gpu"
         self._enter_nobody()
 
     @property

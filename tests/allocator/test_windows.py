@@ -247,6 +247,24 @@ def test_what_a_copy_brought_is_the_window_s_at_once_or_the_sequence_begins_anew
     assert at > 30
 
 
+def test_a_copy_into_groups_that_see_all_needs_no_pages_aside_and_is_committed_alike():
+    allocator = BlockAllocator(9, 4)
+    handle = allocator.allocate(range(9))
+    assert allocator.prepare_copy(handle, 8) == ([],) and allocator.num_used == 3
+    assert allocator.commit_copy(handle) == 8
+    allocator.check_invariants()
+    allocator.free(handle)
+    assert allocator.match_prefix(range(9)) == 8
+
+
+def test_the_prefix_cache_is_reset_when_no_page_of_any_group_has_an_owner():
+    allocator = BlockAllocator(layout(6, 4))
+    pages = allocator.allocate_pages(1, group=1)
+    assert not allocator.reset_prefix_cache()
+    allocator.free_pages(pages, group=1)
+    assert allocator.reset_prefix_cache()
+
+
 def test_pages_held_aside_for_a_copy_go_back_with_the_copy_or_the_sequence():
     allocator = BlockAllocator(layout(6, 4, pages=5))
     handle = allocator.allocate(range(30), chunk=4)

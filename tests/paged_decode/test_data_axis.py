@@ -147,6 +147,14 @@ def test_groups_of_layers_over_a_mesh_give_the_tokens_of_one_device(data, heads)
     allocator.check_invariants()
 
 
+def test_an_engine_on_a_mesh_leaves_the_devices_of_its_arrays_as_they_are():
+    cache, allocator = make_cache(1, 2), BlockAllocator(16, 4)
+    before = set(cache.k_pages[0].devices())
+    for _ in range(3):
+        Engine(tiny.model, tiny.PARAMS, cache, allocator, EngineConfig(max_rows=2))
+    assert cache.k_pages[0].devices() == before and len(before) == 2
+
+
 def test_ids_that_are_not_local_are_refused_on_the_host():
     good = dict(page_table=[[1, 2]], seq_lens=[5], positions=[[4]], slots=[[8]])
     where = dict(shards=2, pages_per_shard=8, page_size=4, sizes=(1,))
