@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -69,6 +69,24 @@ _Found = dict[int, tuple[_Chunk, int]]
 """By column, the chunk that has the page, and the row in it."""
 
 
+_Call = TypeVar("_Call", bound=Callable[..., Any])
+
+
+def _whole(method: _Call) -> _Call:
+    """A call that first makes whole what another one left that did not come to its end."""
+
+    @wraps(method)
+    def call(self: HostTier, *args: Any, **options: Any) -> Any:
+        if self._torn:
+            self._repair()
+        self._torn = True
+        result = method(self, *args, **options)
+        self._torn = False
+        return result
+
+    return cast(_Call, call)
+
+
 class HostTier:
     """Pages in host memory, at most `capacity_pages`, the least recently used given up first.
 
@@ -129,6 +147,7 @@ class HostTier:
         self._where: dict[bytes, tuple[_Chunk, int]] = {}
         self._flying: list[_Chunk] = []
         self._coming: set[bytes] = set()
+        self._torn = False  # a call has not come to its end
 
     def warmup(self, cache: Any) -> Any:
         """Compile every copy; donates the cache, whose null page alone is written.
@@ -145,6 +164,7 @@ class HostTier:
                 cache = with_part(cache, group, part)
         return cache
 
+    @_whole
     def store(self, cache: Any, allocator: BlockAllocator, handle: Handle) -> int:
         """Begin to copy the computed pages of a sequence out, which may be freed at once.
 
@@ -171,11 +191,10 @@ class HostTier:
         keys = wanted[0].keys
         return next((at for at, key in enumerate(keys) if not self._has(key)), len(keys))
 
+    @_whole
     def settle(self) -> None:
         """Wait for the copies that were begun, and make their pages findable."""
-        for chunk in tuple(
-            self._flying
-        ):  # an interrupt leaves those in flight that it kept waiting
+        for chunk in tuple(self._flying):  # an interrupt leaves the others in flight
             try:
                 rested = self.mover.finish(chunk.pages)
             except CopyPending:
@@ -184,9 +203,8 @@ class HostTier:
                 self.stats.failed_copies += 1
                 self.num_pages -= len(chunk.keys)
             else:
-                chunk.pages = rested
                 self.stats.stored += len(chunk.keys)
-                self._shelve(chunk)
+                self._shelve(_Chunk(chunk.keys, chunk.tokens, rested))
             self._flying.remove(chunk)
             self._coming.difference_update(chunk.keys)
 
@@ -203,6 +221,7 @@ class HostTier:
         self.load_into(held, allocator, handle)
         return held.cache
 
+    @_whole
     def load_into(self, holder: CacheHolder, allocator: BlockAllocator, handle: Handle) -> None:
         """`load` into a cache that somebody else holds, who alone replaces it."""
         cache = holder.cache
@@ -221,6 +240,7 @@ class HostTier:
             for chunk in busy:
                 chunk.busy = False
 
+    @_whole
     def forget(self, allocator: BlockAllocator, handle: Handle) -> None:
         """Forget the pages of a sequence, in flight and on the disk too: they may be wrong.
 
@@ -242,6 +262,7 @@ class HostTier:
         if self.disk is not None:
             self.disk.forget(keys)
 
+    @_whole
     def clear(self) -> None:
         """Forget every page, those in flight and those of the disk tier too."""
         self._chunks.clear()
@@ -252,6 +273,7 @@ class HostTier:
         if self.disk is not None:
             self.disk.clear()
 
+    @_whole
     def check_invariants(self) -> None:
         """Verify counts and indices against each other; raises RuntimeError."""
         rested, flying = list(self._chunks.values()), self._flying
@@ -267,6 +289,16 @@ class HostTier:
         }
         if problems := [rule for rule, holds in broken.items() if holds]:
             raise RuntimeError(f"host tier: {'; '.join(problems)}")
+
+    def _repair(self) -> None:
+        """Make whole what an interrupt cut off: pages at rest and in flight are what there is."""
+        rested = list(self._chunks.values())
+        for chunk in rested:
+            chunk.busy = False
+        self._where = {key: (c, row) for c in rested for row, key in enumerate(c.keys)}
+        self._flying = [chunk for chunk in self._flying if chunk.keys[0] not in self._where]
+        self._coming = {key for chunk in self._flying for key in chunk.keys}
+        self.num_pages = sum(len(chunk.keys) for chunk in (*rested, *self._flying))
 
     # ---- one copy
 

@@ -16,6 +16,8 @@ from paged_decode import BlockAllocator, CacheLayout, KVCache, PageSpec
 from paged_decode.faults import FaultPlan, Faults
 from paged_decode.tiers import CopyFailed, CopyPending, DeviceMover, DiskTier, HostTier
 
+from ...allocator.test_interrupts import interrupted
+
 ROOT = Path(__file__).parents[3]
 PAGES, SIZE = 24, 4
 MOVERS = [DeviceMover("numpy"), DeviceMover("pinned_host")]
@@ -172,6 +174,42 @@ class Held:
     def put(self, cache, rested, pages):
         self.calls.append(("put", pages.tolist()))
         return cache
+
+
+def test_a_tier_whose_calls_are_cut_off_anywhere_goes_on():
+    """With a mover that knows no copy twice; what is found afterwards is what was stored."""
+
+    class Once(Held):
+        def finish(self, copy):
+            assert isinstance(copy, tuple)
+            return list(copy)
+
+        def take(self, cache, pages):
+            return tuple(pages.tolist())
+
+    at, torn = 0, True
+    while torn:
+        allocator, cache = BlockAllocator(20, SIZE, hash_key=b"k"), object()
+        tier = HostTier(9, buckets=(1, 4), mover=Once())
+        one, two = (started(allocator, list(range(i, i + 17))) for i in (0, 30))
+        tier.store(cache, allocator, one)
+        tier.settle()
+
+        def life(tier=tier, allocator=allocator, cache=cache, one=one, two=two):
+            tier.store(cache, allocator, two)
+            tier.settle()
+            forget(allocator, one, two)
+            tier.load(cache, allocator, allocator.allocate(list(range(30, 47))))
+
+        torn = interrupted(life, at)
+        at += 7
+        tier.check_invariants()
+        tier.settle()
+        tier.check_invariants()
+        allocator.check_invariants()
+        allocator.free(list(allocator.handles))
+        assert tier.num_pages <= 9 and not tier._flying
+    assert at > 200
 
 
 @pytest.mark.parametrize("mover", MOVERS, ids=lambda m: m.memory)
