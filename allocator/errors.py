@@ -23,9 +23,10 @@ class OutOfPages(PagedDecodeError):
 
     def __init__(self, needed: int, free: int, evictable: int, group: int = 0):
         self.needed, self.free, self.evictable, self.group = needed, free, evictable, group
+        where = f" in group {group}" if group else ""
         super().__init__(
-            f"needed {needed} pages, but only {free} are free and {evictable} cached ones can be "
-            "evicted; free or preempt a sequence, or create a larger pool"
+            f"needed {needed} pages{where}, but only {free} are free and {evictable} cached ones "
+            "can be evicted; free or preempt a sequence, or create a larger pool"
         )
 
     def __reduce__(self):

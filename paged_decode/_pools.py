@@ -103,6 +103,8 @@ def place_of(layer: Any, group: Any, groups: Sequence[Sequence[int]], *, stacked
             return Place(number, number, layer)
         layers = groups[number]
         return Place(number, layers[_known(layer, len(layers))])
+    if stacked and isinstance(layer, Tracer):
+        raise TypeError("a traced layer counts within a group: say which, group=...")
     index = _known(layer, sum(map(len, groups)))
     number = next(i for i, layers in enumerate(groups) if index in layers)
     if stacked:

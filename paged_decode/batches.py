@@ -25,10 +25,26 @@ jax.tree_util.register_dataclass(
 )
 
 
-def seen(group: GroupBatch) -> dict[str, Any]:
-    """What a batch says about the tokens that its rows see, as options of attention."""
-    said = dict(starts=group.starts, sliding_window=group.window)
-    return {name: value for name, value in said.items() if value is not None}
+def seen(group: GroupBatch, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of attention, with what a batch says about the tokens that its rows see.
+
+    Raises:
+      ValueError: `sliding_window` is wider than that of the group, which has given back the rest.
+    """
+    own, asked = {}, options.get("sliding_window")
+    if group.window is not None:
+        newest = asked[0] + 1 if isinstance(asked, tuple) and asked else asked
+        if isinstance(newest, int) and newest > group.window:
+            raise ValueError(
+                f"sliding_window={asked} is wider than the window of {group.window} tokens of the "
+                "layer's group, which gives back what is before: leave it out"
+            )
+        if asked is None:
+            own["sliding_window"] = group.window
+    if group.starts is not None:
+        given = options.get("starts")
+        own["starts"] = group.starts if given is None else jnp.maximum(given, group.starts)
+    return options | own
 
 
 def one_token_batch(

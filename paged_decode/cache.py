@@ -208,7 +208,7 @@ class KVCache:
             batch.seq_lens,
             layer=at.layer,
             placement=self.placement,
-            **seen(own) | options,
+            **seen(own, options),
         )
 
     def append_and_attend(
@@ -250,7 +250,7 @@ class KVCache:
             slots=own.slots,
             layer=at.layer,
             placement=self.placement,
-            **seen(own) | options,
+            **seen(own, options),
         )
         return (out[0] if len(out) == 1 else tuple(out)), self._with_leaf(at.leaf, k_pages, v_pages)
 

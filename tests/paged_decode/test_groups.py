@@ -133,6 +133,25 @@ def test_what_a_window_gave_back_changes_no_bit_of_what_is_seen(backend):
         np.testing.assert_array_equal(one, other)
 
 
+def test_a_layer_sees_less_than_the_window_of_its_group_if_asked_and_never_more():
+    cache, allocator = KVCache.create(layout=LAYOUT), BlockAllocator(LAYOUT)
+    cache, batch = cache.advance(allocator, [allocator.allocate([1] * 20)], [2])
+    q = jnp.ones((1, 1, HEADS, 8))
+    whole, same, less = (
+        cache.attend(0, q, batch, **options, return_lse=True)[1]
+        for options in ({}, dict(sliding_window=None), dict(sliding_window=3))
+    )
+    assert (whole == same).all() and (less < whole).all()
+    later = cache.attend(0, q, batch, starts=np.array([19], np.int32), return_lse=True)[1]
+    assert (later < less).all()
+    for wide in (WINDOW + 1, (WINDOW, 0)):
+        with pytest.raises(ValueError, match="wider than the window of 8 tokens"):
+            cache.attend(0, q, batch, sliding_window=wide)
+    with pytest.raises(TypeError, match="say which, group="):
+        stacked = KVCache.create(layout=LAYOUT, stacked=True)
+        jax.eval_shape(lambda i: stacked.attend(i, q, batch), jnp.int32(0))
+
+
 def test_cache_batch_and_allocator_are_of_one_layout():
     cache, plain = KVCache.create(layout=LAYOUT), BlockAllocator(64, SIZE)
     with pytest.raises(ValueError, match="make both of the same layout"):
