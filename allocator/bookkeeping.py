@@ -458,12 +458,12 @@ class Bookkeeping:
             pool, table = group.pool, group.table
             ends = [0] * len(rows) if length is None else (-(-length // pool.page_size)).tolist()
             gone = [table.beyond(at, end)[::-1] for at, end in zip(rows, ends, strict=True)]
-            ended = [at for at, end in zip(rows, ends, strict=True) if not end]
-            aside = [table.aside[at].pages for at in ended if at in table.aside]
-            num_pages, passed = sum(map(len, (*gone, *aside))), ()
+            ended = zip(rows, ends, strict=True) if table.aside else ()
+            aside = [table.aside[at].pages for at, end in ended if not end and at in table.aside]
+            num_pages, passed = sum(map(len, gone + aside)), ()
             if length is None and group.window is not None:
                 gone, passed = with_rest_of_tails(group, self.rows, rows, gone)
-            pages = np.concatenate([np.empty(0, np.int32), *gone, *aside])
+            pages = np.concatenate(gone + aside) if rows else np.empty(0, np.int32)
             release = pool.plan_release(pages, several=len(rows) > 1, passed=passed)
             cuts.append(Cut(ends, release, num_pages))
         return cuts

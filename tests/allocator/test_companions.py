@@ -65,7 +65,6 @@ def compute(allocator, handle, end: int, chunk: int = 4) -> None:
         done = min(done + chunk, end)
         allocator.prepare([handle], done)
         allocator.commit([handle], done)
-    allocator.check_invariants()
 
 
 def computed(allocator, tokens, chunk: int = 4) -> int:
@@ -359,14 +358,13 @@ def turn(allocator, text: list[int], answer: list[int], chunk: int) -> int:
     for token in answer:
         allocator.advance([handle], [token], commit=True)
     allocator.free(handle)  # the last token is not computed
-    allocator.check_invariants()
     return found
 
 
 def pool_of(window: int, chunk: int, tails: int, rank=None) -> BlockAllocator:
     """Room for one row at a time, and so many tails."""
     pages = 1 + most_pages(window, chunk, S) + tails * -(-(window - 1) // S)
-    return BlockAllocator(layout(window, S, pages=pages, full=60_000), eviction=rank)
+    return BlockAllocator(layout(window, S, pages=pages, full=12_000), eviction=rank)
 
 
 @pytest.mark.parametrize("window, rank", [(6, None), (8, SLRU()), (31, None), (31, LFU())])
@@ -383,6 +381,7 @@ def test_every_second_turn_of_eight_chats_hits_and_a_long_prompt_costs_one_tail(
             missed += turn(allocator, text, answer, chunk) < 0.95 * full * S
             text += answer
         assert missed <= (visit == 2)
+        allocator.check_invariants()
         if visit == 1:
             turn(allocator, rng.integers(0, 1000, 32_768).tolist(), [1], chunk)
     assert allocator.stats(1).evictions > 100
@@ -436,6 +435,14 @@ def test_what_was_passed_since_the_last_page_began_belongs_to_the_tail():
     allocator.free(handle)
     flush(allocator, 1, but=2)
     assert have(allocator, text) == [3, 4] and allocator.match_prefix(text) == 20
+
+
+def test_the_order_of_tails_stays_small_however_often_one_is_used():
+    allocator, text = BlockAllocator(layout(6, S)), list(range(21))
+    once(allocator, text)
+    for _ in range(200):
+        assert once(allocator, text) == 20
+    assert len(queue(allocator)._heap) < 70
 
 
 def test_forks_that_end_together_leave_one_tail():
