@@ -73,8 +73,8 @@ def test_greedy_ids_and_logits_equal_the_golden_file(real_gguf, tmp_path, option
     "options",
     [
         "--page-size 1 --no-prefix-cache --num-pages 1200 --window-pages 1100",
-        "--page-size 16 --num-pages 80 --window-pages 80 --host-pages 200",
-        "--page-size 64 --prefill-chunk 96 --decode-steps 5",
+        "--page-size 16 --no-prefix-cache --num-pages 80 --window-pages 80 --host-pages 200",
+        "--page-size 64 --prefill-chunk 96 --decode-steps 5 --snapshot-at 40 answer.pgd",
     ],
 )
 def test_gemma_says_the_golden_words_in_two_page_groups(real_gemma, tmp_path, options):
@@ -87,6 +87,8 @@ def test_gemma_says_the_golden_words_in_two_page_groups(real_gemma, tmp_path, op
     [
         "--page-size 1 --no-prefix-cache --devices 2",
         "--page-size 4 --num-pages 18 --window-pages 11 --prefill-chunk 8 --decode-steps 3",
+        "--num-pages 18 --page-size 4 --prefill-chunk 8 --no-prefix-cache --host-pages 40",
+        "--page-size 4 --snapshot-at 20 answer.pgd",
     ],
 )
 def test_a_small_gemma_says_what_a_dense_forward_says(tmp_path, options):
@@ -103,7 +105,7 @@ def test_a_small_gemma_says_what_a_dense_forward_says(tmp_path, options):
         case = dict(name=f"{length}", prompt_ids=prompt, greedy_ids=tokens[length:])
         golden.append(case | dict(last_prompt_top5=every[0], final_step_top5=every[-1]))
     said = check(write_gemma(tmp_path / "m.gguf", weights), golden, tmp_path, options, atol=2e-5)
-    assert "pages for windows of 6" in said
+    assert "pages for windows of 6" in said and " 0 back from the host" not in said
 
 
 @pytest.mark.parametrize(
