@@ -167,3 +167,16 @@ def test_logits_in_a_window_are_those_of_a_dense_model():
     for i, tops in enumerate(done.top_logits):
         want = dense_logits(text[: len(P[1]) + i], windows=WINDOWS)
         np.testing.assert_allclose([x for _, x in tops], np.sort(want)[::-1][:3], atol=1e-4)
+
+
+def test_prompts_that_begin_alike_share_pages_in_every_group_and_get_the_same_tokens():
+    engine, start = engine_of(), P[1][:24]
+    texts = [[*start, *P[i][:9]] for i in (2, 4, 5, 6)]
+    for number, text in enumerate(texts * 2):
+        before = engine.stats.prefix_hit_tokens
+        (done,) = engine.generate([text], SamplingParams(max_new_tokens=9))
+        assert done.tokens == dense(tuple(text), 9)
+        engine.allocator.check_invariants()
+        assert (engine.stats.prefix_hit_tokens - before >= 24) == (number > 0)
+    together = engine.generate(texts, SamplingParams(max_new_tokens=9))
+    assert [done.tokens for done in together] == [dense(tuple(text), 9) for text in texts]

@@ -85,7 +85,7 @@ def test_a_page_that_left_the_cache_starts_anew():
     queue = filled(LFU())
     use(queue, 3)
     queue.remove(3)
-    queue.forget(3)
+    queue.forget([3])
     queue.publish(3, 0)
     queue.add(queue.plan([3]))
     assert drained(queue) == [5, 7, 3]
