@@ -237,10 +237,13 @@ def test_what_the_front_refuses_changes_no_shard():
     allocator.check_invariants()
 
 
-def test_the_front_has_every_call_of_a_block_allocator_but_the_exported_state():
+def test_the_front_has_every_call_of_a_block_allocator_but_what_copies_and_files_bring():
     public = {name for name in dir(BlockAllocator) if not name.startswith("_")}
     missing = public - {name for name in dir(ShardedAllocator(4, 4, num_shards=2))}
-    assert missing == {"export_state", "import_state", "page_stamps"}
+    assert missing == {
+        *("export_state", "import_state", "page_stamps"),
+        *("prepare_copy", "commit_copy", "cancel_copy"),
+    }
 
 
 def test_pages_by_number_come_from_all_shards_and_go_back_all_or_nothing():
