@@ -11,6 +11,7 @@ from paged_decode import CacheLayout, PageSpec, SamplingParams
 from paged_decode.allocator.windows import most_pages
 from paged_decode.faults import poison_free_pages
 from paged_decode.policies import MustFit
+from paged_decode.replicas import ReplicaCheck
 from paged_decode.requests import gather
 from paged_decode.tiers import HostTier
 
@@ -65,7 +66,7 @@ LENGTHS = [3, 40, 17, 25, 9, 1, 30, 12, 22]
 
 
 def test_a_window_pool_of_the_bound_serves_all_rows_without_a_preemption():
-    engine = engine_of()
+    engine = engine_of(policies=dict(check=ReplicaCheck()))
     engine.warmup()
     programs = engine.stats.programs
     assert answers(engine, LENGTHS, poison=True) == expected(LENGTHS)
