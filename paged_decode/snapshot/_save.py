@@ -166,13 +166,15 @@ class _Writer:
         self._thread = ThreadPoolExecutor(1, "paged-decode-snapshots", self._begin)
         self._ident: int | None = None
         self._newest: WeakValueDictionary[str, Future[Snapshot]] = WeakValueDictionary()
+        self._entering = threading.Lock()  # what is about to be entered there may be at work
 
     def _begin(self) -> None:
         self._ident = threading.get_ident()
 
     def submit(self, job: SaveJob, files: Files, progress: Progress | None) -> Future[Snapshot]:
-        written = self._thread.submit(job.write_now, files, progress)
-        self._newest[os.path.realpath(job.path)] = written
+        with self._entering:
+            written = self._thread.submit(job.write_now, files, progress)
+            self._newest[os.path.realpath(job.path)] = written
         return written
 
     def wait_for(self, path: str | os.PathLike[str]) -> None:
@@ -181,7 +183,8 @@ class _Writer:
         Raises:
           RuntimeError: the writing thread itself would wait for what it has yet to write.
         """
-        newest = self._newest.get(os.path.realpath(path))
+        with self._entering:
+            newest = self._newest.get(os.path.realpath(path))
         if newest is None or wait([newest], timeout=0).done:
             return
         if threading.get_ident() == self._ident:

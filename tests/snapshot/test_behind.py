@@ -6,7 +6,8 @@ import asyncio
 import subprocess
 import sys
 import threading
-from concurrent.futures import CancelledError
+import time
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -69,9 +70,20 @@ def test_a_save_that_has_not_begun_can_be_cancelled_and_later_ones_keep_their_or
     assert other.result(60).path == tmp_path / "other"
 
 
-def test_the_writing_thread_never_waits_for_itself(tmp_path):
+@pytest.mark.parametrize("at_once", [False, True])
+def test_the_writing_thread_never_waits_for_itself(tmp_path, monkeypatch, at_once):
+    """Also where it is faster than the caller who has given it the file."""
     cache, allocator, _ = busy()
     errors = []
+    if at_once:
+        submit = ThreadPoolExecutor.submit
+
+        def slow(self, *args):
+            future = submit(self, *args)
+            time.sleep(0.2)
+            return future
+
+        monkeypatch.setattr(ThreadPoolExecutor, "submit", slow)
 
     def progress(done, total):
         if not errors:
