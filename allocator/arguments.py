@@ -122,6 +122,8 @@ def as_rows(name: str, value: Ints, num_rows: int) -> np.ndarray:
 def as_kept(value: Ints, shards: int, groups: int) -> list[list[int]]:
     """Pages to be left of every shard, in every group, from one number, `[R]` or `[R, G]`."""
     array = as_ints("keep_free", value)
+    if array.ndim == 0 and array >= 0:
+        return [[-(-int(array) // shards)] * groups] * shards
     if array.ndim and array.shape not in ((shards,), (shards, groups)):
         raise ValueError(
             f"keep_free must be one integer or have shape [R] = [{shards}] or [R, G] = "
@@ -129,8 +131,6 @@ def as_kept(value: Ints, shards: int, groups: int) -> list[list[int]]:
         )
     if array.size and array.min() < 0:
         raise ValueError(f"keep_free must be 0 or more, got {array.min()}")
-    if array.ndim == 0:
-        array = -(-array // shards)
     array = array[:, None] if array.ndim == 1 else array
     return np.broadcast_to(array, (shards, groups)).tolist()
 
