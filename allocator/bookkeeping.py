@@ -27,7 +27,7 @@ from .prompt import PromptKey
 from .publication import plan_publications, publish
 from .rows import Handle, RowTable
 from .state import AllocatorState
-from .windows import plan_pass, require_held, require_pages, require_room
+from .windows import no_change, plan_pass, require_held, require_pages, require_room
 
 __all__ = ["Bookkeeping", "Growing", "Plan"]
 
@@ -36,10 +36,6 @@ Plan: TypeAlias = Callable[[], T]
 
 _NONE = np.empty(0, np.int64)
 _MANY = 2**32  # tokens: more than any pool holds, and far from overflow
-
-
-def _nothing() -> None:
-    """The plan of no change."""
 
 
 class Growing(NamedTuple):
@@ -361,7 +357,7 @@ class Bookkeeping:
         full = computed // size
         fuller = (full > rows.computed[row] // size).nonzero()[0] if self.caching else _NONE
         if not fuller.size:
-            return _nothing
+            return no_change
         fuller = fuller[rows.private[row[fuller]] == 0]
         plan = plan_publications(self.main, rows, row[fuller], full[fuller])
         return partial(publish, self.groups, rows, plan)

@@ -90,8 +90,7 @@ def plan_cancel_copy(books: Bookkeeping, row: int) -> Callable[[], None]:
 
 
 def _first(group: PageGroup, computed: int) -> int:
-    window = group.window or 1
-    return int(first_column(np.array([computed]), window, group.pool.page_size)[0])
+    return int(first_column(computed, group.window or 1, group.pool.page_size))
 
 
 def _require_computed(books: Bookkeeping, row: int, computed: int) -> None:

@@ -5,6 +5,7 @@ import numpy as np
 from .errors import PageTableError
 from .group_state import GroupState
 from .state import AllocatorState
+from .windows import first_column
 
 __all__ = ["check_groups", "check_sharing", "require"]
 
@@ -56,7 +57,7 @@ def _check_spans(name: str, state: AllocatorState, group: GroupState) -> None:
         all_of_them = (first == 0).all() and (end == counts).all()
         require(all_of_them, f"{name}: a sequence has not all of its pages, and there is no window")
     else:
-        seen = np.maximum(state.computed - group.window + 1, 0) // state.page_size
+        seen = first_column(state.computed, group.window, state.page_size)
         require(
             (first <= seen).all() and (end * state.page_size >= state.computed).all(),
             f"{name}: a sequence lacks a page that its next query sees",

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["GroupState", "slots_below"]
+__all__ = ["GroupState"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,8 @@ class GroupState:
 
     def slots_below(self, lengths: np.ndarray, page_size: int) -> np.ndarray:
         """int64 `[len(table)]`: slots of each page that lie below `lengths` `[Q]`."""
-        return slots_below(lengths, self.page_counts, self.columns, page_size)
+        left = np.repeat(lengths, self.page_counts) - self.columns * page_size
+        return left.clip(0, page_size)
 
     def filled(self, lengths: np.ndarray, page_size: int) -> np.ndarray:
         """int64 `[M]`: leading slots of each page that hold something, of so many tokens each."""
@@ -165,10 +166,3 @@ class GroupState:
         order, span = self.evicted_first, (self.first, self.end)
         passed = set(order[: self.num_passed])
         return GroupState.of(self.window, span, self.table, entries, pages, order, passed)
-
-
-def slots_below(
-    lengths: np.ndarray, counts: np.ndarray, columns: np.ndarray, page_size: int
-) -> np.ndarray:
-    """int64 `[n]`: slots below `lengths` `[Q]` of n pages in these columns, `counts` `[Q]` each."""
-    return (np.repeat(lengths, counts) - columns * page_size).clip(0, page_size)

@@ -1,6 +1,5 @@
 """Which layers of a model share pages, and how large these are. No jax."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
@@ -9,7 +8,7 @@ import numpy as np
 from .arguments import as_count, as_counts
 from .pool import check_pool_size
 
-__all__ = ["CacheLayout", "PageSpec", "pools_of", "require_one_group"]
+__all__ = ["CacheLayout", "PageSpec", "pools_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,12 +139,6 @@ def pools_of(
         raise TypeError("page_size must be given, or a CacheLayout alone")
     num_pages, size = check_pool_size(pages, page_size)
     return ((num_pages, None),), size
-
-
-def require_one_group(pools: Sequence[tuple[int, int | None]], what: str) -> None:
-    """Refuse several groups where they are not served yet."""
-    if len(pools) > 1:
-        raise NotImplementedError(f"{what} serves caches of one group of layers so far")
 
 
 def _name_of(dtype: Any) -> str:

@@ -33,24 +33,10 @@ def regrouped(
     Raises:
       ValueError: a window would become wider: pages that it needs were given back.
     """
-    sources = [_first_group(state), *state.groups]
+    sources = [state.first_group, *state.groups]
     found = [_narrowed(state, sources[source], window) for source, window in wanted]
     kept = (np.arange(state.num_pages), *(pages for _, pages in found))
     return replace(state, groups=tuple(group for group, _ in found)), kept
-
-
-def _first_group(state: AllocatorState) -> GroupState:
-    """Its pages as those of another group: all entries have one."""
-    return GroupState(
-        window=None,
-        num_pages=state.num_pages,
-        first=np.zeros(len(state.lengths), np.int64),
-        end=state.page_counts,
-        table=state.table,
-        entries=np.arange(len(state.entry_pages), dtype=np.int32),
-        entry_pages=state.entry_pages,
-        evictable=state.evictable,
-    )
 
 
 def _narrowed(

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .group_state import GroupState, slots_below
+from .group_state import GroupState
 
 __all__ = ["AllocatorState"]
 
@@ -59,6 +59,20 @@ class AllocatorState:
         return len(self.tokens)
 
     @property
+    def first_group(self) -> GroupState:
+        """Its pages as those of any other group: all entries have one, and none has passed."""
+        return GroupState(
+            window=None,
+            num_pages=self.num_pages,
+            first=np.zeros(len(self.lengths), np.int64),
+            end=self.page_counts,
+            table=self.table,
+            entries=np.arange(len(self.entry_pages), dtype=np.int32),
+            entry_pages=self.entry_pages,
+            evictable=self.evictable,
+        )
+
+    @property
     def num_owned(self) -> int:
         """Pages that a sequence needs; the others are only cached."""
         return int(self.table.max(initial=-1)) + 1
@@ -71,13 +85,12 @@ class AllocatorState:
     @property
     def tables(self) -> list[np.ndarray]:
         """The pages of each sequence in order."""
-        return np.split(self.table, self.page_counts.cumsum())[:-1]
+        return self.first_group.tables
 
     @property
     def columns(self) -> np.ndarray:
         """int64 `[len(table)]`: the place of every page of `table` in its sequence."""
-        counts = self.page_counts
-        return np.arange(len(self.table)) - np.repeat(counts.cumsum() - counts, counts)
+        return self.first_group.columns
 
     @property
     def contents(self) -> list[int]:
@@ -86,25 +99,12 @@ class AllocatorState:
         return [known.setdefault(row.tobytes(), len(known)) for row in self.tokens]
 
     @property
-    def settled(self) -> np.ndarray:
-        """bool `[M]`: pages that are computed to the end, whichever owner one asks."""
-        settled = np.full(self.num_pages, self.page_size)
-        np.minimum.at(settled, self.table, self.slots_below(self.computed))
-        return settled == self.page_size
-
-    @property
     def empty_slots(self) -> np.ndarray:
         """bool `[M, S]`: slots that hold no token of a sequence or of the prefix cache."""
         if self.num_pages == 0:  # a file without pages may claim any S, and pays for none
             return np.zeros(self.tokens.shape, bool)
-        filled = np.zeros(self.num_pages, np.int64)
-        np.maximum.at(filled, self.table, self.slots_below(self.lengths))
-        filled[self.entry_pages] = self.page_size
+        filled = self.first_group.filled(self.lengths, self.page_size)
         return np.arange(self.page_size, dtype=np.int32) >= filled[:, None]
-
-    def slots_below(self, lengths: np.ndarray) -> np.ndarray:
-        """int64 `[len(table)]`: slots of each page that lie below `lengths` `[Q]`."""
-        return slots_below(lengths, self.page_counts, self.columns, self.page_size)
 
     def sequence_tokens(self) -> Iterator[np.ndarray]:
         """int32 `[length]` for every sequence: its tokens, and no other slot of a long page."""

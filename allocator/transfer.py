@@ -75,11 +75,11 @@ def collect_state(
         tokens=pool.tokens[pages],
     )
     valid = state.computed if committed_only else state.lengths
-    where, elsewhere = _locate(pool, state, pages, valid), []
+    where, elsewhere = _locate(pool, state.first_group, pages, state, valid), []
     for group in others:
         its, ids = _collect_group(group, row, state, spoilt, entries, cached=cached)
         state = replace(state, groups=(*state.groups, its))
-        elsewhere.append(_locate_in(group.pool, its, ids, state, valid))
+        elsewhere.append(_locate(group.pool, its, ids, state, valid))
     state.tokens[state.empty_slots] = 0
     return state, replace(where, groups=tuple(elsewhere))
 
@@ -178,15 +178,6 @@ def _eviction_order(
 
 
 def _locate(
-    pool: PagePool, state: AllocatorState, pages: np.ndarray, valid: np.ndarray
-) -> StatePages:
-    filled = np.zeros(len(pages), np.int64)
-    np.maximum.at(filled, state.table, state.slots_below(valid))
-    filled[state.entry_pages] = state.page_size
-    return StatePages(pages, filled, _stamps(pool, pages, state.table, state.settled))
-
-
-def _locate_in(
     pool: PagePool,
     group: GroupState,
     pages: np.ndarray,
@@ -194,14 +185,8 @@ def _locate_in(
     valid: np.ndarray,
 ) -> StatePages:
     filled = group.filled(valid, state.page_size)
-    settled = group.settled(state.computed, state.page_size)
-    return StatePages(pages, filled, _stamps(pool, pages, group.table, settled))
-
-
-def _stamps(
-    pool: PagePool, pages: np.ndarray, table: np.ndarray, settled: np.ndarray
-) -> np.ndarray:
     # Owners outside the state may be about to write a page of it that is not full for them.
-    exported = np.bincount(table, minlength=len(pages))
+    exported = np.bincount(group.table, minlength=len(pages))
+    settled = group.settled(state.computed, state.page_size)
     final = settled & (pool.refs[pages] <= exported)
-    return np.where(final, pool.stamps[pages], -1)
+    return StatePages(pages, filled, np.where(final, pool.stamps[pages], -1))

@@ -14,6 +14,7 @@ column      0          1          2
 """
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from .rows import RowTable
 __all__ = [
     "first_column",
     "most_pages",
+    "no_change",
     "plan_pass",
     "require_held",
     "require_pages",
@@ -33,8 +35,9 @@ __all__ = [
 ]
 
 
-def first_column(computed: np.ndarray, window: int, page_size: int) -> np.ndarray:
-    """The first column that queries behind `computed` tokens see; those before it may go."""
+def first_column(computed: Any, window: int, page_size: int) -> Any:
+    """The first column that queries behind `computed` tokens see, one number or an array of them;
+    those before it may go."""
     return np.maximum(computed - window + 1, 0) // page_size
 
 
@@ -62,7 +65,7 @@ def plan_pass(group: PageGroup, row: np.ndarray, computed: np.ndarray) -> Callab
     end = np.maximum(begin, end)
     count = end - begin
     if not np.count_nonzero(count):
-        return _nothing
+        return no_change
     owner = np.repeat(row, count)
     column = np.arange(len(owner)) - np.repeat(count.cumsum() - count - begin, count)
     pages = table.ids[owner, column]
@@ -75,8 +78,8 @@ def plan_pass(group: PageGroup, row: np.ndarray, computed: np.ndarray) -> Callab
     return apply
 
 
-def _nothing() -> None:
-    """No row passes a page."""
+def no_change() -> None:
+    """The plan of nothing."""
 
 
 def require_room(group: PageGroup, needed: int) -> None:

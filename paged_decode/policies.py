@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Protocol, SupportsIndex, TypeVar, runtime_ch
 from .allocator import LRU, CachedPage, EvictionRank
 from .allocator.arguments import as_count, as_counts
 from .allocator.eviction import Rank
-from .allocator.windows import most_pages
+from .allocator.windows import first_column, most_pages
 
 __all__ = [
     "FIFO",
@@ -164,7 +164,7 @@ class GroupPages(NamedTuple):
             return self.pages_for(num_tokens)
         if not computed:
             return self.pages_for(min(self.chunk, num_tokens))
-        first = max(0, computed - self.window + 1) // self.page_size
+        first = int(first_column(computed, self.window, self.page_size))
         return -(-computed // self.page_size) - first
 
 

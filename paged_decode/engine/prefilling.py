@@ -41,8 +41,8 @@ class Prefilling:
         self._nothing = Taken.total([], len(allocator.pools))
         self._windows = any(window is not None for _, window in allocator.pools)
 
-    def next_chunks(self) -> Chunks | None:
-        """Take pages for the chunks of this visit; None: nobody can have any.
+    def next_chunks(self) -> Chunks | OutOfPages:
+        """Take pages for the chunks of this visit; if nobody can have any, what the first lacks.
 
         Where there are not enough for all, one chunk of each prompt that can have them, in turn.
         """
@@ -53,20 +53,13 @@ class Prefilling:
         taken = self._prepare(samples, [ends[slot_of(sample)] for sample in samples])
         if isinstance(taken, Taken):
             return Chunks(programs, samples, taken)
-        parts, able = [], []
-        for sample in self.samples:
-            if isinstance(part := self._prepare([sample], [self._end(sample)]), Taken):
-                parts.append(part)
-                able.append(sample)
-        if not able:
-            return None
+        each = [self._prepare([sample], [self._end(sample)]) for sample in self.samples]
+        able = [s for s, one in zip(self.samples, each, strict=True) if isinstance(one, Taken)]
+        if isinstance(each[0], OutOfPages) and not able:
+            return each[0]
         programs, served = _programs(able, self._config, 1)
+        parts = (one for one in each if isinstance(one, Taken))
         return Chunks(programs, able[:served], Taken.total(parts, len(self._allocator.pools)))
-
-    def shortage(self) -> OutOfPages | None:
-        """What is missing for the chunk of the first one, if anything is."""
-        taken = self._prepare(self.samples[:1], [self._end(self.samples[0])])
-        return taken if isinstance(taken, OutOfPages) else None
 
     def turn(self, plan: Prefill) -> list[int]:
         """The plan is launched: how many tokens its samples have computed now, in their order;

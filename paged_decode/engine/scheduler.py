@@ -320,7 +320,8 @@ class Scheduler:
             self.swapping.settle()
         self._admit()
         while self._prefilling.samples:
-            if (found := self._prefilling.next_chunks()) is not None:
+            found = self._prefilling.next_chunks()
+            if not isinstance(found, OutOfPages):
                 programs, samples, taken = found
                 enter, tables = self._seats.enter(self.allocator, taken.tables)
                 self.stats.note_usage(self.allocator.num_used)
@@ -329,9 +330,7 @@ class Scheduler:
                 return None  # those end, and give pages back
             if self.flights:
                 raise NeedsTruth
-            shard = self._seats.shard_of(self._prefilling.samples[0])
-            error = self._prefilling.shortage()
-            if error is None or not self._make_way(shard, error):
+            if not self._make_way(self._seats.shard_of(self._prefilling.samples[0]), found):
                 return None
         return None
 

@@ -314,10 +314,9 @@ def _as_parent(
     stamps = [np.full(count, -1) for count in counts]
     windows = opened.chain.header.windows
     if sources == list(range(len(counts))) and windows == [w for _, w in allocator.pools]:
-        others = [group.settled(state.computed, state.page_size) for group in state.groups]
-        for group, (known, settled) in enumerate(
-            zip(stamps, [state.settled, *others], strict=True)
-        ):
+        each = zip(stamps, (state.first_group, *state.groups), strict=True)
+        for group, (known, its) in enumerate(each):
+            settled = its.settled(state.computed, state.page_size)
             here = allocator.page_stamps(pages[group], group=group)
             known[kept[group]] = np.where(settled, here, -1)
     return Snapshot(

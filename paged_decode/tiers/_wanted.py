@@ -49,7 +49,7 @@ class Wanted:
         end = -(-computed // page_size)
         if self.window is None:
             return range(begin, end)
-        return range(int(first_column(np.array([computed]), self.window, page_size)[0]), end)
+        return range(int(first_column(computed, self.window, page_size)), end)
 
     def holding(self, first: int, pages: Sequence[int]) -> Wanted:
         """The same, with other pages."""
