@@ -132,7 +132,7 @@ def sampling_cases() -> Iterator[tuple[str, Callable[[], float]]]:
     import numpy as np
     from jax import lax
 
-    from paged_decode.sampling import SamplingParams, SamplingRows, sample
+    from paged_decode.engine.sampling import SamplingParams, SamplingRows, sample
 
     logits = jax.device_put(np.random.default_rng(0).standard_normal((64, 32000), np.float32) * 3)
     steps = 4 if jax.default_backend() == "cpu" else 50

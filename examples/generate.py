@@ -23,9 +23,9 @@ import jax
 from models import decoder, parallel, tokenizer, weights
 
 from paged_decode import BlockAllocator, Completion, Engine, EngineConfig, KVCache, SamplingParams
+from paged_decode.engine.requests import gather
 from paged_decode.errors import PagedDecodeError
 from paged_decode.policies import GroupPages
-from paged_decode.requests import gather
 from paged_decode.tiers import HostTier
 
 

@@ -20,6 +20,7 @@ from .engine import (
     Events,
     TokenEvent,
 )
+from .engine.sampling import SamplingParams
 from .errors import (
     OutOfPages,
     PagedDecodeError,
@@ -41,7 +42,6 @@ from .kernels import (
     paged_attention,
 )
 from .replicas import ReplicaCheck, ReplicaMismatch
-from .sampling import SamplingParams
 from .sharding import Spread, split_batch
 from .snapshot import (
     Restored,

@@ -21,10 +21,10 @@ outbox.py     events on their way to callbacks and callers
 ```
 """
 
-from ..requests import Completion, Events, TokenEvent
 from .aio import AsyncEngine
 from .config import EngineConfig, EngineStats
 from .engine import Engine
+from .requests import Completion, Events, TokenEvent
 
 __all__ = [
     "AsyncEngine",

@@ -9,9 +9,9 @@ from contextlib import suppress
 from typing import Any, TypeAlias
 
 from ..allocator.arguments import Ints
-from ..requests import TokenEvent
-from ..sampling import SamplingParams
 from .engine import Engine
+from .requests import TokenEvent
+from .sampling import SamplingParams
 
 __all__ = ["AsyncEngine", "EventStream"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from collections import deque
 
-from ..requests import OnToken, Sample
 from .outbox import Outbox
+from .requests import OnToken, Sample
 from .scheduler import Scheduler
 
 __all__ = ["Calls"]

@@ -25,17 +25,6 @@ from ..allocator import BlockAllocator, ShardedAllocator
 from ..allocator.arguments import Ints, as_count, as_counts, as_int
 from ..cache import KVCache
 from ..policies import AdmissionPolicy, PreemptionPolicy, VictimPolicy
-from ..requests import (
-    Completion,
-    Events,
-    OnToken,
-    TokenEvent,
-    check_callback,
-    check_sampling,
-    gather,
-    new_request,
-)
-from ..sampling import SamplingParams
 from ..snapshot import AS_SAVED, OSFiles, SavedSalt, Snapshot
 from ..snapshot._load import Terms
 from ..snapshot._save import SaveJob
@@ -47,8 +36,19 @@ from .loop import Loop
 from .outbox import Outbox
 from .plans import choose_decoding
 from .programs import Model
+from .requests import (
+    Completion,
+    Events,
+    OnToken,
+    TokenEvent,
+    check_callback,
+    check_sampling,
+    gather,
+    new_request,
+)
 from .room import Room, forget_prefixes
 from .runner import DeviceRunner, Progress
+from .sampling import SamplingParams
 from .scheduler import Scheduler
 from .swapping import TierSwapping
 from .turn import Turn

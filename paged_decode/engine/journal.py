@@ -8,8 +8,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from ..requests import Sample
 from .records import Decode, Result
+from .requests import Sample
 
 __all__ = ["Journal", "Outcome", "Outcomes", "outcomes_of"]
 

@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from ..requests import Events, OnToken, TokenEvent
 from .journal import Outcome
+from .requests import Events, OnToken, TokenEvent
 
 __all__ = ["Outbox"]
 

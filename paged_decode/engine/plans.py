@@ -10,8 +10,8 @@ import numpy as np
 
 from ..allocator import HeldPages, PageCopies, Prepared
 from ..allocator.merging import in_groups
-from ..requests import Sample
 from .records import Decode, Enter, TableDelta
+from .requests import Sample
 from .room import Allocator
 
 __all__ = [

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import OutOfPages
-from ..requests import Sample
 from .config import EngineConfig
 from .plans import Taken, slot_of
 from .records import Chunk, Prefill
+from .requests import Sample
 from .room import Allocator
 
 __all__ = ["Chunks", "Prefilling"]

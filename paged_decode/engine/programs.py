@@ -20,8 +20,8 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from ..cache import DecodeBatch, GroupBatch, KVCache, one_token_batch
-from ..sampling import Kind, draw
 from .rows import MessageSizes, RowState, apply_message, take_rows
+from .sampling import Kind, draw
 
 __all__ = ["DecodeOut", "Model", "Programs", "update"]
 

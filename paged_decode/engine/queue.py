@@ -8,7 +8,7 @@ from bisect import insort
 from collections.abc import Iterable, Iterator
 from operator import attrgetter
 
-from ..requests import Sample
+from .requests import Sample
 
 __all__ = ["WaitingQueue"]
 

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from ..allocator import PageCopies
-from ..requests import Sample
-from ..sampling import SamplingParams
+from .requests import Sample
+from .sampling import SamplingParams
 
 __all__ = ["Chunk", "Decode", "Enter", "Prefill", "Result", "Runner", "TableDelta", "Ticket"]
 

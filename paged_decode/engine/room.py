@@ -19,8 +19,8 @@ from ..policies import (
     ask_victim,
     require_policy,
 )
-from ..requests import Sample
 from .config import EngineConfig, groups_of
+from .requests import Sample
 
 __all__ = ["Allocator", "Room", "forget_prefixes"]
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from ..sampling import MAX_STOP_TOKENS, SamplingRows
 from .records import Enter, TableDelta
+from .sampling import MAX_STOP_TOKENS, SamplingRows
 
 __all__ = ["MessageSizes", "RowState", "apply_message", "empty_message", "messages", "take_rows"]
 

@@ -14,13 +14,13 @@ import numpy as np
 from .._devices import put_beside, tied
 from ..allocator import PageCopies
 from ..cache import KVCache
-from ..sampling import Kind
 from ..sharding import rank_within
 from .config import EngineConfig, EngineStats
 from .plans import Taken
 from .programs import DecodeOut, Model, Programs, update
 from .records import Chunk, Decode, Enter, Prefill, Result, TableDelta, Ticket
 from .rows import MessageSizes, RowState, empty_message, messages
+from .sampling import Kind
 
 __all__ = ["DeviceRunner", "Progress"]
 

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, cast
 from .._text import printable
 from ..allocator import BlockAllocator
 from ..errors import OutOfPages, SequenceTooLong, SnapshotMismatch
-from ..requests import Sample, TokenEvent
 from ..snapshot import SavedSalt
 from ..snapshot._engine import EngineState, PendingEvent, engine_arrays
 from ..snapshot._groups import GroupMismatch
@@ -17,6 +16,7 @@ from ..snapshot._load import Opened, Terms, place_snapshot
 from ..snapshot._save import SaveJob, plan_save
 from .calls import Calls
 from .outbox import Outbox
+from .requests import Sample, TokenEvent
 from .room import Allocator
 from .scheduler import Scheduler
 

@@ -24,13 +24,13 @@ import numpy as np
 from ..allocator import Handle, PageCopies
 from ..allocator.merging import in_groups
 from ..errors import OutOfPages
-from ..requests import Sample
 from .config import EngineConfig, EngineStats
 from .journal import Journal, Outcome, Outcomes, outcomes_of
 from .plans import Growth, decode_plan, growing
 from .prefilling import Prefilling
 from .queue import WaitingQueue
 from .records import Decode, Prefill, Result, Ticket
+from .requests import Sample
 from .room import Allocator, Room
 from .seats import Seats
 from .swapping import Swapping

@@ -5,9 +5,9 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable
 
-from ..requests import Sample
 from .plans import entries_of, slot_of
 from .records import Enter, TableDelta
+from .requests import Sample
 from .room import Allocator
 
 __all__ = ["Seats"]

@@ -14,9 +14,9 @@ from ..engine import Engine, EngineConfig
 from ..engine.loop import Plans
 from ..engine.plans import Taken
 from ..engine.records import Decode, Prefill, Result, Runner, Ticket
+from ..engine.requests import TokenEvent
+from ..engine.sampling import SamplingParams
 from ..policies import SampleView
-from ..requests import TokenEvent
-from ..sampling import SamplingParams
 from ..tiers import CacheHolder, PageMover
 from .costs import Program
 from .report import Record, Report, UsageLog, summarize

@@ -17,12 +17,12 @@ from ..engine.config import sequence_limit
 from ..engine.journal import Outcome
 from ..engine.loop import Loop
 from ..engine.records import Decode, Prefill, Result, Ticket
+from ..engine.requests import Sample
 from ..engine.room import Room
+from ..engine.sampling import SamplingParams
 from ..engine.scheduler import Scheduler
 from ..engine.swapping import TierSwapping
 from ..policies import AdmissionPolicy, PreemptionPolicy, VictimPolicy
-from ..requests import Sample
-from ..sampling import SamplingParams
 from ..tiers import HostTier
 from .costs import CostModel, Program
 from .report import Record, Report, UsageLog, summarize

@@ -10,9 +10,9 @@ import numpy as np
 
 from ..allocator import AllocatorState
 from ..allocator.prefix import salt_key, salt_of
+from ..engine.requests import Sample, TokenEvent
+from ..engine.sampling import MAX_STOP_TOKENS, SamplingParams
 from ..errors import SnapshotCorrupt
-from ..requests import Sample, TokenEvent
-from ..sampling import MAX_STOP_TOKENS, SamplingParams
 from ._state import pack_bytes, require_split, unpack_bytes
 
 __all__ = ["ENGINE", "EngineState", "PendingEvent", "engine_arrays", "engine_from"]

@@ -14,9 +14,9 @@ import numpy as np
 
 from paged_decode import SamplingParams, save_snapshot
 
+from ..paged_decode.snapshot.grouped import LAYOUTS, lived
+from ..paged_decode.snapshot.small import busy
 from ..paged_decode.tiny import make_engine, prompts
-from ..snapshot.grouped import LAYOUTS, lived
-from ..snapshot.small import busy
 
 
 def make(folder: Path) -> None:

@@ -1,0 +1,32 @@
+"""The console command `paged-decode`: a table of subcommands, each in its own module."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from ..errors import PagedDecodeError
+from . import doctor, plan, pressure, snapshot
+
+__all__ = ["main"]
+
+# A subcommand is a module with `add(subparsers)`; it sets `run`, which returns an exit status.
+COMMANDS = (doctor, plan, snapshot, pressure)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status, 1 for an error that a message explains."""
+    parser = argparse.ArgumentParser(
+        prog="paged-decode",
+        description="Tools for paged KV caches: backends, plans, snapshots, memory pressure.",
+    )
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add(subparsers)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except (PagedDecodeError, OSError) as error:
+        print(f"paged-decode: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1

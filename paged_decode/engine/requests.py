@@ -1,0 +1,316 @@
+"""What an engine knows about its requests, and what it tells about them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, MutableSequence, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain, compress
+from operator import eq
+from typing import Any, NamedTuple, SupportsIndex, overload
+
+import numpy as np
+
+from ..allocator import PromptKey
+from ..allocator.arguments import Ints, as_count, as_int, as_prompt
+from ..allocator.prefix import salt_key
+from ..errors import SequenceTooLong
+from .sampling import SamplingParams
+
+__all__ = [
+    "Completion",
+    "Events",
+    "OnToken",
+    "Sample",
+    "TokenEvent",
+    "check_callback",
+    "check_sampling",
+    "gather",
+    "new_request",
+    "prompt_ids",
+]
+
+MAX_SAMPLES = 2**16  # of one request: each keeps a copy of the prompt on the host
+_UNLIMITED = 2**62
+
+
+class TokenEvent(NamedTuple):
+    """One token of one sample, or its end.
+
+    Attributes:
+      request_id: what `submit` returned.
+      sample: 0 <= sample < n.
+      index: place of the token among the generated ones, from 0.
+      token: its id; None if the sample ended without another token.
+      finish_reason: None while it goes on; "stop" (a stop token, which is `token`), "length"
+        (max_new_tokens), "capacity" (the pool or the page table cannot hold more of it and
+        nothing was left to preempt), "cancelled", "invalid_logits" (the model's logits for the next
+        token had a NaN, or nothing but -inf: its weights or its pages are broken).
+      top_logits: the largest logits of this step as (id, logit) pairs, if the engine keeps them.
+      detail: of an end at "capacity" without a token: what holds the pages.
+    """
+
+    request_id: int
+    sample: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]
+    token: int | None
+    finish_reason: str | None = None
+    top_logits: tuple[tuple[int, float], ...] = ()
+    detail: str = ""
+
+
+OnToken = Callable[[TokenEvent], object]
+
+
+class _Rows:
+    """The rows of some columns, again and again."""
+
+    __slots__ = ("__iter__",)
+
+    def __init__(self, columns: Sequence[Sequence[Any]]):
+        self.__iter__ = partial(zip, *columns)
+
+
+class Events(Sequence[TokenEvent]):
+    """Events in order, kept as columns: each `TokenEvent` is made when it is looked at.
+
+    A visit brings one for every row and step. As objects that wait to be read they would take the
+    host longer than all else that it does, most of that in the garbage collector. What iterates
+    them is C alone, so that `kept += engine.step()` is one operation for an interrupt. (So a list
+    cannot have the sum with it, but be extended by it; `[*a, *b]` joins anything.)
+
+    Attributes:
+      columns: a list for every field of `TokenEvent`.
+    """
+
+    __slots__ = ("__iter__", "__len__", "columns")
+
+    def __init__(self, columns: Iterable[list[Any]] | None = None):
+        self.columns = [[] for _ in TokenEvent._fields] if columns is None else list(columns)
+        self.__iter__ = partial(map, _make_event, _Rows(self.columns))
+        self.__len__ = self.columns[0].__len__
+
+    @classmethod
+    def of(cls, events: Iterable[TokenEvent]) -> Events:
+        """The same events."""
+        rows = list(events)
+        return cls(map(list, zip(*rows, strict=True)) if rows else None)
+
+    @classmethod
+    def joined(cls, parts: Iterable[Events]) -> Events:
+        """One after the other."""
+        columns = [each.columns for each in parts]
+        return cls([list(chain(*column)) for column in zip(*columns, strict=True)] or None)
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> TokenEvent: ...
+    @overload
+    def __getitem__(self, index: slice) -> Events: ...
+    def __getitem__(self, index: SupportsIndex | slice) -> TokenEvent | Events:
+        if isinstance(index, slice):
+            return Events(column[index] for column in self.columns)
+        return _make_event([column[index] for column in self.columns])
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Events | list | tuple):
+            return NotImplemented
+        return len(self) == len(other) and all(map(eq, self, other))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __add__(self, other: Iterable[TokenEvent]) -> list[TokenEvent]:
+        return [*self, *other]
+
+    def __repr__(self) -> str:
+        return repr(list(self))
+
+    def __reduce__(self) -> tuple[type[Events], tuple[list[list[Any]]]]:
+        return Events, (self.columns,)
+
+    def only(self, requests: Collection[int], *, others: bool = False) -> Events:
+        """Those of these requests, or those of all others."""
+        chosen = [(request in requests) != others for request in self.columns[0]]
+        return Events(list(compress(column, chosen)) for column in self.columns)
+
+
+_make_event = partial(tuple.__new__, TokenEvent)
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """Everything one sample of a request generated; fields as in `TokenEvent`."""
+
+    request_id: int
+    sample: int
+    tokens: tuple[int, ...]
+    finish_reason: str
+    top_logits: tuple[tuple[tuple[int, float], ...], ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Sample:
+    """One stream of tokens inside the engine: waiting (no handle), prefilling, or decoding.
+
+    `tokens` holds prompt and generated tokens, as far as they were read from the device. The newest
+    one is not in the cache yet: the next decode step writes it, so a fresh prompt, a fork and a
+    resumed request all look alike.
+
+    Attributes:
+      limit: tokens that a sequence may have in the engine.
+      goal: tokens that it can come to, by that and by `max_new_tokens`.
+      siblings: further samples of the prompt, forked when it is in the cache.
+      handle: its pages; None while it has none.
+      computed: tokens whose keys and values are in the cache, or will be by programs launched.
+      place: its turn among those that wait, the lowest first.
+      slot: its row on the device from admission to its last visit; None without one.
+      in_flight: tokens that visits were launched for and that are not read yet.
+      asked: whether the admission policy was asked for it and its siblings.
+      ended: whether its last event is on its way.
+    """
+
+    request_id: int
+    index: int
+    prompt_len: int
+    tokens: MutableSequence[int]
+    sampling: SamplingParams
+    cache_salt: str | bytes | None
+    siblings: list[Sample] = field(default_factory=list)
+    handle: Any = None  # a Handle
+    computed: int = 0
+    preemptions: int = 0
+    priority: int = 0
+    limit: int = _UNLIMITED
+    place: int = 0
+    slot: int | None = None
+    in_flight: int = 0
+    asked: bool = True
+    ended: bool = False
+    goal: int = field(init=False)
+    _key: PromptKey | None = None
+
+    def __post_init__(self) -> None:
+        self.bound(self.limit)
+
+    def bound(self, limit: int) -> None:
+        """Let it have so many tokens at most."""
+        self.limit = limit
+        self.goal = min(self.prompt_len + self.sampling.max_new_tokens, limit)
+
+    @property
+    def key(self) -> PromptKey:
+        """Its tokens, to be looked up visit after visit: their digests are computed once."""
+        if self._key is None or len(self._key) != len(self.tokens):
+            self._key = PromptKey(np.array(self.tokens, np.int32), cache_salt=self.cache_salt)
+        return self._key
+
+    @property
+    def generated(self) -> int:
+        """Tokens behind the prompt."""
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def left(self) -> int:
+        """Tokens that it can still get."""
+        return self.goal - len(self.tokens)
+
+    @property
+    def decoding(self) -> bool:
+        """Whether all but its newest token is in the cache."""
+        return self.handle is not None and self.computed == len(self.tokens) - 1
+
+    def ending(self, tokens: Sequence[int]) -> str | None:
+        """Why the sample ends with the last of these new tokens, if it does."""
+        if tokens[-1] in self.sampling.stop_tokens:
+            return "stop"
+        length = len(self.tokens) + len(tokens)
+        if length < self.goal:
+            return None
+        most = self.prompt_len + self.sampling.max_new_tokens
+        return "length" if length >= most else "capacity"
+
+    def spawn(self, request_id: int, index: int, sampling: SamplingParams, **fields: Any) -> Sample:
+        """A sample with the same tokens and no place in the pool."""
+        return replace(
+            self,
+            request_id=request_id,
+            index=index,
+            sampling=sampling,
+            tokens=self.tokens[:],
+            siblings=[],
+            handle=None,
+            computed=0,
+            preemptions=0,
+            slot=None,
+            in_flight=0,
+            **fields,
+        )
+
+
+def new_request(
+    prompt: Ints,
+    sampling: SamplingParams,
+    *,
+    n: SupportsIndex,
+    cache_salt: str | bytes | None,
+    priority: SupportsIndex,
+    vocab_size: int | None,
+    limit: int,
+) -> Sample:
+    """The first of n samples of a prompt, with the others; sample i has seed + i, ids are to come.
+
+    Raises:
+      SequenceTooLong: the prompt and one token are more than `limit`.
+      TypeError, ValueError: an argument is not what it should be.
+    """
+    sampling, tokens = check_sampling(sampling), prompt_ids(prompt, vocab_size)
+    salt_key(cache_salt)  # refuses a bad one now
+    n, priority = as_count("n", n, 1, MAX_SAMPLES), as_int("priority", priority)
+    if len(tokens) + 1 > limit:
+        raise SequenceTooLong(
+            f"a prompt of {len(tokens)} tokens and one generated token need {len(tokens) + 1} "
+            f"places, but a sequence can have {limit} (usable pages * page_size, or "
+            "max_sequence_tokens); shorten it or enlarge the pool"
+        )
+    first = Sample(-1, 0, len(tokens), tokens, sampling, cache_salt, priority=priority)
+    for i in range(1, n):
+        seeded = replace(sampling, seed=(sampling.seed + i) % 2**32)
+        first.siblings.append(first.spawn(-1, i, seeded))
+    return first
+
+
+def prompt_ids(prompt: Ints, vocab_size: int | None = None) -> list[int]:
+    """Check a prompt and make it a list of ints."""
+    ids = as_prompt("prompt", prompt)
+    if vocab_size is not None and ids.max() >= vocab_size:
+        raise ValueError(f"prompt must be ids below vocab_size {vocab_size}, got {ids.max()}")
+    return ids.tolist()
+
+
+def check_callback(on_token: OnToken | None) -> None:
+    """Refuse what cannot be called, before anything is queued."""
+    if not (on_token is None or callable(on_token)):
+        raise TypeError(f"on_token must be callable, got {type(on_token).__name__}")
+
+
+def check_sampling(sampling: SamplingParams) -> SamplingParams:
+    """Refuse what is not `SamplingParams`, before it is queued."""
+    if not isinstance(sampling, SamplingParams):
+        raise TypeError(f"sampling must be SamplingParams, got {type(sampling).__name__}")
+    return sampling
+
+
+def gather(events: Iterable[TokenEvent]) -> list[Completion]:
+    """Join events to completions, ordered by request and sample; all must have ended."""
+    streams: dict[tuple[int, int], list[TokenEvent]] = {}
+    for event in events:
+        streams.setdefault((event.request_id, event.sample), []).append(event)
+    return [
+        Completion(
+            request_id=key[0],
+            sample=key[1],
+            tokens=tuple(e.token for e in stream if e.token is not None),
+            finish_reason=stream[-1].finish_reason or "unfinished",
+            top_logits=tuple(e.top_logits for e in stream if e.top_logits),
+        )
+        for key, stream in sorted(streams.items())
+    ]
