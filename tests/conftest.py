@@ -1,6 +1,7 @@
 """Strict settings for every test: CPU, strict promotion, warnings as errors, checked shapes."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -27,6 +28,17 @@ import jax  # noqa: E402
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_enable_compilation_cache", False)
 jax.config.update("jax_num_cpu_devices", 8)  # for tests of meshes; the others use the first one
+
+
+def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
+    """What a backend's own answer excludes is no result of the suite: neither pass nor skip."""
+    return ("refused", "r", "REFUSED") if hasattr(report, "refusal") else None
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reasons = Counter(report.refusal for report in terminalreporter.stats.get("refused", ()))
+    for reason, count in sorted(reasons.items()):
+        terminalreporter.write_line(f"REFUSED [{count}] {reason}")
 
 
 @pytest.fixture

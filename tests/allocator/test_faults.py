@@ -25,7 +25,6 @@ pytestmark = pytest.mark.usefixtures("unchecked")
 
 
 def test_one_page_too_many_tells_what_is_there():
-    """fault 30"""
     error = refuses(allocator := make(3), OutOfPages, allocator.allocate_pages, 4)
     assert (error.needed, error.free, error.evictable, error.group) == (4, 3, 0, 0)
     assert "needed 4 pages, but only 3 are free" in str(error)
@@ -72,7 +71,6 @@ CALLS = {
 @pytest.mark.parametrize("stale", STALE)
 @pytest.mark.parametrize("call", CALLS)
 def test_a_handle_that_is_not_live_is_refused_everywhere(call, stale):
-    """fault 31"""
     allocator = make()
     bad = STALE[stale](allocator, allocator.allocate([1, 2]))
     refuses(allocator, StaleHandle, CALLS[call], allocator, bad)
@@ -88,7 +86,6 @@ def test_a_handle_is_an_integer(call, bad):
 
 
 def test_a_stale_handle_among_live_ones_frees_nothing():
-    """fault 31"""
     allocator = make()
     a, b = (allocator.allocate(range(5)) for _ in range(2))
     allocator.free(b)
@@ -97,7 +94,6 @@ def test_a_stale_handle_among_live_ones_frees_nothing():
 
 
 def test_a_freed_handle_stays_stale_when_its_row_is_used_again():
-    """fault 31"""
     allocator = make()
     dead: list[int] = []
     for _ in range(100):
@@ -124,7 +120,6 @@ def test_a_sequence_named_twice_in_a_call_is_refused(call):
 
 
 def test_forks_diverge_with_one_copy_and_counts_return_to_zero():
-    """fault 32"""
     allocator = make(prefix_cache=False)
     parent = allocator.allocate(range(6))
     (child,) = allocator.fork(parent)
@@ -153,7 +148,6 @@ def test_forks_diverge_with_one_copy_and_counts_return_to_zero():
     ],
 )
 def test_an_impossible_pool_is_refused(num_pages, page_size, name):
-    """fault 33"""
     with pytest.raises(ValueError, match=name):
         BlockAllocator(num_pages, page_size)
 
@@ -181,7 +175,6 @@ def test_a_bad_option_is_named(option, error):
 
 
 def test_the_smallest_pool_works():
-    """fault 33"""
     allocator = make(1, page_size=1)
     handle = computed(allocator, [5])
     refuses(allocator, SequenceTooLong, allocator.advance, [handle], [6])
@@ -194,7 +187,7 @@ def test_the_smallest_pool_works():
 
 
 def test_a_pool_whose_slots_use_all_31_bits_works():
-    """fault 33: page ids over 65,535, and slots close to 2**31"""
+    """Page ids over 65,535, and slots close to 2**31"""
     allocator = BlockAllocator(2**21, 1024, prefix_cache=False)
     allocator.allocate_pages(2**21 - 2)
     handle = allocator.allocate([1] * 1023)
@@ -204,7 +197,6 @@ def test_a_pool_whose_slots_use_all_31_bits_works():
 
 
 def test_a_referenced_page_is_never_evicted():
-    """fault 34"""
     allocator = make(4)
     held = computed(allocator, range(2 * S))
     pinned = allocator.allocate_pages(2)
@@ -219,7 +211,6 @@ def test_a_referenced_page_is_never_evicted():
 
 
 def test_int32_and_int64_tokens_are_the_same_tokens():
-    """fault 35"""
     allocator = make()
     kinds = [np.int8, np.uint8, np.int32, np.int64, np.uint64, ">i4", "<i8"]
     assert len({tuple(allocator.page_digests(np.arange(9, dtype=k))) for k in kinds}) == 1
@@ -230,7 +221,6 @@ def test_int32_and_int64_tokens_are_the_same_tokens():
 
 
 def test_a_constant_digest_shares_nothing_wrongly():
-    """fault 35"""
     allocator = make(16, digest=lambda key, payload: b"")
     for tokens in ([1] * 8, [2] * 8, [1, 1, 1, 1, 2, 2, 2, 2], [2, 2, 2, 2, 1, 1, 1, 1]):
         for salt in (None, "", "a", b"a"):
@@ -242,7 +232,6 @@ def test_a_constant_digest_shares_nothing_wrongly():
 
 
 def test_many_threads_leave_the_bookkeeping_whole():
-    """fault 37"""
     allocator, failures = make(64), []
 
     def work(seed: int) -> None:

@@ -53,13 +53,11 @@ def refuses(allocator: BlockAllocator, error: type[Exception], call, *args, **kw
 
 class TestPagesAndCounts:
     def test_a_fresh_pool_is_free_and_never_hands_out_the_null_page(self):
-        """1"""
         allocator = make(5)
         assert counts(allocator) == (5, 0, 0)
         assert sorted(allocator.allocate_pages(5)) == [1, 2, 3, 4, 5]
 
     def test_raw_pages_are_distinct_and_have_one_owner(self):
-        """2"""
         allocator = make(5)
         got = allocator.allocate_pages(3)
         assert len(set(got)) == 3 and 0 not in got
@@ -67,7 +65,6 @@ class TestPagesAndCounts:
         assert counts(allocator) == (2, 0, 3)
 
     def test_more_pages_than_free_and_evictable_change_nothing(self):
-        """3"""
         allocator = make(4)
         allocator.free(computed(allocator, range(8)))
         assert counts(allocator) == (2, 2, 0)
@@ -75,7 +72,6 @@ class TestPagesAndCounts:
         assert (error.needed, error.free, error.evictable) == (5, 2, 2)
 
     def test_no_pages_are_an_empty_list(self):
-        """4"""
         allocator = make(4)
         before = freeze(allocator)
         assert allocator.allocate_pages(0) == []
@@ -84,21 +80,18 @@ class TestPagesAndCounts:
 
     @pytest.mark.parametrize("bad, error", [(-1, ValueError), (1.0, TypeError), (True, TypeError)])
     def test_a_number_of_pages_is_a_non_negative_int(self, unchecked, bad, error):
-        """4"""
         allocator = make(4)
         assert "k must be" in str(refuses(allocator, error, allocator.allocate_pages, bad))
 
     @pytest.mark.parametrize("tokens", range(1, 4 * S + 1))
     @pytest.mark.parametrize("page_size", [1, 2, 4])
     def test_a_sequence_takes_the_pages_of_its_tokens(self, tokens, page_size):
-        """5"""
         allocator = make(32, page_size)
         handle = allocator.allocate(range(tokens))
         assert len(pages(allocator, handle)) == -(-tokens // page_size)
         assert allocator.num_used == -(-tokens // page_size)
 
     def test_a_full_last_page_takes_one_more_only_for_the_next_token(self):
-        """5"""
         allocator = make()
         handle = allocator.allocate(range(2 * S))
         assert allocator.num_used == 2
@@ -106,7 +99,6 @@ class TestPagesAndCounts:
         assert allocator.num_used == 3
 
     def test_append_takes_a_page_per_boundary_crossed(self):
-        """6"""
         allocator = make()
         handle = allocator.allocate([1])
         for count, used in [(2, 1), (1, 1), (1, 2), (3 + 2 * S, 4), (1, 5)]:
@@ -115,7 +107,6 @@ class TestPagesAndCounts:
 
     @pytest.mark.parametrize("call", ["append", "advance", "reserve"])
     def test_a_batch_whose_last_row_does_not_fit_changes_no_row(self, call):
-        """7"""
         allocator = make(4)
         handles = [allocator.allocate(range(S)) for _ in range(3)]
         arguments = dict(append=np.ones((3, 1), int), advance=[1, 1, 1], reserve=1)[call]
@@ -124,7 +115,6 @@ class TestPagesAndCounts:
         allocator.advance(handles[:1], [1])
 
     def test_all_pages_come_back_and_can_be_taken_again(self):
-        """9"""
         allocator = make(8, prefix_cache=False)
         for _ in range(3):
             handles = [allocator.allocate(range(2 * S)) for _ in range(4)]
@@ -133,14 +123,12 @@ class TestPagesAndCounts:
             assert counts(allocator) == (8, 0, 0)
 
     def test_a_sequence_is_freed_once(self):
-        """10"""
         allocator = make()
         handle = allocator.allocate([1, 2])
         allocator.free(handle)
         refuses(allocator, StaleHandle, allocator.free, handle)
 
     def test_a_page_or_sequence_listed_twice_is_refused(self):
-        """11"""
         allocator = make()
         first, second = allocator.allocate_pages(2)
         handle = allocator.allocate([1])
@@ -149,7 +137,6 @@ class TestPagesAndCounts:
         assert counts(allocator) == (5, 0, 3)
 
     def test_the_null_page_in_a_list_to_free_is_padding(self):
-        """12"""
         allocator = make()
         got = allocator.allocate_pages(2)
         allocator.free_pages([0, *got, 0])
@@ -160,26 +147,22 @@ class TestPagesAndCounts:
         "page, error", [(-1, ValueError), (9, ValueError), (2**40, ValueError), (3, PageTableError)]
     )
     def test_an_unknown_page_is_not_freed(self, page, error):
-        """13"""
         allocator = make()
         first, *_ = allocator.allocate_pages(2)
         refuses(allocator, error, allocator.free_pages, [first, page])
 
     def test_a_page_of_a_sequence_is_not_freed_by_number(self):
-        """13"""
         allocator = make()
         handle = allocator.allocate(range(9))
         refuses(allocator, PageTableError, allocator.free_pages, pages(allocator, handle)[:1])
 
     def test_a_raw_page_is_freed_once(self):
-        """13"""
         allocator = make()
         got = allocator.allocate_pages(2)
         allocator.free_pages(got)
         refuses(allocator, PageTableError, allocator.free_pages, got)
 
     def test_the_free_counter_is_the_length_of_the_free_list_after_every_call(self):
-        """14"""
         allocator, rng = make(12), np.random.default_rng(0)
         live: list[int] = []
         for _ in range(200):
@@ -197,7 +180,6 @@ class TestPagesAndCounts:
 
 class TestForks:
     def test_a_fork_at_a_page_boundary_shares_everything_and_takes_nothing(self):
-        """15"""
         allocator = make()
         parent = allocator.allocate(range(2 * S))
         (child,) = allocator.fork(parent)
@@ -208,7 +190,6 @@ class TestForks:
         assert counts(allocator) == (4, 0, 4)
 
     def test_a_fork_inside_a_page_shares_it_until_either_side_writes(self):
-        """16"""
         allocator = make()
         parent = allocator.allocate(range(6))
         (child,) = allocator.fork(parent)
@@ -224,7 +205,6 @@ class TestForks:
 
     @pytest.mark.parametrize("writer", [0, 1])
     def test_what_one_fork_writes_the_other_never_reads(self, writer):
-        """17"""
         allocator = make()
         device = Device(allocator)
         parent = allocator.allocate(range(6))
@@ -243,7 +223,6 @@ class TestForks:
                 assert device.read(allocator, each) == contents(tokens[each], None)
 
     def test_a_fork_without_free_pages_succeeds_and_fails_later_without_a_leak(self):
-        """18"""
         allocator = make(2)
         parent = allocator.allocate(range(6))
         (child,) = allocator.fork(parent)
@@ -256,7 +235,6 @@ class TestForks:
         assert counts(allocator) == (2, 0, 0)
 
     def test_the_only_owner_writes_in_place(self):
-        """19"""
         allocator = make()
         parent = allocator.allocate(range(6))
         (child,) = allocator.fork(parent)
@@ -267,7 +245,6 @@ class TestForks:
 
     @pytest.mark.parametrize("first", [0, 1])
     def test_shared_pages_live_until_their_last_owner(self, first):
-        """20"""
         allocator = make(prefix_cache=False)
         pair = [parent := allocator.allocate(range(6)), *allocator.fork(parent)]
         allocator.free(pair[first])
@@ -277,7 +254,6 @@ class TestForks:
 
     @pytest.mark.parametrize("seed", range(5))
     def test_a_tree_of_forks_is_conserved_in_any_order_of_freeing(self, seed):
-        """21"""
         allocator, rng = make(64), np.random.default_rng(seed)
         family = [allocator.allocate(range(6))]
         for _ in range(6):
@@ -292,7 +268,6 @@ class TestForks:
 
     @pytest.mark.parametrize("writers, copied", [(1, 1), (2, 2), (3, 3), (4, 3)])
     def test_of_four_owners_writing_in_one_call_all_copy_but_the_last_owner(self, writers, copied):
-        """19, 21"""
         allocator = make(16)
         parent = allocator.allocate(range(6))
         family = [parent, *allocator.fork(parent, 3)]
@@ -302,14 +277,12 @@ class TestForks:
         assert counts(allocator) == (14 - copied, 0, 2 + copied)
 
     def test_exactly_enough_pages_for_the_copies_are_enough(self):
-        """7, 18"""
         allocator = make(4)
         family = [parent := allocator.allocate(range(6)), *allocator.fork(parent, 2)]
         allocator.advance(family, [1, 2, 3])
         assert counts(allocator) == (0, 0, 4)
 
     def test_a_row_may_need_a_copy_and_new_pages_at_once(self):
-        """6, 16"""
         allocator = make(5)
         parent = allocator.allocate(range(6))
         (child,) = allocator.fork(parent)
@@ -321,7 +294,6 @@ class TestForks:
         assert allocator.tokens(parent).tolist() == list(range(6))
 
     def test_reserved_pages_stay_with_the_parent(self):
-        """15, 16"""
         allocator = make()
         parent = allocator.allocate(range(6))
         allocator.reserve([parent], 6)
@@ -332,7 +304,6 @@ class TestForks:
         assert counts(allocator) == (8, 0, 0)
 
     def test_fork_inherits_salt_and_what_is_computed(self):
-        """15"""
         allocator = make()
         parent = allocator.allocate(range(6), cache_salt="a")
         allocator.commit([parent], 5)
@@ -343,7 +314,6 @@ class TestForks:
 
 class TestPrefixCache:
     def test_a_shared_prefix_hits_exactly_its_full_pages(self):
-        """22"""
         allocator = make()
         first = computed(allocator, [*range(3 * S), 50])
         second = allocator.allocate([*range(3 * S), 60, 61])
@@ -354,7 +324,6 @@ class TestPrefixCache:
         assert counts(allocator) == (3, 0, 5)
 
     def test_a_partial_page_is_not_published(self):
-        """23"""
         allocator = make()
         computed(allocator, range(S + 3))
         assert allocator.match_prefix(range(S + 3)) == S
@@ -363,7 +332,6 @@ class TestPrefixCache:
 
     @pytest.mark.parametrize("tokens, hit", [(1, 0), (S, 0), (S + 1, S), (2 * S, S), (9, 2 * S)])
     def test_at_least_one_token_is_left_to_compute(self, tokens, hit):
-        """24"""
         allocator = make()
         computed(allocator, range(12))
         assert allocator.match_prefix(range(tokens)) == hit
@@ -371,7 +339,6 @@ class TestPrefixCache:
         assert allocator.sequence(handle).cached == hit < tokens
 
     def test_hits_on_cached_pages_revive_them_and_count_for_what_fits(self):
-        """25"""
         allocator = make(4)
         allocator.free(computed(allocator, range(3 * S)))
         assert counts(allocator) == (1, 3, 0)
@@ -380,7 +347,6 @@ class TestPrefixCache:
         assert counts(allocator) == (0, 0, 4)
 
     def test_a_request_that_does_not_fit_beside_its_hits_leaves_them_untouched(self):
-        """26"""
         allocator = make(4)
         computed(allocator, [7, 7])
         allocator.free(computed(allocator, range(2 * S)))
@@ -390,7 +356,6 @@ class TestPrefixCache:
         assert allocator.match_prefix(range(4 * S)) == 2 * S
 
     def test_unpublished_pages_go_first_then_the_least_recent_deep_before_shallow(self):
-        """27"""
         allocator = make(5)
         old, new = computed(allocator, range(2 * S)), computed(allocator, range(50, 50 + 2 * S))
         old_pages, new_pages = pages(allocator, old), pages(allocator, new)
@@ -401,7 +366,6 @@ class TestPrefixCache:
         assert taken[1:] == [*old_pages[::-1], *new_pages[::-1]]
 
     def test_a_hit_makes_a_page_recent(self):
-        """27"""
         allocator = make(4)
         first, second = computed(allocator, range(S)), computed(allocator, range(50, 50 + S))
         (page,) = pages(allocator, first)
@@ -412,7 +376,6 @@ class TestPrefixCache:
         assert allocator.allocate_pages(1) == [page]
 
     def test_a_page_is_not_evicted_for_the_request_that_hits_it(self):
-        """28"""
         allocator = make(3)
         allocator.free(computed(allocator, range(S)))
         allocator.free(computed(allocator, range(50, 50 + 2 * S)))
@@ -422,7 +385,6 @@ class TestPrefixCache:
         assert counts(allocator) == (0, 0, 3)
 
     def test_a_reused_page_is_found_by_its_old_tokens_no_more(self):
-        """29"""
         allocator = make(2)
         allocator.free(computed(allocator, range(2 * S)))
         handle = allocator.allocate([9] * (S + 1))
@@ -432,7 +394,6 @@ class TestPrefixCache:
         assert allocator.stats().published == 1
 
     def test_the_same_tokens_elsewhere_are_no_hit(self):
-        """30"""
         allocator = make(16)
         a, b = list(range(S)), list(range(50, 50 + S))
         computed(allocator, a + b)
@@ -446,14 +407,12 @@ class TestPrefixCache:
 
     @pytest.mark.parametrize("salt", SALTS, ids=repr)
     def test_only_an_equal_salt_hits(self, salt):
-        """31"""
         allocator = make()
         computed(allocator, range(S + 1), cache_salt=salt)
         hits = {repr(s): allocator.match_prefix(range(S + 1), cache_salt=s) for s in self.SALTS}
         assert hits == {repr(s): S if s is salt else 0 for s in self.SALTS}
 
     def test_a_fingerprint_changes_every_digest(self):
-        """31"""
         plain, tuned = make(), make(fingerprint=b"adapter")
         assert plain.page_digests(range(9)) != tuned.page_digests(range(9))
         assert make(fingerprint=b"ab").page_digests(range(4), cache_salt=b"") != make(
@@ -461,7 +420,6 @@ class TestPrefixCache:
         ).page_digests(range(4), cache_salt=b"b")
 
     def test_two_sequences_may_compute_the_same_page(self):
-        """32"""
         allocator = make()
         device = Device(allocator)
         pair = [allocator.allocate(range(2 * S + 1)) for _ in range(2)]
@@ -478,7 +436,6 @@ class TestPrefixCache:
         assert allocator.num_used == 0
 
     def test_nothing_is_found_before_it_is_committed(self):
-        """33"""
         allocator = make()
         first = allocator.allocate(range(2 * S + 1))
         assert allocator.match_prefix(range(2 * S + 1)) == 0
@@ -488,7 +445,6 @@ class TestPrefixCache:
         assert counts(allocator) == (7, 1, 0)  # what was not computed is not kept
 
     def test_tokens_appended_later_are_published_by_commit(self):
-        """33"""
         allocator = make()
         handle = computed(allocator, [0])
         for token in range(1, 9):
@@ -498,7 +454,6 @@ class TestPrefixCache:
             assert allocator.match_prefix([*range(token + 1), 99]) == (token + 1) // S * S
 
     def test_colliding_digests_give_no_false_hit(self):
-        """34"""
         allocator = make(16, digest=lambda key, payload: b"same")
         first = computed(allocator, [1] * S)
         assert allocator.match_prefix([1] * S + [0]) == S
@@ -513,7 +468,6 @@ class TestPrefixCache:
         assert counts(allocator) == (15, 1, 0)
 
     def test_reset_is_refused_while_a_page_has_an_owner(self):
-        """35"""
         allocator = make()
         allocator.free(computed(allocator, range(9)))
         handle = allocator.allocate([1])
@@ -527,7 +481,6 @@ class TestPrefixCache:
         allocator.free_pages([page])
 
     def test_a_cache_that_is_off_never_hits_and_never_digests_a_page(self):
-        """36"""
         payloads = []
 
         def digest(key: bytes, payload: bytes) -> bytes:
@@ -544,14 +497,12 @@ class TestPrefixCache:
         assert counts(allocator) == (8, 0, 0)
 
     def test_a_hit_is_a_whole_number_of_pages(self):
-        """36"""
         allocator = make()
         computed(allocator, range(12))
         for tokens in range(1, 12):
             assert allocator.match_prefix([*range(tokens), 99]) % S == 0
 
     def test_the_same_key_gives_the_same_digests_in_another_process(self):
-        """37"""
         code = (
             "from paged_decode.allocator import BlockAllocator\n"
             "a = BlockAllocator(9, 4, hash_key=b'test')\n"
@@ -563,13 +514,12 @@ class TestPrefixCache:
         )
 
     def test_without_a_key_digests_differ_between_allocators(self):
-        """37"""
         first, second = BlockAllocator(9, 4), BlockAllocator(9, 4)
         assert first.page_digests(range(9)) != second.page_digests(range(9))
 
     @pytest.mark.parametrize("lost", [1, 2])
     def test_a_sequence_publishes_its_own_pages_where_its_twins_are_lost(self, lost):
-        """29, 32: found pages are never unfindable because of who computed them first."""
+        """Found pages are never unfindable because of who computed them first."""
         allocator = make(16)
         tokens = list(range(3 * S))
         first, second = allocator.allocate(tokens), allocator.allocate(tokens)
@@ -587,7 +537,7 @@ class TestPrefixCache:
         allocator.check_invariants()
 
     def test_a_fork_on_a_used_row_knows_which_of_its_entries_are_lost(self):
-        """29, 32: the row of the fork belonged to a sequence that had lost nothing."""
+        """The row of the fork belonged to a sequence that had lost nothing."""
         allocator = make(16)
         tokens = list(range(2 * S))
         first, second = allocator.allocate(tokens), allocator.allocate(tokens)
@@ -601,7 +551,7 @@ class TestPrefixCache:
         assert allocator.match_prefix([*tokens, 70, 71, 72, 73, 0]) == 3 * S
 
     def test_a_recomputed_parent_takes_the_place_of_the_stale_child(self):
-        """29, 32: the child's entry outlived its parent, and names a link that is gone."""
+        """The child's entry outlived its parent, and names a link that is gone."""
         allocator = make(8)
         long = computed(allocator, range(2 * S))
         (twin,) = allocator.fork(long)
@@ -618,7 +568,6 @@ class TestPrefixCache:
 
 class TestTruncation:
     def test_truncate_frees_whole_tail_pages(self):
-        """40"""
         allocator = make()
         handle = allocator.allocate(range(3 * S))
         allocator.truncate(handle, S + 1)
@@ -628,7 +577,6 @@ class TestTruncation:
         assert allocator.tokens(handle).tolist() == list(range(S))
 
     def test_truncate_leaves_the_pages_of_others_alone(self):
-        """40"""
         allocator = make()
         parent = computed(allocator, range(3 * S))
         (child,) = allocator.fork(parent)
@@ -640,7 +588,6 @@ class TestTruncation:
         assert allocator.tokens(parent).tolist() == list(range(3 * S))
 
     def test_a_page_that_becomes_partial_leaves_the_cache(self):
-        """40"""
         allocator = make()
         handle = computed(allocator, range(2 * S))
         allocator.truncate(handle, S + 2)
@@ -651,7 +598,6 @@ class TestTruncation:
         assert allocator.match_prefix([*range(2 * S), 0]) == S
 
     def test_a_partial_page_kept_for_another_is_withdrawn_when_it_is_written(self):
-        """40"""
         allocator = make()
         long = computed(allocator, range(2 * S))
         (short,) = allocator.fork(long)
@@ -663,7 +609,6 @@ class TestTruncation:
         assert allocator.match_prefix([*range(2 * S), 0]) == S
 
     def test_truncate_lowers_what_is_computed(self):
-        """40"""
         allocator = make()
         handle = computed(allocator, range(9))
         allocator.truncate(handle, 5)
@@ -673,7 +618,6 @@ class TestTruncation:
         allocator.check_invariants()
 
     def test_truncate_gives_reserved_pages_back(self):
-        """40"""
         allocator = make()
         handle = allocator.allocate(range(5))
         allocator.reserve([handle], 20)
@@ -681,7 +625,6 @@ class TestTruncation:
         assert counts(allocator) == (6, 0, 2)
 
     def test_a_sequence_without_tokens_lives_on(self):
-        """40"""
         allocator = make()
         handle = computed(allocator, range(9), cache_salt="a")
         allocator.truncate(handle, 0)
@@ -696,7 +639,6 @@ class TestTruncation:
         "length, error", [(-1, ValueError), (10, ValueError), (1.0, TypeError)]
     )
     def test_truncate_only_shortens(self, unchecked, length, error):
-        """40"""
         allocator = make()
         handle = allocator.allocate(range(9))
         assert "length must be" in str(
@@ -707,7 +649,6 @@ class TestTruncation:
 class TestWhatFits:
     @pytest.mark.parametrize("page_size", [1, 2, 4])
     def test_a_sequence_may_fill_the_pool_and_no_more(self, page_size):
-        """42"""
         allocator = make(3, page_size)
         limit = 3 * page_size
         assert allocator.can_ever_fit(limit) and not allocator.can_ever_fit(limit + 1)
@@ -719,7 +660,6 @@ class TestWhatFits:
         refuses(allocator, SequenceTooLong, allocator.reserve, [handle], 2**62)
 
     def test_a_watermark_is_left_free(self):
-        """46"""
         allocator = make(4)
         refuses(allocator, OutOfPages, allocator.allocate, range(9), keep_free=2)
         allocator.allocate(range(9), keep_free=1)

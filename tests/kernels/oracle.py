@@ -12,15 +12,22 @@ import numpy as np
 import pytest
 
 from paged_decode.kernels import BACKENDS, paged_attention
+from paged_decode.kernels.dispatch import default_platform
 
 from .pallas_tpu.interpret import NAME as TPU
 from .triton.interpret import INSTALLED
 from .triton.interpret import NAME as INTERPRETED
 
-# What compiles into the program it is called from. The interpreted kernel is a call back into
-# Python, which copies its arrays: memory and aliasing are not tested on it, everything else is.
-COMPILED = [backend.name for backend in BACKENDS]
-# The backends of the library, and its kernels for GPU and TPU once more, interpreted on the CPU.
+# The library's backends that can run here; `test_refusals.py` has the others' reasons. They compile
+# into the program they are called from. The interpreted kernel is a call back into Python, which
+# copies its arrays: memory and aliasing are not tested on it, everything else is.
+ONLY_ON = {"pallas_gpu": ("gpu",)}  # runs by name alone, and not everywhere
+COMPILED = [
+    backend.name
+    for backend in BACKENDS
+    if default_platform() in (backend.platforms or ONLY_ON.get(backend.name, ("cpu", "gpu", "tpu")))
+]
+# These, and the kernels for GPU and TPU once more, interpreted on the CPU.
 NAMES = [
     *COMPILED,
     TPU,
@@ -29,9 +36,18 @@ NAMES = [
         marks=pytest.mark.skipif(not INSTALLED, reason="triton has no wheel for this platform"),
     ),
 ]
-# These serve every case of the suite. Another backend may refuse one: `conftest.py` shows that as
-# an xfail with the backend's own reason, never as a pass or a skip.
-SERVE_EVERYTHING = {"xla", "reference"}
+# What a backend may refuse in this suite, by its own words; `conftest.py` counts those calls apart,
+# as neither passed nor skipped. Any other refusal fails. `xla` and `reference` serve everything.
+_ONE_TOKEN = "serves one query token a row, T = 1"
+_TRITON = (_ONE_TOKEN, "q of dtype float32 over pages of dtype")
+_TPU = (_ONE_TOKEN, "a TPU has no float16", "the interpreter of Pallas needs shard_map")
+MAY_REFUSE = {
+    "triton": _TRITON,
+    INTERPRETED: _TRITON,
+    "pallas_tpu": _TPU,
+    TPU: _TPU,
+    "pallas_gpu": ("T = 1; got T", "tf32", "q of dtype", "got D =", "page sizes; got"),
+}
 
 # (rtol, atol) of outputs against the float64 oracle; the inputs are already rounded to the dtype.
 TOLERANCE = {
