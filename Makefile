@@ -23,7 +23,7 @@ docs: $(VENV)/.ready-docs
 	$(BIN)/mkdocs build --strict
 
 # Each set of extras leaves its own mark, made anew when pyproject.toml changes.
-$(VENV)/.ready-test: EXTRAS := test,examples
+$(VENV)/.ready-test: EXTRAS := test,examples,docs
 $(VENV)/.ready-examples: EXTRAS := examples
 $(VENV)/.ready-docs: EXTRAS := docs
 $(VENV)/.ready-%: pyproject.toml

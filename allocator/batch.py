@@ -76,7 +76,7 @@ class DecodeBatch:
     ) -> "DecodeBatch":
         """A batch of one group made by hand; arguments as the attributes here and of `GroupBatch`.
 
-        Example:
+        Examples:
           >>> batch = DecodeBatch.of([[1, 2]], seq_lens=[6], positions=[[5]], slots=[[9]])
           >>> batch.slots
           [[9]]

@@ -50,7 +50,7 @@ class BlockAllocator(AllocatorCalls):
     Attributes:
       layout: the layout that was given, or None.
 
-    Example:
+    Examples:
       >>> allocator = BlockAllocator(num_pages=9, page_size=4)
       >>> handle = allocator.allocate([5, 6, 7, 8, 9])
       >>> allocator.sequence(handle).pages

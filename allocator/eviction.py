@@ -71,12 +71,13 @@ class EvictionRank(Protocol):
 class LRU:
     """Give up the page that has been without an owner for longest.
 
-    Example:
+    Examples:
       >>> LRU().rank(CachedPage(page=3, depth=0, last_used=7))
       (7,)
     """
 
     def rank(self, page: CachedPage) -> Rank:
+        """By `last_used`."""
         return (page.last_used,)
 
 

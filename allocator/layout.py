@@ -68,7 +68,7 @@ class CacheLayout:
       TypeError: a size is not an integer, or a group no `PageSpec`.
       ValueError: the groups do not make up a model, or a pool is too large.
 
-    Example:
+    Examples:
       >>> full = PageSpec(layers=(5,), num_kv_heads=1, head_dim=256, num_pages=2049)
       >>> window = PageSpec(
       ...     layers=(0, 1, 2, 3, 4), num_kv_heads=1, head_dim=256, num_pages=545, window=512)

@@ -31,7 +31,7 @@ class PromptKey:
       tokens: int `[T]`, T >= 1; ids from 0 to 2**31 - 1.
       cache_salt: as in `BlockAllocator.allocate`.
 
-    Example:
+    Examples:
       >>> from paged_decode import BlockAllocator
       >>> allocator, key = BlockAllocator(9, 4), PromptKey([5, 6, 7, 8, 9])
       >>> allocator.match_prefix(key)

@@ -35,7 +35,7 @@ class ShardedAllocator(AllocatorCalls):
       num_shards: R.
       prefix_cache: passed to every shard, as are all that follow; see `BlockAllocator`.
 
-    Example:
+    Examples:
       >>> allocator = ShardedAllocator(16, 4, num_shards=2)
       >>> handles = [allocator.allocate([5, 6, 7]), allocator.allocate([8, 9])]
       >>> allocator.sequence(handles[0]).pages, allocator.sequence(handles[1]).pages

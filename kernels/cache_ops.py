@@ -63,7 +63,7 @@ def append_kv(
       ValueError: shapes that disagree, or concrete slots outside the pool. Nothing is written.
       NotImplementedError: integer pages, which would need scales.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> pages = jnp.zeros((2, 1, 4, 1))
       >>> new, slots = jnp.ones((1, 1, 1)), jnp.array([6])
@@ -142,7 +142,7 @@ def copy_pages(
       TypeError: ids not of int32 or int64.
       ValueError: shapes that disagree, or concrete ids outside the pool. Nothing is written.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> pages = jnp.arange(3.0).reshape(3, 1, 1, 1)
       >>> k, v = copy_pages(pages, pages + 0, jnp.array([1]), jnp.array([2]))

@@ -56,7 +56,7 @@ def decode_attention(
     Raises:
       TypeError, ValueError, NotImplementedError, ExceptionGroup: as `paged_attention`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> cache = jnp.ones((2, 16, 1, 8))
       >>> starts, ends = jnp.array([0, 3]), jnp.array([16, 7])

@@ -153,7 +153,7 @@ def backend_status(
 ) -> dict[str, str | None]:
     """For every backend: None if `implementation=None` tries it on `platform`, else why not.
 
-    Example:
+    Examples:
       >>> backend_status("cpu")["xla"] is None
       True
     """

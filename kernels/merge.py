@@ -37,7 +37,7 @@ def merge_attention(
       TypeError: arrays that are not floating-point.
       ValueError: shapes that disagree.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> out, lse = merge_attention(jnp.array([[[2.0]], [[4.0]]]), jnp.zeros((2, 1)))
       >>> out.tolist()

@@ -78,7 +78,7 @@ def paged_attention(
       NotImplementedError: differentiation; this op is for inference.
       ExceptionGroup: no backend serves the call; it holds every backend's reason.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> pages = jnp.ones((3, 1, 4, 8))  # 3 pages, 1 KV head, 4 tokens a page, D = 8
       >>> table, lens = jnp.array([[2, 1]]), jnp.array([5])
@@ -144,7 +144,7 @@ def append_and_attend(
       TypeError, ValueError, NotImplementedError, ExceptionGroup: as `paged_attention`; nothing is
         written then.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> pages = jnp.zeros((3, 1, 4, 8))
       >>> new, table, lens = jnp.ones((1, 1, 8)), jnp.array([[2, 1]]), jnp.array([5])

@@ -58,7 +58,7 @@ def one_token_batch(
       seq_lens: int `[B]`, lengths with it; 0 for a row that has ended, which writes to the null
         page and sees nothing.
 
-    Example:
+    Examples:
       >>> from paged_decode import BlockAllocator
       >>> allocator = BlockAllocator(9, 4)
       >>> handle = allocator.allocate([5, 6, 7])

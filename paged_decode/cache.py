@@ -58,7 +58,7 @@ class KVCache:
       layout: which layers have pages of their own; None: all lie in one group, and see all tokens.
       stacked: whether the layers of a group are one array.
 
-    Example:
+    Examples:
       >>> cache = KVCache.create(
       ...     num_layers=2, num_pages=9, num_kv_heads=3, page_size=16, head_dim=64)
       >>> cache

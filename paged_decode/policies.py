@@ -59,6 +59,7 @@ class FIFO:
     """The page that was cached first goes first, however often it was used since."""
 
     def rank(self, page: CachedPage) -> Rank:
+        """By `born`."""
         return (page.born,)
 
 
@@ -66,6 +67,7 @@ class LFU:
     """The page with the fewest uses goes first, among equals the least recently used."""
 
     def rank(self, page: CachedPage) -> Rank:
+        """By `uses`, then by `last_used`."""
         return page.uses, page.last_used
 
 
@@ -76,6 +78,7 @@ class SLRU:
         self.protect = as_count("protect", protect, 2)
 
     def rank(self, page: CachedPage) -> Rank:
+        """By `uses >= protect`, then by `last_used`."""
         return page.uses >= self.protect, page.last_used
 
 
@@ -92,6 +95,7 @@ class CostAware:
         self.cost = cost
 
     def rank(self, page: CachedPage) -> Rank:
+        """By `inflation + uses * cost(depth)`, then by `last_used`."""
         return page.inflation + page.uses * self.cost(page.depth), page.last_used
 
 
@@ -99,6 +103,7 @@ class Priority:
     """The page of the lowest priority goes first, among equals the least recently used."""
 
     def rank(self, page: CachedPage) -> Rank:
+        """By `priority`, then by `last_used`."""
         return page.priority, page.last_used
 
 
@@ -117,21 +122,44 @@ class SampleView(Protocol):
     """
 
     @property
-    def request_id(self) -> int: ...
+    def request_id(self) -> int:
+        """Which request."""
+        ...
+
     @property
-    def index(self) -> int: ...
+    def index(self) -> int:
+        """Which of its samples."""
+        ...
+
     @property
-    def tokens(self) -> Sequence[int]: ...
+    def tokens(self) -> Sequence[int]:
+        """Prompt and generated tokens that were read."""
+        ...
+
     @property
-    def computed(self) -> int: ...
+    def computed(self) -> int:
+        """Leading tokens whose keys and values are in the cache."""
+        ...
+
     @property
-    def left(self) -> int: ...
+    def left(self) -> int:
+        """Tokens that it can still get."""
+        ...
+
     @property
-    def preemptions(self) -> int: ...
+    def preemptions(self) -> int:
+        """How often it has lost its pages."""
+        ...
+
     @property
-    def priority(self) -> int: ...
+    def priority(self) -> int:
+        """What `submit` was told."""
+        ...
+
     @property
-    def siblings(self) -> Sequence[SampleView]: ...
+    def siblings(self) -> Sequence[SampleView]:
+        """Samples of the same prompt that will be forked from it."""
+        ...
 
 
 class GroupPages(NamedTuple):
@@ -185,6 +213,7 @@ class LastAdmitted:
     """The sample that was admitted last: the oldest always finishes, so there is no livelock."""
 
     def choose(self, running: Sequence[Any]) -> Any:
+        """The last of them."""
         return running[-1]
 
 
@@ -195,6 +224,7 @@ class LeastComputed:
     """
 
     def choose(self, running: Sequence[Any]) -> Any:
+        """The one with the fewest computed tokens, the first one left out."""
         return min(reversed(running[1:]), key=lambda sample: sample.computed)
 
 
@@ -205,6 +235,7 @@ class MostPages:
     """
 
     def choose(self, running: Sequence[Any]) -> Any:
+        """The one with the most computed tokens, the first one left out."""
         return max(reversed(running[1:]), key=lambda sample: sample.computed)
 
 
@@ -212,6 +243,7 @@ class LowestPriority:
     """The sample of the lowest priority, among equals the one that was admitted last."""
 
     def choose(self, running: Sequence[Any]) -> Any:
+        """The one with the lowest `priority`."""
         return min(reversed(running), key=lambda sample: sample.priority)
 
 
@@ -231,6 +263,7 @@ class Recompute:
     """Compute the tokens again."""
 
     def swaps(self, sample: Any) -> bool:
+        """Never."""
         return False
 
 
@@ -238,6 +271,7 @@ class Swap:
     """Copy the pages to the host tier and back."""
 
     def swaps(self, sample: Any) -> bool:
+        """Always."""
         return True
 
 
@@ -253,6 +287,7 @@ class Cheaper:
         self.costs = costs
 
     def swaps(self, sample: Any) -> bool:
+        """Where `swap_seconds` of its computed tokens is less than `recompute_seconds`."""
         tokens = sample.computed
         return self.costs.swap_seconds(tokens) < self.costs.recompute_seconds(tokens)
 
@@ -289,6 +324,7 @@ class Watermark:
     def keep_free(
         self, sample: Any, running: Sequence[Any], groups: Sequence[GroupPages]
     ) -> int | Sequence[int]:
+        """`pages_per_sample` for each running sample; in a window, no more than it can take."""
         each = self.pages_per_sample
         return [
             each * len(running)
@@ -304,6 +340,7 @@ class MustFit:
     def keep_free(
         self, sample: Any, running: Sequence[Any], groups: Sequence[GroupPages]
     ) -> int | Sequence[int]:
+        """What all of them can still grow by."""
         return [sum(_growth(each, group) for each in (*running, sample)) for group in groups]
 
 

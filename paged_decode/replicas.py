@@ -45,7 +45,7 @@ class ReplicaCheck:
     Args:
       every: calls between two comparisons. One costs an exchange of 16 bytes.
 
-    Example:
+    Examples:
       >>> from paged_decode import BlockAllocator
       >>> check, allocator = ReplicaCheck(every=8), BlockAllocator(9, 4)
       >>> batch = allocator.batch([allocator.allocate([5, 6, 7])], 0, 3, tokens_per_row=4)

@@ -83,7 +83,7 @@ def parse_size(text: str) -> int:
     Raises:
       argparse.ArgumentTypeError: it is anything else, or no whole number of bytes.
 
-    Example:
+    Examples:
       >>> parse_size("1.5GiB"), parse_size("16e9")
       (1610612736, 16000000000)
     """

@@ -70,7 +70,7 @@ class AsyncEngine:
     Args:
       engine: an engine, warm for preference.
 
-    Example:
+    Examples:
       >>> async def answer(engine, prompt):
       ...     async with AsyncEngine(engine) as server:
       ...         return [event.token async for event in server.submit(prompt)]
@@ -88,7 +88,9 @@ class AsyncEngine:
         """Queue a prompt now, and return the stream of the events of all its samples.
 
         Args:
-          prompt, sampling, options: as in `Engine.submit`, without `on_token`.
+          prompt: as in `Engine.submit`.
+          sampling: as there.
+          options: as there, without `on_token`.
 
         What a step raises comes from every stream whose request was not over.
         """

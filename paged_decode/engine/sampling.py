@@ -56,7 +56,7 @@ class SamplingParams:
       ValueError: a value is out of its range.
       TypeError: a value is of the wrong kind.
 
-    Example:
+    Examples:
       >>> SamplingParams(max_new_tokens=16, temperature=0.8, top_p=0.95, seed=7).top_k
       0
     """

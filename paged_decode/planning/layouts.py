@@ -110,7 +110,7 @@ def plan_layout(
       TypeError: a size is no integer.
       ValueError: a size is out of range, heads cannot be split so, or it does not fit.
 
-    Example:
+    Examples:
       >>> model = ModelShape.of_sizes(18, num_kv_heads=1, head_dim=256, window=512, full_every=6)
       >>> plan = plan_layout(model, rows=16, context=32768, cached_tails=0)
       >>> [(len(group.layers), group.num_pages) for group in plan.layout.groups]

@@ -33,6 +33,7 @@ CARDS = {
     "v5p": Card(95 * 10**9, 2765e9),
     "v6e": Card(32 * 10**9, 1638e9),
 }
+"""The devices that `paged-decode plan --card` knows by name."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,7 @@ class ModelShape:
     Raises:
       ValueError: there is no layer.
 
-    Example:
+    Examples:
       >>> model = ModelShape.of_sizes(6, num_kv_heads=1, head_dim=256, window=512, full_every=6)
       >>> {shape.window: layers for shape, layers in model.groups.items()}
       {None: (5,), 512: (0, 1, 2, 3, 4)}

@@ -37,7 +37,9 @@ class Program:
 class CostModel(Protocol):
     """Seconds for a program."""
 
-    def seconds(self, program: Program) -> float: ...
+    def seconds(self, program: Program) -> float:
+        """How long the device takes for it."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,7 @@ class Roofline:
     window_bytes_per_token: tuple[float, ...] = ()
 
     def seconds(self, program: Program) -> float:
+        """Bytes over bandwidth or operations over `flops`, whichever is more, and the launches."""
         if program.kind in ("copy", "store", "load"):
             num_bytes = program.rows * self.page_size * self.kv_bytes_per_token
             within = program.kind == "copy"
@@ -105,7 +108,7 @@ class Measured:
     The mean, because a run adds them up. A number of steps, or of pages to copy, that was not
     measured lies on the line between those that were.
 
-    Example:
+    Examples:
       >>> program = Program("decode", 4, 8, 32, 100)
       >>> Measured.fit([(program, 0.25), (program, 0.75)]).seconds(program)
       0.5
@@ -122,6 +125,7 @@ class Measured:
         return cls({shape: statistics.fmean(times) for shape, times in by_shape.items()})
 
     def seconds(self, program: Program) -> float:
+        """The mean for this shape, or what its neighbours say; see the class."""
         shape = program.kind, program.rows, program.width
         if shape in self.means:
             return self.means[shape]

@@ -182,7 +182,8 @@ def simulate(
       config: shapes and limits of the engine.
       victim: who loses its pages when they run out.
       tier: host memory, as the engine takes it; its copies become modelled ones.
-      preemption, admission: as the engine takes them.
+      preemption: as the engine takes it.
+      admission: as the engine takes it.
       queue_rows: requests that wait in the engine, per row of it; the engine may take those out
         of order whose prefix is not being computed just then.
     """

@@ -102,7 +102,7 @@ def save_snapshot(
       OSError: the file could not be written; the old one is as it was.
       ValueError, TypeError, NotImplementedError: an argument is not what it should be.
 
-    Example:
+    Examples:
       >>> import tempfile
       >>> from paged_decode import BlockAllocator, KVCache, load_snapshot, save_snapshot
       >>> sizes = dict(num_layers=1, num_kv_heads=1, page_size=4, head_dim=8)

@@ -53,7 +53,9 @@ class CacheHolder(Protocol):
     """Whoever has the living cache."""
 
     @property
-    def cache(self) -> Any: ...
+    def cache(self) -> Any:
+        """The living one."""
+        ...
 
     def exchange(self, change: Callable[[Any], Any]) -> None:
         """Let the cache be what `change` makes of it, in the order of the programs around it."""
@@ -82,6 +84,7 @@ class DeviceMover:
         self._sender = ThreadPoolExecutor(1, "paged-decode-copies")
 
     def take(self, cache: Any, pages: np.ndarray) -> Any:
+        """See `PageMover.take`; NotImplementedError for a cache of several processes."""
         leaves = jax.tree.leaves(cache)
         if not leaves[0].is_fully_addressable:
             raise NotImplementedError("a host tier serves a cache of one process, not of several")
@@ -91,12 +94,14 @@ class DeviceMover:
         return copies
 
     def finish(self, copy: Any) -> Any:
+        """See `PageMover.finish`; it always waits."""
         if not isinstance(copy, Future):
             return [np.asarray(each) for each in jax.device_get(copy)]
         pinned = copy.result()
         return [np.array(each) for each in pinned] if self.memory == "numpy" else pinned
 
     def put(self, cache: Any, rested: Any, pages: np.ndarray) -> Any:
+        """See `PageMover.put`."""
         leaves, tree = jax.tree.flatten(cache)
         axis = page_axis(cache)
         where = [leaves[group[0]].sharding for group in _groups(leaves, len(pages), axis)]

@@ -112,7 +112,7 @@ class HostTier:
       mover: how pages travel; None is `DeviceMover()`.
       disk: where chunks go that are given up; None is nowhere.
 
-    Example:
+    Examples:
       >>> from paged_decode import BlockAllocator, KVCache
       >>> sizes = dict(num_layers=1, num_kv_heads=1, page_size=4, head_dim=8)
       >>> cache, allocator = KVCache.create(num_pages=9, **sizes), BlockAllocator(9, 4)
