@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,7 @@ def test_a_page_without_a_method_or_with_a_prompt_in_its_prose_is_found_out():
 # ---- names and links
 
 
+@cache
 def names_of_tests() -> set[str]:
     trees = [ast.parse(path.read_text()) for path in (ROOT / "tests").rglob("test_*.py")]
     nodes = [node for tree in trees for node in ast.walk(tree)]
