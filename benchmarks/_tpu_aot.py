@@ -219,7 +219,7 @@ def _program(case: Case, placement: Any) -> tuple[Callable[..., Any], list[str]]
         k: Any, v: Any, q: Any, new: Any, table: Any, lens: Any, layer: Any, more: Any
     ) -> Any:
         *results, k, v = append_and_attend(
-            q, new, new, k, v, table, lens, slots="all", layer=layer, **more, **options
+            k, v, q, new, new, table, lens, slots="all", layer=layer, **more, **options
         )
         return k, v, results
 

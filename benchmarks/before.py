@@ -48,7 +48,9 @@ def step_cases() -> Iterator[tuple[str, Callable[[], float]]]:
     def one(q: Any, k: Any, v: Any, how: str, layer: Any) -> Any:
         new = q[:, ::group]
         if how == "fused":
-            out, k, v = append_and_attend(q, new, new, k, v, table, lens, layer=layer)
+            # By name: the checkout that is compared may have the arguments in another order.
+            arrays = dict(k_pages=k, v_pages=v, q=q, k=new, v=new, page_table=table, seq_lens=lens)
+            out, k, v = append_and_attend(**arrays, layer=layer)
         else:
             if how == "append":
                 k, v = append_kv(k, v, new, new, slots, layer=layer)

@@ -35,7 +35,7 @@ def one_layer(q: Any, k_pages: Any, v_pages: Any, table: Any, lens: Any, fused: 
     k = v = q.reshape(ROWS, KV_HEADS, GROUP, DIM)[:, :, 0]
     if fused:
         out, k_pages, v_pages = append_and_attend(
-            q, k, v, k_pages, v_pages, table, lens, layer=layer
+            k_pages, v_pages, q, k, v, table, lens, layer=layer
         )
     else:
         at = lens - 1

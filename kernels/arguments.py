@@ -1,6 +1,6 @@
 """What an attention call may say: its arguments, checked once for every backend."""
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +19,16 @@ from .checks import (
 from .merge import check_sinks
 from .placement import Placement
 
-__all__ = ["backend_names", "check_layer", "checked_call", "known_layer", "new_slots"]
+__all__ = [
+    "backend_names",
+    "check_layer",
+    "check_order",
+    "checked_call",
+    "known_layer",
+    "new_slots",
+]
+
+Axes: TypeAlias = tuple[int, ...]
 
 
 def new_slots(slots: Any, axes: str, sizes: dict[str, int]) -> Any:
@@ -37,6 +46,32 @@ def new_slots(slots: Any, axes: str, sizes: dict[str, int]) -> Any:
     check_index("slots", slots)
     check_axes("slots", slots, axes, B=sizes["B"], T=sizes["T"])
     return slots
+
+
+def check_order(k_pages: Any, v_pages: Any, q: Any, k: Any, v: Any) -> None:
+    """Raise ValueError if these five are in fact q, k, v, k_pages and v_pages, in that order.
+
+    With T > 1 the ranks are alike, so what is wrong would be told of axes that nobody passed.
+    """
+    pages, pages_twin, queries, new, new_twin = map(np.shape, (k_pages, v_pages, q, k, v))
+    if _fit(pages, pages_twin, queries, new, new_twin):
+        return
+    if _fit(new, new_twin, pages, pages_twin, queries):
+        raise ValueError(
+            "append_and_attend takes the pages first, (k_pages, v_pages, q, k, v, page_table, "
+            f"seq_lens); got k_pages of shape {pages}, q of shape {queries} and k of shape {new}, "
+            "which fit the order (q, k, v, k_pages, v_pages, ...)"
+        )
+
+
+def _fit(k_pages: Axes, v_pages: Axes, q: Axes, k: Axes, v: Axes) -> bool:
+    """Whether these can be the shapes of one call."""
+    return (
+        len(k_pages) in (4, 5)
+        and len(q) in (3, 4)
+        and (k_pages, k) == (v_pages, v)
+        and k == (*q[:-2], k_pages[-3], k_pages[-1])
+    )
 
 
 def checked_call(

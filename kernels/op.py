@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
 from . import dispatch
-from .arguments import checked_call, known_layer, new_slots
+from .arguments import check_order, checked_call, known_layer, new_slots
 from .checks import AnyArray, check_axes, check_float, narrow
 from .merge import sink_mass
 from .placement import Placement
@@ -94,11 +94,11 @@ def paged_attention(
 
 
 def append_and_attend(
+    k_pages: Num[AnyArray, "N Hk S D"] | Num[AnyArray, "L N Hk S D"],
+    v_pages: Num[AnyArray, "N Hk S D"] | Num[AnyArray, "L N Hk S D"],
     q: Float[AnyArray, "B Hq D"] | Float[AnyArray, "B T Hq D"],
     k: Float[AnyArray, "B Hk D"] | Float[AnyArray, "B T Hk D"],
     v: Float[AnyArray, "B Hk D"] | Float[AnyArray, "B T Hk D"],
-    k_pages: Num[AnyArray, "N Hk S D"] | Num[AnyArray, "L N Hk S D"],
-    v_pages: Num[AnyArray, "N Hk S D"] | Num[AnyArray, "L N Hk S D"],
     page_table: Int[AnyArray, "B P"],
     seq_lens: Int[AnyArray, " B"],
     *,
@@ -123,11 +123,11 @@ def append_and_attend(
     are consumed.
 
     Args:
+      k_pages: `[N, Hk, S, D]`, or `[L, N, Hk, S, D]` with `layer`.
+      v_pages: like `k_pages`.
       q: `[B, Hq, D]`, or `[B, T, Hq, D]`.
       k: `[B, Hk, D]`, with the T axis of `q` where it has one; converted to the pages' dtype.
       v: like `k`.
-      k_pages: `[N, Hk, S, D]`, or `[L, N, Hk, S, D]` with `layer`.
-      v_pages: like `k_pages`.
       page_table: int32 `[B, P]`. The pages that are written belong to one row only.
       seq_lens: int32 `[B]`, tokens of each row, the new ones included.
       slots: int32 `[B]` or `[B, T]` as for `append_kv`: which of the tokens are new, `slots >= S`;
@@ -148,10 +148,11 @@ def append_and_attend(
       >>> import jax.numpy as jnp
       >>> pages = jnp.zeros((3, 1, 4, 8))
       >>> new, table, lens = jnp.ones((1, 1, 8)), jnp.array([[2, 1]]), jnp.array([5])
-      >>> out, k, v = append_and_attend(new, new, new, pages, pages + 0, table, lens)
+      >>> out, k, v = append_and_attend(pages, pages + 0, new, new, new, table, lens)
       >>> float(k[1, 0, 0, 0]), round(float(out[0, 0, 0]), 3)
       (1.0, 0.809)
     """
+    check_order(k_pages, v_pages, q, k, v)
     arrays, options = checked_call(
         q, k_pages, v_pages, page_table, seq_lens, layer, starts, scale, sliding_window, soft_cap,
         sinks, implementation, placement,

@@ -173,16 +173,16 @@ class KVCache:
         layer: Layer,
         k: Float[AnyArray, "B T Hk D"] | Float[AnyArray, "B Hk D"],
         v: Float[AnyArray, "B T Hk D"] | Float[AnyArray, "B Hk D"],
-        slots: Int[AnyArray, "B T"] | Int[AnyArray, " B"] | DecodeBatch,
+        batch: DecodeBatch | Int[AnyArray, "B T"] | Int[AnyArray, " B"],
         *,
         group: int | None = None,
     ) -> KVCache:
-        """Write new keys and values of one layer to their slots; in place under donation.
+        """Write the new keys and values of a batch, of one layer; in place under donation.
 
-        Of a batch the sizes are compared and the slots taken; `group` is as in `append_and_attend`.
+        An array of slots, as `append_kv` takes it, does too. `group` as in `append_and_attend`.
         """
         at = self._place(layer, group)
-        where: Any = self._batch(at, slots).slots if isinstance(slots, DecodeBatch) else slots
+        where: Any = self._batch(at, batch).slots if isinstance(batch, DecodeBatch) else batch
         pools = self.k_pages[at.leaf], self.v_pages[at.leaf]
         new = self._with_copies(at, k), self._with_copies(at, v)
         pools = append_kv(*pools, *new, where, layer=at.layer, placement=self.placement)
@@ -240,11 +240,11 @@ class KVCache:
         at = self._place(layer, group)
         own = self._batch(at, batch)
         *out, k_pages, v_pages = append_and_attend(
+            self.k_pages[at.leaf],
+            self.v_pages[at.leaf],
             q,
             self._with_copies(at, k),
             self._with_copies(at, v),
-            self.k_pages[at.leaf],
-            self.v_pages[at.leaf],
             own.page_table,
             batch.seq_lens,
             slots=own.slots,

@@ -116,7 +116,7 @@ def _answers(name: str) -> tuple[np.ndarray, ...]:
     k_pages, v_pages = map(jnp.asarray, pools)
     out = paged_attention(q, k_pages, v_pages, table, lens, implementation=name, **options)
     appended, k_pages, v_pages = append_and_attend(
-        q, k, v, k_pages, v_pages, table, lens, implementation=name
+        k_pages, v_pages, q, k, v, table, lens, implementation=name
     )
     return tuple(map(np.asarray, (out, appended, k_pages[1:], v_pages[1:])))
 

@@ -65,10 +65,10 @@ def run(backend, k, v, inputs: Inputs, **more):
     pages = (jnp.array(inputs.k_pages), jnp.array(inputs.v_pages))
     more = dict(slots="all") | more
     return append_and_attend(
+        *pages,
         inputs.q,
         k,
         v,
-        *pages,
         inputs.page_table,
         inputs.seq_lens,
         return_lse=True,
@@ -205,7 +205,7 @@ def test_donated_pages_are_updated_in_place(backend):
 
     def step(kp, vp):
         out, kp, vp = append_and_attend(
-            hollow.q, k, v, kp, vp, hollow.page_table, hollow.seq_lens, implementation=backend
+            kp, vp, hollow.q, k, v, hollow.page_table, hollow.seq_lens, implementation=backend
         )
         return kp, vp, out
 

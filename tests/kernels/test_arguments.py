@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from paged_decode.kernels import (
+    append_and_attend,
     backend_status,
     decode_attention,
     merge_attention,
@@ -315,3 +316,15 @@ def test_status_says_for_every_backend_why_it_is_not_tried():
 def test_every_platform_has_a_backend_that_serves_everything():
     for platform in ("cpu", "gpu", "tpu"):
         assert backend_status(platform)["xla"] is None
+
+
+@pytest.mark.parametrize("heads", [2, 4], ids=["G = 1", "G = 2"])
+@pytest.mark.parametrize("tokens", [(), (1,), (3,)], ids=str)
+@pytest.mark.parametrize("stack", [(), (3,)], ids=str)
+def test_a_call_that_passes_the_pages_last_is_told_the_order(unchecked, heads, tokens, stack):
+    q, new = np.zeros((2, *tokens, heads, 8)), np.zeros((2, *tokens, 2, 8))
+    q, new, pages = (x.astype(np.float32) for x in (q, new, np.zeros((*stack, 5, 2, 4, 8))))
+    tables = GOOD["page_table"], GOOD["seq_lens"]
+    options = dict(slots="all", layer=0 if stack else None)
+    with pytest.raises(ValueError, match=r"takes the pages first, \(k_pages, v_pages, q, k, v,"):
+        append_and_attend(q, new, new, pages, pages, *tables, **options)

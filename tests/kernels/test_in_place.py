@@ -34,7 +34,7 @@ def steps(pools, q, layers, placement):
         new, slots = q[..., ::2, :], np.zeros(q.shape[:-2], np.int32)
         k, v = append_kv(k, v, new, new, slots, **options)
         out, k, v = append_and_attend(
-            q, new, new, k, v, TABLE, LENS, slots=slots, implementation="xla", **options
+            k, v, q, new, new, TABLE, LENS, slots=slots, implementation="xla", **options
         )
         return k, v, q + out
 
@@ -83,7 +83,7 @@ def test_a_step_of_one_row_copies_no_pool(layers):
     options = dict(layer=None if layers is None else layers - 1, implementation="xla")
 
     def program(k, v, q, table, lens):
-        return append_and_attend(q, q[:, :2], q[:, 2:], k, v, table, lens, **options)
+        return append_and_attend(k, v, q, q[:, :2], q[:, 2:], table, lens, **options)
 
     lowered = jax.jit(program, donate_argnums=(0, 1)).lower(pool, pool, q, TABLE[:1], LENS[:1])
     assert lowered.compile().memory_analysis().temp_size_in_bytes < 2**16
@@ -108,7 +108,7 @@ def test_writes_that_do_not_depend_on_the_reads_between_them_copy_nothing():
 
     def program(k_pages, v_pages, q):
         for _ in range(3):
-            out, k_pages, v_pages = append_and_attend(q, new, new, k_pages, v_pages, TABLE, LENS)
+            out, k_pages, v_pages = append_and_attend(k_pages, v_pages, q, new, new, TABLE, LENS)
             q = q + out
         return k_pages, v_pages, q
 

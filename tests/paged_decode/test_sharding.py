@@ -87,7 +87,7 @@ def test_append_and_attend_on_a_mesh_equals_one_after_the_other(kv_heads, device
         k, v = (jnp.repeat(new, cache.placement.kv_copies, axis=-2) for new in (k, v))
         pools = cache.k_pages[0], cache.v_pages[0]
         options = dict(slots="all", sinks=sinks, placement=cache.placement)
-        return append_and_attend(q, k, v, *pools, batch.page_table, batch.seq_lens, **options)
+        return append_and_attend(*pools, q, k, v, batch.page_table, batch.seq_lens, **options)
 
     _, (want, _) = run((q, k, v, batch, sinks), kv_heads)
     mesh = make_mesh(devices, kind)

@@ -238,7 +238,7 @@ def test_append_and_attend_lowers_to_one_custom_call_that_aliases_the_pages(monk
     q, new = jnp.zeros((3, 8, 64)), jnp.zeros((3, 2, 64))
     pages, table, lens = jnp.zeros((9, 2, 16, 64)), jnp.zeros((3, 4), int), jnp.zeros(3, int)
     call = jax.jit(lambda *a: append_and_attend(*a, implementation="triton"))
-    traced = call.trace(q, new, new, pages, pages, table.astype(np.int32), lens.astype(np.int32))
+    traced = call.trace(pages, pages, q, new, new, table.astype(np.int32), lens.astype(np.int32))
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("stablehlo.custom_call") == 1 and text.count("output_operand_alias<") == 2
 

@@ -22,7 +22,7 @@ new = q[:, :2]
 want = paged_attention(q, k, v, table, lens, implementation="reference")
 got = paged_attention(q, k, v, table, lens, implementation="triton")
 np.testing.assert_allclose(got.astype(np.float32), want.astype(np.float32), rtol=0.02, atol=0.02)
-out, *_ = append_and_attend(q, new, new, k, v, table, lens, implementation="triton")
+out, *_ = append_and_attend(k, v, q, new, new, table, lens, implementation="triton")
 assert jnp.isfinite(out).all()
 """
 
