@@ -218,7 +218,7 @@ def one_move(
     """Load `path`, save `target`, compare every bit of the cache and of the files."""
     into = pool(num_pages, devices), BlockAllocator(num_pages, PAGE)
     start = time.perf_counter()
-    cache = jax.block_until_ready(load_snapshot(path, into=into).cache)
+    cache = jax.block_until_ready(load_snapshot(path, *into).cache)
     loaded = time.perf_counter() - start
     saved = min(timed(lambda: save_snapshot(target, cache, into[1]))[0] for _ in range(2))
     there = gather(cache, into[1])
@@ -261,7 +261,7 @@ def pool(num_pages: int, devices: int = 1) -> KVCache:
 def load(path: Path, num_pages: int) -> tuple[float, float]:
     """As `timed`, a load into an empty pool."""
     into = pool(num_pages), BlockAllocator(num_pages, PAGE)
-    return timed(lambda: load_snapshot(path, into=into).cache)
+    return timed(lambda: load_snapshot(path, *into).cache)
 
 
 def status(field: str) -> int:
@@ -285,7 +285,7 @@ def peak_above(what: str, mib: int) -> tuple[int, int]:
         before = status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         if what == "load":
-            jax.block_until_ready(load_snapshot(path, into=(cache, allocator)).cache)
+            jax.block_until_ready(load_snapshot(path, cache, allocator).cache)
         elif what == "save":
             save_snapshot(path, cache, allocator)
         else:

@@ -19,14 +19,15 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, Unpack
 
 from ..allocator import BlockAllocator, ShardedAllocator
-from ..allocator.arguments import Ints, as_count, as_counts, as_int
+from ..allocator.arguments import Ints, as_count, as_int
 from ..cache import KVCache
 from ..policies import AdmissionPolicy, PreemptionPolicy, VictimPolicy
-from ..snapshot import AS_SAVED, OSFiles, SavedSalt, Snapshot
+from ..snapshot import AS_SAVED, SavedSalt, Snapshot
 from ..snapshot._load import Terms
+from ..snapshot._reader import Progress as BytesProgress
 from ..snapshot._save import SaveJob
 from ..tiers import HostTier
 from . import saving
@@ -49,6 +50,7 @@ from .requests import (
 from .room import Room, forget_prefixes
 from .runner import DeviceRunner, Progress
 from .sampling import SamplingParams
+from .saving import EngineSaveOptions, RestoredRequests
 from .scheduler import Scheduler
 from .swapping import TierSwapping
 from .turn import Turn
@@ -378,7 +380,7 @@ class Engine:
         path: str | os.PathLike[str],
         *,
         requests: Sequence[SupportsIndex] | None = None,
-        **options: Any,
+        **options: Unpack[EngineSaveOptions],
     ) -> Snapshot:
         """Write the engine's requests, their pages and the prefix cache; call it between steps.
 
@@ -387,35 +389,28 @@ class Engine:
 
         Args:
           requests: ids of the requests to save, without cached pages of others; None is all.
-          options: metadata, parent, cached, progress, files: as in `save_snapshot`.
+          options: metadata, parent, cached, progress: as in `save_snapshot`.
 
         Raises:
           KeyError: no such request is in the engine.
           OSError: the file could not be written. The engine goes on in any case.
         """
-        job, files, progress = self._plan_save(path, requests, copy=False, **options)
-        return job.write(files, progress)
+        return self._plan_save(False, path, requests, options).write()
 
     def save_async(
         self,
         path: str | os.PathLike[str],
         *,
         requests: Sequence[SupportsIndex] | None = None,
-        **options: Any,
+        **options: Unpack[EngineSaveOptions],
     ) -> Future[Snapshot]:
         """`save`, but return when the pages are copied out: step on while a thread writes."""
-        job, files, progress = self._plan_save(path, requests, copy=True, **options)
-        return job.write_behind(files, progress)
+        return self._plan_save(True, path, requests, options).write_behind()
 
-    def _plan_save(
-        self, path: Any, requests: Sequence[SupportsIndex] | None, **options: Any
-    ) -> tuple[SaveJob, Any, Any]:
-        progress, files = options.pop("progress", None), options.pop("files", None) or OSFiles()
-        chosen = None if requests is None else set(as_counts("requests", requests))
+    def _plan_save(self, copy: bool, path: Any, chosen: Any, options: Any) -> SaveJob:
+        parts = self.cache, self.scheduler, self._outbox, self._calls
         with self._settled():
-            parts = self.scheduler, self._outbox, self._calls
-            job = saving.plan_engine_save(path, self.cache, *parts, requests=chosen, **options)
-        return job, files, progress
+            return saving.plan_engine_save(path, *parts, requests=chosen, copy=copy, **options)
 
     def restore(
         self,
@@ -425,7 +420,8 @@ class Engine:
         accept_fingerprint: bytes | None = None,
         cache_salt: str | bytes | SavedSalt | None = AS_SAVED,
         prefix_cache: bool = True,
-    ) -> dict[int, int]:
+        progress: BytesProgress | None = None,
+    ) -> RestoredRequests:
         """Take up the requests of `save`; those that run here already go on.
 
         With the same model, params and config, every request continues with the tokens that it
@@ -438,10 +434,11 @@ class Engine:
           cache_salt: as there; it is the salt of the requests, too.
           prefix_cache: as there; without it the requests that run keep their pages for
             themselves, and what is computed here is found again as ever.
+          progress: as there.
 
         Returns:
-          The new id of every saved request id; equal, if this engine had no request before (and
-          those of the file are below 2**52).
+          The new id of every saved request id, as a dict; equal, if this engine had no request
+          before (and those of the file are below 2**52). What else the file holds are attributes.
 
         Raises:
           SnapshotMismatch: the file is not of an engine, or does not fit; else as
@@ -452,7 +449,7 @@ class Engine:
         limits = self.max_sequence_tokens, self.config.vocab_size
         with self._settled():
             try:
-                loaded = saving.load(path, self.cache, self.allocator, terms, *limits)
+                loaded = saving.load(path, self.cache, self.allocator, terms, *limits, progress)
             except BaseException:
                 if self.runner.is_lost:
                     self.loop.discard()

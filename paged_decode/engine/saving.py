@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple, SupportsIndex, Unpack, cast
 
 from .._text import printable
 from ..allocator import BlockAllocator
+from ..allocator.arguments import as_counts
 from ..errors import OutOfPages, SequenceTooLong, SnapshotMismatch
-from ..snapshot import SavedSalt
+from ..snapshot import SavedSalt, Snapshot
 from ..snapshot._engine import EngineState, PendingEvent, engine_arrays
+from ..snapshot._format import Scalar
 from ..snapshot._groups import GroupMismatch
-from ..snapshot._load import Opened, Terms, place_snapshot
-from ..snapshot._save import SaveJob, plan_save
+from ..snapshot._load import Terms, place_snapshot
+from ..snapshot._open import Opened
+from ..snapshot._reader import Progress
+from ..snapshot._save import FileOptions, SaveJob, plan_save
 from .calls import Calls
 from .outbox import Outbox
 from .requests import Sample, TokenEvent
 from .room import Allocator
 from .scheduler import Scheduler
 
-__all__ = ["Loaded", "adopt", "load", "plan_engine_save"]
+__all__ = ["EngineSaveOptions", "Loaded", "RestoredRequests", "adopt", "load", "plan_engine_save"]
 
 _MOST_KEPT_ID = 2**52  # half of what the format holds: no engine counts through the other half
+
+
+class EngineSaveOptions(FileOptions, total=False):
+    """Options of `Engine.save`; `cached` of None is true where all requests are saved."""
+
+    cached: bool | None
 
 
 def plan_engine_save(
@@ -32,19 +43,20 @@ def plan_engine_save(
     outbox: Outbox,
     calls: Calls,
     *,
-    requests: Collection[int] | None,
+    requests: Sequence[SupportsIndex] | None,
     copy: bool,
     cached: bool | None = None,
-    **options: Any,
+    **options: Unpack[FileOptions],
 ) -> SaveJob:
     """What a snapshot of these requests, or of all with None, will hold.
 
     Raises:
       KeyError: no such request is there.
     """
+    wanted = None if requests is None else set(as_counts("requests", requests))
 
     def chosen(request_id: int) -> bool:
-        return requests is None or request_id in requests
+        return wanted is None or request_id in wanted
 
     running = [s for s in scheduler.running if chosen(s.request_id)]
     waiting = [s for s in scheduler.waiting if chosen(s.request_id)]
@@ -52,7 +64,7 @@ def plan_engine_save(
     events = [PendingEvent(e, False) for e in pending if chosen(e.request_id)]
     events += [PendingEvent(e, True) for e in shown if chosen(e.request_id)]
     known = {s.request_id for s in (*running, *waiting)} | {p.event.request_id for p in events}
-    if missing := set(requests or ()) - known:
+    if missing := (wanted or set()) - known:
         raise KeyError(f"requests {sorted(missing)} are not in the engine")
     state = EngineState(running, waiting, events, calls.next_id)
     return plan_save(
@@ -60,7 +72,7 @@ def plan_engine_save(
         cache,
         cast(BlockAllocator, scheduler.allocator),  # of a sharded one the cache is refused
         handles=[s.handle for s in running],
-        cached=requests is None if cached is None else cached,
+        cached=wanted is None if cached is None else cached,
         committed_only=True,
         extra=engine_arrays(state),
         copy=copy,
@@ -68,13 +80,28 @@ def plan_engine_save(
     )
 
 
+class RestoredRequests(dict[int, int]):
+    """What `Engine.restore` took up: the new id of every request, by the id it was saved under.
+
+    Attributes:
+      metadata: the user's.
+      snapshot: name it as `parent` of a delta; None if the pages are computed anew.
+    """
+
+    def __init__(self, ids: Mapping[int, int], loaded: Loaded):
+        super().__init__(ids)
+        self.metadata, self.snapshot = loaded.metadata, loaded.snapshot
+
+
 class Loaded(NamedTuple):
     """The requests of a snapshot, and the pages of those that ran; None if these are computed
-    anew."""
+    anew, and so is the snapshot."""
 
     state: EngineState
     cache: Any
     handles: Sequence[Any] | None
+    metadata: Mapping[str, Scalar]
+    snapshot: Snapshot | None
 
 
 def load(
@@ -84,6 +111,7 @@ def load(
     terms: Terms,
     limit: int,
     vocab_size: int | None,
+    progress: Progress | None,
 ) -> Loaded:
     """Read and check everything, and put the pages into the pool; none without room for them, or
     if they cannot be cut to the groups of layers here.
@@ -97,16 +125,16 @@ def load(
         if state is None:
             raise SnapshotMismatch(f"{printable(path)} holds no requests; use load_snapshot")
         _require_fit(state, limit, vocab_size)
-        handles: Sequence[Any] | None
-        try:
-            placed = place_snapshot(opened, cache, cast(BlockAllocator, allocator), terms)
-            cache, handles = placed.cache, placed.handles
-        except (OutOfPages, GroupMismatch):
-            handles = None
+        metadata, placed = opened.chain.header.metadata, None
+        with suppress(OutOfPages, GroupMismatch):
+            target = cache, cast(BlockAllocator, allocator)
+            placed = place_snapshot(opened, *target, terms, progress)
     if not isinstance(terms.cache_salt, SavedSalt):
         for sample in state.samples:
             sample.cache_salt = terms.cache_salt
-    return Loaded(state, cache, handles)
+    if placed is None:
+        return Loaded(state, cache, None, metadata, None)
+    return Loaded(state, placed.cache, placed.handles, metadata, placed.snapshot)
 
 
 def _require_fit(state: EngineState, limit: int, vocab: int | None) -> None:
@@ -130,14 +158,14 @@ def adopt(
     calls: Calls,
     *,
     listen: Callable[[int], Callable[[TokenEvent], object] | None],
-) -> dict[int, int]:
+) -> RestoredRequests:
     """Take the requests up: from here on nothing can fail.
 
     Args:
       listen: the callback of a request, by the id that it was saved under.
 
     Returns:
-      The new id of every saved one.
+      The new id of every saved one, and what else the file holds.
     """
     state = loaded.state
     ids = _new_ids(state, calls)
@@ -153,7 +181,7 @@ def adopt(
     scheduler.take_up(state.running, state.waiting, may_run=lambda s: id(s) in alone)
     events = [(p.event._replace(request_id=ids[p.event.request_id]), p.shown) for p in state.events]
     outbox.put_back([e for e, shown in events if not shown], [e for e, shown in events if shown])
-    return ids
+    return RestoredRequests(ids, loaded)
 
 
 def _new_ids(state: EngineState, calls: Calls) -> dict[int, int]:

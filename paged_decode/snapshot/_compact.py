@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from .._text import printable
-from ._files import Files, OSFiles
+from . import _files
 from ._format import DTYPES, ArraySpec, encode_header
-from ._load import Opened, SnapshotInfo, inspect_snapshot
+from ._open import Opened, SnapshotInfo, inspect_snapshot
 from ._reader import Chain, Progress, chunk_bytes, source_name
 from ._writer import array_chunks, write_file
 
@@ -24,7 +24,6 @@ def compact_snapshot(
     out: str | os.PathLike[str] | None = None,
     *,
     progress: Progress | None = None,
-    files: Files | None = None,
 ) -> SnapshotInfo:
     """Fold a delta and its parents to one whole snapshot, in place of `path` or at `out`.
 
@@ -59,7 +58,7 @@ def compact_snapshot(
             encode_header(folded)  # the checksums of all pages may be too many for it
         except ValueError as error:
             raise OSError(errno.EFBIG, f"it cannot be folded: {error}", str(target)) from None
-        write_file(target, folded, sources, files=files or OSFiles(), progress=progress)
+        write_file(target, folded, sources, files=_files.DEFAULT, progress=progress)
     return inspect_snapshot(target)
 
 
@@ -69,5 +68,5 @@ def _kv_chunks(chain: Chain, spec: ArraySpec) -> Any:
         count = chunk_bytes(spec, chunk) // spec.row_bytes
         out = np.empty((count, *spec.shape[1:]), DTYPES[spec.dtype])
         for read in chain.reads(spec.name, np.arange(first, first + count), out):
-            read()
+            read.run()
         yield out

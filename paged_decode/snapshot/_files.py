@@ -90,6 +90,9 @@ class OSFiles:
         os.unlink(path)
 
 
+DEFAULT: Files = OSFiles()
+"""What every save uses; tests put one here that fails."""
+
 _BINARY = getattr(os, "O_BINARY", 0)
 
 

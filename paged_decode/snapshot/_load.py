@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 
@@ -15,66 +14,25 @@ from .._text import printable, shown
 from ..allocator import AllocatorState, BlockAllocator, Handle
 from ..allocator.prefix import salt_key
 from ..allocator.regrouping import regrouped
-from ..errors import OutOfPages, SnapshotCorrupt, SnapshotMismatch
-from ._engine import ENGINE, EngineState, engine_from
-from ._format import DTYPES, ArraySpec, Parent, SavedGroup, Scalar, layer_of
+from ..errors import OutOfPages, SnapshotMismatch
+from ._format import DTYPES, ArraySpec, Scalar
+from ._fresh import as_pool_sizes, new_pools
 from ._groups import GroupMismatch, match_groups
+from ._open import Opened
 from ._pages import prepare_insert
 from ._parts import Part, parts_of
-from ._reader import (
-    Chain,
-    Progress,
-    SnapshotFile,
-    fresh_arrays,
-    read_all,
-)
+from ._reader import Chain, Progress, fresh_arrays, read_all
 from ._save import GENERATION, Snapshot, marked_fingerprint
-from ._state import require_shapes, state_from, state_names
 
 __all__ = [
     "AS_SAVED",
     "Restored",
     "SavedSalt",
-    "SnapshotInfo",
-    "inspect_snapshot",
+    "Terms",
+    "import_sequence",
     "load_snapshot",
-    "verify_snapshot",
+    "place_snapshot",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class SnapshotInfo:
-    """What a snapshot file says about itself.
-
-    Attributes:
-      path, id: the file, and 16 bytes that name its content.
-      file_bytes: its size.
-      page_size: tokens per page.
-      num_pages: pages that it consists of, of all groups of layers; own_pages are in this file.
-      sequences, tokens, cached_pages: how many; tokens of shared pages count for each sequence.
-      groups: of layers: window, pages and layers of each.
-      requests: samples of an engine, running and waiting; None without an engine.
-      fingerprint: of the allocator that was saved.
-      metadata: the user's.
-      parent: the snapshot that it is a delta of, or None.
-      arrays: the arrays of the file.
-    """
-
-    path: Path
-    id: bytes
-    file_bytes: int
-    page_size: int
-    num_pages: int
-    own_pages: int
-    sequences: int
-    tokens: int
-    cached_pages: int
-    requests: int | None
-    fingerprint: bytes
-    metadata: Mapping[str, Scalar]
-    parent: Parent | None
-    arrays: tuple[ArraySpec, ...]
-    groups: tuple[SavedGroup, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +41,7 @@ class Restored:
 
     Attributes:
       cache: use it instead of the one that was passed in.
+      allocator: the one that was passed in, or a new one.
       handles: of the sequences, in the order of the file.
       pages_loaded: pages taken from the pool, or from those of all groups of layers.
       pages_dropped: cached pages that had no room, or were not wanted on the terms of the call.
@@ -91,11 +50,19 @@ class Restored:
     """
 
     cache: Any
+    allocator: BlockAllocator
     handles: tuple[Handle, ...]
     pages_loaded: int
     pages_dropped: int
     metadata: Mapping[str, Scalar]
     snapshot: Snapshot
+
+    @property
+    def handle(self) -> Handle:
+        """That of the only sequence; ValueError if there are none or several."""
+        if len(self.handles) != 1:
+            raise ValueError(f"the snapshot has {len(self.handles)} sequences; use handles")
+        return self.handles[0]
 
 
 class SavedSalt(Enum):
@@ -125,99 +92,16 @@ class Terms:
             raise TypeError(f"prefix_cache must be a bool, got {self.prefix_cache!r}")
 
 
-class Opened:
-    """A snapshot with its parents and its state, everything checked but the pages themselves."""
-
-    def __init__(self, path: str | os.PathLike[str]):
-        self.chain = Chain(path)
-        try:
-            self._check()
-        except BaseException:
-            self.chain.close()
-            raise
-
-    def _check(self) -> None:
-        self.kv = [s for s in self.chain.header.arrays if s.name.startswith("kv/")]
-        for older in reversed(self.chain.files):  # the newest is the last
-            try:
-                self._check_pages(older)
-                self.state, self.engine = _bookkeeping(older)
-            except SnapshotCorrupt as error:
-                if str(error).startswith(str(older)):
-                    raise
-                raise SnapshotCorrupt(f"{older}: {error}") from None
-
-    def _check_pages(self, file: SnapshotFile) -> None:
-        header = file.header
-        kv = [s for s in header.arrays if s.name.startswith("kv/")]
-        theirs, ours = ({s.name: (s.dtype, s.shape[1:]) for s in each} for each in (kv, self.kv))
-        if theirs != ours:
-            raise SnapshotMismatch(
-                f"{file}, a parent, has other arrays of keys and values than its delta"
-            )
-        if header.page_size != self.chain.header.page_size:
-            raise SnapshotMismatch(f"{file}, a parent, has another page size than its delta")
-
-    def info(self) -> SnapshotInfo:
-        file, header, state = self.chain.files[0], self.chain.header, self.state
-        return SnapshotInfo(
-            path=file.path,
-            id=file.id,
-            file_bytes=file.file_bytes,
-            page_size=header.page_size,
-            num_pages=sum(header.counts),
-            own_pages=sum(int((place[:, 0] == 0).sum()) for place in self.chain.places),
-            sequences=len(state.lengths),
-            tokens=int(state.lengths.sum()),
-            cached_pages=sum(each.num_pages - each.num_owned for each in (state, *state.groups)),
-            requests=None if self.engine is None else len(self.engine.samples),
-            fingerprint=header.fingerprint,
-            metadata=header.metadata,
-            parent=header.parent,
-            arrays=header.arrays,
-            groups=self.groups,
-        )
-
-    @property
-    def groups(self) -> tuple[SavedGroup, ...]:
-        """Those of the header; of one group with the layers that the names of its arrays say."""
-        header = self.chain.header
-        if header.groups:
-            return header.groups
-        layers = {layer for s in self.kv if (layer := layer_of(s.name)) is not None}
-        return (SavedGroup(None, header.num_pages, tuple(sorted(layers))),)
-
-    def __enter__(self) -> Opened:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.chain.close()
-
-
-def _bookkeeping(file: SnapshotFile) -> tuple[AllocatorState, EngineState | None]:
-    """What one file says besides its pages, all of it checked."""
-    names, wanted = [s.name for s in file.header.arrays], state_names(len(file.header.counts))
-    extra = any(name.startswith("engine/") for name in names)
-    require_shapes(file.specs, wanted)
-    if extra:
-        require_shapes(file.specs, ENGINE)
-    kv = sum(name.startswith("kv/") for name in names)
-    sources = len(file.header.counts) if file.header.parent else 0
-    if kv + len(wanted) + len(ENGINE) * extra + sources != len(names):
-        raise SnapshotCorrupt("there are arrays that the format does not have")
-    state = state_from({name: file.array(name) for name in wanted}, file.header)
-    if not extra:
-        return state, None
-    return state, engine_from({name: file.array(name) for name in ENGINE}, state)
-
-
 def load_snapshot(
     path: str | os.PathLike[str],
+    cache: Any = None,
+    allocator: BlockAllocator | None = None,
     *,
-    into: tuple[Any, BlockAllocator],
+    num_pages: SupportsIndex | Iterable[SupportsIndex] | None = None,
     accept_fingerprint: bytes | None = None,
     cache_salt: str | bytes | SavedSalt | None = AS_SAVED,
     prefix_cache: bool = True,
+    progress: Progress | None = None,
 ) -> Restored:
     """Add the sequences and cached pages of a snapshot to a cache and its allocator.
 
@@ -237,28 +121,97 @@ def load_snapshot(
 
     Args:
       path: the file; its parents lie in the same folder.
-      into: the cache, which is donated, and its allocator.
+      cache: is donated: use the one that comes back. Without it and the allocator both are made as
+        the file says, with its fingerprint, the cache on JAX's default device.
+      allocator: of that cache.
+      num_pages: of the pool that is made, the null page included, so that there is room to go on;
+        of several groups of layers one number for all, or one for each. None: what the file needs.
       accept_fingerprint: take a snapshot with exactly this fingerprint, although the allocator has
         another one, or has got new weights since (`BlockAllocator.new_weights`).
       cache_salt: put every sequence and cached page under this salt (None is one, too), whatever
         the file says; of two pages of one prefix the first stays. As it is, the file's own hold.
       prefix_cache: False takes the sequences alone, and they are private: nothing that they hold is
         found by others, now or when they grow or are forked.
+      progress: called with bytes of pages read and those in all, by the threads that read, one at a
+        time. If it raises, so does the call, and nothing has changed.
 
     Raises:
-      ValueError, TypeError: `cache_salt` is none, or `prefix_cache` no bool.
+      TypeError, ValueError: an argument is not what it should be, or a cache is given without an
+        allocator, or the other way round.
       SnapshotCorrupt, SnapshotVersion: the file is not a sound snapshot.
       SnapshotMismatch: it does not fit this cache, model or parent; all differences are listed.
       OutOfPages: the sequences need more pages than are free and evictable in its `group`.
       OSError: the file cannot be read.
     """
+    target = Target(cache, allocator, num_pages)
     terms = Terms(accept_fingerprint, cache_salt, prefix_cache)
     with Opened(path) as opened:
-        cache, allocator = into
-        return place_snapshot(opened, cache, allocator, terms)
+        return place_snapshot(opened, *target.pools(opened, terms), terms, progress)
 
 
-def place_snapshot(opened: Opened, cache: Any, allocator: BlockAllocator, terms: Terms) -> Restored:
+def import_sequence(
+    path: str | os.PathLike[str],
+    cache: Any = None,
+    allocator: BlockAllocator | None = None,
+    *,
+    num_pages: SupportsIndex | Iterable[SupportsIndex] | None = None,
+    accept_fingerprint: bytes | None = None,
+    cache_salt: str | bytes | SavedSalt | None = AS_SAVED,
+    prefix_cache: bool = True,
+    progress: Progress | None = None,
+) -> Restored:
+    """Load a snapshot of one sequence, whose handle is `Restored.handle`; all else as
+    `load_snapshot`.
+
+    Raises:
+      SnapshotMismatch: the file holds no or several sequences; else as `load_snapshot`.
+    """
+    target = Target(cache, allocator, num_pages)
+    terms = Terms(accept_fingerprint, cache_salt, prefix_cache)
+    with Opened(path) as opened:
+        count = len(opened.state.lengths)
+        if count != 1:
+            raise SnapshotMismatch(
+                f"{printable(path)} holds {count} sequences, not one; use load_snapshot"
+            )
+        return place_snapshot(opened, *target.pools(opened, terms), terms, progress)
+
+
+class Target:
+    """Where a file goes: to pools of the caller, or to new ones.
+
+    Raises:
+      TypeError, ValueError: as `load_snapshot`.
+    """
+
+    def __init__(
+        self,
+        cache: Any,
+        allocator: BlockAllocator | None,
+        num_pages: SupportsIndex | Iterable[SupportsIndex] | None,
+    ):
+        if (cache is None) != (allocator is None):
+            given, missing = ("allocator", "cache") if cache is None else ("cache", "allocator")
+            raise TypeError(
+                f"there is {given}, but no {missing}: pass both, or neither to get new ones"
+            )
+        self._given = None if allocator is None else (cache, allocator)
+        self._sizes = as_pool_sizes(num_pages)
+        if self._given is not None and num_pages is not None:
+            raise TypeError("num_pages is of a pool that is made: give no cache and no allocator")
+
+    def pools(self, opened: Opened, terms: Terms) -> tuple[Any, BlockAllocator]:
+        """The cache and the allocator."""
+        return self._given or new_pools(opened, self._sizes, terms.accept_fingerprint)
+
+
+def place_snapshot(
+    opened: Opened,
+    cache: Any,
+    allocator: BlockAllocator,
+    terms: Terms,
+    progress: Progress | None = None,
+) -> Restored:
     """The second half of `load_snapshot`.
 
     Raises:
@@ -269,7 +222,7 @@ def place_snapshot(opened: Opened, cache: Any, allocator: BlockAllocator, terms:
     whole, places = _in_groups(opened.state, allocator, sources)
     state, kept = _fit(terms, whole, allocator)
     kept = [place[some] for place, some in zip(places, kept, strict=True)]
-    insert = prepare_insert(cache, parts, stage_pages(opened.chain, parts, kept))
+    insert = prepare_insert(cache, parts, stage_pages(opened.chain, parts, kept, progress))
     pages: list[list[int]] = []
     try:
         for group, its in enumerate((state, *state.groups)):
@@ -283,6 +236,7 @@ def place_snapshot(opened: Opened, cache: Any, allocator: BlockAllocator, terms:
         raise
     return Restored(
         cache=cache,
+        allocator=allocator,
         handles=tuple(handles),
         pages_loaded=sum(map(len, pages)),
         pages_dropped=sum(map(len, places)) - sum(map(len, pages)),
@@ -330,16 +284,16 @@ def _as_parent(
     )
 
 
-def stage_pages(chain: Chain, parts: list[Part], kept: list[np.ndarray]) -> list[np.ndarray]:
+def stage_pages(
+    chain: Chain, parts: list[Part], kept: list[np.ndarray], progress: Progress | None
+) -> list[np.ndarray]:
     """All pages in host memory, those of its group for every part, their checksums compared."""
     staged = fresh_arrays(
         ((len(kept[part.group]), *part.shape), DTYPES[part.dtype]) for part in parts
     )
-    read_all(
-        read
-        for part, out in zip(parts, staged, strict=True)
-        for read in chain.reads(part.name, kept[part.group], out)
-    )
+    each = zip(parts, staged, strict=True)
+    reads = (r for part, out in each for r in chain.reads(part.name, kept[part.group], out))
+    read_all(reads, progress)
     return staged
 
 
@@ -407,23 +361,3 @@ def _differences(theirs: list[ArraySpec], ours: list[Part]) -> list[str]:
     for difference, names in groups.items():
         problems.append(f"a page of {printable(min(names))} ({len(names)} alike) is {difference}")
     return problems
-
-
-def inspect_snapshot(path: str | os.PathLike[str]) -> SnapshotInfo:
-    """Read what a snapshot says about itself: header and bookkeeping, checked; no pages.
-
-    Raises:
-      SnapshotCorrupt, SnapshotVersion, SnapshotMismatch, OSError: as `load_snapshot`.
-    """
-    with Opened(path) as opened:
-        return opened.info()
-
-
-def verify_snapshot(
-    path: str | os.PathLike[str], *, progress: Progress | None = None
-) -> SnapshotInfo:
-    """`inspect_snapshot`, and compare every checksum of the file and of its parents."""
-    with Opened(path) as opened:
-        for file in opened.chain.files:
-            file.verify(progress)
-        return opened.info()

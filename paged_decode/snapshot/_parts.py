@@ -17,6 +17,7 @@ import numpy as np
 
 from .._text import printable, shown
 from ..allocator import BlockAllocator
+from ..allocator.calls import AllocatorCalls
 from ..cache import KVCache
 from ..kernels.checks import check_live
 from ._format import DTYPES, MAX_AXES, MAX_NAME_BYTES, ArraySpec, is_name, layer_of
@@ -46,10 +47,13 @@ def parts_of(cache: Any, allocator: BlockAllocator) -> list[Part]:
     Raises:
       ValueError: a leaf has no axis of N pages, or it cannot be told which one it is; names
         that the format does not have.
-      TypeError: a leaf is no array.
+      TypeError: a leaf is no array, or the allocator is none.
       NotImplementedError: a dtype that the format does not have; pages that are not those of one
         pool.
     """
+    if not isinstance(allocator, AllocatorCalls):
+        kind = type(allocator).__name__
+        raise TypeError(f"allocator must be a BlockAllocator, got {kind}: the cache comes first")
     placement = getattr(cache, "placement", None)
     if placement is not None and placement.data_shards > 1:
         raise NotImplementedError(

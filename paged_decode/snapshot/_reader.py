@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,6 +34,7 @@ from ._format import (
 
 __all__ = [
     "Chain",
+    "Counter",
     "Progress",
     "Read",
     "SnapshotFile",
@@ -44,10 +46,15 @@ __all__ = [
 ]
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes done and the bytes there are."""
+"""Called with the bytes done and the bytes there are, which are equal in the last call."""
 
-Read = Callable[[], None]
-"""Reads one chunk into its place and compares its checksum; any thread may call it."""
+
+class Read(NamedTuple):
+    """Reads one chunk into its place and compares its checksum; any thread may run it."""
+
+    num_bytes: int  # that it puts there
+    run: Callable[[], None]
+
 
 _THREADS = 2  # one waits for the disk or for memory while the other computes a checksum
 _PIECE_BYTES = 1 << 20  # so few that the checksum finds them in the cache of its core
@@ -107,7 +114,7 @@ class SnapshotFile:
         spec = self.specs[name]
         out = np.empty(spec.shape, DTYPES[spec.dtype])
         for read in self.reads(name, out):
-            read()
+            read.run()
         return out
 
     def read_chunk(self, name: str, chunk: int, data: memoryview) -> None:
@@ -129,18 +136,16 @@ class SnapshotFile:
         for chunk in range(spec.num_chunks):
             begin = chunk * spec.chunk_rows * spec.row_bytes
             part = data[begin : begin + chunk_bytes(spec, chunk)]
-            yield partial(self.read_chunk, name, chunk, part)
+            yield Read(len(part), partial(self.read_chunk, name, chunk, part))
 
-    def verify(self, progress: Progress | None = None) -> None:
+    def verify(self, counter: Counter | None = None) -> None:
         """Compare every checksum."""
-        done = 0
         for name, spec in self.specs.items():
             for chunk in range(spec.num_chunks):
                 data = bytearray(chunk_bytes(spec, chunk))
                 self.read_chunk(name, chunk, memoryview(data))
-                done += len(data)
-                if progress:
-                    progress(done, self.file_bytes)
+                if counter is not None:
+                    counter.add(len(data))
 
     def __str__(self) -> str:
         return printable(self.path)
@@ -289,7 +294,8 @@ class Chain:
             for here in np.split(order, begins + 1):
                 chunk = int(chunk_of[here[0]])
                 first = chunk * spec.chunk_rows
-                yield partial(_pick, file, spec, chunk, rows[here] - first, mine[here], out)
+                run = partial(_pick, file, spec, chunk, rows[here] - first, mine[here], out)
+                yield Read(len(here) * spec.row_bytes, run)
 
     def close(self) -> None:
         for file in self.files:
@@ -348,20 +354,37 @@ def _pick(
     out[where] = buffer[rows]
 
 
-def read_all(reads: Iterable[Read]) -> None:
-    """Call them, by a few threads; raises what a broken one raised.
+def read_all(reads: Iterable[Read], progress: Progress | None = None) -> None:
+    """Run them, by a few threads; raises what a broken one, or `progress`, raised.
 
     Each thread has a stretch of its own: the system reads ahead of those who read in order.
     """
     reads = list(reads)
     bounds = [len(reads) * i // _THREADS for i in range(_THREADS + 1)]
+    counter = Counter(progress, sum(read.num_bytes for read in reads))
 
     def stretch(begin: int, end: int) -> None:
         for read in reads[begin:end]:
-            read()
+            read.run()
+            counter.add(read.num_bytes)
 
     with ThreadPoolExecutor(_THREADS) as threads:
         list(threads.map(stretch, bounds[:-1], bounds[1:]))
+
+
+class Counter:
+    """Tells a `Progress` of what threads have done, one call at a time."""
+
+    def __init__(self, progress: Progress | None, total: int):
+        self._progress, self._total, self._done = progress, total, 0
+        self._lock = threading.Lock()
+
+    def add(self, num_bytes: int) -> None:
+        if self._progress is None:
+            return
+        with self._lock:
+            self._done += num_bytes
+            self._progress(self._done, self._total)
 
 
 def chunk_bytes(spec: ArraySpec, chunk: int) -> int:

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -18,7 +18,8 @@ from .._text import printable, shown
 from ..allocator import AllocatorState, BlockAllocator, Handle
 from ..cache import KVCache
 from ..errors import SnapshotError
-from ._files import Files, OSFiles
+from . import _files
+from ._files import Files
 from ._format import (
     MAX_PARENTS,
     Header,
@@ -34,7 +35,7 @@ from ._reader import Progress, SnapshotFile, source_name
 from ._state import array_specs, state_arrays
 from ._writer import array_chunks, write_file
 
-__all__ = ["Snapshot", "save_snapshot", "save_snapshot_async"]
+__all__ = ["Snapshot", "export_sequence", "save_snapshot", "save_snapshot_async"]
 
 GENERATION = b"\0generation\0"
 
@@ -65,6 +66,21 @@ class Snapshot:
         )
 
 
+class FileOptions(TypedDict, total=False):
+    """Options of everything that saves: as in `save_snapshot`."""
+
+    metadata: Mapping[str, Scalar] | None
+    parent: Snapshot | None
+    progress: Progress | None
+
+
+class SaveOptions(FileOptions, total=False):
+    """Options of `save_snapshot`."""
+
+    handles: Sequence[Handle] | None
+    cached: bool
+
+
 def save_snapshot(
     path: str | os.PathLike[str],
     cache: Any,
@@ -75,7 +91,6 @@ def save_snapshot(
     metadata: Mapping[str, Scalar] | None = None,
     parent: Snapshot | None = None,
     progress: Progress | None = None,
-    files: Files | None = None,
 ) -> Snapshot:
     """Write sequences, their pages and the prefix cache to one file, atomically and durably.
 
@@ -96,7 +111,6 @@ def save_snapshot(
         allocator, in the same folder) are left out. It must be there still, and have fewer than 256
         parents.
       progress: called with bytes done and bytes in all.
-      files: the file operations; for tests.
 
     Raises:
       OSError: the file could not be written; the old one is as it was.
@@ -112,7 +126,7 @@ def save_snapshot(
       >>> save_snapshot(path, cache, allocator).num_pages
       1
       >>> cache, allocator = KVCache.create(num_pages=5, **sizes), BlockAllocator(5, 4)
-      >>> restored = load_snapshot(path, into=(cache, allocator))  # donates the cache
+      >>> restored = load_snapshot(path, cache, allocator)  # donates the cache
       >>> allocator.tokens(restored.handles[0]).tolist()
       [5, 6, 7]
     """
@@ -124,18 +138,17 @@ def save_snapshot(
         cached=cached,
         metadata=metadata,
         parent=parent,
+        progress=progress,
         copy=False,
     )
-    return job.write(files or OSFiles(), progress)
+    return job.write()
 
 
 def save_snapshot_async(
     path: str | os.PathLike[str],
     cache: Any,
     allocator: BlockAllocator,
-    *,
-    files: Files | None = None,
-    **options: Any,
+    **options: Unpack[SaveOptions],
 ) -> Future[Snapshot]:
     """`save_snapshot`, but return as soon as the pages are copied out; a thread writes them.
 
@@ -154,9 +167,18 @@ def save_snapshot_async(
     Raises:
       ValueError, TypeError, NotImplementedError: as in `save_snapshot`.
     """
-    progress = options.pop("progress", None)
-    job = plan_save(path, cache, allocator, copy=True, **options)
-    return job.write_behind(files or OSFiles(), progress)
+    return plan_save(path, cache, allocator, copy=True, **options).write_behind()
+
+
+def export_sequence(
+    path: str | os.PathLike[str],
+    cache: Any,
+    allocator: BlockAllocator,
+    handle: Handle,
+    **options: Unpack[FileOptions],
+) -> Snapshot:
+    """Save one sequence and nothing else: `save_snapshot` with one handle; options as there."""
+    return save_snapshot(path, cache, allocator, handles=[handle], cached=False, **options)
 
 
 class _Writer:
@@ -171,9 +193,9 @@ class _Writer:
     def _begin(self) -> None:
         self._ident = threading.get_ident()
 
-    def submit(self, job: SaveJob, files: Files, progress: Progress | None) -> Future[Snapshot]:
+    def submit(self, job: SaveJob) -> Future[Snapshot]:
         with self._entering:
-            written = self._thread.submit(job.write_now, files, progress)
+            written = self._thread.submit(job.write_now)
             self._newest[os.path.realpath(job.path)] = written
         return written
 
@@ -209,17 +231,21 @@ class SaveJob:
     stamps: tuple[np.ndarray, ...]
     written_pages: int
     parents: tuple[str, ...]
+    progress: Progress | None
+    files: Files  # those of the call: a test may have others by the time they are used
 
-    def write(self, files: Files, progress: Progress | None) -> Snapshot:
+    def write(self) -> Snapshot:
         """Write in this thread, behind what the writing thread has for the path: it is older."""
         _writer.wait_for(self.path)
-        return self.write_now(files, progress)
+        return self.write_now()
 
-    def write_behind(self, files: Files, progress: Progress | None) -> Future[Snapshot]:
-        return _writer.submit(self, files, progress)
+    def write_behind(self) -> Future[Snapshot]:
+        return _writer.submit(self)
 
-    def write_now(self, files: Files, progress: Progress | None) -> Snapshot:
-        ident = write_file(self.path, self.header, self.sources, files=files, progress=progress)
+    def write_now(self) -> Snapshot:
+        ident = write_file(
+            self.path, self.header, self.sources, files=self.files, progress=self.progress
+        )
         return Snapshot(
             path=self.path,
             id=ident,
@@ -240,6 +266,7 @@ def plan_save(
     cached: bool = True,
     metadata: Mapping[str, Scalar] | None = None,
     parent: Snapshot | None = None,
+    progress: Progress | None = None,
     copy: bool,
     committed_only: bool = False,
     extra: Mapping[str, np.ndarray] | None = None,
@@ -288,7 +315,17 @@ def plan_save(
         groups=groups,
     )
     stamps = tuple(each.stamps for each in where)
-    return SaveJob(path, header, sources, allocator, stamps, sum(counts), parents)
+    return SaveJob(
+        path=path,
+        header=header,
+        sources=sources,
+        allocator=allocator,
+        stamps=stamps,
+        written_pages=sum(counts),
+        parents=parents,
+        progress=progress,
+        files=_files.DEFAULT,
+    )
 
 
 def _saved_groups(

@@ -41,6 +41,8 @@ def write_file(
     """
     front_bytes = len(encode_header(header))
     offsets, file_bytes = layout(front_bytes - PREFIX.size, header.arrays)
+    ends = [o + s.nbytes for o, s in zip(offsets, header.arrays, strict=True) if s.nbytes]
+    end = max([front_bytes, *ends])
     crcs: list[list[int]] = [[] for _ in header.arrays]
     with replacing(path, files) as file, _Emitter(files, file) as emitter:
         for spec, source, offset, found in zip(header.arrays, sources, offsets, crcs, strict=True):
@@ -48,11 +50,9 @@ def write_file(
                 emitter.put(chunk, offset, found)
                 offset += chunk.nbytes
                 if progress:
-                    progress(offset, file_bytes)
+                    progress(offset, end)
         emitter.finish()
         front = encode_header(replace(header, crcs=tuple(map(tuple, crcs))))
-        ends = [o + s.nbytes for o, s in zip(offsets, header.arrays, strict=True) if s.nbytes]
-        end = max([front_bytes, *ends])
         write_all(files, file, memoryview(bytes(file_bytes - end)), end)
         write_all(files, file, memoryview(front), 0)
     return snapshot_id(front)

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..allocator.arguments import as_count
 from ..errors import SnapshotCorrupt, SnapshotError
-from ..snapshot import Files, OSFiles
+from ..snapshot import _files
 from ..snapshot._format import DTYPES, ArraySpec, Header
 from ..snapshot._reader import SnapshotFile
 from ..snapshot._writer import array_chunks, write_file
@@ -40,16 +40,12 @@ class DiskTier:
     Args:
       folder: for this tier alone; made if it is not there.
       capacity_bytes: of all files together.
-      files: the file operations; for tests.
     """
 
-    def __init__(
-        self, folder: str | os.PathLike[str], capacity_bytes: int, *, files: Files | None = None
-    ):
+    def __init__(self, folder: str | os.PathLike[str], capacity_bytes: int):
         self.folder = Path(folder)
         self.capacity_bytes = as_count("capacity_bytes", capacity_bytes, 1)
         self.num_bytes = 0
-        self._files = files or OSFiles()
         self._known: OrderedDict[Path, tuple[int, list[bytes]]] = OrderedDict()  # oldest first
         self._where: dict[bytes, Path] = {}
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +90,7 @@ class DiskTier:
             if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
                 return False  # a link, say: what it leads to is not ours to replace
             self._trim(sum(spec.nbytes for spec in specs))
-            write_file(path, header, sources, files=self._files)
+            write_file(path, header, sources, files=_files.DEFAULT)
         except OSError:
             return False
         self._enter(path)

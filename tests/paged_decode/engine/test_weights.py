@@ -272,11 +272,11 @@ def test_a_fingerprint_may_be_what_a_file_says(tmp_path):
     allocator.new_weights(b"w1")
     save_snapshot(path, KVCache.create(**sizes), allocator)
     named = BlockAllocator(9, 4, fingerprint=inspect_snapshot(path).fingerprint)
-    load_snapshot(path, into=(KVCache.create(**sizes), named))
+    load_snapshot(path, KVCache.create(**sizes), named)
     save_snapshot(path, KVCache.create(**sizes), named)
-    load_snapshot(path, into=(KVCache.create(**sizes), named))
+    load_snapshot(path, KVCache.create(**sizes), named)
     with pytest.raises(SnapshotMismatch, match="fingerprint"):
-        load_snapshot(path, into=(KVCache.create(**sizes), BlockAllocator(9, 4, fingerprint=b"G")))
+        load_snapshot(path, KVCache.create(**sizes), BlockAllocator(9, 4, fingerprint=b"G"))
 
 
 def test_a_sequence_of_before_is_saved_as_not_computed(tmp_path):
@@ -287,7 +287,7 @@ def test_a_sequence_of_before_is_saved_as_not_computed(tmp_path):
     allocator.new_weights()
     save_snapshot(tmp_path / "file", cache, allocator)
     other = BlockAllocator(9, 4)
-    restored = load_snapshot(tmp_path / "file", into=(cache, other))
+    restored = load_snapshot(tmp_path / "file", cache, other)
     assert other.sequence(restored.handles[0]).computed == 0
     np.testing.assert_array_equal(other.tokens(restored.handles[0]), range(6))
     assert other.match_prefix(range(6)) == 0

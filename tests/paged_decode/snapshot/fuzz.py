@@ -31,18 +31,19 @@ def child(corpus: str, options: list[str]) -> None:
 
     with atheris.instrument_imports(include=["paged_decode.snapshot", "paged_decode.allocator"]):
         from paged_decode.snapshot import (
-            OSFiles,
+            _files,
             compact_snapshot,
             inspect_snapshot,
             verify_snapshot,
         )
     from paged_decode.errors import SnapshotError
 
-    class Unsynced(OSFiles):
+    class Unsynced(_files.OSFiles):
         def fsync(self, file: int) -> None: ...
 
         def fsync_folder(self, folder: Path) -> None: ...
 
+    _files.DEFAULT = Unsynced()
     path = SCRATCH / f"paged-decode-fuzz-{os.getpid()}"
     folded = path.with_suffix(".folded")
 
@@ -54,7 +55,7 @@ def child(corpus: str, options: list[str]) -> None:
         except SnapshotError:
             return
         # What both accept, the third accepts too, and what it writes is sound.
-        compact_snapshot(path, folded, files=Unsynced())
+        compact_snapshot(path, folded)
 
     def one(data: bytes) -> None:
         read(data)

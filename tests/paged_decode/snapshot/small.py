@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from paged_decode import BlockAllocator, KVCache
+from paged_decode.snapshot import _files
 
 LAYERS, HEADS, PAGE, DIM = 2, 2, 4, 3
+
+
+@contextmanager
+def using(files):
+    """Saves that are asked for here use these operations of files, whenever they write."""
+    with mock.patch.object(_files, "DEFAULT", files):
+        yield files
 
 
 def random_bits(shape, dtype, seed: int = 0) -> np.ndarray:

@@ -14,21 +14,22 @@ import pytest
 
 from paged_decode import inspect_snapshot, save_snapshot, save_snapshot_async, verify_snapshot
 
-from .small import busy
+from .small import busy, using
 from .test_deltas import SlowFiles
 
 ROOT = Path(__file__).parents[3]
 AT_EXIT = """
 import sys, threading
 from paged_decode import save_snapshot_async
-from paged_decode.snapshot import OSFiles
-from tests.paged_decode.snapshot.small import busy
+from paged_decode.snapshot._files import OSFiles
+from tests.paged_decode.snapshot.small import busy, using
 class Slow(OSFiles):
     def create(self, path):
         threading.main_thread().join(1)  # the interpreter exits meanwhile
         return super().create(path)
 for name in ("a", "b"):
-    save_snapshot_async(sys.argv[1] + "/" + name, *busy()[:2], files=Slow())
+    with using(Slow()):
+        save_snapshot_async(sys.argv[1] + "/" + name, *busy()[:2])
 """
 
 
@@ -55,8 +56,8 @@ def test_a_save_is_a_future_that_callbacks_and_coroutines_wait_for(tmp_path):
 
 def test_a_save_that_has_not_begun_can_be_cancelled_and_later_ones_keep_their_order(tmp_path):
     cache, allocator, _ = busy()
-    slow = SlowFiles()
-    first = save_snapshot_async(tmp_path / "s", cache, allocator, metadata={"n": 1}, files=slow)
+    with using(SlowFiles()) as slow:
+        first = save_snapshot_async(tmp_path / "s", cache, allocator, metadata={"n": 1})
     with pytest.raises(TimeoutError):
         first.result(timeout=0.01)
     second = save_snapshot_async(tmp_path / "s", cache, allocator, metadata={"n": 2})

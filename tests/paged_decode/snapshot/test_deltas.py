@@ -22,12 +22,12 @@ from paged_decode import (
     save_snapshot_async,
     verify_snapshot,
 )
-from paged_decode.snapshot import OSFiles
+from paged_decode.snapshot._files import OSFiles
 from paged_decode.snapshot._format import MAX_HEADER_BYTES, encode_header
 from paged_decode.snapshot._reader import SnapshotFile
 
 from ..tiny import make_engine, prompts
-from .small import assert_same_content, busy, content, make_allocator, make_cache
+from .small import assert_same_content, busy, content, make_allocator, make_cache, using
 
 
 def scribble(cache, allocator, handles, seed: int):
@@ -76,7 +76,7 @@ def test_a_chain_restores_the_last_state_and_writes_only_new_pages(tmp_path):
     assert [s.num_pages for s in saved] == [7, 11, 9]
     assert [s.written_pages for s in saved] == [7, 5, 3]
     other = make_allocator(60)
-    restored = load_snapshot(tmp_path / "2", into=(make_cache(60, seed=8), other))
+    restored = load_snapshot(tmp_path / "2", make_cache(60, seed=8), other)
     other.check_invariants()
     for old, new in zip(handles, restored.handles, strict=True):
         assert_same_content(content(restored.cache, other, new), content(cache, allocator, old))
@@ -98,13 +98,13 @@ def test_folding_a_chain_gives_the_bytes_of_a_whole_snapshot(tmp_path):
 def test_a_loaded_snapshot_can_be_a_parent_too(tmp_path):
     _, _, _, _ = chain(tmp_path)
     other = make_allocator(60)
-    restored = load_snapshot(tmp_path / "2", into=(make_cache(60, seed=8), other))
+    restored = load_snapshot(tmp_path / "2", make_cache(60, seed=8), other)
     handles = list(restored.handles)
     cache = grow(restored.cache, other, handles, 3, seed=4)
     saved = save_snapshot(tmp_path / "3", cache, other, parent=restored.snapshot)
     assert saved.written_pages < saved.num_pages / 2
     last = make_allocator(60)
-    again = load_snapshot(tmp_path / "3", into=(make_cache(60), last))
+    again = load_snapshot(tmp_path / "3", make_cache(60), last)
     for old, new in zip(handles, again.handles, strict=True):
         assert_same_content(content(again.cache, last, new), content(cache, other, old))
 
@@ -116,7 +116,7 @@ def test_a_missing_or_wrong_parent_is_an_error_before_anything_is_touched(tmp_pa
 
     def refused(error, text):
         with pytest.raises(error, match=text):
-            load_snapshot(tmp_path / "2", into=(there, other))
+            load_snapshot(tmp_path / "2", there, other)
         assert not there.is_deleted and other.num_free == 59
 
     os.rename(tmp_path / "0", tmp_path / "elsewhere")
@@ -128,7 +128,7 @@ def test_a_missing_or_wrong_parent_is_an_error_before_anything_is_touched(tmp_pa
     (tmp_path / "0").write_bytes(flipped)
     refused(SnapshotCorrupt, "chunk|padding")
     (tmp_path / "0").write_bytes(whole)
-    load_snapshot(tmp_path / "2", into=(there, other))
+    load_snapshot(tmp_path / "2", there, other)
 
 
 def test_a_delta_of_another_allocator_folder_or_of_itself_is_refused(tmp_path):
@@ -205,7 +205,7 @@ def test_a_delta_that_nothing_could_read_is_not_written(tmp_path, monkeypatch):
     save_snapshot(tmp_path / "3", cache, allocator, parent=second)
     with pytest.raises(ValueError, match="at most 2 parents"):
         save_snapshot(tmp_path / "4", cache, allocator, parent=third)
-    restored = load_snapshot(tmp_path / "2", into=(make_cache(60), other := make_allocator(60)))
+    restored = load_snapshot(tmp_path / "2", make_cache(60), other := make_allocator(60))
     with pytest.raises(ValueError, match="at most 2 parents"):
         save_snapshot(tmp_path / "4", restored.cache, other, parent=restored.snapshot)
     compact_snapshot(tmp_path / "1")
@@ -224,8 +224,8 @@ def test_paths_are_those_of_the_call_wherever_the_process_goes_then(tmp_path, mo
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "a")
     base = save_snapshot("base", cache, allocator)
-    files = SlowFiles()
-    pending = save_snapshot_async("behind", cache, allocator, parent=base, files=files)
+    with using(SlowFiles()) as files:
+        pending = save_snapshot_async("behind", cache, allocator, parent=base)
     monkeypatch.chdir(tmp_path / "b")
     files.go.set()
     assert pending.result(60).path == tmp_path / "a" / "behind"
@@ -251,8 +251,8 @@ def test_saves_to_one_path_are_written_in_the_order_of_the_calls(tmp_path):
     cache, allocator = make_cache(40), make_allocator(40)
     handle = allocator.allocate(range(10))
     metadata = {"turn": 0}
-    slow = SlowFiles()
-    pending = [save_snapshot_async(tmp_path / "s", cache, allocator, metadata=metadata, files=slow)]
+    with using(SlowFiles()) as slow:
+        pending = [save_snapshot_async(tmp_path / "s", cache, allocator, metadata=metadata)]
     for turn in (1, 2):
         metadata["turn"] = turn
         allocator.advance([handle], [turn])

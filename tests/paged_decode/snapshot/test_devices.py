@@ -55,7 +55,7 @@ for devices, pages in ((2, 30), (4, 12), (1, 25), (4, 20), (1, 20)):
     if devices > COUNT:
         continue
     other = BlockAllocator(pages, 4)
-    restored = load_snapshot(folder / last, into=(cache_on(devices, pages), other))
+    restored = load_snapshot(folder / last, cache_on(devices, pages), other)
     other.check_invariants()
     assert len(restored.cache.k_pages[0].sharding.device_set) == devices
     last = f"to-{devices}-{pages}"
@@ -87,7 +87,7 @@ for at, others in enumerate(n for n in (1, 2, 4, 8) if n <= COUNT):
     other = BlockAllocator(24, 4)
     into = split(24, head_axis="heads", others=others)
     assert into.placement.kv_copies == max(1, COUNT // others // 2)
-    restored = load_snapshot(folder / "once", into=(into, other))
+    restored = load_snapshot(folder / "once", into, other)
     copies = into.placement.kv_copies
     for leaf in jax.tree.leaves(restored.cache):
         np.testing.assert_array_equal(leaf, np.repeat(np.asarray(leaf)[:, ::copies], copies, 1))

@@ -24,10 +24,10 @@ from paged_decode import (
     save_snapshot_async,
     verify_snapshot,
 )
-from paged_decode.snapshot import OSFiles
+from paged_decode.snapshot._files import OSFiles
 
 from ..tiny import dense_greedy, make_engine
-from .small import busy, make_allocator, make_cache
+from .small import busy, make_allocator, make_cache, using
 
 ROOT = Path(__file__).parents[3]
 
@@ -96,7 +96,8 @@ def save_old(path, states) -> bytes:
 def operations(tmp_path, states) -> int:
     cache, allocator, *_, counting = states
     counting.calls = 0
-    save_snapshot(tmp_path / "count", cache, allocator, files=counting)
+    with using(counting):
+        save_snapshot(tmp_path / "count", cache, allocator)
     os.unlink(tmp_path / "count")
     return counting.calls
 
@@ -111,8 +112,9 @@ def test_each_operation_that_fails_leaves_the_old_file_and_no_other(tmp_path, st
     count = operations(tmp_path, states)
     assert count > 50
     for at in range(1, count + 1):
-        with pytest.raises(OSError, match=str(path)) as caught:
-            save_snapshot(path, cache, allocator, files=FailingFiles(at, error))
+        failing = using(FailingFiles(at, error))
+        with failing, pytest.raises(OSError, match=str(path)) as caught:
+            save_snapshot(path, cache, allocator)
         assert caught.value.errno == error.errno
         if at < count:  # the last one is the folder's fsync: the new file is in place
             assert path.read_bytes() == old
@@ -135,8 +137,8 @@ def test_a_writer_killed_at_each_operation_leaves_the_old_file_or_the_new_one(
     count = operations(tmp_path, states)
     for at in range(1, count + 1):
         path.write_bytes(old)
-        with pytest.raises(Killed):
-            save_snapshot(path, cache, allocator, files=FailingFiles(at, Killed(), half=half))
+        with using(FailingFiles(at, Killed(), half=half)), pytest.raises(Killed):
+            save_snapshot(path, cache, allocator)
         assert path.read_bytes() == (new if at == count else old)
     leftovers = [p for p in os.listdir(tmp_path) if p.endswith(".tmp")]
     assert len(leftovers) > 50
@@ -161,8 +163,8 @@ def test_only_what_a_save_left_is_swept(tmp_path, states):
 def test_every_name_that_the_system_takes_can_be_saved_and_swept(tmp_path, states, name):
     cache, allocator, *_ = states
     for _ in range(2):
-        with pytest.raises(Killed):
-            save_snapshot(tmp_path / name, cache, allocator, files=FailingFiles(3, Killed()))
+        with using(FailingFiles(3, Killed())), pytest.raises(Killed):
+            save_snapshot(tmp_path / name, cache, allocator)
         for left in os.listdir(tmp_path):
             os.utime(tmp_path / left, (time.time() - 3600,) * 2)
         save_snapshot(tmp_path / name, cache, allocator)
@@ -226,8 +228,8 @@ def test_after_a_power_loss_the_old_file_or_the_new_one_is_there(tmp_path, state
     seen = set()
     for seed in range(40):
         path.write_bytes(old)
-        with pytest.raises(Killed):
-            save_snapshot(path, cache, allocator, files=PowerLoss(at, seed))
+        with using(PowerLoss(at, seed)), pytest.raises(Killed):
+            save_snapshot(path, cache, allocator)
         found = path.read_bytes()
         assert found in (old, new)
         seen.add(found)
@@ -245,9 +247,10 @@ def test_the_engine_goes_on_when_a_save_fails(tmp_path):
     engine.submit([5, 6, 7], SamplingParams(max_new_tokens=12))
     events = engine.step()
     for at in range(1, 12):
-        with pytest.raises(OSError):
-            engine.save(tmp_path / "s", files=FailingFiles(at, OSError(28, "full")))
-    pending = engine.save_async(tmp_path / "s", files=FailingFiles(3, OSError(28, "full")))
+        with using(FailingFiles(at, OSError(28, "full"))), pytest.raises(OSError):
+            engine.save(tmp_path / "s")
+    with using(FailingFiles(3, OSError(28, "full"))):
+        pending = engine.save_async(tmp_path / "s")
     events += engine.stream()
     with pytest.raises(OSError, match="full"):
         pending.result()
@@ -329,7 +332,7 @@ def test_places_that_cannot_hold_a_snapshot_are_named(tmp_path, states):
         with pytest.raises(error, match=text):
             save_snapshot(path, cache, allocator)
         with pytest.raises((OSError, ValueError)):
-            load_snapshot(path, into=(make_cache(9), make_allocator(9)))
+            load_snapshot(path, make_cache(9), make_allocator(9))
     assert os.listdir(tmp_path) == ["pipe"]
 
 
@@ -347,7 +350,7 @@ def overwrite(path) -> None:
 
 
 def test_a_file_that_shrinks_or_changes_while_it_is_read_is_an_error(tmp_path, states):
-    from paged_decode.snapshot._load import Opened
+    from paged_decode.snapshot._open import Opened
 
     cache, allocator, *_ = states
     path = tmp_path / "s"
@@ -408,7 +411,7 @@ def test_a_load_that_fails_anywhere_changes_nothing(tmp_path, states, monkeypatc
             broken = lambda *a, f=failing, **k: f(*a, **k)  # noqa: E731
         with monkeypatch.context() as patch, pytest.raises(MemoryError, match="injected"):
             patch.setattr(*place, broken)
-            load_snapshot(tmp_path / "s", into=(there, other))
+            load_snapshot(tmp_path / "s", there, other)
         other.check_invariants()
         after, _ = other.export_state()
         for field in ("lengths", "table", "tokens", "entry_pages", "evictable"):
@@ -419,9 +422,8 @@ def test_a_load_that_fails_anywhere_changes_nothing(tmp_path, states, monkeypatc
 
 def test_saving_in_the_background_hands_its_error_to_whoever_asks(tmp_path, states):
     cache, allocator, *_ = states
-    pending = save_snapshot_async(
-        tmp_path / "s", cache, allocator, files=FailingFiles(2, OSError(28, "full"))
-    )
+    with using(FailingFiles(2, OSError(28, "full"))):
+        pending = save_snapshot_async(tmp_path / "s", cache, allocator)
     with pytest.raises(OSError, match="full"):
         pending.result(60)
     assert pending.done() and not os.listdir(tmp_path)

@@ -29,7 +29,7 @@ def test_a_golden_snapshot_restores_the_state_that_it_was_made_of(name):
         handles = handles[1:]
     other = make_allocator(30, fingerprint=b"golden")
     path = GOLDEN / f"snapshot_v1_{name}.pgd"
-    restored = load_snapshot(path, into=(make_cache(30, dtype, seed=3), other))
+    restored = load_snapshot(path, make_cache(30, dtype, seed=3), other)
     other.check_invariants()
     by_tokens = {tuple(other.tokens(h).tolist()): h for h in restored.handles}
     for handle in handles:
@@ -74,7 +74,7 @@ def test_a_reader_written_from_the_page_alone_reads_the_same(name):
         return
     dtype = arrays["kv/k_pages/0"].dtype
     other = make_allocator(40, fingerprint=b"golden")
-    restored = load_snapshot(path, into=(make_cache(40, dtype), other))
+    restored = load_snapshot(path, make_cache(40, dtype), other)
     for (tokens, salt, pages), handle in zip(found, restored.handles, strict=True):
         assert tokens == other.tokens(handle).tolist()
         key = other.sequence(handle).cache_salt
@@ -94,7 +94,7 @@ def test_a_golden_snapshot_of_groups_is_read_alike_by_a_reader_of_the_page_alone
     assert ident == info.id
     assert fields["groups"] == [[g.window or 0, g.num_pages, list(g.layers)] for g in info.groups]
     allocator = allocator_of(layout, fingerprint=b"golden")
-    restored = load_snapshot(path, into=(cache_of(layout, seed=5), allocator))
+    restored = load_snapshot(path, cache_of(layout, seed=5), allocator)
     allocator.check_invariants()
     found = independent_reader.sequences(path)
     for at, (handle, (tokens, *_)) in enumerate(zip(restored.handles, found, strict=True)):
@@ -120,6 +120,6 @@ def test_arrays_of_several_chunks_agree_with_the_page_too(tmp_path):
     pages = list(allocator.sequence(handle).pages)
     np.testing.assert_array_equal(arrays["kv/k"], pool["k"][pages])
     other = make_allocator(800)
-    restored = load_snapshot(tmp_path / "s", into=({"k": np.zeros((800, 4, 4, 256), "f4")}, other))
+    restored = load_snapshot(tmp_path / "s", {"k": np.zeros((800, 4, 4, 256), "f4")}, other)
     held = list(other.sequence(restored.handles[0]).pages)
     np.testing.assert_array_equal(np.array(restored.cache["k"])[held], pool["k"][pages])

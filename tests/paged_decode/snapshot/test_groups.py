@@ -63,7 +63,7 @@ def test_every_group_returns_bit_for_bit_into_pools_of_other_sizes(tmp_path, nam
     saved = save_snapshot(tmp_path / "a", life.cache, life.allocator)
     other = with_pages(layout, *sizes[: len(layout.groups)])
     allocator = allocator_of(other)
-    restored = load_snapshot(tmp_path / "a", into=(on_device(other), allocator))
+    restored = load_snapshot(tmp_path / "a", on_device(other), allocator)
     assert_same(life, restored.cache, allocator, restored.handles)
     assert (restored.pages_loaded, restored.pages_dropped) == (saved.num_pages, 0)
     again = save_snapshot(tmp_path / "b", restored.cache, allocator)
@@ -84,7 +84,7 @@ def test_a_pool_too_small_for_the_sequences_of_a_group_is_refused_and_unchanged(
         layout = with_pages(TWO, *counts)
         cache, allocator = on_device(layout), allocator_of(layout)
         with pytest.raises(OutOfPages) as caught:
-            load_snapshot(tmp_path / "s", into=(cache, allocator))
+            load_snapshot(tmp_path / "s", cache, allocator)
         assert (caught.value.group, caught.value.needed) == (group, needed[group])
         assert not cache.is_deleted and allocator.stats(0).used == allocator.stats(1).used == 0
         allocator.check_invariants()
@@ -110,12 +110,12 @@ def test_a_loaded_snapshot_of_groups_can_be_a_parent_unless_its_groups_were_othe
     life = lived(TWO, seed=4)
     save_snapshot(tmp_path / "a", life.cache, life.allocator)
     allocator = allocator_of(TWO)
-    restored = load_snapshot(tmp_path / "a", into=(on_device(TWO), allocator))
+    restored = load_snapshot(tmp_path / "a", on_device(TWO), allocator)
     delta = save_snapshot(tmp_path / "b", restored.cache, allocator, parent=restored.snapshot)
     assert delta.written_pages < delta.num_pages / 2
     narrow = cut(TWO, window=3)
     allocator = allocator_of(narrow)
-    restored = load_snapshot(tmp_path / "b", into=(on_device(narrow), allocator))
+    restored = load_snapshot(tmp_path / "b", on_device(narrow), allocator)
     with pytest.raises(ValueError, match="the parent, has other groups of layers"):
         save_snapshot(tmp_path / "c", restored.cache, allocator, parent=restored.snapshot)
 
@@ -148,7 +148,7 @@ def test_one_full_group_is_split_and_cut_to_the_windows_that_are_here(tmp_path, 
     life, layout = lived(PLAIN, seed), split_into(name)
     save_snapshot(tmp_path / "s", life.cache, life.allocator)
     allocator = allocator_of(layout)
-    restored = load_snapshot(tmp_path / "s", into=(on_device(layout), allocator))
+    restored = load_snapshot(tmp_path / "s", on_device(layout), allocator)
     allocator.check_invariants()
     for old, new in zip(life.handles, restored.handles, strict=True):
         was, info = life.allocator.sequence(old), allocator.sequence(new)
@@ -173,7 +173,7 @@ def test_a_window_is_cut_to_a_narrower_one(tmp_path, seed):
     life, layout = lived(TWO, seed), cut(TWO, window=2)
     save_snapshot(tmp_path / "s", life.cache, life.allocator)
     allocator = allocator_of(layout)
-    restored = load_snapshot(tmp_path / "s", into=(on_device(layout), allocator))
+    restored = load_snapshot(tmp_path / "s", on_device(layout), allocator)
     allocator.check_invariants()
     for old, new in zip(life.handles, restored.handles, strict=True):
         info = allocator.sequence(new)
@@ -210,7 +210,7 @@ def test_what_a_window_gave_back_is_not_there_for_a_wider_one(tmp_path, name):
     layout = regrouped(*groups)
     cache, allocator = on_device(layout), allocator_of(layout)
     with pytest.raises(SnapshotMismatch, match=text):
-        load_snapshot(tmp_path / "s", into=(cache, allocator))
+        load_snapshot(tmp_path / "s", cache, allocator)
     assert not cache.is_deleted and allocator.num_used == 0
 
 
@@ -220,7 +220,7 @@ def test_a_private_sequence_is_saved_without_pages_of_its_windows(tmp_path):
     save_snapshot(tmp_path / "s", life.cache, life.allocator)
     allocator = allocator_of(TWO)
     allocator.new_weights(b"next")
-    restored = load_snapshot(tmp_path / "s", into=(on_device(TWO), allocator))
+    restored = load_snapshot(tmp_path / "s", on_device(TWO), allocator)
     allocator.check_invariants()
     for old, new in zip(life.handles, restored.handles, strict=True):
         info = allocator.sequence(new)
@@ -233,7 +233,7 @@ def test_what_is_taken_as_private_or_under_another_salt_keeps_its_bits(tmp_path)
     save_snapshot(tmp_path / "s", life.cache, life.allocator)
     for options in (dict(prefix_cache=False), dict(cache_salt="mine")):
         allocator = allocator_of(TWO)
-        restored = load_snapshot(tmp_path / "s", into=(on_device(TWO), allocator), **options)
+        restored = load_snapshot(tmp_path / "s", on_device(TWO), allocator, **options)
         assert_same(life, restored.cache, allocator, restored.handles)
 
 
@@ -267,7 +267,7 @@ def test_what_is_found_and_the_order_of_eviction_return_in_every_group(tmp_path,
     life = cached(layout)
     save_snapshot(tmp_path / "s", life.cache, life.allocator)
     other = allocator_of(layout)
-    restored = load_snapshot(tmp_path / "s", into=(on_device(layout), other))
+    restored = load_snapshot(tmp_path / "s", on_device(layout), other)
     assert hits(other) == hits(life.allocator) and set(hits(other)) == {20}
     assert restored.pages_dropped == 0
     for allocator in (life.allocator, other):
@@ -295,7 +295,7 @@ def test_cached_pages_that_have_no_room_in_a_group_are_left_out_first_come_first
         counts[group] = room + 1
         small = with_pages(TWO, *counts)
         allocator = allocator_of(small)
-        restored = load_snapshot(tmp_path / "s", into=(on_device(small), allocator))
+        restored = load_snapshot(tmp_path / "s", on_device(small), allocator)
         assert_same(life, restored.cache, allocator, restored.handles)
         assert restored.pages_loaded + restored.pages_dropped == saved.num_pages
         found = hits(allocator)
@@ -308,7 +308,7 @@ def test_hits_after_a_restore_read_the_bits_that_were_saved(tmp_path):
     life = cached(layout)
     save_snapshot(tmp_path / "s", life.cache, life.allocator)
     other = allocator_of(layout)
-    restored = load_snapshot(tmp_path / "s", into=(on_device(layout), other))
+    restored = load_snapshot(tmp_path / "s", on_device(layout), other)
     for i in range(10):
         text = [*range(13), *[20 + i] * 9]
         old, new = life.allocator.allocate(text), other.allocate(text)
@@ -324,7 +324,7 @@ def test_of_a_full_group_cut_to_a_window_the_ends_of_what_can_be_found_stay(tmp_
     life, layout = cached(plain), split_into("full and a window")
     save_snapshot(tmp_path / "s", life.cache, life.allocator)
     allocator = allocator_of(layout)
-    restored = load_snapshot(tmp_path / "s", into=(on_device(layout), allocator))
+    restored = load_snapshot(tmp_path / "s", on_device(layout), allocator)
     allocator.check_invariants()
     assert hits(allocator) == hits(life.allocator) == [20] * 10
     stats = allocator.stats(1)
@@ -346,7 +346,7 @@ def test_salts_of_a_file_become_one_and_what_they_have_in_common_is_found_once(t
         life.allocator.free(handle)
     save_snapshot(tmp_path / "s", life.cache, life.allocator)
     allocator = allocator_of(layout)
-    load_snapshot(tmp_path / "s", into=(on_device(layout), allocator), cache_salt="c")
+    load_snapshot(tmp_path / "s", on_device(layout), allocator, cache_salt="c")
     allocator.check_invariants()
     assert allocator.match_prefix([*range(13), 9], cache_salt="c") == 12
     assert allocator.match_prefix([*range(13), 9], cache_salt="a") == 0
@@ -358,7 +358,7 @@ def test_without_a_prefix_cache_there_only_the_pages_of_sequences_are_taken(tmp_
     save_snapshot(tmp_path / "s", life.cache, life.allocator)
     for options in (dict(into=dict(prefix_cache=False)), dict(prefix_cache=False, into={})):
         allocator = allocator_of(TWO, **options.pop("into"))
-        restored = load_snapshot(tmp_path / "s", into=(on_device(TWO), allocator), **options)
+        restored = load_snapshot(tmp_path / "s", on_device(TWO), allocator, **options)
         assert_same(life, restored.cache, allocator, restored.handles)
         assert [allocator.stats(group).evictable for group in (0, 1)] == [0, 0]
         assert restored.pages_loaded == 6 + 2
@@ -370,11 +370,11 @@ def test_a_stack_for_each_group_and_an_array_for_each_layer_are_one_format(tmp_p
         save_snapshot(tmp_path / "tuple", life.cache, life.allocator)
         allocator = allocator_of(layout)
         stacked = KVCache.create(layout=layout, stacked=True)
-        restored = load_snapshot(tmp_path / "tuple", into=(stacked, allocator))
+        restored = load_snapshot(tmp_path / "tuple", stacked, allocator)
         save_snapshot(tmp_path / "stack", restored.cache, allocator)
         assert (tmp_path / "stack").read_bytes() == (tmp_path / "tuple").read_bytes()
         again = allocator_of(layout)
-        back = load_snapshot(tmp_path / "stack", into=(on_device(layout), again))
+        back = load_snapshot(tmp_path / "stack", on_device(layout), again)
         assert_same(life, back.cache, again, back.handles)
 
 
@@ -393,7 +393,7 @@ def test_heads_of_groups_over_a_mesh_are_saved_once_and_restored_on_one_device(t
     save_snapshot(tmp_path / "one", life.cache, life.allocator)
     allocator = allocator_of(layout)
     spread = KVCache.create(layout=layout, mesh=mesh, head_axis="heads")
-    restored = load_snapshot(tmp_path / "one", into=(spread, allocator))
+    restored = load_snapshot(tmp_path / "one", spread, allocator)
     assert [a.shape[1] for a in restored.cache.k_pages] == [4, 4]
     save_snapshot(tmp_path / "four", restored.cache, allocator)
     assert (tmp_path / "four").read_bytes() == (tmp_path / "one").read_bytes()
@@ -414,7 +414,7 @@ def test_steps_after_a_restore_read_nothing_but_what_was_saved(tmp_path, pools):
     other = Loop(poison=True, backend=None)
     layout = with_pages(loop.cache.layout, *pools)
     other.cache, other.allocator = KVCache.create(layout=layout), allocator_of(layout)
-    restored = load_snapshot(tmp_path / "s", into=(other.cache, other.allocator))
+    restored = load_snapshot(tmp_path / "s", other.cache, other.allocator)
     other.cache, seen = restored.cache, len(loop.seen)
     for tokens in rng.integers(0, 50, (4, 3)).tolist():
         loop.advance(handles, tokens)

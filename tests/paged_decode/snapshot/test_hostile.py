@@ -84,7 +84,7 @@ def test_a_snapshot_cut_at_any_byte_is_refused_and_the_target_unchanged(tmp_path
     for size in range(len(data)):
         path.write_bytes(data[:size])
         with pytest.raises(SnapshotCorrupt, match="cut|not a snapshot|bytes"):
-            load_snapshot(path, into=(there, other))
+            load_snapshot(path, there, other)
     assert other.num_free == 29 and not there.is_deleted
 
 

@@ -172,7 +172,7 @@ def test_a_file_that_is_refused_leaves_cache_and_allocator_as_they_were(tmp_path
     (tmp_path / "s").write_bytes(build(fields, arrays))
     allocator, cache = allocator_of(TWO), cache_of(TWO)
     with pytest.raises(SnapshotCorrupt):
-        load_snapshot(tmp_path / "s", into=(cache, allocator))
+        load_snapshot(tmp_path / "s", cache, allocator)
     assert allocator.stats(0).used == allocator.stats(1).used == 0
 
 

@@ -37,7 +37,7 @@ def grown(tmp_path, monkeypatch):
 def all_four_read(path) -> None:
     pages = inspect_snapshot(path).num_pages
     assert verify_snapshot(path).num_pages == pages
-    assert load_snapshot(path, into=(make_cache(40), make_allocator(40))).pages_loaded == pages
+    assert load_snapshot(path, make_cache(40), make_allocator(40)).pages_loaded == pages
     folded = compact_snapshot(path, "folded")
     assert folded.num_pages == pages and folded.parent is None
 
@@ -161,7 +161,7 @@ def test_what_was_loaded_through_a_link_is_a_parent_of_what_is_saved_beside_the_
     grown("real/delta", grown("real/base"))
     link("links/delta", "../real/delta")
     allocator = make_allocator(40)
-    restored = load_snapshot("links/delta", into=(make_cache(40), allocator))
+    restored = load_snapshot("links/delta", make_cache(40), allocator)
     handle = allocator.allocate([9] * 8)
     allocator.commit(handle, 8)
     for path in ("real/next", "links/next"):

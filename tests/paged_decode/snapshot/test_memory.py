@@ -46,7 +46,7 @@ work = lambda: save_snapshot_async(folder / "t", cache, allocator).result() and 
 print("save_async", peak(work))
 print("compact", peak(lambda: compact_snapshot(folder / "s", folder / "u") and None))
 into = make()
-print("load", peak(lambda: load_snapshot(folder / "s", into=into).cache))
+print("load", peak(lambda: load_snapshot(folder / "s", *into).cache))
 """
 
 

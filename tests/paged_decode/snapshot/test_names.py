@@ -77,7 +77,7 @@ def test_messages_hold_names_of_a_file_and_paths_escaped_on_one_line(tmp_path, c
     folder.mkdir()
     path = forged(folder, EVIL[kind])
     with pytest.raises(SnapshotError) as caught:
-        load_snapshot(path, into=(make_cache(9), make_allocator(9)))
+        load_snapshot(path, make_cache(9), make_allocator(9))
     assert_harmless(str(caught.value), 0)
     assert "fingerprint" in str(caught.value) and len(str(caught.value)) < 2000
     good = path.read_bytes()
@@ -127,7 +127,7 @@ def test_a_name_in_a_refusal_is_escaped(tmp_path, kind, change):
     change(arrays, EVIL[kind])
     (tmp_path / "s").write_bytes(build(fields, arrays))
     with pytest.raises(SnapshotError) as caught:
-        load_snapshot(tmp_path / "s", into=(cache, allocator))
+        load_snapshot(tmp_path / "s", cache, allocator)
     assert_harmless(str(caught.value), 0)
 
 

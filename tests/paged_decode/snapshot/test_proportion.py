@@ -49,7 +49,7 @@ def test_a_file_without_pages_costs_nothing_whatever_page_size_it_claims(
         assert inspect_snapshot(path).num_pages == verify_snapshot(path).num_pages == 0
         compact_snapshot(path, tmp_path / "t")
         with pytest.raises(SnapshotMismatch):
-            load_snapshot(path, into=into)
+            load_snapshot(path, *into)
 
     assert peak_of(work) < 4 * MIB
 
@@ -61,7 +61,7 @@ def test_an_empty_allocator_of_any_page_size_is_saved_and_loaded(tmp_path, page_
 
     def work():
         save_snapshot(tmp_path / "s", pool(), saved)
-        assert load_snapshot(tmp_path / "s", into=(pool(), loaded)).pages_loaded == 0
+        assert load_snapshot(tmp_path / "s", pool(), loaded).pages_loaded == 0
 
     work()  # compiles
     assert peak_of(work) < 4 * MIB
@@ -126,7 +126,7 @@ def test_a_page_that_sequences_share_is_digested_once(tmp_path):
             return payload[-32:]
 
         allocator = BlockAllocator(9, 4, digest=digest)
-        load_snapshot(tmp_path / "s", into=({"k": np.zeros((9, 1), np.int8)}, allocator))
+        load_snapshot(tmp_path / "s", {"k": np.zeros((9, 1), np.int8)}, allocator)
         counts.append(len(digests))
         allocator.check_invariants()
     assert counts[0] == counts[1]
@@ -199,5 +199,5 @@ def test_rows_of_no_bytes_travel_whole_in_part_and_through_a_parent(tmp_path):
     compact_snapshot(tmp_path / "delta", tmp_path / "whole")
     for name in ("delta", "whole"):
         other = BlockAllocator(12, 4)
-        assert load_snapshot(tmp_path / name, into=(pool(12), other)).pages_loaded == 4
+        assert load_snapshot(tmp_path / name, pool(12), other).pages_loaded == 4
         other.check_invariants()

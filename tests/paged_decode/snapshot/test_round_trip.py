@@ -49,7 +49,7 @@ def test_every_dtype_returns_bit_for_bit_into_any_pool_that_is_large_enough(
     saved = [content(cache, allocator, h) for h in handles]
     save_snapshot(tmp_path / "s", cache, allocator)
     there, other = make_cache(num_pages, dtype, seed=9), make_allocator(num_pages)
-    restored = load_snapshot(tmp_path / "s", into=(there, other))
+    restored = load_snapshot(tmp_path / "s", there, other)
     other.check_invariants()
     assert len(restored.handles) == len(handles)
     for old, new, was in zip(handles, restored.handles, saved, strict=True):
@@ -73,7 +73,7 @@ def test_a_fragmented_pool_with_tenants_keeps_every_byte_of_theirs(tmp_path):
     other.free(held[::2])
     tenants = held[1::2]
     before = [content(there, other, h) for h in tenants]
-    restored = load_snapshot(tmp_path / "s", into=(there, other))
+    restored = load_snapshot(tmp_path / "s", there, other)
     other.check_invariants()
     for handle, was in zip(tenants, before, strict=True):
         assert_same_content(content(restored.cache, other, handle), was)
@@ -86,7 +86,7 @@ def test_prefix_hits_and_order_of_eviction_return(tmp_path):
     allocator.trim(handles)  # reserved pages are not saved
     save_snapshot(tmp_path / "s", cache, allocator)
     other = make_allocator(24)
-    load_snapshot(tmp_path / "s", into=(make_cache(24), other))
+    load_snapshot(tmp_path / "s", make_cache(24), other)
     prompts = (
         ([1, 2, 3, 4, 5, 6, 7, 8, 0], None, 8),
         ([50, 51, 52, 53, 0], None, 4),
@@ -105,7 +105,7 @@ def test_prefix_hits_and_order_of_eviction_return(tmp_path):
             other.num_evictable,
         )
     fresh = make_allocator(24)
-    load_snapshot(tmp_path / "s", into=(make_cache(24), fresh))
+    load_snapshot(tmp_path / "s", make_cache(24), fresh)
     for tokens, salt, hit in prompts:
         assert fresh.match_prefix(tokens, cache_salt=salt) == hit
 
@@ -114,7 +114,7 @@ def test_save_restore_save_gives_the_same_bytes(tmp_path):
     cache, allocator, _ = busy()
     save_snapshot(tmp_path / "a", cache, allocator, metadata={"turn": 3})
     other = make_allocator(50)
-    restored = load_snapshot(tmp_path / "a", into=(make_cache(50, seed=4), other))
+    restored = load_snapshot(tmp_path / "a", make_cache(50, seed=4), other)
     save_snapshot(tmp_path / "b", restored.cache, other, metadata=restored.metadata)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
@@ -139,7 +139,7 @@ def test_lengths_around_a_page_and_an_empty_cache(tmp_path, length):
     was = [content(cache, allocator, h) for h in handles]
     save_snapshot(tmp_path / "s", cache, allocator)
     other = make_allocator(9)
-    restored = load_snapshot(tmp_path / "s", into=(make_cache(9, seed=3), other))
+    restored = load_snapshot(tmp_path / "s", make_cache(9, seed=3), other)
     other.check_invariants()
     assert restored.pages_loaded == -(-length // PAGE)
     for handle, expected in zip(restored.handles, was, strict=True):
@@ -152,14 +152,15 @@ def test_one_sequence_moves_between_two_allocators_that_run(tmp_path):
     export_sequence(tmp_path / "s", cache, allocator, a)
     there, other, residents = busy(40)
     others = [content(there, other, h) for h in residents]
-    there, handle = import_sequence(tmp_path / "s", into=(there, other))
+    restored = import_sequence(tmp_path / "s", there, other)
+    there, handle = restored.cache, restored.handle
     other.check_invariants()
     assert_same_content(content(there, other, handle), was)
     for resident, expected in zip(residents, others, strict=True):
         assert_same_content(content(there, other, resident), expected)
     save_snapshot(tmp_path / "all", cache, allocator)
     with pytest.raises(SnapshotMismatch, match="5 sequences"):
-        import_sequence(tmp_path / "all", into=(there, other))
+        import_sequence(tmp_path / "all", there, other)
 
 
 def test_a_stack_of_layers_and_a_tuple_of_layers_are_one_format(tmp_path):
@@ -168,11 +169,11 @@ def test_a_stack_of_layers_and_a_tuple_of_layers_are_one_format(tmp_path):
     save_snapshot(tmp_path / "tuple", cache, allocator)
     empty = {n: jnp.zeros((LAYERS, 30, HEADS, PAGE, DIM)) for n in ("k_pages", "v_pages")}
     other = make_allocator(30)
-    stacked = load_snapshot(tmp_path / "tuple", into=(empty, other))
+    stacked = load_snapshot(tmp_path / "tuple", empty, other)
     save_snapshot(tmp_path / "stack", stacked.cache, other)
     assert (tmp_path / "stack").read_bytes() == (tmp_path / "tuple").read_bytes()
     last = make_allocator(30)
-    back = load_snapshot(tmp_path / "stack", into=(make_cache(30), last))
+    back = load_snapshot(tmp_path / "stack", make_cache(30), last)
     for handle, expected in zip(back.handles, was, strict=True):
         assert_same_content(content(back.cache, last, handle), expected)
 
@@ -192,7 +193,7 @@ def test_int8_pages_with_their_scales_return_bit_for_bit(tmp_path):
     save_snapshot(tmp_path / "s", cache, allocator)
     other = make_allocator(30)
     other.allocate_pages(4)
-    restored = load_snapshot(tmp_path / "s", into=(pools(30, 7), other))
+    restored = load_snapshot(tmp_path / "s", pools(30, 7), other)
     pages = list(other.sequence(restored.handles[0]).pages)
     for name, expected in was.items():
         got = bits(restored.cache[name])[pages]
@@ -265,7 +266,7 @@ def test_without_room_beside_the_pool_pages_arrive_in_batches(tmp_path, monkeypa
     monkeypatch.setattr("paged_decode.snapshot._pages._BATCH_CHUNKS", 1)
     monkeypatch.setattr("paged_decode.snapshot._pages._has_room", lambda device, nbytes: False)
     monkeypatch.setattr(jax, "device_put", watched)
-    restored = load_snapshot(tmp_path / "a", into=(there, other))
+    restored = load_snapshot(tmp_path / "a", there, other)
     monkeypatch.setattr(jax, "device_put", put)
     batch = 2 if where == "stack" else 4
     assert set(arrived) == {batch} and len(arrived) > 2 * LAYERS
@@ -297,7 +298,7 @@ def test_a_pool_too_small_for_the_sequences_is_refused_and_unchanged(tmp_path):
     save_snapshot(tmp_path / "s", cache, allocator)
     there, other = make_cache(6), make_allocator(6)
     with pytest.raises(OutOfPages) as caught:
-        load_snapshot(tmp_path / "s", into=(there, other))
+        load_snapshot(tmp_path / "s", there, other)
     assert (caught.value.needed, caught.value.free) == (6, 5)
     assert other.num_free == 5 and not there.is_deleted
 
@@ -306,13 +307,13 @@ def test_a_pool_too_small_for_the_cached_pages_leaves_out_the_first_to_be_evicte
     cache, allocator, _ = busy()
     save_snapshot(tmp_path / "s", cache, allocator)
     other = make_allocator(9)  # 6 pages of sequences, 3 cached ones
-    restored = load_snapshot(tmp_path / "s", into=(make_cache(9), other))
+    restored = load_snapshot(tmp_path / "s", make_cache(9), other)
     other.check_invariants()
     assert (restored.pages_loaded, restored.pages_dropped) == (8, 1)
     assert other.match_prefix([50, 51, 52, 53, 0]) == 0
     assert other.match_prefix([60, 61, 62, 63, 64, 65, 66, 67, 0]) == 8
     plain = make_allocator(9, prefix_cache=False)
-    assert load_snapshot(tmp_path / "s", into=(make_cache(9), plain)).pages_loaded == 6
+    assert load_snapshot(tmp_path / "s", make_cache(9), plain).pages_loaded == 6
     plain.check_invariants()
 
 
@@ -327,7 +328,7 @@ def test_cached_pages_are_left_out_under_whatever_salts(tmp_path):
     save_snapshot(tmp_path / "s", cache, allocator)
     for usable, dropped in ((6, 0), (5, 1), (4, 2)):
         other = make_allocator(usable + 1)
-        restored = load_snapshot(tmp_path / "s", into=(make_cache(usable + 1), other))
+        restored = load_snapshot(tmp_path / "s", make_cache(usable + 1), other)
         other.check_invariants()
         assert (restored.pages_loaded, restored.pages_dropped) == (usable, dropped)
         hits = [other.match_prefix([1, 2, 3, 4, 0], cache_salt=salt) for salt in "ef"]
@@ -382,7 +383,7 @@ def test_all_differences_are_listed_at_once(tmp_path):
     there = type(there)(there.k_pages[:1], there.v_pages[:1])
     other = make_allocator(9, fingerprint=b"other weights")
     with pytest.raises(SnapshotMismatch) as caught:
-        load_snapshot(tmp_path / "s", into=(there, other))
+        load_snapshot(tmp_path / "s", there, other)
     text = str(caught.value)
     for part in ("only in the file", "[2, 4, 3] of float32", "[2, 4, 5] of float16", "fingerprint"):
         assert part in text
@@ -396,11 +397,12 @@ def test_a_foreign_fingerprint_is_taken_only_when_it_is_named(tmp_path):
         with pytest.raises(SnapshotMismatch, match="fingerprint is b'llama' in the file, b'qwen'"):
             load_snapshot(
                 tmp_path / "s",
-                into=(make_cache(24), make_allocator(24, fingerprint=b"qwen")),
+                make_cache(24),
+                make_allocator(24, fingerprint=b"qwen"),
                 accept_fingerprint=accept,
             )
     other = make_allocator(24, fingerprint=b"qwen")
-    load_snapshot(tmp_path / "s", into=(make_cache(24), other), accept_fingerprint=b"llama")
+    load_snapshot(tmp_path / "s", make_cache(24), other, accept_fingerprint=b"llama")
     other.check_invariants()
 
 
@@ -418,7 +420,7 @@ def test_saving_behind_the_loop_saves_the_state_of_that_moment(tmp_path, monkeyp
     assert pending.done()
     assert (tmp_path / "behind").read_bytes() == (tmp_path / "now").read_bytes()
     other = make_allocator(24)
-    restored = load_snapshot(tmp_path / "behind", into=(make_cache(24), other))
+    restored = load_snapshot(tmp_path / "behind", make_cache(24), other)
     for handle, expected in zip(restored.handles, was, strict=True):
         assert_same_content(content(restored.cache, other, handle), expected)
 

@@ -46,7 +46,7 @@ def outcomes(path) -> list:
     each = (
         lambda: inspect_snapshot(path),
         lambda: verify_snapshot(path),
-        lambda: load_snapshot(path, into=(cache, allocator)),
+        lambda: load_snapshot(path, cache, allocator),
         lambda: compact_snapshot(path, folded),
     )
     found = []

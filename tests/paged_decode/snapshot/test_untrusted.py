@@ -108,7 +108,7 @@ def test_all_of_a_file_comes_under_the_salt_of_the_call_and_nothing_under_others
     was = [content(cache, allocator, h) for h in handles]
     save_snapshot(tmp_path / "s", cache, allocator)
     other = make_allocator(24)
-    restored = load_snapshot(tmp_path / "s", into=(make_cache(24), other), cache_salt=salt)
+    restored = load_snapshot(tmp_path / "s", make_cache(24), other, cache_salt=salt)
     other.check_invariants()
     for handle, expected in zip(restored.handles, was, strict=True):
         assert_same_content(content(restored.cache, other, handle), expected)
@@ -120,7 +120,7 @@ def test_all_of_a_file_comes_under_the_salt_of_the_call_and_nothing_under_others
                 assert other.match_prefix(tokens, cache_salt=another) == 0
     save_snapshot(tmp_path / "again", restored.cache, other)
     last = make_allocator(24)
-    load_snapshot(tmp_path / "again", into=(make_cache(24), last))
+    load_snapshot(tmp_path / "again", make_cache(24), last)
     assert last.match_prefix(PREFIXES[0][0], cache_salt=salt) == 8
 
 
@@ -136,7 +136,7 @@ def test_of_two_pages_of_one_prefix_the_first_stays_and_what_followed_the_other_
     allocator.commit(kept, 8)
     save_snapshot(tmp_path / "s", cache, allocator)
     other = make_allocator(24)
-    restored = load_snapshot(tmp_path / "s", into=(make_cache(24, seed=9), other), cache_salt="x")
+    restored = load_snapshot(tmp_path / "s", make_cache(24, seed=9), other, cache_salt="x")
     other.check_invariants()
     assert (restored.pages_loaded, restored.pages_dropped) == (5, 2)
     for tail in (2, 3):
@@ -177,7 +177,7 @@ def test_merging_random_salts_keeps_every_sequence_and_every_prefix(tmp_path, nu
         pages = num_pages or max(2, allocator.export_state(handles)[0].num_owned + 2)
         other = make_allocator(pages)
         into = make_cache(pages), other
-        restored = load_snapshot(tmp_path / "s", into=into, cache_salt="x")
+        restored = load_snapshot(tmp_path / "s", *into, cache_salt="x")
         other.check_invariants()
         for old, new in zip(handles, restored.handles, strict=True):
             assert allocator.tokens(old).tolist() == other.tokens(new).tolist()
@@ -187,7 +187,7 @@ def test_merging_random_salts_keeps_every_sequence_and_every_prefix(tmp_path, nu
             assert other.match_prefix([*prompt, 0], cache_salt="x") >= found
         save_snapshot(tmp_path / "again", restored.cache, other)
         last = make_allocator(60)
-        load_snapshot(tmp_path / "again", into=(make_cache(60), last))
+        load_snapshot(tmp_path / "again", make_cache(60), last)
         last.check_invariants()
 
 
@@ -204,7 +204,7 @@ def test_a_private_sequence_never_publishes_nor_do_its_forks_and_it_is_exported_
     was = [content(cache, allocator, h) for h in handles]
     save_snapshot(tmp_path / "s", cache, allocator)
     other = make_allocator(40)
-    restored = load_snapshot(tmp_path / "s", into=(make_cache(40), other), prefix_cache=False)
+    restored = load_snapshot(tmp_path / "s", make_cache(40), other, prefix_cache=False)
     assert restored.pages_dropped == 3 and other.num_evictable == 0
     for old, new, expected in zip(handles, restored.handles, was, strict=True):
         assert_same_content(content(restored.cache, other, new), expected)
@@ -228,7 +228,7 @@ def test_a_private_sequence_never_publishes_nor_do_its_forks_and_it_is_exported_
     assert not state.computed.any() and len(state.entry_pages) == 0
     save_snapshot(tmp_path / "again", restored.cache, other)
     last = make_allocator(60)
-    again = load_snapshot(tmp_path / "again", into=(make_cache(60), last))
+    again = load_snapshot(tmp_path / "again", make_cache(60), last)
     assert [last.tokens(h).tolist() for h in again.handles] == everyone
     assert not any(last.sequence(h).computed or last.sequence(h).private for h in again.handles)
     other.free([*restored.handles, *children])
@@ -240,9 +240,8 @@ def test_a_row_that_is_used_again_is_not_private(tmp_path):
     cache, allocator, (a, *_) = busy()
     export_sequence(tmp_path / "s", cache, allocator, a)
     other = make_allocator(24)
-    _, handle = import_sequence(
-        tmp_path / "s", into=(make_cache(24), other), cache_salt="x", prefix_cache=False
-    )
+    options = dict(cache_salt="x", prefix_cache=False)
+    handle = import_sequence(tmp_path / "s", make_cache(24), other, **options).handle
     assert (other.sequence(handle).cache_salt, other.sequence(handle).private) == ("x", True)
     other.free(handle)
     handle = other.allocate([1, 2, 3, 4, 5], cache_salt="x")
@@ -263,9 +262,8 @@ def test_the_host_tier_keeps_nothing_of_a_private_sequence_and_gives_it_nothing(
     arrays = arrays | {"sequence/computed": np.zeros(1, np.int64)}
     (tmp_path / "s").write_bytes(build(fields, arrays))
     other = make_allocator(24)
-    cache, private = import_sequence(
-        tmp_path / "s", into=(make_cache(24), other), prefix_cache=False
-    )
+    restored = import_sequence(tmp_path / "s", make_cache(24), other, prefix_cache=False)
+    cache, private = restored.cache, restored.handle
     assert tier.load(cache, other, private) is cache
     assert other.sequence(private).computed == 0
     other.commit(private, 6)
@@ -284,13 +282,13 @@ def test_terms_that_are_none_are_refused_before_the_file_is_opened(tmp_path):
         (TypeError, {"prefix_cache": None}),
     ):
         with pytest.raises(error, match="cache_salt|prefix_cache"):
-            load_snapshot(tmp_path / "none", into=into, **terms)
+            load_snapshot(tmp_path / "none", *into, **terms)
         with pytest.raises(error, match="cache_salt|prefix_cache"):
-            import_sequence(tmp_path / "none", into=into, **terms)
+            import_sequence(tmp_path / "none", *into, **terms)
         with pytest.raises(error, match="cache_salt|prefix_cache"):
             make_engine().restore(tmp_path / "none", **terms)
     with pytest.raises(FileNotFoundError):
-        load_snapshot(tmp_path / "none", into=into, cache_salt=AS_SAVED, prefix_cache=True)
+        load_snapshot(tmp_path / "none", *into, cache_salt=AS_SAVED, prefix_cache=True)
 
 
 def test_cached_pages_cannot_come_with_private_sequences():

@@ -1,0 +1,99 @@
+"""A cache and an allocator as a file describes them, for a load that is given neither."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import SupportsIndex
+
+from ..allocator import BlockAllocator, CacheLayout, PageSpec
+from ..allocator.arguments import as_count, as_counts
+from ..cache import KVCache
+from ..errors import SnapshotMismatch
+from ._format import ArraySpec
+from ._open import Opened
+from ._save import GENERATION
+
+__all__ = ["as_pool_sizes", "new_pools"]
+
+_ALLOWANCE_BYTES = 1 << 24  # of null pages, which are in no file
+
+
+def as_pool_sizes(num_pages: SupportsIndex | Iterable[SupportsIndex] | None) -> list[int] | None:
+    """`num_pages` of `load_snapshot`, checked but for how many there must be."""
+    if num_pages is None:
+        return None
+    if isinstance(num_pages, Iterable):
+        return list(as_counts("num_pages", num_pages, 2))
+    return [as_count("num_pages", num_pages, 2)]
+
+
+def new_pools(
+    opened: Opened, sizes: list[int] | None, fingerprint: bytes | None
+) -> tuple[KVCache, BlockAllocator]:
+    """Empty pools for the pages of a file: of `sizes`, or just large enough.
+
+    Raises:
+      SnapshotMismatch: the file is not of a `KVCache`, or claims more pages than it has bytes.
+      ValueError: there are other sizes than groups of layers.
+    """
+    if sizes is not None and len(sizes) not in (1, len(opened.groups)):
+        raise ValueError(
+            f"num_pages must be one number, or one for each of the {len(opened.groups)} groups of "
+            f"layers in the file; got {len(sizes)}"
+        )
+    layout = _layout_of(opened, sizes)
+    header = opened.chain.header
+    saved = header.fingerprint if fingerprint is None else fingerprint
+    own, _, weights = saved.partition(GENERATION)
+    one = len(layout.groups) == 1
+    allocator = (
+        BlockAllocator(layout.groups[0].num_pages, layout.page_size, fingerprint=own)
+        if one
+        else BlockAllocator(layout, fingerprint=own)
+    )
+    if weights:
+        allocator.new_weights(weights)
+    return KVCache.create(layout=layout), allocator
+
+
+def _layout_of(opened: Opened, sizes: list[int] | None) -> CacheLayout:
+    """The groups of layers of the file.
+
+    Raises:
+      SnapshotMismatch: as `new_pools`.
+    """
+    header, file = opened.chain.header, opened.chain.files[0]
+    problem = "pass a cache and an allocator of your own"
+    needed = [max(2, count + 1) for count in header.counts]
+    sizes = needed if sizes is None else sizes * (len(needed) // len(sizes))
+    groups, nbytes = [], 0
+    for saved, arrays, count, size in zip(
+        opened.groups, header.arrays_of_groups(), needed, sizes, strict=True
+    ):
+        nbytes += sum(spec.row_bytes * count for spec in arrays)
+        kind, (heads, slots, dim) = _page_of(arrays, saved.layers, header.page_size)
+        if slots != header.page_size or min(heads, dim) < 1:
+            raise SnapshotMismatch(f"{file} is not of a KVCache: {problem}")
+        groups.append(PageSpec(saved.layers, heads, dim, size, kind, saved.window))
+    if nbytes > 2 * sum(each.file_bytes for each in opened.chain.files) + _ALLOWANCE_BYTES:
+        raise SnapshotMismatch(
+            f"{file} has pages of {nbytes} bytes, far more than its files have: {problem}"
+        )
+    try:
+        return CacheLayout(header.page_size, tuple(groups))
+    except (TypeError, ValueError) as error:
+        raise SnapshotMismatch(f"{file}: no cache can be made of it ({error}): {problem}") from None
+
+
+def _page_of(
+    arrays: list[ArraySpec], layers: Sequence[int], page_size: int
+) -> tuple[str, tuple[int, ...]]:
+    """Dtype and shape `(Hk, S, D)` of every page of a group; with 0 heads if there is none such."""
+    names = {f"kv/{kind}_pages/{layer}" for kind in "kv" for layer in layers}
+    kinds = {(spec.dtype, spec.shape[1:]) for spec in arrays}
+    if not arrays and not layers:
+        return "float32", (1, page_size, 1)  # it only keeps the books
+    if names != {spec.name for spec in arrays} or len(kinds) != 1:
+        return "float32", (0, 0, 0)
+    dtype, shape = kinds.pop()
+    return dtype, shape if len(shape) == 3 else (0, 0, 0)
