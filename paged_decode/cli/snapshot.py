@@ -100,6 +100,8 @@ def _show(info: SnapshotInfo) -> None:
         "requests": "no engine" if info.requests is None else str(info.requests),
         "fingerprint": printable(info.fingerprint.hex() or "none", _WIDE),
     }
+    if info.extra:
+        rows["extra arrays"] = f"{len(info.extra)}: {', '.join(map(shown, info.extra))}"
     rows |= {f"metadata {shown(key)}": shown(value) for key, value in info.metadata.items()}
     width = max(map(len, rows))
     for name, value in rows.items():
@@ -108,7 +110,11 @@ def _show(info: SnapshotInfo) -> None:
     print_table(
         ("array", "dtype", "shape", "size"),
         [
-            (printable(s.name, _WIDE), s.dtype, "x".join(map(str, s.shape)), size_text(s.nbytes))
+            (printable(s.name, _WIDE), s.dtype, _shape_text(s.shape), size_text(s.nbytes))
             for s in info.arrays
         ],
     )
+
+
+def _shape_text(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "scalar"

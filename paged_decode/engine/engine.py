@@ -389,7 +389,7 @@ class Engine:
 
         Args:
           requests: ids of the requests to save, without cached pages of others; None is all.
-          options: metadata, parent, cached, progress: as in `save_snapshot`.
+          options: metadata, extra, parent, cached, progress: as in `save_snapshot`.
 
         Raises:
           KeyError: no such request is in the engine.

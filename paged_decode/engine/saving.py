@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, SupportsIndex, Unpack, cast
 
+import numpy as np
+
 from .._text import printable
 from ..allocator import BlockAllocator
 from ..allocator.arguments import as_counts
@@ -74,7 +76,7 @@ def plan_engine_save(
         handles=[s.handle for s in running],
         cached=wanted is None if cached is None else cached,
         committed_only=True,
-        extra=engine_arrays(state),
+        engine=engine_arrays(state),
         copy=copy,
         **options,
     )
@@ -85,12 +87,13 @@ class RestoredRequests(dict[int, int]):
 
     Attributes:
       metadata: the user's.
+      extra: the user's arrays.
       snapshot: name it as `parent` of a delta; None if the pages are computed anew.
     """
 
     def __init__(self, ids: Mapping[int, int], loaded: Loaded):
         super().__init__(ids)
-        self.metadata, self.snapshot = loaded.metadata, loaded.snapshot
+        self.metadata, self.extra, self.snapshot = loaded.metadata, loaded.extra, loaded.snapshot
 
 
 class Loaded(NamedTuple):
@@ -101,6 +104,7 @@ class Loaded(NamedTuple):
     cache: Any
     handles: Sequence[Any] | None
     metadata: Mapping[str, Scalar]
+    extra: dict[str, np.ndarray]
     snapshot: Snapshot | None
 
 
@@ -129,12 +133,13 @@ def load(
         with suppress(OutOfPages, GroupMismatch):
             target = cache, cast(BlockAllocator, allocator)
             placed = place_snapshot(opened, *target, terms, progress)
+        extra = opened.read_extra() if placed is None else placed.extra
     if not isinstance(terms.cache_salt, SavedSalt):
         for sample in state.samples:
             sample.cache_salt = terms.cache_salt
     if placed is None:
-        return Loaded(state, cache, None, metadata, None)
-    return Loaded(state, placed.cache, placed.handles, metadata, placed.snapshot)
+        return Loaded(state, cache, None, metadata, extra, None)
+    return Loaded(state, placed.cache, placed.handles, metadata, extra, placed.snapshot)
 
 
 def _require_fit(state: EngineState, limit: int, vocab: int | None) -> None:

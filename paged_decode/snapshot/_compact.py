@@ -29,6 +29,8 @@ def compact_snapshot(
 
     Deltas of `path` name its old content: after folding in place they are refused.
 
+    Metadata and arrays of the user's are those of the newest file.
+
     Raises:
       SnapshotCorrupt, SnapshotVersion, SnapshotMismatch, OSError: as `load_snapshot`; OSError also
         if `out` is one of the parents, or cannot be written, or its header would be too long.

@@ -34,18 +34,21 @@ __all__ = [
 ]
 
 MAGIC = b"\x89PGD\r\n\x1a\n"
-VERSIONS = (1, 2)  # of one group of layers, and of several
+VERSIONS = (1, 2, 3)  # of one group of layers, of several, and of either with the user's arrays
 PREFIX = struct.Struct("<8sIQQI")  # magic, version, header bytes, file bytes, CRC
 ALIGNMENT = 64
 CHUNK_BYTES = 1 << 22
 MAX_HEADER_BYTES = 1 << 20
 MAX_DIMENSION = 1 << 31
 MAX_AXES = 8
+MAX_EXTRA_AXES = 32
+MAX_ARRAY_BYTES = 1 << 63  # NumPy counts them in 64 bits, with a sign, even if an axis is 0
 MAX_NAME_BYTES = 255
 MAX_METADATA = 4096  # keys
 MAX_PARENTS = 256
 MAX_GROUPS = 256
 KEYS = ["arrays", "fingerprint", "metadata", "page_size", "pages", "parent"]
+EXTRA = "extra/"  # how names of the user's arrays begin
 
 DTYPES = {
     str(np.dtype(t)): np.dtype(t).newbyteorder("<")
@@ -64,13 +67,15 @@ DTYPES = {
         "float8_e8m0fnu",
     )
 }
+EXTRA_DTYPES = DTYPES | {"bool": np.dtype(bool)}
+"""What the user's arrays may be, too: nobody reads pages as truth values."""
 
 Scalar = str | int | float | bool | None
 
 
 @dataclass(frozen=True, slots=True)
 class ArraySpec:
-    """One array of the file: `dtype` is a key of `DTYPES`."""
+    """One array of the file: `dtype` is a key of `EXTRA_DTYPES`."""
 
     name: str
     dtype: str
@@ -78,11 +83,16 @@ class ArraySpec:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * EXTRA_DTYPES[self.dtype].itemsize
+
+    @property
+    def num_rows(self) -> int:
+        """Of axis 0; an array without axes is a row."""
+        return self.shape[0] if self.shape else 1
 
     @property
     def row_bytes(self) -> int:
-        return math.prod(self.shape[1:]) * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape[1:]) * EXTRA_DTYPES[self.dtype].itemsize
 
     @property
     def chunk_rows(self) -> int:
@@ -91,7 +101,7 @@ class ArraySpec:
 
     @property
     def num_chunks(self) -> int:
-        return -(-self.shape[0] // self.chunk_rows) if self.nbytes else 0
+        return -(-self.num_rows // self.chunk_rows) if self.nbytes else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +140,7 @@ class Header:
       fingerprint: of the allocator that was saved.
       metadata: the user's.
       parent: of a delta; None for a whole snapshot.
-      arrays: in the order of the file.
+      arrays: in the order of the file, those of the user among them.
       crcs: per array the CRC-32 of every chunk.
       groups: of layers, if there are several; else none.
     """
@@ -153,6 +163,18 @@ class Header:
     def windows(self) -> list[int | None]:
         """W of every group."""
         return [group.window for group in self.groups] or [None]
+
+    @property
+    def extra(self) -> tuple[ArraySpec, ...]:
+        """The user's arrays."""
+        return tuple(spec for spec in self.arrays if spec.name.startswith(EXTRA))
+
+    @property
+    def version(self) -> int:
+        """Of the format: the first one that has what is here."""
+        if self.extra:
+            return 3
+        return 2 if self.groups else 1
 
     def arrays_of_groups(self) -> list[list[ArraySpec]]:
         """The arrays of keys and values of every group."""
@@ -215,7 +237,7 @@ def encode_header(header: Header) -> bytes:
             "shorten the metadata, or split the sequences over several snapshots"
         )
     end = layout(len(body), header.arrays)[1]
-    front = PREFIX.pack(MAGIC, VERSIONS[bool(groups)], len(body), end, 0)[:-4]
+    front = PREFIX.pack(MAGIC, header.version, len(body), end, 0)[:-4]
     return front + struct.pack("<I", zlib.crc32(body, zlib.crc32(front))) + body
 
 
@@ -260,8 +282,8 @@ def split_prefix(front: bytes, file_bytes: int) -> int:
     _, version, header_bytes, declared, _ = PREFIX.unpack(front)
     if version not in VERSIONS:
         raise SnapshotVersion(
-            f"the file has format version {version}, this release reads versions 1 and 2; use "
-            " the release that wrote it, or a newer one"
+            f"the file has format version {version}, this release reads versions 1 to 3; use "
+            "the release that wrote it, or a newer one"
         )
     _require(
         0 < header_bytes <= MAX_HEADER_BYTES,
@@ -286,8 +308,9 @@ def decode_header(front: bytes) -> Header:
     found = zlib.crc32(body, zlib.crc32(front[: PREFIX.size - 4]))
     _require(found == crc, f"the header's checksum is {found:08x}, it should be {crc:08x}")
     fields = _unpack(body)
-    keys = KEYS if version == 1 else sorted([*KEYS, "groups"])
     _require(_is(fields, dict), f"the header is no map but {type(fields).__name__}")
+    grouped = version == 2 or (version == 3 and "groups" in fields)
+    keys = sorted([*KEYS, "groups"]) if grouped else KEYS
     _require(list(fields) == keys, f"the header's keys are {shown(list(fields))}, not {keys}")
     page_size = _integer("page_size", fields["page_size"], 1, MAX_DIMENSION)
     _require(page_size & (page_size - 1) == 0, f"page_size {page_size} is no power of two")
@@ -302,7 +325,11 @@ def decode_header(front: bytes) -> Header:
         parent=_parent(fields["parent"]),
         arrays=arrays,
         crcs=crcs,
-        groups=() if version == 1 else _groups(fields["groups"]),
+        groups=_groups(fields["groups"]) if grouped else (),
+    )
+    _require(
+        (version == 3) == bool(header.extra),
+        "arrays of the user are in a file of version 3, and in every one",
     )
     if header.groups:
         _require_layers(header)
@@ -411,6 +438,11 @@ def is_plain_name(name: str) -> bool:
     return is_name(name) and name not in (".", "..") and not set(name) & {"/", "\\", ":", "\0"}
 
 
+def is_extra_name(name: str) -> bool:
+    """Whether it is `extra/` and a name that no system takes for a path."""
+    return name.startswith(EXTRA) and is_name(name) and is_plain_name(name.removeprefix(EXTRA))
+
+
 def _directory(value: Any) -> tuple[tuple[ArraySpec, ...], tuple[tuple[int, ...], ...]]:
     _require(_is(value, list), "arrays is not a list")
     entries = [_array(entry) for entry in value]
@@ -428,18 +460,28 @@ def _array(entry: Any) -> tuple[ArraySpec, tuple[int, ...]]:
         _is(name, str) and is_name(name),
         f"an array's name is not text of 1 to {MAX_NAME_BYTES} bytes",
     )
-    title = printable(name)
-    _require(_is(dtype, str) and dtype in DTYPES, f"{title}: unknown dtype {shown(dtype)}")
+    title, extra = printable(name), name.startswith(EXTRA)
+    _require(not extra or is_extra_name(name), f"{title}: the name of a user's array is a path")
+    known = EXTRA_DTYPES if extra else DTYPES
+    _require(_is(dtype, str) and dtype in known, f"{title}: unknown dtype {shown(dtype)}")
+    low, high = (0, MAX_EXTRA_AXES) if extra else (1, MAX_AXES)
     _require(
-        _is(shape, list) and 1 <= len(shape) <= MAX_AXES,
-        f"{title}: the shape is not a list of 1 to {MAX_AXES} axes",
+        _is(shape, list) and low <= len(shape) <= high,
+        f"{title}: the shape is not a list of {low} to {high} axes",
     )
     for size in shape:
         _integer(f"{title}: an axis", size, 0, MAX_DIMENSION)
     spec = ArraySpec(name, dtype, tuple(shape))
+    _require(not extra or _fits_numpy(spec), f"{title}: no array can have these axes")
     _require(_is(crcs, bytes), f"{title}: the checksums are not bytes")
     _require(
         len(crcs) == 4 * spec.num_chunks,
         f"{title}: {len(crcs)} bytes of checksums for {spec.num_chunks} chunks",
     )
     return spec, struct.unpack(f"<{spec.num_chunks}I", crcs)
+
+
+def _fits_numpy(spec: ArraySpec) -> bool:
+    """Whether there can be such an array: NumPy multiplies the axes that are not 0."""
+    nonzero = math.prod(max(1, size) for size in spec.shape)
+    return nonzero * EXTRA_DTYPES[spec.dtype].itemsize < MAX_ARRAY_BYTES

@@ -46,6 +46,7 @@ class Restored:
       pages_loaded: pages taken from the pool, or from those of all groups of layers.
       pages_dropped: cached pages that had no room, or were not wanted on the terms of the call.
       metadata: the user's.
+      extra: the user's arrays, as NumPy ones, by the names that they were given.
       snapshot: name it as `parent` of a delta.
     """
 
@@ -55,6 +56,7 @@ class Restored:
     pages_loaded: int
     pages_dropped: int
     metadata: Mapping[str, Scalar]
+    extra: dict[str, np.ndarray]
     snapshot: Snapshot
 
     @property
@@ -222,6 +224,7 @@ def place_snapshot(
     whole, places = _in_groups(opened.state, allocator, sources)
     state, kept = _fit(terms, whole, allocator)
     kept = [place[some] for place, some in zip(places, kept, strict=True)]
+    extra = opened.read_extra()
     insert = prepare_insert(cache, parts, stage_pages(opened.chain, parts, kept, progress))
     pages: list[list[int]] = []
     try:
@@ -241,6 +244,7 @@ def place_snapshot(
         pages_loaded=sum(map(len, pages)),
         pages_dropped=sum(map(len, places)) - sum(map(len, pages)),
         metadata=opened.chain.header.metadata,
+        extra=extra,
         snapshot=_as_parent(opened, allocator, state, kept, pages, sources),
     )
 

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..allocator import AllocatorState
 from ..errors import SnapshotCorrupt, SnapshotMismatch
 from ._engine import ENGINE, EngineState, engine_from
-from ._format import ArraySpec, Parent, SavedGroup, Scalar, layer_of
+from ._format import EXTRA, ArraySpec, Parent, SavedGroup, Scalar, layer_of
 from ._reader import Chain, Counter, Progress, SnapshotFile
 from ._state import require_shapes, state_from, state_names
 
@@ -34,6 +36,7 @@ class SnapshotInfo:
       metadata: the user's.
       parent: the snapshot that it is a delta of, or None.
       arrays: the arrays of the file.
+      extra: the user's, by the names that they were given.
     """
 
     path: Path
@@ -51,6 +54,7 @@ class SnapshotInfo:
     parent: Parent | None
     arrays: tuple[ArraySpec, ...]
     groups: tuple[SavedGroup, ...]
+    extra: Mapping[str, ArraySpec]
 
 
 class Opened:
@@ -104,7 +108,13 @@ class Opened:
             parent=header.parent,
             arrays=header.arrays,
             groups=self.groups,
+            extra={_own_name(spec): spec for spec in header.extra},
         )
+
+    def read_extra(self) -> dict[str, np.ndarray]:
+        """The user's arrays, their checksums compared."""
+        file = self.chain.files[0]
+        return {_own_name(s): _as_written(file.array(s.name)) for s in self.chain.header.extra}
 
     @property
     def groups(self) -> tuple[SavedGroup, ...]:
@@ -122,19 +132,29 @@ class Opened:
         self.chain.close()
 
 
+def _own_name(spec: ArraySpec) -> str:
+    """What the user calls it."""
+    return spec.name.removeprefix(EXTRA)
+
+
+def _as_written(array: np.ndarray) -> np.ndarray:
+    """The array; of truth values whose bytes may be anything 0 is false, and all else true."""
+    return np.asarray(array.view(np.uint8) != 0) if array.dtype == bool else array
+
+
 def _bookkeeping(file: SnapshotFile) -> tuple[AllocatorState, EngineState | None]:
     """What one file says besides its pages, all of it checked."""
     names, wanted = [s.name for s in file.header.arrays], state_names(len(file.header.counts))
-    extra = any(name.startswith("engine/") for name in names)
+    engine = any(name.startswith("engine/") for name in names)
     require_shapes(file.specs, wanted)
-    if extra:
+    if engine:
         require_shapes(file.specs, ENGINE)
-    kv = sum(name.startswith("kv/") for name in names)
+    kv = sum(name.startswith("kv/") for name in names) + len(file.header.extra)
     sources = len(file.header.counts) if file.header.parent else 0
-    if kv + len(wanted) + len(ENGINE) * extra + sources != len(names):
+    if kv + len(wanted) + len(ENGINE) * engine + sources != len(names):
         raise SnapshotCorrupt("there are arrays that the format does not have")
     state = state_from({name: file.array(name) for name in wanted}, file.header)
-    if not extra:
+    if not engine:
         return state, None
     return state, engine_from({name: file.array(name) for name in ENGINE}, state)
 

@@ -21,6 +21,7 @@ from ._crc import crc32
 from ._files import open_for_reading
 from ._format import (
     DTYPES,
+    EXTRA_DTYPES,
     MAX_PARENTS,
     PREFIX,
     ArraySpec,
@@ -112,7 +113,7 @@ class SnapshotFile:
     def array(self, name: str) -> np.ndarray:
         """The whole array, its checksums compared."""
         spec = self.specs[name]
-        out = np.empty(spec.shape, DTYPES[spec.dtype])
+        out = np.empty(spec.shape, EXTRA_DTYPES[spec.dtype])
         for read in self.reads(name, out):
             read.run()
         return out
@@ -388,7 +389,7 @@ class Counter:
 
 
 def chunk_bytes(spec: ArraySpec, chunk: int) -> int:
-    rows = min(spec.chunk_rows, spec.shape[0] - chunk * spec.chunk_rows)
+    rows = min(spec.chunk_rows, spec.num_rows - chunk * spec.chunk_rows)
     return rows * spec.row_bytes
 
 

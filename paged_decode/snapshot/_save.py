@@ -19,6 +19,7 @@ from ..allocator import AllocatorState, BlockAllocator, Handle
 from ..cache import KVCache
 from ..errors import SnapshotError
 from . import _files
+from ._extra import extra_arrays
 from ._files import Files
 from ._format import (
     MAX_PARENTS,
@@ -70,6 +71,7 @@ class FileOptions(TypedDict, total=False):
     """Options of everything that saves: as in `save_snapshot`."""
 
     metadata: Mapping[str, Scalar] | None
+    extra: Mapping[str, Any] | None
     parent: Snapshot | None
     progress: Progress | None
 
@@ -89,6 +91,7 @@ def save_snapshot(
     handles: Sequence[Handle] | None = None,
     cached: bool = True,
     metadata: Mapping[str, Scalar] | None = None,
+    extra: Mapping[str, Any] | None = None,
     parent: Snapshot | None = None,
     progress: Progress | None = None,
 ) -> Snapshot:
@@ -107,6 +110,9 @@ def save_snapshot(
       handles: the sequences to save, in this order; None is all, as in `allocator.handles`.
       cached: save cached pages without an owner, too.
       metadata: text to text, int, float, bool or None; yours.
+      extra: arrays of yours by name, of NumPy or JAX: newest tokens, keys of a sampler. Any shape,
+        scalars too; sharded ones are put together. `Restored.extra` gives them back as NumPy
+        arrays. A name is no path; a delta has its own, none of its parent.
       parent: write a delta: pages that have not changed since this snapshot (of the same
         allocator, in the same folder) are left out. It must be there still, and have fewer than 256
         parents.
@@ -137,6 +143,7 @@ def save_snapshot(
         handles=handles,
         cached=cached,
         metadata=metadata,
+        extra=extra,
         parent=parent,
         progress=progress,
         copy=False,
@@ -265,25 +272,27 @@ def plan_save(
     handles: Sequence[Handle] | None = None,
     cached: bool = True,
     metadata: Mapping[str, Scalar] | None = None,
+    extra: Mapping[str, Any] | None = None,
     parent: Snapshot | None = None,
     progress: Progress | None = None,
     copy: bool,
     committed_only: bool = False,
-    extra: Mapping[str, np.ndarray] | None = None,
+    engine: Mapping[str, np.ndarray] | None = None,
 ) -> SaveJob:
-    """Take the state of this moment; with `copy`, the pages too."""
+    """Take the state of this moment; with `copy`, the pages too. `engine`: its arrays."""
     path = Path(path).absolute()  # wherever the process goes while a thread writes
     metadata = {} if metadata is None else metadata
     check_metadata(metadata, ValueError)
     parts = parts_of(cache, allocator)
     if isinstance(cache, KVCache):
         cache.check_sizes(allocator)
+    own = extra_arrays(extra, copy=copy)
     state, main = allocator.export_state(
         None if handles is None else list(handles), cached=cached, committed_only=committed_only
     )
     groups = _saved_groups(cache, allocator, state)
     where = [main, *main.groups]
-    arrays = state_arrays(state) | dict(extra or {})
+    arrays = state_arrays(state) | dict(engine or {})
     new = [np.ones(len(each.pages), bool) for each in where]
     named, parents = None, ()
     if parent is not None:
@@ -293,6 +302,7 @@ def plan_save(
             new[number] = fresh = known < 0
             source = np.where(fresh, fresh.cumsum() - 1, -1 - known)
             arrays[source_name(number)] = source.astype(np.int32)
+    arrays |= own
     counts = [int(fresh.sum()) for fresh in new]
     specs = array_specs(arrays)
     sources: list[Iterable[np.ndarray]] = [

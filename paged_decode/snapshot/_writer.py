@@ -22,8 +22,9 @@ _AHEAD = 2  # chunks that wait to be written while the next one is gathered
 
 def array_chunks(array: np.ndarray, spec: ArraySpec) -> Iterator[np.ndarray]:
     """An array in memory, cut where the format wants it cut."""
-    for first in range(0, len(array), spec.chunk_rows):
-        yield np.ascontiguousarray(array[first : first + spec.chunk_rows])
+    rows = np.atleast_1d(array)
+    for first in range(0, spec.num_rows, spec.chunk_rows):
+        yield np.ascontiguousarray(rows[first : first + spec.chunk_rows])
 
 
 def write_file(

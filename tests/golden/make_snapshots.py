@@ -1,4 +1,4 @@
-"""How the snapshots of format versions 1 and 2 in this folder were made. They are never made
+"""How the snapshots of format versions 1 to 3 in this folder were made. They are never made
 again: a release that cannot read them is broken, whatever it writes itself.
 
     python -m tests.golden.make_snapshots FOLDER
@@ -18,10 +18,28 @@ from ..paged_decode.snapshot.grouped import LAYOUTS, lived
 from ..paged_decode.snapshot.small import busy
 from ..paged_decode.tiny import make_engine, prompts
 
+EXTRA = {
+    "newest tokens": np.arange(5, dtype=np.int32),
+    "keys": np.arange(10, dtype=np.uint32).reshape(5, 2) << 28,
+    "done": np.array([True, False, True]),
+    "step": np.array(7, np.int64),
+    "none": np.zeros((0, 3), np.float16),
+    "\u00e9": np.arange(6).reshape(3, 2).astype(ml_dtypes.bfloat16),
+    "tiny": np.arange(4).astype(ml_dtypes.float8_e4m3fn),
+}
+
 
 def make(folder: Path) -> None:
-    """All files of version 1, then those of version 2."""
+    """All files of version 1, then those of version 2, then those of version 3."""
     _make_first(folder)
+    _make_second(folder)
+    cache, allocator, _ = busy(fingerprint=b"golden")
+    save_snapshot(folder / "snapshot_v3_one.pgd", cache, allocator, extra=EXTRA)
+    life = lived(LAYOUTS["two"], seed=8, fingerprint=b"golden")
+    save_snapshot(folder / "snapshot_v3_two.pgd", life.cache, life.allocator, extra=EXTRA)
+
+
+def _make_second(folder: Path) -> None:
     for name, layout in LAYOUTS.items():
         life = lived(layout, seed=8, fingerprint=b"golden")
         path = folder / f"snapshot_v2_{name}.pgd"

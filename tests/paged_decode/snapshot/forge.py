@@ -26,8 +26,7 @@ def build(fields: dict, arrays: dict[str, np.ndarray], change=None) -> bytes:
     """A file of these fields and arrays; `change(fields)` has the last word on the header."""
     entries, data = [], b""
     for name, array in arrays.items():
-        array = np.ascontiguousarray(array)
-        raw, row = array.tobytes(), array.nbytes // max(1, len(array))
+        raw, row = array.tobytes(), array.nbytes // max([1, *array.shape[:1]])
         chunk = max(1, 4194304 // max(1, row)) * row
         sums = [zlib.crc32(raw[i : i + chunk]) for i in range(0, len(raw), max(1, chunk))]
         entries.append(
@@ -38,6 +37,7 @@ def build(fields: dict, arrays: dict[str, np.ndarray], change=None) -> bytes:
     if change:
         fields = change(fields) or fields
     version = 2 if isinstance(fields, dict) and "groups" in fields else 1
+    version = 3 if any(name.startswith("extra/") for name in arrays) else version
     return pack(msgpack.packb(fields), data, version=version)
 
 

@@ -17,16 +17,23 @@ def read(path: Path) -> tuple[dict, dict[str, np.ndarray], bytes]:
     """Header, arrays and id."""
     data = path.read_bytes()
     magic, version, header_bytes, file_bytes, checksum = struct.unpack_from("<8sIQQI", data)
-    assert magic == bytes.fromhex("89504744 0d0a1a0a") and version in (1, 2)
+    assert magic == bytes.fromhex("89504744 0d0a1a0a") and version in (1, 2, 3)
     assert file_bytes == len(data) and 1 <= header_bytes <= 1048576
     header = data[32 : 32 + header_bytes]
     assert zlib.crc32(data[:28] + header) == checksum
     fields = msgpack.unpackb(header)
     keys = ["arrays", "fingerprint", "metadata", "page_size", "pages", "parent"]
-    assert list(fields) == (keys if version == 1 else [*keys[:2], "groups", *keys[2:]])
+    grouped = version == 2 or (version == 3 and "groups" in fields)
+    assert list(fields) == ([*keys[:2], "groups", *keys[2:]] if grouped else keys)
+    names = [name for name, *_ in fields["arrays"]]
+    assert any(name.startswith("extra/") for name in names) == (version == 3)
     arrays, offset = {}, up(32 + header_bytes)
     assert not any(data[32 + header_bytes : offset])
     for name, dtype, shape, checksums in fields["arrays"]:
+        own = name.startswith("extra/")
+        assert len(shape) <= 32 if own else 1 <= len(shape) <= 8
+        assert dtype != "bool" or own
+        assert not own or name[6:] not in ("", ".", "..") and not set(name[6:]) & set("/\\:\0")
         kind = np.dtype(dtype)
         size = math.prod(shape) * kind.itemsize
         row = math.prod(shape[1:]) * kind.itemsize
@@ -35,6 +42,8 @@ def read(path: Path) -> tuple[dict, dict[str, np.ndarray], bytes]:
         found = [zlib.crc32(raw[i : i + chunk]) for i in range(0, size, max(1, chunk))]
         assert struct.unpack(f"<{len(found)}I", checksums) == tuple(found)
         arrays[name] = np.frombuffer(raw, kind).reshape(shape)
+        if dtype == "bool":
+            arrays[name] = np.frombuffer(raw, np.uint8).reshape(shape) != 0
         assert not any(data[offset + size : up(offset + size)])
         offset = up(offset + size)
     assert offset == len(data)

@@ -1,4 +1,4 @@
-"""Versions 1 and 2 are read for ever, by the library and by a reader made from the page of docs."""
+"""Versions 1 to 3 are read for ever, by the library and by a reader made from the page of docs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from paged_decode import SamplingParams, load_snapshot, save_snapshot, verify_snapshot
 
-from ...golden.make_snapshots import make
+from ...golden.make_snapshots import EXTRA, make
 from ..tiny import make_engine, prompts
 from . import independent_reader
 from .grouped import LAYOUTS, TWO, allocator_of, cache_of
@@ -107,6 +107,20 @@ def test_a_golden_snapshot_of_groups_is_read_alike_by_a_reader_of_the_page_alone
                     ours = np.asarray(getattr(restored.cache, kind)[layer])[list(here.pages)]
                     theirs = independent_reader.pages(path, f"kv/{kind}/{layer}")[pages]
                     assert ours.tobytes() == theirs.tobytes()
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_golden_arrays_of_the_user_are_read_alike_by_a_reader_of_the_page_alone(name):
+    path, groups = GOLDEN / f"snapshot_v3_{name}.pgd", 1 if name == "one" else 2
+    info, (fields, arrays, ident) = verify_snapshot(path), independent_reader.read(path)
+    assert ident == info.id and len(info.groups) == groups and ("groups" in fields) == (groups > 1)
+    restored = load_snapshot(path)
+    found = {n.removeprefix("extra/"): a for n, a in arrays.items() if n.startswith("extra/")}
+    assert list(EXTRA) == list(info.extra) == list(restored.extra) == list(found)
+    for name, array in EXTRA.items():
+        for each in (restored.extra[name], found[name]):
+            assert (each.dtype, each.shape) == (array.dtype, array.shape)
+            assert each.tobytes() == array.tobytes()
 
 
 def test_arrays_of_several_chunks_agree_with_the_page_too(tmp_path):
