@@ -117,7 +117,7 @@ def table() -> str:
             cells = (cell(answer(backend, module, ask)) for backend, module in modules.items())
             lines.append(f"| {name} | {' | '.join(cells)} |")
         fused = ("yes" if hasattr(m, "append_and_attend") else "no" for m in modules.values())
-        lines.append(f"| `append_and_attend` in one launch | {' | '.join(fused)} |")
+        lines.append(f"| `append_and_attend` in one launch where T = 1 | {' | '.join(fused)} |")
     notes = [f"{at}. {reason}" for at, reason in enumerate(reasons, 1)]
     return "\n".join([*lines, "", *notes, ""])
 

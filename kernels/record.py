@@ -132,6 +132,10 @@ class AttentionCall:
         """
         if (tokens := self.q.shape[1]) != 1:
             return f"it serves one query token a row, T = 1; got T = {tokens}"
+        return self.pages_refusal(mixed=mixed)
+
+    def pages_refusal(self, *, mixed: bool = False) -> str | None:
+        """Why a kernel over pages of the dtype of q, unless `mixed`, cannot serve; None if not."""
         if (reason := self.pool_refusal()) is not None:
             return reason
         if not mixed and self.q.dtype != self.k_pages.dtype:

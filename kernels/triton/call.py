@@ -1,4 +1,7 @@
-"""From one attention call to one launch of the kernel."""
+"""From one attention call to one launch of a kernel."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -7,9 +10,10 @@ from jaxtyping import Array, Float, Int32
 from ..cards import compute_capability, processors, zero_counters
 from ..record import AttentionCall
 from . import compat
-from .config import Shape, choose_config
+from .config import Shape, choose_config, choose_tail_config
 from .kernel import decode_kernel
-from .plan import plan
+from .plan import Launch, plan, plan_tail
+from .tail import tail_kernel
 
 __all__ = ["append_and_attend", "attend", "refusal"]
 
@@ -23,7 +27,7 @@ def refusal(call: AttentionCall) -> str | None:
         return f"it runs on NVIDIA GPUs, not on {call.platform}"
     if not (generation := compute_capability()).replace(".", "").isdigit():
         return f"it runs on NVIDIA GPUs, not on {generation}"
-    if (reason := call.decode_refusal()) is not None:
+    if (reason := call.pages_refusal()) is not None:
         return reason
     if call.q.shape[3] > MAX_DIM:
         return f"it serves D up to {MAX_DIM}; got D = {call.q.shape[3]}"
@@ -34,19 +38,25 @@ def refusal(call: AttentionCall) -> str | None:
     return compat.problem()
 
 
-def attend(call: AttentionCall) -> tuple[Float[Array, "B 1 Hq D"], Float[Array, "B 1 Hq"]]:
+def attend(call: AttentionCall) -> tuple[Float[Array, "B T Hq D"], Float[Array, "B T Hq"]]:
     """Serve `call` in one launch."""
-    out, lse, *_ = run(call)
+    out, lse, *_ = run(call) if call.q.shape[1] == 1 else run_tail(call)
     return out.reshape(call.q.shape), lse.reshape(call.q.shape[:-1])
 
 
 def append_and_attend(
     call: AttentionCall,
-    k: Float[Array, "B 1 Hk D"],
-    v: Float[Array, "B 1 Hk D"],
-    slots: Int32[Array, "B 1"] | None,
+    k: Float[Array, "B T Hk D"],
+    v: Float[Array, "B T Hk D"],
+    slots: Int32[Array, "B T"] | None,
 ) -> tuple[Array, Array, Array, Array]:
-    """Write k and v at the newest position of every row and serve `call`, in one launch."""
+    """Write k and v at the newest positions of every row and serve `call`.
+
+    One launch where T = 1; else a scatter goes before it.
+    """
+    if call.q.shape[1] > 1:
+        written = call.with_newest(k, v, slots)
+        return *attend(written), written.k_pages, written.v_pages
     out, lse, _, _, k_pages, v_pages = run(call, (k, v, slots))
     return out.reshape(call.q.shape), lse.reshape(call.q.shape[:-1]), k_pages, v_pages
 
@@ -87,20 +97,55 @@ def run(
         call.seq_lens if slots is None else slots,
     )
 
+    written = dict(rewritten=("k_written", "v_written"), aliases=(1, 2) if append else ())
+    return _launched(decode_kernel, inputs, launch, "paged_decode", written)
+
+
+def run_tail(call: AttentionCall) -> list[Array]:
+    """The launch for T > 1 as a custom call: out, lse and two scratches."""
+    shape = shape_of(call)
+    launch = plan_tail(
+        shape,
+        choose_tail_config(shape),
+        dtype=str(call.q.dtype),
+        pages=call.k_pages.shape[1],
+        columns=call.page_table.shape[1],
+        scale=call.scale,
+        window=call.window,
+        soft_cap=call.soft_cap,
+        starts=call.starts is not None,
+        sinks=call.sink is not None,
+    )
+    inputs = (
+        call.q,
+        call.k_pages,
+        call.v_pages,
+        call.layer,
+        call.page_table,
+        call.seq_lens,
+        call.seq_lens if call.starts is None else call.starts,
+        call.q if call.sink is None else call.sink,
+        zero_counters(launch.counters),
+    )
+    return _launched(tail_kernel, inputs, launch, "paged_tail", {})
+
+
+def _launched(
+    kernel: Any, inputs: Sequence[Array], launch: Launch, name: str, written: dict[str, Any]
+) -> list[Array]:
     # A batch of launches would count arrivals in the same counters: one after the other.
     @jax.custom_batching.sequential_vmap
     def launched(*arrays: Array) -> list[Array]:
         return compat.launch(
-            decode_kernel,
+            kernel,
             arrays,
             [jax.ShapeDtypeStruct(size, jnp.dtype(dtype)) for size, dtype in launch.outputs],
-            rewritten=("k_written", "v_written"),
-            aliases=(1, 2) if append else (),
             grid=launch.grid,
             warps=launch.warps,
             stages=launch.stages,
-            name="paged_decode",
+            name=name,
             constants=launch.constants,
+            **written,
         )
 
     return launched(*inputs)
@@ -118,4 +163,5 @@ def shape_of(call: AttentionCall) -> Shape:
         itemsize=call.k_pages.dtype.itemsize,
         processors=processors(),
         generation=int(compute_capability().replace(".", "")),
+        tokens=call.q.shape[1],
     )

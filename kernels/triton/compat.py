@@ -9,7 +9,7 @@
 
 0.3.1 cannot be imported where jax has no GPU plugin, so nothing here imports it before a launch.
 What it calls cannot be part of a CUDA graph, which XLA makes of five or more kernels in a row; the
-same call by way of the other entry of jaxlib can, as in 0.4, and `_capturable` arranges for that.
+same call by way of the other entry of jaxlib can, as in 0.4, and `_lowered_by_us` arranges that.
 They also disagree on whether an output that shares the buffer of an input has a pointer of its own:
 in 0.3.1 it has, in 0.4 not. A kernel writes through the input's pointer and names the other last.
 """
@@ -97,10 +97,10 @@ def launch(
         options |= dict.fromkeys(rewritten, 0)
     options["out_type" if modern else "out_shape"] = outputs
     if not modern:
-        options |= _capturable(importlib.import_module("jax_triton.triton_lib"))
+        options |= _lowered_by_us(importlib.import_module("jax_triton.triton_lib"))
     else:
         # Newer Triton writes PTX that the assembler of CUDA 13.0 rejects.
-        options["backend_options"] = {"ptx_version": 87}
+        options["backend_options"] = {"ptx_version": 87, **_limits(constants)}
     return binding.triton_call(
         *inputs,
         kernel=kernel,
@@ -114,17 +114,30 @@ def launch(
     )
 
 
+def _limits(constants: dict[str, Any]) -> dict[str, Any]:
+    """What a kernel's constant REGISTERS, if it has one, says to Triton's compiler."""
+    registers = constants.get("REGISTERS", 0)
+    return {"maxnreg": registers} if registers else {}
+
+
 @cache
-def _capturable(library: ModuleType) -> dict[str, Any]:
-    """Options by which 0.3.1 calls the entry that CUDA graphs can hold, where jaxlib has it."""
+def _lowered_by_us(library: ModuleType) -> dict[str, Any]:
+    """Let 0.3.1 limit registers, and call the entry that CUDA graphs can hold where jaxlib has it.
+
+    Returns the options of a call that goes there.
+    """
     plugin = getattr(library.triton_kernel_call_lib, "_cuda_triton", None)
     target = "triton_kernel_call_ffi"
-    if plugin is None or target not in plugin.registrations():
-        return {}
     original = library.triton_kernel_call_lowering
 
     def lower(ctx: Any, *args: Any, **params: Any) -> Any:
-        results = original(library.get_cuda_backend, ctx, *args, **params)
+        def backend(*device: Any) -> Any:
+            made = library.get_cuda_backend(*device)
+            parse = made.parse_options
+            made.parse_options = lambda options: parse(options | _limits(params))
+            return made
+
+        results = original(backend, ctx, *args, **params)
         if params["custom_call_target_name"] == target:  # nobody else's calls change
             call = results[0].owner
             with call.context:
@@ -135,6 +148,8 @@ def _capturable(library: ModuleType) -> dict[str, Any]:
         return results
 
     mlir.register_lowering(library.triton_kernel_call_p, lower, platform="cuda")
+    if plugin is None or target not in plugin.registrations():
+        return {}
     return {"custom_call_target_name": target}
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-__all__ = ["Config", "Shape", "choose_config"]
+__all__ = ["Config", "Shape", "TailConfig", "choose_config", "choose_tail_config"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +18,7 @@ class Shape:
     itemsize: int  # bytes of a number in the pages
     processors: int = 132  # streaming multiprocessors of the card
     generation: int = 90  # compute capability, 10 * major + minor
+    tokens: int = 1  # T, query tokens of a row
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,75 @@ def choose_config(shape: Shape) -> Config:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class TailConfig:
+    """One tiling of the kernel for T > 1.
+
+    Attributes:
+      queries: of a tile: T * G query heads of a KV head, cut into so many.
+      tokens: of a block of keys.
+      warps: warps of a program.
+      stages: depth of the software pipeline.
+      aim: programs to cut the work into, if no tile has less than its share; 0: never cut.
+      registers: of a thread, at most; 0: what the compiler takes. Half of what it would take lets
+        two programs share a multiprocessor: one computes exponentials while the other multiplies.
+      min_blocks: no program gets fewer blocks of keys, unless its tile has no more.
+      merge: registers a thread gives to partials on their way.
+    """
+
+    queries: int
+    tokens: int
+    warps: int
+    stages: int
+    aim: int = 0
+    registers: int = 0
+    min_blocks: int = 1
+    merge: int = 32
+
+
+# Tilings of full tiles by head dim padded to a power of two: queries, tokens, warps, stages and
+# registers. And of a few queries (drafts, up to FEW_QUERIES a KV head), where reading takes the
+# time as it does for T = 1, by head dim and tile: tokens, warps, stages. Read off one H200.
+_TAILS = {
+    64: (128, 64, 8, 3, 128),
+    128: (128, 64, 8, 2, 128),
+    256: (128, 64, 8, 2, 0),
+}
+_DRAFTS = {
+    (64, 16): (128, 4, 2),
+    (64, 32): (128, 4, 2),
+    (64, 64): (128, 4, 2),
+    (128, 16): (32, 4, 3),
+    (128, 32): (128, 4, 2),
+    (128, 64): (64, 4, 3),
+    (256, 16): (64, 4, 2),
+    (256, 32): (64, 4, 2),
+    (256, 64): (64, 8, 3),
+}
+FEW_QUERIES = 64
+
+
+def choose_tail_config(shape: Shape) -> TailConfig:
+    """The config of a call of T > 1: from the tables, or a small tiling that fits every card."""
+    queries = max(_power(shape.tokens * shape.group), 16)
+    processors = shape.processors
+    if shape.itemsize == 4:
+        # Exact float32 products do not use the matrix unit: small tiles, many programs.
+        return TailConfig(16, 16, 4, 2, aim=4 * processors)
+    dim = 64 if shape.dim <= 64 else 128 if shape.dim <= 128 else 256
+    if shape.generation not in _BIG_SHARED_MEMORY or (dim, shape.generation) == (256, 80):
+        tokens = 64 if shape.dim <= 128 else 32
+        return TailConfig(min(queries, 64), tokens, 4, 2, aim=4 * processors)
+    if queries <= FEW_QUERIES:
+        tokens, warps, stages = _DRAFTS[dim, queries]
+        return TailConfig(queries, tokens, warps, stages, aim=2 * processors)
+    queries, tokens, warps, stages, registers = _TAILS[dim]
+    tiles = shape.rows * shape.kv_heads * -(-shape.tokens * shape.group // queries)
+    if tiles <= processors:  # one wave of half tiles is shorter than half a wave of whole ones
+        queries, tokens, warps, stages, registers = 64, 64, 4 if dim <= 128 else 8, 3, 0
+    return TailConfig(queries, tokens, warps, stages, aim=2 * processors, registers=registers)
+
+
 def _cuts(lanes: int, processors: int, least: int) -> int:
     """Into how many programs to cut each of `lanes` equal rows, `least` programs or more in all.
 
@@ -115,3 +185,7 @@ def _cuts(lanes: int, processors: int, least: int) -> int:
 
     tries = range(first, first + 8)
     return next((cuts for cuts in tries if full(cuts) >= 0.9), max(tries, key=full))
+
+
+def _power(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()

@@ -263,7 +263,8 @@ def decode_kernel(
                     SCALE, SOFT_CAP, M, BLOCK_D,
                 )  # fmt: skip
         if parts == 1:
-            store_result(out, lse, row, head, real, sinks, acc, top, total, HEADS, D, BLOCK_D)
+            at = row.to(tl.int64) * HEADS + head
+            store_result(out, lse, at, real, sinks, acc, top, total, D, BLOCK_D)
         else:
             slot0 = base * KV_HEADS + kv_head
             if arrive(
@@ -271,6 +272,6 @@ def decode_kernel(
                 counters + row * KV_HEADS + kv_head, parts, GROUP, D, M, BLOCK_D,
             ):  # fmt: skip
                 merge_parts(
-                    part_acc, part_lse, slot0, KV_HEADS, parts, out, lse, sink, row, kv_head, HEADS,
-                    GROUP, D, BLOCK_G, BLOCK_D, CHUNK, SINKS,
+                    part_acc, part_lse, slot0, KV_HEADS, parts, 0, out, lse, sink, row, kv_head,
+                    1, HEADS, GROUP, GROUP, D, BLOCK_G, BLOCK_D, CHUNK, SINKS,
                 )  # fmt: skip

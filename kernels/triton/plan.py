@@ -1,11 +1,11 @@
-"""From a config to one launch of the kernel: the grid, the constants, the buffers."""
+"""From a config to one launch of a kernel: the grid, the constants, the buffers."""
 
 from dataclasses import dataclass
 from typing import Any
 
-from .config import Config, Shape
+from .config import Config, Shape, TailConfig
 
-__all__ = ["Launch", "plan"]
+__all__ = ["Launch", "plan", "plan_tail"]
 
 # Each program scans the lengths of the whole batch; with more rows than this none is split.
 MAX_SPLIT_ROWS = 4096
@@ -97,6 +97,73 @@ def plan(
             ((shape.rows, heads * shape.group), "float32"),
             ((partials, shape.group, shape.dim), "float32"),
             ((partials, shape.group), "float32"),
+        ),
+    )
+
+
+def plan_tail(
+    shape: Shape,
+    config: TailConfig,
+    *,
+    dtype: str,
+    pages: int,
+    columns: int,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    starts: bool = True,
+    sinks: bool = True,
+) -> Launch:
+    """The launch of `config` for a call of this shape, T > 1."""
+    heads, m = shape.kv_heads, config.queries
+    block_d = max(_power(shape.dim), 16)
+    tiles = -(-shape.tokens * shape.group // m)
+    items = shape.rows * tiles
+    # The kernel counts programs of four kinds in 16 bits each, and items in 16.
+    split = config.aim > 0 and items <= MAX_SPLIT_ROWS and items + config.aim // heads < 2**16
+    blocks = -(-shape.capacity // config.tokens)
+    # Rounding to the nearest gives every tile at most one program more than its share of the aim.
+    programs = min(items + config.aim // heads, items * max(blocks, 1)) if split else items
+    # A tile that is cut has 1.5 shares of the work or more, so at most 4/3 programs a share.
+    slots = min(programs, config.aim * 4 // (3 * heads) + 2) if split else 0
+    constants = dict(
+        ROWS=shape.rows,
+        COLUMNS=columns,
+        PAGES=pages,
+        PAGE=shape.page_size,
+        KV_HEADS=heads,
+        GROUP=shape.group,
+        T=shape.tokens,
+        D=shape.dim,
+        SCALE=scale,
+        SOFT_CAP=0.0 if soft_cap is None else soft_cap,
+        # One that no row fills is none: a position less it stays within int32.
+        WINDOW=0 if window is None or window >= shape.capacity else window,
+        M=m,
+        TILES=tiles,
+        BLOCK_D=block_d,
+        TOKENS=config.tokens,
+        STAGES=config.stages,
+        CHUNK=min(max(config.merge * 32 * config.warps // (16 * block_d), 2), 16),
+        BLOCK_ITEMS=_power(items) if split else 1,
+        AIM=max(config.aim, 1),
+        MIN_BLOCKS=config.min_blocks,
+        SPLIT=split,
+        STARTS=starts,
+        SINKS=sinks,
+        REGISTERS=config.registers,
+    )
+    return Launch(
+        grid=programs * heads,
+        warps=config.warps,
+        stages=config.stages,
+        constants=constants,
+        counters=items * heads,
+        outputs=(
+            ((shape.rows, shape.tokens, heads * shape.group, shape.dim), dtype),
+            ((shape.rows, shape.tokens, heads * shape.group), "float32"),
+            ((max(slots * heads, 1), m, shape.dim), "float32"),
+            ((max(slots * heads, 1), m), "float32"),
         ),
     )
 

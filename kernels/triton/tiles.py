@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-__all__ = ["append_newest", "attend_tiles", "page_ids", "q_rows"]
+__all__ = ["LOG2E", "append_newest", "attend_tiles", "page_ids", "q_rows", "scaled"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -21,7 +21,7 @@ def q_rows(kv_head, GROUP: tl.constexpr, M: tl.constexpr):
 
 
 @triton.jit
-def _scaled(products, SCALE: tl.constexpr, SOFT_CAP: tl.constexpr):
+def scaled(products, SCALE: tl.constexpr, SOFT_CAP: tl.constexpr):
     """Logits in base 2 from q.k."""
     if SOFT_CAP > 0:
         # tanh(x) = 1 - 2 / (1 + e^2x), which is right at both ends
@@ -81,7 +81,7 @@ def attend_tiles(
         v = tl.load(v_head + at, mask=mask, other=0.0)
         after = token + step
         ids = page_ids(table, after, after < end, PAGE)
-        logits = _scaled(tl.dot(q, tl.trans(k), input_precision="ieee"), SCALE, SOFT_CAP)
+        logits = scaled(tl.dot(q, tl.trans(k), input_precision="ieee"), SCALE, SOFT_CAP)
         bias = tl.where(known & (broken == 0), 0.0, float("nan"))
         logits += tl.where(live, bias, -float("inf"))[None, :]
         new_top = tl.maximum(top, tl.max(logits, 1))
@@ -133,7 +133,7 @@ def append_newest(
     slot = tl.where(known, page, 0).to(tl.int64) * PAGE_STRIDE + newest % PAGE * D + dim
     tl.store(k_head + slot, k, mask=(dim < D) & known)
     tl.store(v_head + slot, v, mask=(dim < D) & known)
-    logits = _scaled(tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1), SCALE, SOFT_CAP)
+    logits = scaled(tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1), SCALE, SOFT_CAP)
     logits = tl.where(newest >= first, tl.where(known, logits, float("nan")), -float("inf"))
     new_top = tl.maximum(top, logits)
     base = tl.where(new_top == -float("inf"), 0.0, new_top)

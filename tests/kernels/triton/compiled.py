@@ -74,6 +74,7 @@ def launched(
     window: int | None = None,
     soft_cap: float | None = None,
     append: bool = False,
+    tokens: int = 1,
 ) -> Launched:
     """The launch that the library makes of a call on `card`."""
     from paged_decode.kernels.triton import call as library
@@ -81,6 +82,7 @@ def launched(
 
     seen: dict[str, Any] = {}
     shape_of, choose = library.shape_of, library.choose_config
+    choose_tail = library.choose_tail_config
 
     def on_card(call: AttentionCall) -> Any:
         return replace(shape_of(call), generation=card.generation, processors=card.processors)
@@ -89,9 +91,14 @@ def launched(
         seen["config"] = choose(shape)
         return seen["config"]
 
+    def chosen_tail(shape: Any) -> Any:
+        seen["config"] = choose_tail(shape)
+        return seen["config"]
+
     def launch(
-        kernel: Any, inputs: Any, outputs: Any, *, rewritten: Any, aliases: Any, **options: Any
-    ) -> list[jax.Array]:
+        kernel: Any, inputs: Any, outputs: Any, *, rewritten: Any = (), aliases: Any = (),
+        **options: Any,
+    ) -> list[jax.Array]:  # fmt: skip
         byte = jax.ShapeDtypeStruct((1,), jnp.int8)
         last = [inputs[i] for i in aliases] or [byte for _ in rewritten]
         seen.update(options, kernel=kernel, arrays=[*inputs, *outputs, *last])
@@ -108,7 +115,7 @@ def launched(
     array = jax.ShapeDtypeStruct
     pages = array((32, 4096, kv_heads, page_size, dim), dtype)
     arrays = dict(
-        q=array((rows, 1, kv_heads * group, dim), dtype),
+        q=array((rows, tokens, kv_heads * group, dim), dtype),
         k_pages=pages,
         v_pages=pages,
         layer=array((), jnp.int32),
@@ -120,6 +127,7 @@ def launched(
     with (
         mock.patch.object(library, "shape_of", on_card),
         mock.patch.object(library, "choose_config", chosen),
+        mock.patch.object(library, "choose_tail_config", chosen_tail),
         mock.patch.object(compat, "launch", launch),
     ):
         jax.eval_shape(attend, arrays)
@@ -157,6 +165,8 @@ def needs(launch: Launched, card: Card) -> Needs:
     )
     target = GPUTarget(card.backend, card.arch, card.threads)
     options = dict(num_warps=launch.warps, num_stages=launch.stages)
+    if limit := launch.constants.get("REGISTERS"):
+        options["maxnreg"] = limit
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
         triton.knobs.cache.dir = folder  # nothing is taken from an earlier run
         built = triton.compile(source, target=target, options=options)

@@ -61,11 +61,19 @@ def _config(shape: Any, variant: Variant, chosen: Callable[[Any], Any]) -> Any:
     return replace(config, tokens=variant.tokens, even=3 * lanes, ragged=7 * lanes)
 
 
+def _tail_config(shape: Any, variant: Variant, chosen: Callable[[Any], Any]) -> Any:
+    config = chosen(replace(shape, generation=variant.generation))
+    if variant.tokens is None:
+        return config
+    queries, lanes = min(config.queries, 32), shape.rows * shape.kv_heads
+    return replace(config, queries=queries, tokens=variant.tokens, aim=5 * lanes)
+
+
 def _module(name: str, variant: Variant) -> ModuleType:
     from paged_decode.kernels.triton import call as library
     from paged_decode.kernels.triton import compat
 
-    chosen = library.choose_config
+    chosen, chosen_tail = library.choose_config, library.choose_tail_config
 
     def refusal(call: Any) -> str | None:
         with mock.patch.object(compat, "problem", lambda: None):
@@ -79,6 +87,9 @@ def _module(name: str, variant: Variant) -> ModuleType:
             with (
                 mock.patch.object(compat, "launch", launch),
                 mock.patch.object(library, "choose_config", lambda s: _config(s, variant, chosen)),
+                mock.patch.object(
+                    library, "choose_tail_config", lambda s: _tail_config(s, variant, chosen_tail)
+                ),
             ):
                 return function(*args)
 

@@ -132,6 +132,43 @@ def test_no_option_costs_spills_or_wide_loads(card, other):
     check_needs(card, BASE | other)
 
 
+# One call for every tiling of T > 1; what a card without a table gets comes with the last three.
+TAILS = {
+    f"{dtype} D{dim} T={tokens}": dict(
+        rows=rows, kv_heads=8, group=4, dim=dim, page_size=16, capacity=4096, dtype=dtype,
+        tokens=tokens,
+    )
+    for dtype, dim, rows, tokens in [
+        *itertools.product(["bfloat16"], [64, 128, 256], [16], [2, 8, 16, 512]),
+        ("bfloat16", 128, 1, 512), ("float32", 128, 4, 8),
+    ]
+}  # fmt: skip
+
+
+def check_tail(card_name: str, call: dict) -> None:
+    card = CARDS[card_name]
+    launch = launched(card, **call)
+    need = needs(launch, card)
+    # A limit of registers is worth a few that spill: a second program on the multiprocessor.
+    assert need.stack_bytes <= 192
+    assert need.shared_bytes <= card.block_bytes
+    if launch.config.registers and card.backend == "cuda":
+        assert need.registers <= launch.config.registers
+        assert 2 * need.shared_bytes <= card.processor_bytes
+
+
+@pytest.mark.parametrize("name", ["bfloat16 D128 T=8", "bfloat16 D128 T=512"])
+def test_a_tiling_of_several_queries_fits_its_card(name):
+    check_tail("sm_90", TAILS[name])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", TAILS)
+@pytest.mark.parametrize("card", ["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"])
+def test_every_tiling_of_several_queries_fits_every_card(card, name):
+    check_tail(card, TAILS[name])
+
+
 def test_a_sweep_meets_every_row_of_the_table():
     from paged_decode.kernels.triton import config
 

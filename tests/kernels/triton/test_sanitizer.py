@@ -22,6 +22,10 @@ new = q[:, :2]
 want = paged_attention(q, k, v, table, lens, implementation="reference")
 got = paged_attention(q, k, v, table, lens, implementation="triton")
 np.testing.assert_allclose(got.astype(np.float32), want.astype(np.float32), rtol=0.02, atol=0.02)
+tail = jnp.asarray(rng.standard_normal((4, 40, 8, 128)), jnp.bfloat16)
+want = paged_attention(tail, k, v, table, lens, implementation="reference")
+got = paged_attention(tail, k, v, table, lens, implementation="triton")
+np.testing.assert_allclose(got.astype(np.float32), want.astype(np.float32), rtol=0.02, atol=0.02)
 out, *_ = append_and_attend(k, v, q, new, new, table, lens, implementation="triton")
 assert jnp.isfinite(out).all()
 """

@@ -1,0 +1,340 @@
+"""The raw kernel for T > 1: tiles of queries against the pages of their row, split where it pays.
+
+```
+row b      [........ cached ........|0 1 2 3 4 5 6 7]    T = 8 new tokens, G = 4 heads a KV head
+queries    t0g0 t0g1 t0g2 t0g3 t1g0 ... t7g3             T * G rows of a matrix, M to a tile
+tile 1     [=========================\\]                  causal: masked at its end
+```
+
+All query heads of a KV head share a tile, so its keys and values are read once for them, and a few
+tokens of a row (speculative drafts) fill a tile as a chunk of a prompt fills many. Tiles are what
+the T = 1 kernel calls rows: every program reads the lengths of the batch, counts the work of all
+tiles and finds its own place, the longest first. A tile with more than its share of the work is cut
+along its keys, and the last program to arrive merges the parts in their order. The grid depends on
+shapes alone. Queries in front of their row belong to no tile that reads anything.
+"""
+
+import triton
+import triton.language as tl
+
+from .merge import arrive, merge_parts, store_result
+from .tiles import LOG2E, page_ids, scaled
+
+__all__ = ["tail_kernel"]
+
+
+@triton.jit
+def _visible(
+    tile,
+    length,
+    start,
+    T: tl.constexpr,
+    GROUP: tl.constexpr,
+    M: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAPACITY: tl.constexpr,
+):
+    """`first, end` of what the queries of a tile see together, and the position of its first."""
+    lowest = length - T + tile * M // GROUP
+    highest = length - T + tl.minimum((tile * M + M - 1) // GROUP, T - 1)
+    first = start
+    if WINDOW > 0:
+        first = tl.maximum(first, lowest - WINDOW + 1)
+    end = tl.minimum(tl.maximum(highest + 1, 0), CAPACITY)
+    return tl.minimum(first, CAPACITY), end, lowest
+
+
+@triton.jit
+def _find_place(
+    place,
+    seq_lens,
+    starts,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    T: tl.constexpr,
+    GROUP: tl.constexpr,
+    M: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    WINDOW: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_ITEMS: tl.constexpr,
+    AIM: tl.constexpr,
+    MIN_BLOCKS: tl.constexpr,
+    STARTS: tl.constexpr,
+):
+    """`item, place of its first program, programs of it` for one program of a KV head.
+
+    An item is a tile of a row; the last tiles of all rows come first, because they see most. Then
+    the order is that of the T = 1 kernel: what is cut, then by halves of the work.
+    """
+    item = tl.arange(0, BLOCK_ITEMS)
+    real = item < ROWS * TILES
+    row = item % ROWS
+    length = tl.load(seq_lens + row, mask=real, other=0)
+    length = tl.minimum(tl.maximum(length, 0), CAPACITY + 1)
+    start = tl.zeros([BLOCK_ITEMS], tl.int32)
+    if STARTS:
+        start = tl.load(starts + row, mask=real, other=0)
+        start = tl.minimum(tl.maximum(start, 0), CAPACITY)
+    first, end, _ = _visible(TILES - 1 - item // ROWS, length, start, T, GROUP, M, WINDOW, CAPACITY)
+    blocks = tl.maximum(tl.cdiv(end, TOKENS) - first // TOKENS, 0)
+    blocks = tl.where(real, blocks, 0)
+    total = tl.sum(blocks.to(tl.int64), 0)
+    size = tl.maximum(tl.cdiv(total * KV_HEADS, AIM), MIN_BLOCKS).to(tl.int32)
+    cuts = tl.maximum((blocks.to(tl.int64) * 2 + size) // (size * 2), 1)
+    cuts = tl.where(real, cuts, 0)
+    # Four kinds in one scan of 16 bits each: plan.py sees to it that no count reaches 2**16.
+    kind = (blocks * 2 <= size).to(tl.int64) + (blocks * 4 <= size).to(tl.int64) + 1
+    shift = tl.where(cuts > 1, 0, kind) * 16
+    places = cuts << shift
+    ends = tl.cumsum(places, 0)
+    every = tl.sum(places, 0)
+    longer = tl.where(shift > 0, every & 0xFFFF, 0)
+    longer += tl.where(shift > 16, (every >> 16) & 0xFFFF, 0)
+    longer += tl.where(shift > 32, (every >> 32) & 0xFFFF, 0)
+    ends = ((ends >> shift) & 0xFFFF) + longer
+    here = (ends - cuts <= place) & (place < ends)
+    found = item.to(tl.int64) | ((ends - cuts) << 16) | (cuts << 32)
+    found = tl.sum(tl.where(here, found, 0), 0)
+    return (
+        (found & 0xFFFF).to(tl.int32),
+        ((found >> 16) & 0xFFFF).to(tl.int32),
+        (found >> 32).to(tl.int32),
+    )
+
+
+@triton.jit
+def _attend_blocks(
+    begin,
+    stop,
+    step,
+    q,
+    k_head,
+    v_head,
+    table,
+    ids,
+    first,
+    last,
+    end,
+    acc,
+    top,
+    total,
+    wrong,
+    MASKED: tl.constexpr,
+    PAGES: tl.constexpr,
+    PAGE: tl.constexpr,
+    D: tl.constexpr,
+    PAGE_STRIDE: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TOKENS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Online softmax over the blocks of keys at `begin, begin + step, ...` below `stop`.
+
+    Query m sees the tokens `first[m] .. last[m]`; without MASKED all of a block's tokens, which
+    leaves only products and exponentials. Page ids are carried as in the T = 1 kernel. Returns
+    where the next block begins, its page ids, the sums and which ids lay outside the pool.
+    """
+    column = tl.arange(0, TOKENS)
+    dim = tl.arange(0, BLOCK_D)
+    # The scale is folded into the exponent, one multiplication less a logit, where it keeps order.
+    FOLDED: tl.constexpr = SOFT_CAP == 0 and SCALE > 0
+    FACTOR: tl.constexpr = SCALE * LOG2E if FOLDED else 1.0
+    for block in tl.range(begin, stop, step, num_stages=STAGES):
+        token = block + column
+        known = (ids >= 0) & (ids < PAGES)
+        page = tl.where(known, ids, 0).to(tl.int64)
+        at = page * PAGE_STRIDE + token % PAGE * D
+        at = at[:, None] + dim[None, :]
+        if MASKED:
+            mask = (token < end)[:, None]
+            if D < BLOCK_D:
+                mask = mask & (dim < D)[None, :]
+            k = tl.load(k_head + at, mask=mask, other=0.0)
+            v = tl.load(v_head + at, mask=mask, other=0.0)
+            wrong = wrong | ((token < end) & (known == 0)).to(tl.int32)
+        else:
+            if D < BLOCK_D:
+                mask = (dim < D)[None, :]
+                k = tl.load(k_head + at, mask=mask, other=0.0)
+                v = tl.load(v_head + at, mask=mask, other=0.0)
+            else:
+                k = tl.load(k_head + at)
+                v = tl.load(v_head + at)
+            wrong = wrong | (known == 0).to(tl.int32)
+        after = token + step
+        ids = page_ids(table, after, after < end, PAGE)
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if not FOLDED:
+            logits = scaled(logits, SCALE, SOFT_CAP)
+        if MASKED:
+            live = (token[None, :] >= first[:, None]) & (token[None, :] <= last[:, None])
+            logits = tl.where(live, logits, -float("inf"))
+        new_top = tl.maximum(top, tl.max(logits, 1) * FACTOR)
+        base = new_top
+        if MASKED:
+            base = tl.where(new_top == -float("inf"), 0.0, new_top)
+        weight = tl.exp2(logits * FACTOR - base[:, None])
+        decay = tl.exp2(top - base)
+        total = total * decay + tl.sum(weight, 1)
+        acc = acc * decay[:, None]
+        acc = tl.dot(weight.to(v.dtype), v, acc, input_precision="ieee")
+        top = new_top
+    begin += tl.maximum(tl.cdiv(stop - begin, step), 0) * step
+    return begin, ids, acc, top, total, wrong
+
+
+@triton.jit
+def _any_outside(table, length, PAGES: tl.constexpr, PAGE: tl.constexpr, CHUNK: tl.constexpr):
+    """Whether a row's table names a page outside the pool, of those that its length reaches."""
+    column = tl.arange(0, CHUNK)
+    wrong = tl.zeros([CHUNK], tl.int32)
+    used = tl.cdiv(length, PAGE)
+    for at in tl.range(0, used, CHUNK, num_stages=1):
+        ids = tl.load(table + at + column, mask=at + column < used, other=0)
+        wrong = wrong | ((ids < 0) | (ids >= PAGES)).to(tl.int32)
+    return tl.max(wrong, 0) > 0
+
+
+@triton.jit
+def tail_kernel(
+    q,
+    k_pages,
+    v_pages,
+    layer,
+    page_table,
+    seq_lens,
+    starts,
+    sink,
+    counters,
+    out,
+    lse,
+    part_acc,
+    part_lse,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PAGES: tl.constexpr,
+    PAGE: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    T: tl.constexpr,
+    D: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    M: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TOKENS: tl.constexpr,
+    STAGES: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_ITEMS: tl.constexpr,
+    AIM: tl.constexpr,
+    MIN_BLOCKS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STARTS: tl.constexpr,
+    SINKS: tl.constexpr,
+    REGISTERS: tl.constexpr,
+):
+    """One call of one layer over pages that hold the new tokens already.
+
+    Pointers: q, out `[ROWS, T, Hq, D]`; pages `[L, PAGES, KV_HEADS, PAGE, D]`; layer `[]`;
+    page_table `[ROWS, COLUMNS]`; seq_lens, starts `[ROWS]`; sink `[Hq]`; counters, one for each
+    row, tile and KV head, zeros before and after; lse `[ROWS, T, Hq]`; part_acc `[slots, M, D]` and
+    part_lse `[slots, M]`, anything before and after. REGISTERS is for `compat.launch` alone.
+    """
+    HEADS: tl.constexpr = KV_HEADS * GROUP
+    CAPACITY: tl.constexpr = COLUMNS * PAGE
+    HEAD_STRIDE: tl.constexpr = PAGE * D
+    PAGE_STRIDE: tl.constexpr = KV_HEADS * HEAD_STRIDE
+    BLOCK_M: tl.constexpr = 16  # rows of a tile that are merged at a time
+    kv_head = tl.program_id(0) % KV_HEADS
+    place = tl.program_id(0) // KV_HEADS
+    item = place
+    base = place
+    parts = 1
+    if SPLIT:
+        item, base, parts = _find_place(
+            place, seq_lens, starts, ROWS, TILES, T, GROUP, M, KV_HEADS, CAPACITY, WINDOW, TOKENS,
+            BLOCK_ITEMS, AIM, MIN_BLOCKS, STARTS,
+        )  # fmt: skip
+    if parts > 0:
+        row = item % ROWS
+        tile = TILES - 1 - item // ROWS
+        length = tl.load(seq_lens + row)
+        length = tl.minimum(tl.maximum(length, 0), CAPACITY + 1)
+        start = row * 0
+        if STARTS:
+            start = tl.minimum(tl.maximum(tl.load(starts + row), 0), CAPACITY)
+        begin, end, lowest = _visible(tile, length, start, T, GROUP, M, WINDOW, CAPACITY)
+        table = page_table + row.to(tl.int64) * COLUMNS
+        broken = length > CAPACITY
+        if TILES > 1:  # a single tile looks at every page that its row sees
+            broken = broken | _any_outside(table, tl.minimum(length, CAPACITY), PAGES, PAGE, 512)
+
+        query = tile * M + tl.arange(0, M)
+        position = length - T + query // GROUP
+        real = query < T * GROUP
+        last = tl.where(real, position, -1)
+        first = last * 0 + start
+        clear = start  # all queries see the tokens from here to `lowest`
+        if WINDOW > 0:
+            first = tl.maximum(first, position - WINDOW + 1)
+            highest = length - T + tl.minimum((tile * M + M - 1) // GROUP, T - 1)
+            clear = tl.maximum(clear, highest - WINDOW + 1)
+        dim = tl.arange(0, BLOCK_D)
+        at = (row.to(tl.int64) * T + query // GROUP) * HEADS + kv_head * GROUP + query % GROUP
+        q_mask = real[:, None] & (dim < D)[None, :]
+        q_tile = tl.load(q + at[:, None] * D + dim[None, :], mask=q_mask, other=0.0)
+
+        step = parts * TOKENS
+        begin = (begin // TOKENS + place - base) * TOKENS
+        token = begin + tl.arange(0, TOKENS)
+        ids = page_ids(table, token, token < end, PAGE)
+        offset = tl.load(layer).to(tl.int64) * (PAGES * PAGE_STRIDE) + kv_head * HEAD_STRIDE
+        k_head = k_pages + offset
+        v_head = v_pages + offset
+        acc = tl.zeros([M, BLOCK_D], tl.float32)
+        top = tl.full([M], -float("inf"), tl.float32)
+        total = tl.zeros([M], tl.float32)
+        wrong = tl.zeros([TOKENS], tl.int32)
+        if WINDOW > 0 or STARTS:
+            stop = tl.minimum(tl.cdiv(clear, TOKENS) * TOKENS, end)
+            begin, ids, acc, top, total, wrong = _attend_blocks(
+                begin, stop, step, q_tile, k_head, v_head, table, ids, first, last, end, acc, top,
+                total, wrong, True, PAGES, PAGE, D, PAGE_STRIDE, SCALE, SOFT_CAP, BLOCK_D, TOKENS,
+                STAGES,
+            )  # fmt: skip
+        stop = tl.minimum(tl.maximum(lowest + 1, 0), end) // TOKENS * TOKENS
+        begin, ids, acc, top, total, wrong = _attend_blocks(
+            begin, stop, step, q_tile, k_head, v_head, table, ids, first, last, end, acc, top,
+            total, wrong, False, PAGES, PAGE, D, PAGE_STRIDE, SCALE, SOFT_CAP, BLOCK_D, TOKENS,
+            STAGES,
+        )  # fmt: skip
+        begin, ids, acc, top, total, wrong = _attend_blocks(
+            begin, end, step, q_tile, k_head, v_head, table, ids, first, last, end, acc, top,
+            total, wrong, True, PAGES, PAGE, D, PAGE_STRIDE, SCALE, SOFT_CAP, BLOCK_D, TOKENS,
+            STAGES,
+        )  # fmt: skip
+        broken = broken | (tl.max(wrong, 0) > 0)
+        total = tl.where(broken, float("nan"), total)
+
+        if parts == 1:
+            sinks = tl.full([M], -float("inf"), tl.float32)
+            if SINKS:
+                sinks = tl.load(sink + kv_head * GROUP + query % GROUP, mask=real, other=0.0)
+            store_result(out, lse, at, real, sinks, acc, top, total, D, BLOCK_D)
+        else:
+            slot0 = base * KV_HEADS + kv_head
+            if arrive(
+                part_acc, part_lse, slot0 + (place - base) * KV_HEADS, acc, top, total,
+                counters + item * KV_HEADS + kv_head, parts, M, D, M, BLOCK_D,
+            ):  # fmt: skip
+                for some in tl.range(0, M, BLOCK_M, num_stages=1):
+                    merge_parts(
+                        part_acc, part_lse, slot0, KV_HEADS, parts, some, out, lse, sink, row,
+                        kv_head, T, HEADS, GROUP, M, D, BLOCK_M, BLOCK_D, CHUNK, SINKS, tile,
+                    )  # fmt: skip

@@ -1,0 +1,72 @@
+"""The kernel for T > 1, interpreted: tiles of queries, blocks of keys, parts and their merge.
+
+Small tiles and blocks cut the rows of these cases every way; each variant runs its programs in an
+order of its own.
+"""
+
+import jax
+import numpy as np
+import pytest
+
+from paged_decode.kernels import paged_attention
+
+from ..oracle import Case, build, check, same_bits
+from .interpret import INSTALLED, NAME
+
+pytestmark = pytest.mark.skipif(not INSTALLED, reason="triton has no wheel for this platform")
+
+SPLIT = f"{NAME}-split"
+
+CASES = {
+    "several tiles, short rows padded in front": Case((0, 5, 40, 75), 2, 3, 16, 16, 5, tokens=20),
+    "one tile cut along its keys": Case((150,), 2, 2, 64, 16, 10, tokens=5),
+    "a window within a block": Case(
+        (75, 9), 1, 3, 16, 16, 5, tokens=20, options=dict(sliding_window=7)
+    ),
+    "a window over blocks, pages of 1": Case(
+        (150, 60), 1, 2, 16, 1, 150, tokens=40, options=dict(sliding_window=50)
+    ),
+    "starts behind blocks": Case((100, 40, 90), 1, 2, 16, 16, 7, tokens=30, starts=(37, 0, 85)),
+    "all options, float16": Case(
+        (70, 0, 3, 140), 2, 5, 80, 16, 9, tokens=13, dtype="float16", starts=(0, 0, 2, 90),
+        sinks=(10, 2), options=dict(sliding_window=60, soft_cap=2.0, scale=0.4),
+    ),
+    "a scale below 0": Case((50, 20), 1, 2, 16, 16, 4, tokens=9, options=dict(scale=-0.7)),
+    "bfloat16, a prompt from its first token": Case(
+        (40, 33), 1, 4, 64, 8, 5, tokens=40, dtype="bfloat16"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tiles_of_queries_match_the_oracle(name):
+    check(SPLIT, CASES[name])
+
+
+@pytest.mark.parametrize("name", ["one tile cut along its keys", "all options, float16"])
+def test_no_bit_depends_on_which_program_comes_last(name):
+    inputs = build(CASES[name])
+    same_bits(inputs.call(f"{SPLIT}-other-order"), inputs.call(SPLIT))
+
+
+@pytest.mark.parametrize("fill", [np.nan, np.inf])
+def test_poison_and_page_order_change_no_bit(fill):
+    case = CASES["all options, float16"]
+    same_bits(build(case, fill=fill, order=3).call(SPLIT), build(case).call(SPLIT))
+
+
+@pytest.mark.parametrize("fault", ["page id N", "page id -1", "length past the table"])
+def test_all_queries_of_a_broken_row_are_nan_and_the_others_keep_their_bits(fault):
+    """The page lies behind what the first tile of the row sees."""
+    inputs = build(Case((40, 64, 9, 0), 1, 3, 16, 4, 16, tokens=30))
+    call = jax.jit(lambda *a: paged_attention(*a, return_lse=True, implementation=SPLIT))
+    arrays = [inputs.q, inputs.k_pages, inputs.v_pages, inputs.page_table, inputs.seq_lens]
+    clean = [np.asarray(array) for array in call(*arrays)]
+    if fault == "length past the table":
+        inputs.seq_lens[1] = 65
+    else:
+        inputs.page_table[1, 15] = -1 if "-1" in fault else len(inputs.k_pages)
+    broken = [np.asarray(array) for array in call(*arrays)]
+    assert all(np.isnan(array[1]).all() for array in broken)
+    others = np.array([0, 2, 3])
+    same_bits([a[others] for a in broken], [a[others] for a in clean])
