@@ -1,5 +1,7 @@
 """A paged KV cache and decode engine for JAX."""
 
+from importlib import metadata as _metadata
+
 from .allocator import (
     BlockAllocator,
     CacheLayout,
@@ -18,13 +20,17 @@ from .engine import (
     EngineConfig,
     EngineStats,
     Events,
+    Model,
     TokenEvent,
 )
 from .engine.sampling import SamplingParams
 from .errors import (
+    CorruptState,
+    MissingExtra,
     OutOfPages,
     PagedDecodeError,
     PageTableError,
+    ReplicaMismatch,
     SequenceTooLong,
     SnapshotCorrupt,
     SnapshotError,
@@ -41,9 +47,9 @@ from .kernels import (
     merge_attention,
     paged_attention,
 )
-from .replicas import ReplicaCheck, ReplicaMismatch
-from .sharding import Spread, split_batch
+from .replicas import ReplicaCheck
 from .snapshot import (
+    PendingSnapshot,
     Restored,
     Snapshot,
     SnapshotInfo,
@@ -62,6 +68,7 @@ __all__ = [
     "BlockAllocator",
     "CacheLayout",
     "Completion",
+    "CorruptState",
     "DecodeBatch",
     "Engine",
     "EngineConfig",
@@ -69,11 +76,14 @@ __all__ = [
     "Events",
     "Handle",
     "KVCache",
+    "MissingExtra",
+    "Model",
     "OutOfPages",
     "PageCopies",
     "PageSpec",
     "PageTableError",
     "PagedDecodeError",
+    "PendingSnapshot",
     "Placement",
     "PromptKey",
     "ReplicaCheck",
@@ -88,9 +98,9 @@ __all__ = [
     "SnapshotInfo",
     "SnapshotMismatch",
     "SnapshotVersion",
-    "Spread",
     "StaleHandle",
     "TokenEvent",
+    "__version__",
     "append_and_attend",
     "append_kv",
     "compact_snapshot",
@@ -105,6 +115,10 @@ __all__ = [
     "paged_attention",
     "save_snapshot",
     "save_snapshot_async",
-    "split_batch",
     "verify_snapshot",
 ]
+
+try:
+    __version__ = _metadata.version("paged-decode")
+except _metadata.PackageNotFoundError:  # a checkout on the path that was never installed
+    __version__ = "0+unknown"

@@ -10,29 +10,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from .allocator.arguments import as_count
-from .errors import PagedDecodeError
+from .errors import ReplicaMismatch
 
 __all__ = ["ReplicaCheck", "ReplicaMismatch"]
 
 T = TypeVar("T")
-
-
-class ReplicaMismatch(PagedDecodeError):
-    """The processes have checked different batches: do not go on.
-
-    `step` is the call of the check that showed it; `digests` holds what every process has, in
-    order of the processes.
-    """
-
-    def __init__(self, step: int, digests: tuple[str, ...]):
-        self.step, self.digests = step, digests
-        super().__init__(
-            f"the processes differ at check {step}: digests {', '.join(digests)}; "
-            "every process must make the same calls with the same arguments in the same order"
-        )
-
-    def __reduce__(self):
-        return type(self), (self.step, self.digests)
 
 
 class ReplicaCheck:

@@ -6,7 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ..errors import PagedDecodeError
+from .. import __version__
+from ..errors import MissingExtra, PagedDecodeError
 from . import doctor, plan, pressure, snapshot
 
 __all__ = ["main"]
@@ -21,12 +22,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="paged-decode",
         description="Tools for paged KV caches: backends, plans, snapshots, memory pressure.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add(subparsers)
     args = parser.parse_args(argv)
     try:
         return args.run(args)
+    except MissingExtra as error:
+        print(f"paged-decode: {error}", file=sys.stderr)
+        return 1
     except (PagedDecodeError, OSError) as error:
         print(f"paged-decode: {type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .. import __version__
 from ..kernels import BACKENDS, append_and_attend, backend_status, paged_attention
 from ..kernels.dispatch import default_platform
 
@@ -123,8 +124,9 @@ def _answers(name: str) -> tuple[np.ndarray, ...]:
 
 def _run(args: argparse.Namespace) -> int:
     devices = jax.devices()
-    versions = [f"{name} {metadata.version(name)}" for name in ("paged-decode", "jax", "jaxlib")]
-    print(", ".join((*versions, f"Python {platform.python_version()}")))
+    versions = [f"{name} {metadata.version(name)}" for name in ("jax", "jaxlib")]
+    python = f"Python {platform.python_version()}"
+    print(", ".join((f"paged-decode {__version__}", *versions, python)))
     print(f"{len(devices)} x {devices[0].device_kind} ({default_platform()})\n")
     found = []
     for one in diagnose():

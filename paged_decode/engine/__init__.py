@@ -24,6 +24,7 @@ outbox.py     events on their way to callbacks and callers
 from .aio import AsyncEngine
 from .config import EngineConfig, EngineStats
 from .engine import Engine
+from .programs import Model
 from .requests import Completion, Events, TokenEvent
 
 __all__ = [
@@ -33,5 +34,6 @@ __all__ = [
     "EngineConfig",
     "EngineStats",
     "Events",
+    "Model",
     "TokenEvent",
 ]

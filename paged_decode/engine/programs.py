@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,26 @@ from .sampling import Kind, draw
 
 __all__ = ["DecodeOut", "Model", "Programs", "update"]
 
-Model = Callable[[Any, KVCache, Array, DecodeBatch], tuple[Array, KVCache]]
+
+class Model(Protocol):
+    """What an engine asks of a model: one function, which JAX traces.
+
+    It writes the keys and values of every token and attends, with
+    `cache.append_and_attend(layer, q, k, v, batch)`, and returns the cache that this gave.
+
+    Args (by place, so their names are free):
+      params: a pytree, as the engine was given it.
+      cache: the pool.
+      tokens: int32 `[B, T]`; T is 1 in a decode step, and more in a prefill chunk.
+      batch: where they lie, and their positions.
+
+    Returns:
+      Logits `[B, V]` of the last token of each row, and the cache.
+    """
+
+    def __call__(
+        self, params: Any, cache: KVCache, tokens: Array, batch: DecodeBatch, /
+    ) -> tuple[Array, KVCache]: ...
 
 
 class DecodeOut(NamedTuple):

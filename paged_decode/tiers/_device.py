@@ -13,19 +13,12 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from .._devices import bits, pinned_sharding, put_beside, unbits
+from ..errors import CopyFailed, CopyPending
 
 __all__ = ["CacheHolder", "CopyFailed", "CopyPending", "DeviceMover", "PageMover", "fits"]
 
 
 _ARRAY_BYTES = 1 << 24
-
-
-class CopyFailed(RuntimeError):
-    """A copy of pages did not happen; raise it in a `PageMover` of your own."""
-
-
-class CopyPending(Exception):
-    """A copy is not done yet; from `finish`, which is then asked again at the next `settle`."""
 
 
 @runtime_checkable

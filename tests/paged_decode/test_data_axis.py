@@ -26,8 +26,8 @@ from paged_decode import (
     SequenceTooLong,
     ShardedAllocator,
     StaleHandle,
-    split_batch,
 )
+from paged_decode.sharding import split_batch
 
 from ..devices import first_devices
 from . import tiny
