@@ -1,5 +1,6 @@
 """One lock per allocator, taken by every public call; and what became of a call that was torn."""
 
+import copy
 import functools
 import sys
 import threading
@@ -30,6 +31,10 @@ class Guard:
         self._shards = shards
         self.lock = threading.RLock()
         self.call: FrameType | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Guard":
+        """A lock of its own for a copy of the shards, of which no call is under way."""
+        return Guard(copy.deepcopy(self._shards, memo))
 
     def under_way(self) -> bool:
         """Whether that call is one that we are within; if not it was torn, and is repaired."""

@@ -1,7 +1,7 @@
 """The sequences: one row per live sequence, every field an array over rows."""
 
 from dataclasses import dataclass, field
-from typing import NamedTuple, NewType, SupportsIndex
+from typing import Any, NamedTuple, NewType, SupportsIndex
 
 import numpy as np
 
@@ -229,6 +229,14 @@ class RowTable:
         self._columns[:, unused] = 0
         listed = [row for row in dict.fromkeys(self.vacant) if not live[row]]
         self.vacant = np.setdiff1d(unused, listed)[::-1].tolist() + listed
+
+    def __getstate__(self) -> dict[str, object]:
+        """What `copy.deepcopy` copies: the columns once, not their views by name."""
+        return {name: value for name, value in vars(self).items() if name not in _COLUMNS}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._set_columns(self._columns)
 
     def _set_columns(self, columns: np.ndarray) -> None:
         self._columns = columns

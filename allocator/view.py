@@ -1,7 +1,8 @@
 """What can be read from an allocator without changing it, of one shard or several."""
 
+import copy
 from itertools import islice
-from typing import Any, SupportsIndex
+from typing import Any, NoReturn, SupportsIndex, TypeVar
 
 import numpy as np
 
@@ -17,6 +18,8 @@ from .stats import AllocatorStats, collect_stats, page_states
 from .windows import most_pages, window_of
 
 __all__ = ["AllocatorView"]
+
+A = TypeVar("A", bound="AllocatorView")
 
 
 class AllocatorView:
@@ -233,6 +236,25 @@ class AllocatorView:
         """Verify all bookkeeping from scratch; raises CorruptState with every broken rule."""
         for books in self._shards:
             require_consistent(books.main, books.others, books.rows, caching=books.caching)
+
+    @atomic
+    def __deepcopy__(self: A, memo: dict[int, Any]) -> A:
+        """Another allocator in the same state: the same handles, pages and digests are good there,
+        and the same calls give the same page ids. A rank or digest of yours is copied along."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        vars(twin).update({name: copy.deepcopy(each, memo) for name, each in vars(self).items()})
+        return twin
+
+    def __copy__(self: A) -> A:
+        """As `copy.deepcopy`: two allocators over one set of books would corrupt it."""
+        return copy.deepcopy(self)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"a {type(self).__name__} cannot be pickled, as nothing here is ever unpickled: use "
+            "export_state and import_state, or save_snapshot; copy.deepcopy copies it here"
+        )
 
     def __repr__(self) -> str:
         shards = "" if self._only is not None else f"{len(self._shards)} shards, "

@@ -53,7 +53,7 @@ from .sampling import SamplingParams
 from .saving import EngineSaveOptions, RestoredRequests
 from .scheduler import Scheduler
 from .swapping import TierSwapping
-from .turn import Turn
+from .turn import Turn, refuse_copy
 
 __all__ = ["Engine"]
 
@@ -237,8 +237,7 @@ class Engine:
         request_id, sampling = as_int("request_id", request_id), check_sampling(sampling)
         check_callback(on_token)
         with self._alone():
-            scheduler = self.scheduler
-            rows = (*scheduler.running, *scheduler.ending)
+            rows = (*self.scheduler.running, *self.scheduler.ending)
             index = None if sample is None else as_int("sample", sample)
             parent = choose_decoding(rows, request_id, index)
             unseen = self._outbox.num_unseen(request_id, parent.index)
@@ -458,10 +457,11 @@ class Engine:
             listen = saving.callbacks_of(on_token)
             return saving.adopt(loaded, self.scheduler, self._outbox, self._calls, listen=listen)
 
+    __reduce__ = refuse_copy
+
     def __repr__(self) -> str:
-        scheduler = self.scheduler
         return (
-            f"Engine({len(scheduler.running)} running, {len(scheduler.waiting)} waiting, "
+            f"Engine({len(self.scheduler.running)} running, {len(self.scheduler.waiting)} waiting, "
             f"{self.allocator.num_used} of {self.allocator.usable_pages} pages used, {self.cache})"
         )
 

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from .sampling import Kind, draw
 __all__ = ["DecodeOut", "Model", "Programs", "update"]
 
 
+@runtime_checkable
 class Model(Protocol):
     """What an engine asks of a model: one function, which JAX traces.
 

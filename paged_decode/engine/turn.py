@@ -5,8 +5,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, NoReturn
 
-__all__ = ["Turn"]
+__all__ = ["Turn", "refuse_copy"]
+
+
+def refuse_copy(engine: Any) -> NoReturn:
+    """What `copy` and `pickle` are told: every step donates the cache, so there is but one."""
+    raise TypeError(
+        f"an {type(engine).__name__} cannot be copied or pickled: save it, and restore the file "
+        "into another one; its allocator can be copied with copy.deepcopy"
+    )
 
 
 class Turn:

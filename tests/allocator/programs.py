@@ -86,6 +86,14 @@ class Program:
         self.starts = [self.some_tokens(50) for _ in range(3)]
 
     def run(self, moves: int) -> Counter[str]:
+        """`go`, and free everything."""
+        self.go(moves)
+        self.counts["evictions"] = self.allocator.stats(1).evictions
+        self.allocator.free(list(self.texts))
+        assert self.allocator.stats(0).used == self.allocator.stats(1).used == 0
+        return self.counts
+
+    def go(self, moves: int) -> None:
         """So many of the moves below, with every rule checked after each."""
         often = [self.allocate, self.allocate, self.prefill, self.prefill, self.step, self.step]
         seldom = [self.append, self.fork, self.truncate, self.free, self.end, self.others]
@@ -101,10 +109,6 @@ class Program:
                 if len(self.texts) > 2:
                     self.free()
             self.check()
-        self.counts["evictions"] = self.allocator.stats(1).evictions
-        self.allocator.free(list(self.texts))
-        assert self.allocator.stats(0).used == self.allocator.stats(1).used == 0
-        return self.counts
 
     def attempt(self, call: Any, *args: Any, **kwargs: Any) -> Any:
         """What is refused has changed nothing."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle  # noqa: TID251 (to see it refused)
 import weakref
 from dataclasses import replace
 from itertools import count
@@ -529,3 +531,9 @@ def test_warmup_says_how_far_it_is_and_compiles_everything(compiled, straight):
     engine.generate(P, each, n=2)
     engine.generate(P, GREEDY, n=2)
     assert engine.stats.preemptions and compiled == []
+
+
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_an_engine_says_that_it_is_not_copied(how):
+    with pytest.raises(TypeError, match="Engine cannot be copied or pickled: save it"):
+        how(make_engine())
