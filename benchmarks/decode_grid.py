@@ -38,6 +38,7 @@ CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 131072)
 # Tokens of a case, 4.3 GB of K and V: beyond 2^31 numbers in a pool a peer reads out of bounds.
 LIMIT = 2**20
 TOLERANCE = 1e-2  # relative error in bfloat16
+PLOTS = RESULTS.parents[1] / "docs"
 OURS = "paged-decode/triton"
 PALLAS = "paged-decode/pallas"
 
@@ -378,7 +379,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.summary:
         records = json.loads((RESULTS / f"{args.name}.json").read_text())["records"]
-        plot(records, str(RESULTS / f"{args.name}.png"))
+        plot(records, str(PLOTS / f"{args.name}.png"))
         print(summary(records))
         return
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"

@@ -45,8 +45,6 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.flax
-import safetensors.numpy
 from _result import spread, write_result
 from jax.sharding import SingleDeviceSharding
 
@@ -57,7 +55,12 @@ from paged_decode import (
     save_snapshot,
     save_snapshot_async,
 )
+from paged_decode._optional import needs
 from paged_decode.snapshot._crc import crc32
+
+with needs("bench", or_exit=True):
+    import safetensors.flax
+    import safetensors.numpy
 
 LAYERS, HEADS, PAGE, DIM = 8, 8, 16, 64
 CHUNK = 1 << 22

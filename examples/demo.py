@@ -12,13 +12,18 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from models import decoder, tokenizer, weights
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
 
 from paged_decode import BlockAllocator, Engine, EngineConfig, KVCache, SamplingParams
+from paged_decode._optional import needs
+
+with needs("examples", or_exit=True):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from models import decoder, tokenizer, weights
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.table import Table
 
 PAGE_SIZE, NUM_PAGES, MAX_NEW, MAX_ROWS = 16, 37, 64, 8
 OUT = Path("out/demo_timeline.png")
@@ -164,15 +169,12 @@ def report(
 
 def plot(history: np.ndarray, preempted_at: list[int]) -> None:
     """Stack the pages by state over host visits."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     free, cached, owned, shared = history.T
     names = ["shared by several sequences", "owned by one sequence", "cached, evictable", "free"]
     colours = ["#1b6ca8", "#6fb1e0", "#f2c879", "#eeeeee"]
-    figure, axes = plt.subplots(figsize=(10, 4.8), layout="constrained")
+    figure = Figure(figsize=(10, 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
     visits = np.arange(len(history))
     axes.stackplot(visits, shared, owned, cached, free, labels=names, colors=colours, step="post")
     for i, visit in enumerate(preempted_at):

@@ -20,13 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from models import decoder, parallel, tokenizer, weights
 
 from paged_decode import BlockAllocator, Completion, Engine, EngineConfig, KVCache, SamplingParams
+from paged_decode._optional import needs
 from paged_decode.engine.requests import gather
 from paged_decode.errors import PagedDecodeError
 from paged_decode.policies import GroupPages
 from paged_decode.tiers import HostTier
+
+with needs("examples", or_exit=True):
+    from models import decoder, parallel, tokenizer, weights
 
 
 def arguments() -> argparse.Namespace:
