@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 __all__ = ["VARIANTS", "TransformersPeer"]
 
+ROOT = Path(__file__).resolve().parents[1]
 VARIANTS = tuple(
     f"transformers/{loop}/{attention}"
     for loop in ("hand", "generate")
@@ -20,6 +22,8 @@ class TransformersPeer:
     """The model with its default KV cache, float32, as many torch threads as cores."""
 
     def __init__(self, gguf: Path):
+        # transformers imports a package `kernels`, which must not be the folder of this checkout.
+        sys.path[:] = [path for path in sys.path if Path(path).resolve() != ROOT]
         try:
             import torch
             import transformers

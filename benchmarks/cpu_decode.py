@@ -23,7 +23,6 @@ from _result import spread, write_result
 from _transformers_peer import VARIANTS, TransformersPeer
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 OURS = "paged-decode/xla"
 LENGTHS = {1: [64], 8: [5, 16, 31, 48, 64, 90, 128, 200]}
@@ -246,6 +245,8 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, help="default: SmolLM2-135M-Instruct, fetched once")
     parser.add_argument("--serve", choices=["ours", "peer"], help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.serve != "peer":
+        sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
     if args.serve:
         return serve(args.serve, args.gguf)
     from models import weights

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import builtins
 import importlib
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -106,3 +109,18 @@ def test_a_missing_package_is_one_line_that_names_the_extra():
         raise caught.value  # the inner one knows better
     with pytest.raises(SystemExit, match=r"\[examples\]"), needs("examples", or_exit=True):
         importlib.import_module("tokenizers_of_tomorrow")
+
+
+def test_the_peer_of_a_benchmark_does_not_take_our_kernels_for_a_package(tmp_path):
+    (tmp_path / "torch.py").write_text("set_num_threads = print\n")
+    (tmp_path / "transformers.py").write_text("import kernels\n")
+    code = "import _transformers_peer as peer; peer.TransformersPeer(peer.Path('model.gguf'))"
+    path = os.pathsep.join(map(str, (tmp_path, ROOT, ROOT / "benchmarks")))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and "No module named 'kernels'" in done.stderr

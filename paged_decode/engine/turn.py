@@ -10,10 +10,10 @@ from typing import Any, NoReturn
 __all__ = ["Turn", "refuse_copy"]
 
 
-def refuse_copy(engine: Any) -> NoReturn:
+def refuse_copy(self: Any) -> NoReturn:
     """What `copy` and `pickle` are told: every step donates the cache, so there is but one."""
     raise TypeError(
-        f"an {type(engine).__name__} cannot be copied or pickled: save it, and restore the file "
+        f"an {type(self).__name__} cannot be copied or pickled: save it, and restore the file "
         "into another one; its allocator can be copied with copy.deepcopy"
     )
 
