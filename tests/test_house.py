@@ -97,19 +97,3 @@ def test_examples_in_docstrings_run(name):
 def test_numbered_examples_run_and_are_short(example):
     assert len(example.read_text().splitlines()) < 60
     subprocess.run([sys.executable, example], cwd=ROOT, check=True, capture_output=True)
-
-
-@pytest.mark.slow
-def test_the_wheel_holds_the_three_rooms_and_nothing_bare(tmp_path):
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, ROOT]
-    subprocess.run(command, check=True)
-    listing = subprocess.run(
-        [sys.executable, "-m", "zipfile", "-l", next(tmp_path.glob("*.whl"))],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
-    names = [line.split()[0] for line in listing.splitlines()[1:]]
-    assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"paged_decode"}
-    for name in ("allocator/batch.py", "kernels/xla.py", "engine/engine.py"):
-        assert f"paged_decode/{name}" in names
