@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -149,3 +151,11 @@ def test_a_cache_that_was_given_away_is_named(tmp_path):
         cache.copy_pages(PageCopies(np.array([1], np.int32), np.array([2], np.int32)))
     with pytest.raises(RuntimeError, match="kv/k_pages/0 was deleted"):
         save_snapshot(tmp_path / "file", cache, BlockAllocator(6, 4))
+
+
+def test_a_copied_cache_has_pages_of_its_own():
+    cache, k = filled(), jnp.zeros((1, 2, 8))
+    twin = copy.deepcopy(cache)
+    jax.tree.map(np.testing.assert_array_equal, twin, cache)
+    cache.append(0, k, k, np.array([4], np.int32))  # gives the pages of the first away
+    assert cache.is_deleted and not twin.is_deleted
