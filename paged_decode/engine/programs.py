@@ -138,7 +138,8 @@ def _prefill(
 
     groups = tuple(place(group) for group in _groups(cache, table, slot))
     batch = DecodeBatch(tokens, end, positions, groups)
-    return _call(model(), params, cache, batch)[1], jnp.int32(0)
+    with jax.named_scope("paged_decode.prefill"):
+        return _call(model(), params, cache, batch)[1], jnp.int32(0)
 
 
 def _decode(
@@ -180,10 +181,12 @@ def _decode(
         i, cache, rows, counts, invalid, out = loop
         alive = rows.alive & (counts < budget)
         now = one_token_batch(batch, rows.newest, jnp.where(alive, rows.length, 0))
-        logits, cache = _call(function, params, cache, now)
+        with jax.named_scope("paged_decode.decode"):
+            logits, cache = _call(function, params, cache, now)
         if cache.placement is not None:
             logits = cache.placement.untyped(logits)
-        chosen, broken = draw(logits, rows.sampling, known)
+        with jax.named_scope("paged_decode.sample"):
+            chosen, broken = draw(logits, rows.sampling, known)
         broken &= alive
         got = alive & ~broken
         stopped = jnp.any(rows.sampling.stop_tokens == chosen[:, None], axis=-1) & got
