@@ -8,15 +8,15 @@ import numpy as np
 
 from paged_decode import BlockAllocator, KVCache
 
-VOCAB, HEADS, KV_HEADS, DIM, PAGE = 256, 4, 2, 16, 8
+VOCAB, HEADS, KV_HEADS, DIM, PAGE = 256, 4, 2, 16, 4
+PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3, 2]]
 
 
 def toy_model(params, cache, tokens, batch):
     """One attention layer; put your own here. tokens [B, T] -> logits [B, V] of the last column."""
     x = params["embed"][tokens] + params["place"][batch.positions]
     q = (x @ params["q"]).reshape(*tokens.shape, HEADS, DIM)
-    k = (x @ params["k"]).reshape(*tokens.shape, KV_HEADS, DIM)
-    v = (x @ params["v"]).reshape(*tokens.shape, KV_HEADS, DIM)
+    k, v = ((x @ params[name]).reshape(*tokens.shape, KV_HEADS, DIM) for name in "kv")
     seen, cache = cache.append_and_attend(0, q, k, v, batch)  # writes k and v, then reads
     return seen[:, -1].reshape(len(tokens), -1) @ params["out"], cache
 
@@ -24,7 +24,7 @@ def toy_model(params, cache, tokens, batch):
 @partial(jax.jit, static_argnums=0, donate_argnums=2)  # donated: the pages are updated in place
 def step(model, params, cache, batch):
     logits, cache = model(params, cache, batch.tokens, batch)
-    return jnp.argmax(logits, axis=-1), cache
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
 
 
 def make():
@@ -40,18 +40,18 @@ def make():
 
 def main():
     params, cache, allocator = make()
-    prompts = [[3, 1, 4, 1, 5], [9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3, 2]]
-    handles = [allocator.allocate(prompt) for prompt in prompts]  # pages for every prompt token
-
-    lengths = [len(prompt) for prompt in prompts]
-    batch = allocator.batch(handles, 0, lengths, tokens_per_row=max(lengths), columns=8)
-    chosen, cache = step(toy_model, params, cache, batch)  # rows are right-aligned, padding is 0
-    for _ in range(20):  # new pages as needed; what was computed so far can be found by others
-        cache, batch = cache.advance(allocator, handles, np.asarray(chosen), columns=8)
+    for _ in range(2):  # the second time, the full pages of the prompts are found
+        handles = [allocator.allocate(prompt) for prompt in PROMPTS]  # pages for every token
+        found = [allocator.sequence(handle).cached for handle in handles]
+        lengths = [len(prompt) for prompt in PROMPTS]  # rows are right-aligned, padding in front
+        batch = allocator.batch(handles, found, lengths, tokens_per_row=max(lengths), columns=8)
         chosen, cache = step(toy_model, params, cache, batch)
-    for handle in handles:
-        print(allocator.tokens(handle).tolist())
-    allocator.free(handles)
+        for _ in range(20):  # new pages as needed; what is computed can be found from here on
+            cache, batch = cache.advance(allocator, handles, np.asarray(chosen), columns=8)
+            chosen, cache = step(toy_model, params, cache, batch)
+        for handle, hit in zip(handles, found, strict=True):
+            print(f"{hit} tokens were cached:", *allocator.tokens(handle))
+        allocator.free(handles)
     allocator.check_invariants()
 
 

@@ -32,23 +32,24 @@ def many_steps(model, params, cache, newest, batch):
 
 def main():
     params, cache, allocator = loop.make()
-    prompts = [[3, 1, 4, 1, 5], [9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3, 2]]
-    handles = [allocator.allocate(prompt) for prompt in prompts]
-    lengths = np.array([len(prompt) for prompt in prompts])
+    handles = [allocator.allocate(prompt) for prompt in loop.PROMPTS]
+    lengths = np.array([len(prompt) for prompt in loop.PROMPTS])
     batch = allocator.batch(handles, 0, lengths, tokens_per_row=max(lengths), columns=8)
     newest, cache = loop.step(loop.toy_model, params, cache, batch)
     allocator.commit(handles, lengths)
 
     for _ in range(4):
         cache, batch = cache.reserve(allocator, handles, STEPS, columns=8)  # pages for all steps
-        chosen, cache = many_steps(loop.toy_model, params, cache, newest, batch)
+        batch = jax.device_put(batch)  # the one transfer to the device
+        with jax.transfer_guard("disallow"):
+            chosen, cache = many_steps(loop.toy_model, params, cache, newest, batch)
         # Written are the newest token and all that followed but the last, which is the newest now.
         allocator.append(handles, np.column_stack([newest, chosen[:, :-1]]))
         lengths += STEPS
         allocator.commit(handles, lengths)
         newest = chosen[:, -1]
     for handle in handles:
-        print(allocator.tokens(handle).tolist())
+        print(*allocator.tokens(handle))
     allocator.free(handles)
     allocator.check_invariants()
 

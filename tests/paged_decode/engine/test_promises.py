@@ -517,6 +517,26 @@ def test_after_warmup_no_transfer_is_implicit(tier):
     assert bool(engine.stats.swaps) == tier
 
 
+def test_a_decode_visit_sends_what_changed_in_one_message_or_two_and_reads_one_array(monkeypatch):
+    """The rows and their budgets; what changed in tables and rows, where that did; the tokens."""
+    engine = make_engine(page_size=16, num_pages=24)
+    sent, read, put, get = [], [], jax.device_put, jax.device_get
+    for prompt in P[:3]:
+        engine.submit(prompt, greedy(60))
+    for _ in range(4):
+        engine.step()
+    monkeypatch.setattr(jax, "device_put", lambda *args: sent.append(args) or put(*args))
+    monkeypatch.setattr(jax, "device_get", lambda *args: read.append(args) or get(*args))
+    each = []
+    for _ in range(8):
+        engine.step()
+        engine.cache  # noqa: B018 - waits for the launch
+        each.append((len(sent), len(read)))
+        sent.clear(), read.clear()
+    assert {got for _, got in each} == {1}
+    assert sorted({told for told, _ in each}) == [1, 2]  # a page holds the tokens of four visits
+
+
 @pytest.mark.parametrize("straight", [False, True])
 def test_warmup_says_how_far_it_is_and_compiles_everything(compiled, straight):
     engine = make_engine(20, row_buckets=(1, 4), chunk_buckets=(4, 8))
