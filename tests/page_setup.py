@@ -11,7 +11,7 @@ import numpy as np
 from paged_decode import BlockAllocator, Engine, EngineConfig, KVCache, SamplingParams
 
 # Pages whose snippets another test runs.
-ELSEWHERE: dict[str, str] = {}
+ELSEWHERE: dict[str, str] = {"embedding.md": "tests/examples/test_numbered.py"}
 
 Names = dict[str, Any]
 SIZES = dict(num_layers=1, num_pages=32, num_kv_heads=2, page_size=4, head_dim=8)

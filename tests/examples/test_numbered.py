@@ -18,6 +18,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from paged_decode import load_snapshot, save_snapshot
+from paged_decode.kernels import copy_pages
+
 ROOT = Path(__file__).parents[2]
 NAMES = sorted(path.stem for path in ROOT.glob("examples/[0-9]*.py"))
 loop = import_module("01_custom_loop")
@@ -119,7 +122,7 @@ def test_filter_jit_writes_into_the_cache_and_keeps_the_weights(large):
     assert cache.is_deleted and not params["q"].is_deleted()
 
 
-def test_a_latent_that_lies_there_once_is_written_in_place():
+def test_a_latent_that_lies_there_once_is_written_in_place_copied_and_saved(tmp_path):
     latent = import_module("11_latent_attention")
     shapes = [(latent.RANK, latent.HEADS, latent.DIM)] * 2
     shapes += [(1, 1, latent.HEADS, latent.DIM + latent.ROPE), (1, 1, latent.RANK + latent.ROPE)]
@@ -128,8 +131,34 @@ def test_a_latent_that_lies_there_once_is_written_in_place():
     pages = jax.ShapeDtypeStruct((4096, 1, 4, latent.RANK + latent.ROPE), jnp.float32)
     given = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     step = jax.jit(latent.in_one_array, donate_argnums=0)
-    program = step.lower(pages, *given, batch).compile()
-    assert_in_place(program, 4 * np.prod(pages.shape))
+    pool_bytes = 4 * np.prod(pages.shape)
+    assert_in_place(step.lower(pages, *given, batch).compile(), pool_bytes)
+    copy = jax.jit(lambda pages, src, dst: copy_pages(pages, pages, src, dst)[0], donate_argnums=0)
+    ids = np.array([1]), np.array([2])
+    assert_in_place((program := copy.lower(pages, *ids).compile()), pool_bytes)
+    numbers = np.arange(pool_bytes // 4, dtype=np.float32).reshape(pages.shape)
+    copied = program(jnp.array(numbers), *ids)
+    np.testing.assert_array_equal(copied[1:3], numbers[[1, 1]])
+    save_snapshot(tmp_path / "s", {"latent": copied}, allocator)
+    empty = {"latent": jnp.zeros_like(copied)}, loop.BlockAllocator(4096, 4)
+    back = load_snapshot(tmp_path / "s", *empty).cache["latent"]
+    assert np.isin(numbers[1, 0, 0], back).all()
+
+
+# ---- the page
+
+
+def test_the_page_on_embedding_quotes_the_examples_line_by_line():
+    sections = re.split("^## ", (ROOT / "docs" / "embedding.md").read_text(), flags=re.M)[1:]
+    quoted = set()
+    for section in sections:
+        names = re.findall(r"`examples/(\d\d_\w+)\.py`", section)
+        for block in re.findall(r"^```python\n(.*?)^```$", section, re.M | re.S):
+            files = [(name, (ROOT / "examples" / f"{name}.py").read_text()) for name in names]
+            found = [name for name, text in files if f"\n{block}" in text]
+            assert found, f"in no example of {section.splitlines()[0]}:\n{block}"
+            quoted.update(found)
+    assert len(quoted) == 9
 
 
 # ---- transfers
