@@ -12,13 +12,14 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from paged_decode import load_snapshot, save_snapshot
+from paged_decode import Engine, EngineConfig, SamplingParams, load_snapshot, save_snapshot
 from paged_decode.kernels import copy_pages
 
 ROOT = Path(__file__).parents[2]
@@ -122,6 +123,52 @@ def test_filter_jit_writes_into_the_cache_and_keeps_the_weights(large):
     assert cache.is_deleted and not params["q"].is_deleted()
 
 
+def test_a_module_that_holds_the_cache_is_given_away_and_returned(large):
+    equinox_loop, (params, cache, batch) = import_module("06_equinox"), large
+
+    class Holder(eqx.Module):
+        model: equinox_loop.Toy
+        cache: loop.KVCache
+
+    @eqx.filter_jit(donate="all")
+    def step(holder, batch):
+        logits, cache = holder.model(holder.cache, batch)
+        return jnp.argmax(logits, axis=-1), eqx.tree_at(lambda h: h.cache, holder, cache)
+
+    _, holder = step(Holder(equinox_loop.Toy(**params), cache), batch)
+    assert cache.is_deleted and params["q"].is_deleted() and not holder.cache.is_deleted
+
+
+def nnx_in_the_engine(params, cache):
+    nnx_loop = import_module("05_flax_nnx")
+    graph, pages, weights = nnx.split(nnx_loop.Toy(params, cache), nnx_loop.Pages, ...)
+    tree = jax.tree.structure(pages)
+
+    def model(weights, cache, tokens, batch):
+        pages = jax.tree.unflatten(tree, jax.tree.leaves(cache))
+        toy = nnx.merge(graph, pages, weights)
+        return toy(batch), toy.pages.get_value()
+
+    return model, weights
+
+
+def equinox_in_the_engine(params, cache):
+    def model(toy, cache, tokens, batch):
+        return toy(cache, batch)
+
+    return model, import_module("06_equinox").Toy(**params)
+
+
+@pytest.mark.parametrize("wrapped", [nnx_in_the_engine, equinox_in_the_engine])
+def test_a_module_of_nnx_or_equinox_is_the_model_of_an_engine(wrapped):
+    params, cache, allocator = loop.make()
+    config = EngineConfig(max_rows=2, row_buckets=(2,), prefill_chunk=8, max_sequence_tokens=32)
+    engine = Engine(*wrapped(params, cache), cache, allocator, config)
+    done = engine.generate(loop.PROMPTS[:2], SamplingParams(max_new_tokens=20))
+    for prompt, each, line in zip(loop.PROMPTS, done, said("01_custom_loop"), strict=False):
+        assert line.split(": ")[1] == " ".join(map(str, [*prompt, *each.tokens]))
+
+
 def test_a_latent_that_lies_there_once_is_written_in_place_copied_and_saved(tmp_path):
     latent = import_module("11_latent_attention")
     shapes = [(latent.RANK, latent.HEADS, latent.DIM)] * 2
@@ -154,11 +201,11 @@ def test_the_page_on_embedding_quotes_the_examples_line_by_line():
     for section in sections:
         names = re.findall(r"`examples/(\d\d_\w+)\.py`", section)
         for block in re.findall(r"^```python\n(.*?)^```$", section, re.M | re.S):
-            files = [(name, (ROOT / "examples" / f"{name}.py").read_text()) for name in names]
-            found = [name for name, text in files if f"\n{block}" in text]
+            files = [ROOT / "examples" / f"{name}.py" for name in names] + [Path(__file__)]
+            found = [path.stem for path in files if f"\n{block}" in path.read_text()]
             assert found, f"in no example of {section.splitlines()[0]}:\n{block}"
             quoted.update(found)
-    assert len(quoted) == 9
+    assert quoted == {*NAMES, "test_numbered"} - {"02_stop_and_resume", "04_asyncio"}
 
 
 # ---- transfers
