@@ -161,6 +161,42 @@ def decode_means() -> Iterator[str]:
     yield "\n![TB/s over context](decode_grid.png)\n\n"
 
 
+def tails() -> Iterator[str]:
+    result = load("tails")
+    yield from heading(
+        "T > 1 new tokens over pages on a GPU, 32/8 heads of 128, bfloat16, pages of 16, cold L2, "
+        "microseconds",
+        result,
+        ("jax", "triton", "torch", "flashinfer-python"),
+    )
+    peers = ["flashinfer/fa3", "flashinfer/fa2", "torch/dense"]
+    yield head(
+        "rows x new tokens of all", "ours", "TFLOP/s", *peers, "best paged / ours", "ours / T = 1"
+    )
+    cases: dict[str, dict[str, Any]] = {}
+    for r in result["records"]:
+        case = r["case"]
+        name = f"{case['rows']} x {case['tokens']} of {case['lengths'].strip('[]')}"
+        if case["rows"] > 4:
+            name = (
+                f"{case['rows']} x {case['tokens']} of {case['lengths'].strip('[').split(',')[0]}"
+            )
+        cases.setdefault(name, {})[r["system"]] = r
+    for name, found in cases.items():
+        ours = found[f"{OURS}/triton"]
+        took = {peer: found[peer].get("median_s") for peer in peers}
+        best = min(t for peer, t in took.items() if t and peer.startswith("flashinfer"))
+        yield line(
+            name,
+            f"{ours['median_s'] * 1e6:.1f}",
+            f"{ours['flops'] / ours['median_s'] / 1e12:.0f}",
+            *(f"{t * 1e6:.1f}" if t else "" for t in took.values()),
+            f"{best / ours['median_s']:.2f}x",
+            f"{ours['median_s'] / found[f'{OURS}/T = 1']['median_s']:.2f}x",
+        )
+    yield "\n"
+
+
 def decode_models() -> Iterator[str]:
     result = load("decode_grid_models")
     yield from heading(
@@ -481,6 +517,7 @@ PAGES = {
     "docs/benchmarks.md": (
         decode_grid,
         decode_means,
+        tails,
         decode_step,
         tpu_static,
         cpu_decode,
