@@ -32,20 +32,21 @@ class Model(Protocol):
 
     It writes the keys and values of every token and attends, with
     `cache.append_and_attend(layer, q, k, v, batch)`, and returns the cache that this gave.
-
-    Args (by place, so their names are free):
-      params: a pytree, as the engine was given it.
-      cache: the pool.
-      tokens: int32 `[B, T]`; T is 1 in a decode step, and more in a prefill chunk.
-      batch: where they lie, and their positions.
-
-    Returns:
-      Logits `[B, V]` of the last token of each row, and the cache.
+    Arguments are passed by place, so their names are free.
     """
 
     def __call__(
         self, params: Any, cache: KVCache, tokens: Array, batch: DecodeBatch, /
-    ) -> tuple[Array, KVCache]: ...
+    ) -> tuple[Array, KVCache]:
+        """Logits `[B, V]` of the last token of each row, and the cache.
+
+        Args:
+          params: a pytree, as the engine was given it.
+          cache: the pool.
+          tokens: int32 `[B, T]`; T is 1 in a decode step, and more in a prefill chunk.
+          batch: where they lie, and their positions.
+        """
+        ...
 
 
 class DecodeOut(NamedTuple):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+from typing import TypeAlias
+
 from ._compact import compact_snapshot
 from ._load import AS_SAVED, Restored, SavedSalt, import_sequence, load_snapshot
 from ._open import SnapshotInfo, inspect_snapshot, verify_snapshot
@@ -9,6 +12,7 @@ from ._save import Snapshot, export_sequence, save_snapshot, save_snapshot_async
 
 __all__ = [
     "AS_SAVED",
+    "PendingSnapshot",
     "Restored",
     "SavedSalt",
     "Snapshot",
@@ -22,3 +26,6 @@ __all__ = [
     "save_snapshot_async",
     "verify_snapshot",
 ]
+
+PendingSnapshot: TypeAlias = Future[Snapshot]
+"""What `save_snapshot_async` and `Engine.save_async` return."""
