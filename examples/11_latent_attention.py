@@ -28,7 +28,7 @@ def in_one_array(pages, up_k, up_v, q, latent, batch):
     pages, _ = append_kv(pages, pages, latent[:, :, None], latent[:, :, None], batch.slots)
     seen = pages, pages, batch.page_table, batch.seq_lens
     out = paged_attention(absorbed(up_k, q), *seen, scale=SCALE)
-    return pages, jnp.einsum("bthr,rhd->bthd", out[..., :RANK], up_v)
+    return pages, jnp.einsum("bthr,rhd->bthd", out[..., :RANK], up_v)  # pyright: ignore
 
 
 def plain(up_k, up_v, q, latent):
