@@ -9,6 +9,7 @@ import inspect
 import io
 import re
 import sys
+import textwrap
 from importlib import import_module
 from pathlib import Path
 
@@ -140,8 +141,8 @@ def test_a_module_that_holds_the_cache_is_given_away_and_returned(large):
 
 
 def nnx_in_the_engine(params, cache):
-    nnx_loop = import_module("05_flax_nnx")
-    graph, pages, weights = nnx.split(nnx_loop.Toy(params, cache), nnx_loop.Pages, ...)
+    Toy, Pages = (getattr(import_module("05_flax_nnx"), name) for name in ("Toy", "Pages"))
+    graph, pages, weights = nnx.split(Toy(params, cache), Pages, ...)
     tree = jax.tree.structure(pages)
 
     def model(weights, cache, tokens, batch):
@@ -202,7 +203,10 @@ def test_the_page_on_embedding_quotes_the_examples_line_by_line():
         names = re.findall(r"`examples/(\d\d_\w+)\.py`", section)
         for block in re.findall(r"^```python\n(.*?)^```$", section, re.M | re.S):
             files = [ROOT / "examples" / f"{name}.py" for name in names] + [Path(__file__)]
-            found = [path.stem for path in files if f"\n{block}" in path.read_text()]
+            indented = ["\n" + textwrap.indent(block, " " * n) for n in range(0, 16, 4)]
+            found = [
+                path.stem for path in files if any(each in path.read_text() for each in indented)
+            ]
             assert found, f"in no example of {section.splitlines()[0]}:\n{block}"
             quoted.update(found)
     assert quoted == {*NAMES, "test_numbered"} - {"02_stop_and_resume", "04_asyncio"}
