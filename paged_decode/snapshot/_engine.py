@@ -13,7 +13,7 @@ from ..allocator.prefix import salt_key, salt_of
 from ..engine.requests import Sample, TokenEvent
 from ..engine.sampling import MAX_STOP_TOKENS, SamplingParams
 from ..errors import SnapshotCorrupt
-from ._state import pack_bytes, require_split, unpack_bytes
+from ._state import pack_bytes, require_split, typed, unpack_bytes
 
 __all__ = ["ENGINE", "EngineState", "PendingEvent", "engine_arrays", "engine_from"]
 
@@ -90,46 +90,43 @@ def engine_arrays(state: EngineState) -> dict[str, np.ndarray]:
     stops = np.full((len(samples), MAX_STOP_TOKENS), -1)
     for row, p in enumerate(params):
         stops[row, : len(p.stop_tokens)] = p.stop_tokens
-    salts = pack_bytes(tuple(salt_key(s.cache_salt) for s in samples))
-    values = (
-        [state.next_id],
-        [len(state.running)],
-        [s.request_id for s in samples],
-        [s.index for s in samples],
-        sibling_of,
-        [s.prompt_len for s in samples],
-        [len(s.tokens) for s in samples],
-        [t for s in samples for t in s.tokens],
-        [min(s.preemptions, _MAX_COUNT) for s in samples],
-        [p.max_new_tokens for p in params],
-        [p.temperature for p in params],
-        [p.top_k for p in params],
-        [p.top_p for p in params],
-        [p.seed for p in params],
-        stops,
-        *salts,
-        *_event_columns(state.events),
-    )
-    return {
-        name: np.asarray(value, dtype).reshape((-1,) if axes == 1 else (-1, MAX_STOP_TOKENS))
-        for (name, (dtype, axes)), value in zip(ENGINE.items(), values, strict=True)
+    salt_lengths, salt_bytes = pack_bytes(tuple(salt_key(s.cache_salt) for s in samples))
+    columns = {
+        "engine/next_id": [state.next_id],
+        "engine/running": [len(state.running)],
+        "engine/request": [s.request_id for s in samples],
+        "engine/sample": [s.index for s in samples],
+        "engine/sibling_of": sibling_of,
+        "engine/prompt_length": [s.prompt_len for s in samples],
+        "engine/length": [len(s.tokens) for s in samples],
+        "engine/tokens": [t for s in samples for t in s.tokens],
+        "engine/preemptions": [min(s.preemptions, _MAX_COUNT) for s in samples],
+        "engine/max_new_tokens": [p.max_new_tokens for p in params],
+        "engine/temperature": [p.temperature for p in params],
+        "engine/top_k": [p.top_k for p in params],
+        "engine/top_p": [p.top_p for p in params],
+        "engine/seed": [p.seed for p in params],
+        "engine/stop_tokens": stops,
+        "engine/salt_length": salt_lengths,
+        "engine/salt_bytes": salt_bytes,
     }
+    return typed(columns | _event_columns(state.events), ENGINE)
 
 
-def _event_columns(pending: Sequence[PendingEvent]) -> tuple[Any, ...]:
+def _event_columns(pending: Sequence[PendingEvent]) -> dict[str, Any]:
     events = [p.event for p in pending]
     tops = [top for e in events for top in e.top_logits]
-    return (
-        [e.request_id for e in events],
-        [e.sample for e in events],
-        [e.index for e in events],
-        [-1 if e.token is None else e.token for e in events],
-        [REASONS.index(e.finish_reason) for e in events],
-        [p.shown for p in pending],
-        [len(e.top_logits) for e in events],
-        [i for i, _ in tops],
-        [x for _, x in tops],
-    )
+    return {
+        "engine/event_request": [e.request_id for e in events],
+        "engine/event_sample": [e.sample for e in events],
+        "engine/event_index": [e.index for e in events],
+        "engine/event_token": [-1 if e.token is None else e.token for e in events],
+        "engine/event_reason": [REASONS.index(e.finish_reason) for e in events],
+        "engine/event_shown": [p.shown for p in pending],
+        "engine/event_top_length": [len(e.top_logits) for e in events],
+        "engine/event_top_ids": [i for i, _ in tops],
+        "engine/event_top_logits": [x for _, x in tops],
+    }
 
 
 def engine_from(arrays: Mapping[str, np.ndarray], pages: AllocatorState) -> EngineState:
@@ -228,29 +225,33 @@ def _params(columns: Mapping[str, np.ndarray], row: int) -> SamplingParams:
 
 
 def _events(columns: Mapping[str, np.ndarray]) -> Iterator[PendingEvent]:
-    names = ("request", "sample", "index", "token", "reason", "shown", "top_length")
-    fields = [columns[f"event_{name}"] for name in names]
-    _require(len({len(f) for f in fields}) == 1, "the columns of the events differ in length")
+    of_events = ("request", "sample", "index", "token", "reason", "shown", "top_length")
+    fields = {name: columns[f"event_{name}"] for name in of_events}
+    counts = {len(field) for field in fields.values()}
+    _require(len(counts) == 1, "the columns of the events differ in length")
     ids, values = columns["event_top_ids"], columns["event_top_logits"]
-    require_split("engine/event_top", fields[-1], len(ids))
+    require_split("engine/event_top", fields["top_length"], len(ids))
     _require(len(ids) == len(values), "the columns of the largest logits differ in length")
-    end = 0
-    for request, sample, index, token, reason, shown, tops in zip(
-        *(f.tolist() for f in fields), strict=True
-    ):
+    end, rows = 0, zip(*(field.tolist() for field in fields.values()), strict=True)
+    for each in (dict(zip(fields, row, strict=True)) for row in rows):
         _require(
-            0 <= reason < len(REASONS)
-            and -1 <= token < 2**31
-            and sample >= 0
-            and index >= 0
-            and shown in (0, 1),
+            0 <= each["reason"] < len(REASONS)
+            and -1 <= each["token"] < 2**31
+            and each["sample"] >= 0
+            and each["index"] >= 0
+            and each["shown"] in (0, 1),
             "an event has an impossible value",
         )
-        begin, end = end, end + tops
-        pairs = zip(ids[begin:end].tolist(), values[begin:end].tolist(), strict=True)
-        known = None if token < 0 else token
-        event = TokenEvent(request, sample, index, known, REASONS[reason], tuple(pairs))
-        yield PendingEvent(event, bool(shown))
+        begin, end = end, end + each["top_length"]
+        event = TokenEvent(
+            request_id=each["request"],
+            sample=each["sample"],
+            index=each["index"],
+            token=None if each["token"] < 0 else each["token"],
+            finish_reason=REASONS[each["reason"]],
+            top_logits=tuple(zip(ids[begin:end].tolist(), values[begin:end].tolist(), strict=True)),
+        )
+        yield PendingEvent(event, bool(each["shown"]))
 
 
 def _link_siblings(samples: list[Sample], sibling_of: list[int]) -> list[Sample]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -10,7 +11,18 @@ from ..allocator import AllocatorState, GroupState, check_state
 from ..errors import PageTableError, SnapshotCorrupt
 from ._format import ArraySpec, Header, SavedGroup
 
-__all__ = ["STATE", "array_specs", "require_shapes", "state_arrays", "state_from", "state_names"]
+__all__ = [
+    "STATE",
+    "array_specs",
+    "pack_bytes",
+    "require_shapes",
+    "require_split",
+    "state_arrays",
+    "state_from",
+    "state_names",
+    "typed",
+    "unpack_bytes",
+]
 
 STATE = {
     "sequence/length": ("int64", 1),
@@ -47,25 +59,40 @@ def state_names(num_groups: int) -> dict[str, tuple[str, int]]:
 
 def state_arrays(state: AllocatorState) -> dict[str, np.ndarray]:
     """The state under the names and dtypes of `state_names`."""
-    values = [
-        state.lengths,
-        state.computed,
-        state.cached,
-        state.salts,
-        state.table,
-        state.entry_pages,
-        state.entry_parents,
-        state.evictable,
-        *pack_bytes(state.salt_keys),
-        state.tokens,
-    ]
-    for g in state.groups:
-        values += [g.first, g.end, g.table, g.entries, g.entry_pages, g.evictable, [g.num_passed]]
-    names = state_names(1 + len(state.groups))
-    return {
-        name: np.asarray(value, dtype)
-        for (name, (dtype, _)), value in zip(names.items(), values, strict=True)
+    salt_lengths, salt_bytes = pack_bytes(state.salt_keys)
+    columns: dict[str, Any] = {
+        "sequence/length": state.lengths,
+        "sequence/computed": state.computed,
+        "sequence/cached": state.cached,
+        "sequence/salt": state.salts,
+        "sequence/pages": state.table,
+        "entry/page": state.entry_pages,
+        "entry/parent": state.entry_parents,
+        "entry/evictable": state.evictable,
+        "salt/length": salt_lengths,
+        "salt/bytes": salt_bytes,
+        "page/tokens": state.tokens,
     }
+    for number, group in enumerate(state.groups, 1):
+        columns |= {
+            f"group/{number}/first": group.first,
+            f"group/{number}/end": group.end,
+            f"group/{number}/pages": group.table,
+            f"group/{number}/entry": group.entries,
+            f"group/{number}/entry_page": group.entry_pages,
+            f"group/{number}/evictable": group.evictable,
+            f"group/{number}/passed": [group.num_passed],
+        }
+    return typed(columns, state_names(1 + len(state.groups)))
+
+
+def typed(
+    columns: Mapping[str, Any], wanted: Mapping[str, tuple[str, int]]
+) -> dict[str, np.ndarray]:
+    """The columns as arrays of the wanted dtypes, in the order of those names, and no others."""
+    if unknown := columns.keys() ^ wanted.keys():
+        raise KeyError(f"columns {sorted(unknown)} are in one of the two alone")
+    return {name: np.asarray(columns[name], dtype) for name, (dtype, _) in wanted.items()}
 
 
 def state_from(arrays: Mapping[str, np.ndarray], header: Header) -> AllocatorState:
