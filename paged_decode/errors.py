@@ -1,5 +1,7 @@
 """The exceptions. ValueError and TypeError mean a bad argument; these mean a bad state."""
 
+from pathlib import Path
+
 from paged_decode.allocator.errors import (
     CorruptState,
     OutOfPages,
@@ -28,7 +30,14 @@ __all__ = [
 
 
 class SnapshotError(PagedDecodeError):
-    """A snapshot cannot be used. Nothing was changed."""
+    """A snapshot cannot be used. Nothing was changed.
+
+    Attributes:
+      path: of the file that it is about, which may be a parent of the one that was named; None if
+        no file is.
+    """
+
+    path: Path | None = None
 
 
 class SnapshotCorrupt(SnapshotError):

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, TypeAlias
+from typing import SupportsIndex, TypeAlias
 
 from ..allocator.arguments import Ints
 from .engine import Engine
@@ -83,14 +83,23 @@ class AsyncEngine:
         self._stepping: asyncio.Task[None] | None = None
 
     def submit(
-        self, prompt: Ints, sampling: SamplingParams | None = None, **options: Any
+        self,
+        prompt: Ints,
+        sampling: SamplingParams | None = None,
+        *,
+        n: SupportsIndex = 1,
+        cache_salt: str | bytes | None = None,
+        priority: SupportsIndex = 0,
     ) -> EventStream:
         """Queue a prompt now, and return the stream of the events of all its samples.
 
         Args:
-          prompt: as in `Engine.submit`.
+          prompt: as in `Engine.submit`, and so are the others; in the place of `on_token` stands the
+            stream.
           sampling: as there.
-          options: as there, without `on_token`.
+          n: as there.
+          cache_salt: as there.
+          priority: as there.
 
         What a step raises comes from every stream whose request was not over.
         """
@@ -99,11 +108,13 @@ class AsyncEngine:
         def tell(event: TokenEvent) -> None:
             loop.call_soon_threadsafe(queue.put_nowait, event)
 
-        request_id = self.engine.submit(prompt, sampling, on_token=tell, **options)
+        request_id = self.engine.submit(
+            prompt, sampling, n=n, cache_salt=cache_salt, on_token=tell, priority=priority
+        )
         self._queues[request_id] = queue
         if self._stepping is None or self._stepping.done():
             self._stepping = loop.create_task(self._steps())
-        return EventStream(self.engine, request_id, self._queues, int(options.get("n", 1)))
+        return EventStream(self.engine, request_id, self._queues, int(n))
 
     async def _steps(self) -> None:
         """Until nothing is left to do."""

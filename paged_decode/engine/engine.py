@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
@@ -25,7 +24,7 @@ from ..allocator import BlockAllocator, ShardedAllocator
 from ..allocator.arguments import Ints, as_count, as_int
 from ..cache import KVCache
 from ..policies import AdmissionPolicy, PreemptionPolicy, VictimPolicy
-from ..snapshot import AS_SAVED, SavedSalt, Snapshot
+from ..snapshot import AS_SAVED, PendingSnapshot, SavedSalt, Snapshot
 from ..snapshot._load import Terms
 from ..snapshot._reader import Progress as BytesProgress
 from ..snapshot._save import SaveJob
@@ -402,7 +401,7 @@ class Engine:
         *,
         requests: Sequence[SupportsIndex] | None = None,
         **options: Unpack[EngineSaveOptions],
-    ) -> Future[Snapshot]:
+    ) -> PendingSnapshot:
         """`save`, but return when the pages are copied out: step on while a thread writes."""
         return self._plan_save(True, path, requests, options).write_behind()
 

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple, SupportsIndex, Unpack, cast
 
 import numpy as np
 
-from .._text import printable
 from ..allocator import BlockAllocator
 from ..allocator.arguments import as_counts
 from ..errors import OutOfPages, SequenceTooLong, SnapshotMismatch
 from ..snapshot import SavedSalt, Snapshot
+from ..snapshot._about import about
 from ..snapshot._engine import EngineState, PendingEvent, engine_arrays
 from ..snapshot._format import Scalar
 from ..snapshot._groups import GroupMismatch
@@ -127,8 +127,10 @@ def load(
     with Opened(path) as opened:
         state = opened.engine
         if state is None:
-            raise SnapshotMismatch(f"{printable(path)} holds no requests; use load_snapshot")
-        _require_fit(state, limit, vocab_size)
+            with about(path):
+                raise SnapshotMismatch("it holds no requests; use load_snapshot")
+        with about(path):
+            _require_fit(state, limit, vocab_size)
         metadata, placed = opened.chain.header.metadata, None
         with suppress(OutOfPages, GroupMismatch):
             target = cache, cast(BlockAllocator, allocator)

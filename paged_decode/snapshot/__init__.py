@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
-from typing import TypeAlias
-
+from ._behind import PendingSnapshot, Snapshot
 from ._compact import compact_snapshot
 from ._load import AS_SAVED, Restored, SavedSalt, import_sequence, load_snapshot
 from ._open import SnapshotInfo, inspect_snapshot, verify_snapshot
-from ._save import Snapshot, export_sequence, save_snapshot, save_snapshot_async
+from ._save import export_sequence, save_snapshot, save_snapshot_async
 
 __all__ = [
     "AS_SAVED",
@@ -26,6 +24,3 @@ __all__ = [
     "save_snapshot_async",
     "verify_snapshot",
 ]
-
-PendingSnapshot: TypeAlias = Future[Snapshot]
-"""What `save_snapshot_async` and `Engine.save_async` return."""

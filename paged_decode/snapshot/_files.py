@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -19,6 +20,8 @@ except ImportError:  # Windows: an abandoned file stays until it is deleted by h
 
 __all__ = ["Files", "OSFiles", "open_for_reading", "replacing"]
 
+# A sibling that was just made may not be locked yet; a writer that lives holds its lock however
+# old the file is, so this need not be as long as a save can take.
 _ABANDONED_SECONDS = 60
 
 
@@ -127,7 +130,7 @@ def replacing(path: str | os.PathLike[str], files: Files) -> Iterator[int]:
             files.fsync(file)
         finally:
             files.close(file)
-        files.rename(sibling, target)
+        files.rename(sibling, target)  # only after fsync: else a name could outlive its bytes
         renamed = True
         files.fsync_folder(target.parent)
     except BaseException as error:
@@ -135,8 +138,9 @@ def replacing(path: str | os.PathLike[str], files: Files) -> Iterator[int]:
             with suppress(OSError):
                 files.remove(sibling)
         if isinstance(error, OSError):
-            state = "; the new file is in place, but may not survive a power loss" * renamed
-            message = f"{error.strerror or error}{state}"
+            message = str(error.strerror or error)
+            if renamed:
+                message += "; the new file is in place, but may not survive a power loss"
             raise OSError(error.errno or 0, message, str(path)) from error
         raise
 
@@ -147,9 +151,13 @@ def _checked_target(path: str | os.PathLike[str]) -> Path:
     with suppress(FileNotFoundError):
         mode = target.stat().st_mode
         if stat.S_ISDIR(mode):
-            raise IsADirectoryError(21, "a snapshot is a file, this is a folder", str(path))
+            raise IsADirectoryError(
+                errno.EISDIR, "a snapshot is a file, this is a folder", str(path)
+            )
         if not stat.S_ISREG(mode):
-            raise OSError(22, "a snapshot replaces a regular file, this is none", str(path))
+            raise OSError(
+                errno.EINVAL, "a snapshot replaces a regular file, this is none", str(path)
+            )
     return target
 
 
@@ -189,5 +197,5 @@ def open_for_reading(path: str | os.PathLike[str], *, follow: bool = True) -> in
     file = os.open(path, flags if follow else flags | getattr(os, "O_NOFOLLOW", 0))
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
-        raise OSError(22, "a snapshot is a regular file, this is none", str(path))
+        raise OSError(errno.EINVAL, "a snapshot is a regular file, this is none", str(path))
     return file

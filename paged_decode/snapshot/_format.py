@@ -37,15 +37,15 @@ MAGIC = b"\x89PGD\r\n\x1a\n"
 VERSIONS = (1, 2, 3)  # of one group of layers, of several, and of either with the user's arrays
 PREFIX = struct.Struct("<8sIQQI")  # magic, version, header bytes, file bytes, CRC
 ALIGNMENT = 64
-CHUNK_BYTES = 1 << 22
-MAX_HEADER_BYTES = 1 << 20
-MAX_DIMENSION = 1 << 31
+CHUNK_BYTES = 1 << 22  # so few that several wait in memory while one is written
+MAX_HEADER_BYTES = 1 << 20  # the only bytes that are read on the word of an unchecked prefix
+MAX_DIMENSION = 1 << 31  # products of a few stay Python ints: nothing is made of them unchecked
 MAX_AXES = 8
 MAX_EXTRA_AXES = 32
 MAX_ARRAY_BYTES = 1 << 63  # NumPy counts them in 64 bits, with a sign, even if an axis is 0
 MAX_NAME_BYTES = 255
 MAX_METADATA = 4096  # keys
-MAX_PARENTS = 256
+MAX_PARENTS = 256  # files that are open at once while a chain is read
 MAX_GROUPS = 256
 KEYS = ["arrays", "fingerprint", "metadata", "page_size", "pages", "parent"]
 EXTRA = "extra/"  # how names of the user's arrays begin
@@ -200,6 +200,7 @@ def aligned(size: int) -> int:
 
 def layout(header_bytes: int, arrays: tuple[ArraySpec, ...]) -> tuple[list[int], int]:
     """Where each array begins, and where the file ends."""
+    # Computed, never read: what is not stored cannot overlap, leave a hole or point elsewhere.
     offsets, end = [], aligned(PREFIX.size + header_bytes)
     for spec in arrays:
         offsets.append(end)
@@ -266,7 +267,7 @@ def check_metadata(metadata: Any, error: type[Exception]) -> None:
 
 
 def _is(value: Any, kind: type) -> bool:
-    """Exactly that type: True is no int here."""
+    """Exactly that type: True is no int here, or two files would say the same."""
     return type(value) is kind
 
 
@@ -361,6 +362,8 @@ def _unpack(body: bytes) -> Any:
     except Exception as error:  # msgpack raises a dozen unrelated classes
         kind = type(error).__name__
         raise SnapshotCorrupt(f"the header is not valid msgpack: {kind}: {error}") from None
+    # One meaning, one form: else equal headers could have several ids, and a key that stands twice
+    # would be read one way here and another way elsewhere.
     _require(again == body, "the header is not in msgpack's shortest form, or names a key twice")
     return fields
 

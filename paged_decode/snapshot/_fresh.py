@@ -9,6 +9,7 @@ from ..allocator import BlockAllocator, CacheLayout, PageSpec
 from ..allocator.arguments import as_count, as_counts
 from ..cache import KVCache
 from ..errors import SnapshotMismatch
+from ._about import about
 from ._format import ArraySpec
 from ._open import Opened
 from ._save import GENERATION
@@ -41,7 +42,8 @@ def new_pools(
             f"num_pages must be one number, or one for each of the {len(opened.groups)} groups of "
             f"layers in the file; got {len(sizes)}"
         )
-    layout = _layout_of(opened, sizes)
+    with about(opened.chain.files[0].path):
+        layout = _layout_of(opened, sizes)
     header = opened.chain.header
     saved = header.fingerprint if fingerprint is None else fingerprint
     own, _, weights = saved.partition(GENERATION)
@@ -62,7 +64,7 @@ def _layout_of(opened: Opened, sizes: list[int] | None) -> CacheLayout:
     Raises:
       SnapshotMismatch: as `new_pools`.
     """
-    header, file = opened.chain.header, opened.chain.files[0]
+    header = opened.chain.header
     problem = "pass a cache and an allocator of your own"
     needed = [max(2, count + 1) for count in header.counts]
     sizes = needed if sizes is None else sizes * (len(needed) // len(sizes))
@@ -73,16 +75,16 @@ def _layout_of(opened: Opened, sizes: list[int] | None) -> CacheLayout:
         nbytes += sum(spec.row_bytes * count for spec in arrays)
         kind, (heads, slots, dim) = _page_of(arrays, saved.layers, header.page_size)
         if slots != header.page_size or min(heads, dim) < 1:
-            raise SnapshotMismatch(f"{file} is not of a KVCache: {problem}")
+            raise SnapshotMismatch(f"it is not of a KVCache: {problem}")
         groups.append(PageSpec(saved.layers, heads, dim, size, kind, saved.window))
     if nbytes > 2 * sum(each.file_bytes for each in opened.chain.files) + _ALLOWANCE_BYTES:
         raise SnapshotMismatch(
-            f"{file} has pages of {nbytes} bytes, far more than its files have: {problem}"
+            f"its pages have {nbytes} bytes, far more than its files have: {problem}"
         )
     try:
         return CacheLayout(header.page_size, tuple(groups))
     except (TypeError, ValueError) as error:
-        raise SnapshotMismatch(f"{file}: no cache can be made of it ({error}): {problem}") from None
+        raise SnapshotMismatch(f"no cache can be made of it ({error}): {problem}") from None
 
 
 def _page_of(

@@ -15,14 +15,16 @@ from ..allocator import AllocatorState, BlockAllocator, Handle
 from ..allocator.prefix import salt_key
 from ..allocator.regrouping import regrouped
 from ..errors import OutOfPages, SnapshotMismatch
+from ._about import about
+from ._behind import Snapshot
 from ._format import DTYPES, ArraySpec, Scalar
 from ._fresh import as_pool_sizes, new_pools
 from ._groups import GroupMismatch, match_groups
+from ._in import prepare_insert
 from ._open import Opened
-from ._pages import prepare_insert
 from ._parts import Part, parts_of
 from ._reader import Chain, Progress, fresh_arrays, read_all
-from ._save import GENERATION, Snapshot, marked_fingerprint
+from ._save import GENERATION, marked_fingerprint
 
 __all__ = [
     "AS_SAVED",
@@ -173,9 +175,8 @@ def import_sequence(
     with Opened(path) as opened:
         count = len(opened.state.lengths)
         if count != 1:
-            raise SnapshotMismatch(
-                f"{printable(path)} holds {count} sequences, not one; use load_snapshot"
-            )
+            with about(path):
+                raise SnapshotMismatch(f"it holds {count} sequences, not one; use load_snapshot")
         return place_snapshot(opened, *target.pools(opened, terms), terms, progress)
 
 
@@ -233,7 +234,7 @@ def place_snapshot(
         cache = insert(pages) if any(pages) else cache
         named = pages if state.groups else pages[0]
         handles = allocator.import_state(state, named, private=not terms.prefix_cache)
-    except BaseException:
+    except BaseException:  # an interrupt too: raw pages have no other owner
         for group, its in enumerate(pages):
             allocator.free_pages(its, group=group)
         raise
@@ -344,7 +345,8 @@ def _require_match(
     sources, widened = match_groups(opened.groups, parts, allocator.pools)
     if problems or widened:
         kind = SnapshotMismatch if problems else GroupMismatch
-        raise kind(f"{opened.chain.files[0]}: " + "; ".join(problems + widened))
+        with about(opened.chain.files[0].path):
+            raise kind("; ".join(problems + widened))
     return sources
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..allocator import AllocatorState
 from ..errors import SnapshotCorrupt, SnapshotMismatch
+from ._about import about
 from ._engine import ENGINE, EngineState, engine_from
 from ._format import EXTRA, ArraySpec, Parent, SavedGroup, Scalar, layer_of
 from ._reader import Chain, Counter, Progress, SnapshotFile
@@ -71,24 +72,18 @@ class Opened:
     def _check(self) -> None:
         self.kv = [s for s in self.chain.header.arrays if s.name.startswith("kv/")]
         for older in reversed(self.chain.files):  # the newest is the last
-            try:
+            with about(older.path):
                 self._check_pages(older)
                 self.state, self.engine = _bookkeeping(older)
-            except SnapshotCorrupt as error:
-                if str(error).startswith(str(older)):
-                    raise
-                raise SnapshotCorrupt(f"{older}: {error}") from None
 
     def _check_pages(self, file: SnapshotFile) -> None:
         header = file.header
         kv = [s for s in header.arrays if s.name.startswith("kv/")]
         theirs, ours = ({s.name: (s.dtype, s.shape[1:]) for s in each} for each in (kv, self.kv))
         if theirs != ours:
-            raise SnapshotMismatch(
-                f"{file}, a parent, has other arrays of keys and values than its delta"
-            )
+            raise SnapshotMismatch("this parent has other arrays of keys and values than its delta")
         if header.page_size != self.chain.header.page_size:
-            raise SnapshotMismatch(f"{file}, a parent, has another page size than its delta")
+            raise SnapshotMismatch("this parent has another page size than its delta")
 
     def info(self) -> SnapshotInfo:
         file, header, state = self.chain.files[0], self.chain.header, self.state

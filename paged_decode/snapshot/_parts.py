@@ -116,6 +116,7 @@ def _place_of(cache: Any, path: tuple[Any, ...]) -> tuple[int, Sequence[int] | N
 
 def _is_stacked(name: str, shape: tuple[int, ...], num_pages: int, known: bool) -> bool:
     """Whether a leaf is `[L, N, ...]` and not `[N, ...]`; `known` if it cannot be in doubt."""
+    # Pages of five axes would be a stack, even if it has as many layers as the pool has pages.
     stacked = len(shape) > 4 or shape[:1] != (num_pages,)
     if not stacked and shape[1:2] == shape[:1] and not known:
         raise ValueError(

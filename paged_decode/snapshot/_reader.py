@@ -17,6 +17,7 @@ import numpy as np
 
 from .._text import printable
 from ..errors import SnapshotCorrupt, SnapshotMismatch
+from ._about import about
 from ._crc import crc32
 from ._files import open_for_reading
 from ._format import (
@@ -26,6 +27,7 @@ from ._format import (
     PREFIX,
     ArraySpec,
     Header,
+    Parent,
     aligned,
     decode_header,
     layout,
@@ -58,6 +60,7 @@ class Read(NamedTuple):
 
 
 _THREADS = 2  # one waits for the disk or for memory while the other computes a checksum
+# A chunk is read in pieces and not at once: its memory is written, and summed up right after.
 _PIECE_BYTES = 1 << 20  # so few that the checksum finds them in the cache of its core
 
 
@@ -75,15 +78,15 @@ class SnapshotFile:
         self.path, self.real = Path(path), Path(os.path.realpath(path))
         self._file = open_for_reading(path, follow=follow)
         try:
-            self._open()
-        except BaseException as error:
+            with about(path):
+                self._open()
+        except BaseException:
             self.close()
-            if isinstance(error, SnapshotCorrupt):
-                raise SnapshotCorrupt(f"{self}: {error}") from None
             raise
 
     def _open(self) -> None:
         self.file_bytes = os.fstat(self._file).st_size
+        # Of the open file, not of its name: what stands there may be replaced meanwhile.
         prefix = os.pread(self._file, PREFIX.size, 0)
         header_bytes = split_prefix(prefix, self.file_bytes)
         front = self._read(PREFIX.size + header_bytes, 0)
@@ -107,7 +110,7 @@ class SnapshotFile:
         while len(data):
             got = os.preadv(self._file, [data], offset)
             if got == 0:
-                raise SnapshotCorrupt(f"{self}: the file ended early, at byte {offset}")
+                raise SnapshotCorrupt(f"the file ended early, at byte {offset}")
             data, offset = data[got:], offset + got
 
     def array(self, name: str) -> np.ndarray:
@@ -122,14 +125,13 @@ class SnapshotFile:
         """Read one chunk, as long as `data`, and compare its checksum."""
         spec = self.specs[name]
         begin, crc = self._offsets[name] + chunk * spec.chunk_rows * spec.row_bytes, 0
-        for at in range(0, len(data), _PIECE_BYTES):
-            piece = data[at : at + _PIECE_BYTES]
-            self._read_into(piece, begin + at)
-            crc = crc32(piece, crc)
-        if crc != self._crcs[name][chunk]:
-            raise SnapshotCorrupt(
-                f"{self}: {printable(name)}: chunk {chunk} is not what was written"
-            )
+        with about(self.path):
+            for at in range(0, len(data), _PIECE_BYTES):
+                piece = data[at : at + _PIECE_BYTES]
+                self._read_into(piece, begin + at)
+                crc = crc32(piece, crc)
+            if crc != self._crcs[name][chunk]:
+                raise SnapshotCorrupt(f"{printable(name)}: chunk {chunk} is not what was written")
 
     def reads(self, name: str, out: np.ndarray) -> Iterator[Read]:
         """What reads the array into `out`, a chunk each, in the order of the file."""
@@ -184,8 +186,12 @@ class Chain:
         self.files: list[SnapshotFile] = []
         try:
             self.files.append(SnapshotFile(path))
-            while (parent := self.newest_parent()) is not None:
-                self.files.append(parent)
+            while (wanted := self.files[-1].header.parent) is not None:
+                if len(self.files) > MAX_PARENTS:
+                    with about(path):
+                        raise SnapshotCorrupt(f"it has more than {MAX_PARENTS} parents")
+                with about(self.files[-1].path):
+                    self.files.append(_parent_of(self.files[-1], wanted))
             self.groups = self._groups()
             self.places = self._place_pages()
         except BaseException:
@@ -200,50 +206,21 @@ class Chain:
     def id(self) -> bytes:
         return self.files[0].id
 
-    def newest_parent(self) -> SnapshotFile | None:
-        child = self.files[-1]
-        wanted = child.header.parent
-        if wanted is None:
-            return None
-        if len(self.files) > MAX_PARENTS:
-            raise SnapshotCorrupt(f"{self.files[0]} has more than {MAX_PARENTS} parents")
-        path, name = child.real.parent / wanted.name, printable(wanted.name)
-        try:
-            parent = SnapshotFile(path)
-        except FileNotFoundError:
-            raise SnapshotMismatch(
-                f"{child} is a delta of {name}, which is not in {printable(path.parent)}; "
-                "put it there, or compact the chain where it is whole"
-            ) from None
-        if parent.id != wanted.id:
-            parent.close()
-            raise SnapshotMismatch(
-                f"{child} is a delta of {name} with id {wanted.id.hex()}, but the "
-                f"file of that name has id {parent.id.hex()}: it was replaced since"
-            )
-        if parent.header.num_pages != wanted.num_pages:
-            parent.close()
-            raise SnapshotCorrupt(
-                f"{child}: its parent {name} has {parent.header.num_pages} pages, "
-                f"not {wanted.num_pages}"
-            )
-        return parent
-
     def _groups(self) -> dict[str, int]:
         """Those of all files, whose groups are the same but for the pages in them."""
         header = self.header
         for file in self.files[1:]:
             theirs = [(group.window, group.layers) for group in file.header.groups]
             if theirs != [(group.window, group.layers) for group in header.groups]:
-                raise SnapshotMismatch(
-                    f"{file}, a parent, has other groups of layers than its delta"
-                )
+                with about(file.path):
+                    raise SnapshotMismatch("this parent has other groups of layers than its delta")
         each = enumerate(header.arrays_of_groups())
         return {spec.name: number for number, specs in each for spec in specs}
 
     def _place_pages(self) -> list[np.ndarray]:
         for file in self.files:  # before a number of pages is believed
-            _require_tokens(file)
+            with about(file.path):
+                _require_tokens(file)
         kv = [file.header.arrays_of_groups() for file in self.files]
         places = []
         for group in range(len(self.header.counts)):
@@ -254,25 +231,12 @@ class Chain:
         name = source_name(group)
         place = np.zeros((0, 2), np.int64)
         for at in reversed(range(len(self.files))):
-            file, own = self.files[at], self.files[at].specs.get(name)
-            count = file.header.counts[group]
-            if (own is None) != (file.header.parent is None):
-                raise SnapshotCorrupt(f"{file}: a delta, and only a delta, has {name}")
-            if own is None:
-                _require_rows(file, count, kv[at])
-                rows = np.arange(count)
-                place = np.stack([np.full_like(rows, at), rows], axis=1)
-                continue
-            if (own.dtype, own.shape) != ("int32", (count,)):
-                raise SnapshotCorrupt(f"{file}: {name} is not int32 [pages]")
-            source = file.array(name).astype(np.int64)
-            new = source >= 0
-            if (source < -len(place)).any() or (source[new] != np.arange(new.sum())).any():
-                raise SnapshotCorrupt(f"{file}: {name} names a page that is not there")
-            _require_rows(file, int(new.sum()), kv[at])
+            with about(self.files[at].path):
+                source = _sources_of(self.files[at], name, group, len(place), kv[at])
             here = np.stack([np.full_like(source, at), source], axis=1)
-            if len(place):
-                here[~new] = place[-1 - source[~new]]
+            older = source < 0
+            if older.any():
+                here[older] = place[-1 - source[older]]
             place = here
         return place
 
@@ -309,18 +273,64 @@ class Chain:
         self.close()
 
 
+def _parent_of(child: SnapshotFile, wanted: Parent) -> SnapshotFile:
+    """The file that a delta names, which is that one still."""
+    path, name = child.real.parent / wanted.name, printable(wanted.name)
+    try:
+        parent = SnapshotFile(path)
+    except FileNotFoundError:
+        raise SnapshotMismatch(
+            f"it is a delta of {name}, which is not in {printable(path.parent)}; put it there, or "
+            "compact the chain where it is whole"
+        ) from None
+    try:
+        if parent.id != wanted.id:
+            raise SnapshotMismatch(
+                f"it is a delta of {name} with id {wanted.id.hex()}, but the file of that name has "
+                f"id {parent.id.hex()}: it was replaced since"
+            )
+        if parent.header.num_pages != wanted.num_pages:
+            raise SnapshotCorrupt(
+                f"its parent {name} has {parent.header.num_pages} pages, not {wanted.num_pages}"
+            )
+    except BaseException:
+        parent.close()
+        raise
+    return parent
+
+
 def _require_tokens(file: SnapshotFile) -> None:
     """Every file, a parent too, has the tokens of all its pages: so many there can be."""
     found, header = file.specs.get("page/tokens"), file.header
     if found is None:
-        raise SnapshotCorrupt(f"{file}: array page/tokens is missing")
+        raise SnapshotCorrupt("array page/tokens is missing")
     if (found.dtype, found.shape) != ("int32", (header.num_pages, header.page_size)):
-        raise SnapshotCorrupt(f"{file}: page/tokens is not int32 [pages, page_size]")
+        raise SnapshotCorrupt("page/tokens is not int32 [pages, page_size]")
     for number, group in enumerate(header.groups[1:], 1):  # every page is named by one of these
         named = [file.specs.get(f"group/{number}/{name}") for name in ("pages", "entry_page")]
         counts = [spec.shape[0] for spec in named if spec is not None and len(spec.shape) == 1]
         if group.num_pages > sum(counts):
-            raise SnapshotCorrupt(f"{file}: group {number} has more pages than it names")
+            raise SnapshotCorrupt(f"group {number} has more pages than it names")
+
+
+def _sources_of(
+    file: SnapshotFile, name: str, group: int, older: int, kv: list[ArraySpec]
+) -> np.ndarray:
+    """int64 `[M]`: of each page of a group the row here, or -1 - p of the parent's `older` ones."""
+    own, count = file.specs.get(name), file.header.counts[group]
+    if (own is None) != (file.header.parent is None):
+        raise SnapshotCorrupt(f"a delta, and only a delta, has {name}")
+    if own is None:
+        _require_rows(file, count, kv)
+        return np.arange(count)
+    if (own.dtype, own.shape) != ("int32", (count,)):
+        raise SnapshotCorrupt(f"{name} is not int32 [pages]")
+    source = file.array(name).astype(np.int64)
+    new = source >= 0
+    if (source < -older).any() or (source[new] != np.arange(new.sum())).any():
+        raise SnapshotCorrupt(f"{name} names a page that is not there")
+    _require_rows(file, int(new.sum()), kv)
+    return source
 
 
 def source_name(group: int) -> str:
@@ -331,12 +341,12 @@ def source_name(group: int) -> str:
 def _require_rows(file: SnapshotFile, pages: int, kv: list[ArraySpec]) -> None:
     """Every array of keys and values has a row for each of the pages that lie in this file."""
     if file.header.num_pages and not kv and not file.header.groups:
-        raise SnapshotCorrupt(f"{file}: there are pages, but no array of keys and values")
+        raise SnapshotCorrupt("there are pages, but no array of keys and values")
     for spec in kv:
         if spec.shape[0] != pages:
             raise SnapshotCorrupt(
-                f"{file}: {printable(spec.name)} has {spec.shape[0]} rows for {pages} pages that "
-                "lie in this file"
+                f"{printable(spec.name)} has {spec.shape[0]} rows for {pages} pages that lie in "
+                "this file"
             )
 
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
-from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -19,6 +16,7 @@ from ..allocator import AllocatorState, BlockAllocator, Handle
 from ..cache import KVCache
 from ..errors import SnapshotError
 from . import _files
+from ._behind import WRITER, PendingSnapshot, Snapshot
 from ._extra import extra_arrays
 from ._files import Files
 from ._format import (
@@ -30,41 +28,15 @@ from ._format import (
     check_metadata,
     is_plain_name,
 )
-from ._pages import page_chunks
+from ._out import page_chunks
 from ._parts import Part, parts_of
 from ._reader import Progress, SnapshotFile, source_name
 from ._state import array_specs, state_arrays
 from ._writer import array_chunks, write_file
 
-__all__ = ["Snapshot", "export_sequence", "save_snapshot", "save_snapshot_async"]
+__all__ = ["export_sequence", "save_snapshot", "save_snapshot_async"]
 
 GENERATION = b"\0generation\0"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Snapshot:
-    """A saved or loaded snapshot: what a later delta names as its parent.
-
-    Attributes:
-      path: of the file.
-      id: 16 bytes, other for any other content.
-      num_pages: pages that it consists of, of all groups of layers; written_pages of them are in
-        this file.
-    """
-
-    path: Path
-    id: bytes
-    num_pages: int
-    written_pages: int
-    _allocator: BlockAllocator
-    _stamps: tuple[np.ndarray, ...]  # of every group
-    _parents: tuple[str, ...]  # real paths of the files that it is a delta of, the newest first
-
-    def __repr__(self) -> str:
-        return (
-            f"Snapshot({str(self.path)!r}, {self.id.hex()}, {self.num_pages} pages, "
-            f"{self.written_pages} in the file)"
-        )
 
 
 class FileOptions(TypedDict, total=False):
@@ -156,7 +128,7 @@ def save_snapshot_async(
     cache: Any,
     allocator: BlockAllocator,
     **options: Unpack[SaveOptions],
-) -> Future[Snapshot]:
+) -> PendingSnapshot:
     """`save_snapshot`, but return as soon as the pages are copied out; a thread writes them.
 
     Call it between two steps: what it saves is the state of that moment, and the next step may
@@ -168,8 +140,8 @@ def save_snapshot_async(
       options: as in `save_snapshot`; `progress` is called by that thread.
 
     Returns:
-      A future of the snapshot; its `result` raises what writing raised. Callbacks of the future
-      run in the writing thread and hold up the next save.
+      A `concurrent.futures.Future` of the snapshot; its `result` raises what writing raised.
+      Callbacks of the future run in the writing thread and hold up the next save.
 
     Raises:
       ValueError, TypeError, NotImplementedError: as in `save_snapshot`.
@@ -188,45 +160,6 @@ def export_sequence(
     return save_snapshot(path, cache, allocator, handles=[handle], cached=False, **options)
 
 
-class _Writer:
-    """The thread that writes behind the loop, made at its first file, and what it has to write."""
-
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, "paged-decode-snapshots", self._begin)
-        self._ident: int | None = None
-        self._newest: WeakValueDictionary[str, Future[Snapshot]] = WeakValueDictionary()
-        self._entering = threading.Lock()  # what is about to be entered there may be at work
-
-    def _begin(self) -> None:
-        self._ident = threading.get_ident()
-
-    def submit(self, job: SaveJob) -> Future[Snapshot]:
-        with self._entering:
-            written = self._thread.submit(job.write_now)
-            self._newest[os.path.realpath(job.path)] = written
-        return written
-
-    def wait_for(self, path: str | os.PathLike[str]) -> None:
-        """Return when everything that was submitted for the path is written, or has failed.
-
-        Raises:
-          RuntimeError: the writing thread itself would wait for what it has yet to write.
-        """
-        with self._entering:
-            newest = self._newest.get(os.path.realpath(path))
-        if newest is None or wait([newest], timeout=0).done:
-            return
-        if threading.get_ident() == self._ident:
-            raise RuntimeError(
-                f"{printable(path)} is yet to be written by this thread; use save_snapshot_async "
-                "in a callback"
-            )
-        wait([newest])  # a cancelled one too: it gets its turn behind those before it
-
-
-_writer = _Writer()
-
-
 @dataclass(frozen=True, slots=True)
 class SaveJob:
     """Everything that a file will hold, settled; only writing is left."""
@@ -243,11 +176,12 @@ class SaveJob:
 
     def write(self) -> Snapshot:
         """Write in this thread, behind what the writing thread has for the path: it is older."""
-        _writer.wait_for(self.path)
+        WRITER.wait_for(self.path)
         return self.write_now()
 
-    def write_behind(self) -> Future[Snapshot]:
-        return _writer.submit(self)
+    def write_behind(self) -> PendingSnapshot:
+        """Let the writing thread write."""
+        return WRITER.submit(self.path, self.write_now)
 
     def write_now(self) -> Snapshot:
         ident = write_file(
@@ -397,7 +331,7 @@ def _require_unchanged(
 ) -> None:
     """Raise ValueError unless the parent and all that it needs lie there, with arrays and groups as
     these."""
-    _writer.wait_for(path)  # it may be about to be replaced
+    WRITER.wait_for(path)  # it may be about to be replaced
     where, older = Path(path), Parent(parent.id, "", 0)
     files: list[SnapshotFile] = []
     while older is not None:
@@ -436,7 +370,11 @@ def _file_with(ident: bytes, path: Path) -> SnapshotFile | None:
 
 
 def _positions(stamps: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """int64: where each wanted stamp is in `stamps`; -1 if it is not, or is -1 itself."""
+    """int64: where each wanted stamp is in `stamps`; -1 if it is not, or is -1 itself.
+
+    A stamp is given once in the life of an allocator, so equal stamps are equal bits; -1 is of a
+    page that may still be written.
+    """
     if len(stamps) == 0:
         return np.full(len(wanted), -1)
     order = stamps.argsort(kind="stable")

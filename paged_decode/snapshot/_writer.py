@@ -17,7 +17,9 @@ from ._reader import Progress, as_bytes
 
 __all__ = ["array_chunks", "write_file"]
 
-_AHEAD = 2  # chunks that wait to be written while the next one is gathered
+# Chunks that wait to be written while the next one is gathered. With that one three are in use,
+# and the ring of a source has 4 buffers (`_out`).
+_AHEAD = 2
 
 
 def array_chunks(array: np.ndarray, spec: ArraySpec) -> Iterator[np.ndarray]:
@@ -42,8 +44,6 @@ def write_file(
     """
     front_bytes = len(encode_header(header))
     offsets, file_bytes = layout(front_bytes - PREFIX.size, header.arrays)
-    ends = [o + s.nbytes for o, s in zip(offsets, header.arrays, strict=True) if s.nbytes]
-    end = max([front_bytes, *ends])
     crcs: list[list[int]] = [[] for _ in header.arrays]
     with replacing(path, files) as file, _Emitter(files, file) as emitter:
         for spec, source, offset, found in zip(header.arrays, sources, offsets, crcs, strict=True):
@@ -51,11 +51,17 @@ def write_file(
                 emitter.put(chunk, offset, found)
                 offset += chunk.nbytes
                 if progress:
-                    progress(offset, end)
+                    progress(offset, file_bytes)
         emitter.finish()
+        # Last, because it has the checksums; until then the file begins with zeros, which no reader
+        # takes for a snapshot, and its name is one that nobody opens.
         front = encode_header(replace(header, crcs=tuple(map(tuple, crcs))))
+        ends = [o + s.nbytes for o, s in zip(offsets, header.arrays, strict=True) if s.nbytes]
+        end = max([front_bytes, *ends])
         write_all(files, file, memoryview(bytes(file_bytes - end)), end)
         write_all(files, file, memoryview(front), 0)
+        if progress:
+            progress(file_bytes, file_bytes)
     return snapshot_id(front)
 
 

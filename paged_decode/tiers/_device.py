@@ -18,6 +18,8 @@ from ..errors import CopyFailed, CopyPending
 __all__ = ["CacheHolder", "CopyFailed", "CopyPending", "DeviceMover", "PageMover", "fits"]
 
 
+# Of layers that travel as one array. A loop on the device that asks the host whether to go on waits
+# behind a whole one (`DeviceMover`), and of a few MiB Python takes as long as the copy does.
 _ARRAY_BYTES = 1 << 24
 
 
@@ -120,6 +122,7 @@ def fits(cache: Any, rested: list[Any], num_pages: int) -> bool:
 
 def _groups(leaves: Sequence[Any], num_pages: int, axis: int) -> list[list[int]]:
     """Which arrays of the cache travel together: neighbours that are alike, up to 16 MiB."""
+    # By shapes alone, so that whoever puts pages back finds the groups in which they were taken.
     groups: list[list[int]] = []
     for at, leaf in enumerate(leaves):
         last = leaves[groups[-1][0]] if groups else None

@@ -84,7 +84,7 @@ class DiskTier:
         path = self.folder / f"{keys[-1].hex()}-{len(keys)}{_SUFFIX}"
         if any(spec.dtype not in DTYPES for spec in specs) or not _is_chunk(header):
             return False
-        self._forget(path)
+        self._forget(path)  # of other keys that end alike: its name will be the new one's
         sources = [array_chunks(a, s) for a, s in zip(arrays.values(), specs, strict=True)]
         try:
             if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
@@ -135,7 +135,7 @@ class DiskTier:
         try:
             with SnapshotFile(path, follow=False) as file:
                 if file.file_bytes > self.capacity_bytes or not _is_chunk(file.header):
-                    raise SnapshotCorrupt(f"{file} is no chunk of this tier")
+                    raise SnapshotCorrupt("it is no chunk of this tier")
                 return read(file)
         except SnapshotError:
             self._forget(path)
@@ -207,14 +207,14 @@ def _has_rows_for(count: int, shape: tuple[int, ...]) -> bool:
 def _read_keys(file: SnapshotFile) -> tuple[bytes, ...]:
     keys = tuple(row.tobytes() for row in file.array("tier/keys"))
     if len(set(keys)) != len(keys):
-        raise SnapshotCorrupt(f"{file} has a page twice")
+        raise SnapshotCorrupt("it has a page twice")
     return keys
 
 
 def _read_content(file: SnapshotFile) -> Content:
     keys, filled, tokens = _read_keys(file), file.array("tier/filled"), file.array("tier/tokens")
     if (filled < 1).any() or (filled > tokens.shape[1]).any():
-        raise SnapshotCorrupt(f"{file} has a page of more tokens than fit it, or of none")
+        raise SnapshotCorrupt("it has a page of more tokens than fit it, or of none")
     parts = tuple(row[:n] for row, n in zip(tokens, filled.tolist(), strict=True))
     pages = [file.array(f"tier/pages/{i}") for i in range(len(file.specs) - 3)]
     return keys, parts, pages

@@ -147,7 +147,9 @@ class HostTier:
         self._where: dict[bytes, tuple[_Chunk, int]] = {}
         self._flying: list[_Chunk] = []
         self._coming: set[bytes] = set()
-        self._torn = False  # a call has not come to its end
+        # A call has not come to its end: an interrupt may fall between any two lines of it. The
+        # next call repairs, rather than each call a line that could be cut off as well.
+        self._torn = False
 
     def warmup(self, cache: Any) -> Any:
         """Compile every copy; donates the cache, whose null page alone is written.

@@ -12,7 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from paged_decode import inspect_snapshot, save_snapshot, save_snapshot_async, verify_snapshot
+from paged_decode import (
+    PendingSnapshot,
+    inspect_snapshot,
+    save_snapshot,
+    save_snapshot_async,
+    verify_snapshot,
+)
 
 from .small import busy, using
 from .test_deltas import SlowFiles
@@ -46,6 +52,7 @@ def test_a_save_is_a_future_that_callbacks_and_coroutines_wait_for(tmp_path):
 
     async def save():
         pending = save_snapshot_async(tmp_path / "s", cache, allocator)
+        assert isinstance(pending, PendingSnapshot) and pending.path == tmp_path / "s"
         pending.add_done_callback(lambda _: names.append(threading.current_thread().name))
         return await asyncio.wrap_future(pending)
 
@@ -81,7 +88,7 @@ def test_the_writing_thread_never_waits_for_itself(tmp_path, monkeypatch, at_onc
 
         def slow(self, *args):
             future = submit(self, *args)
-            time.sleep(0.2 if args[0].__name__ == "write_now" else 0)
+            time.sleep(0.2 if args[0].__name__ == "_run" else 0)
             return future
 
         monkeypatch.setattr(ThreadPoolExecutor, "submit", slow)

@@ -23,11 +23,11 @@ jax.config.update("jax_num_cpu_devices", 8)
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from paged_decode import BlockAllocator, KVCache, load_snapshot, save_snapshot
-from paged_decode.snapshot import _format, _pages
+from paged_decode.snapshot import _format, _in, _out
 
 if sys.argv[3] == "batches":
-    _format.CHUNK_BYTES, _pages._BATCH_CHUNKS = 2048, 1
-    _pages._has_room = lambda device, nbytes: False
+    _format.CHUNK_BYTES, _in.BATCH_CHUNKS, _out.BATCH_CHUNKS = 2048, 1, 1
+    _in._has_room = lambda device, nbytes: False
 
 folder, rng, COUNT = Path(sys.argv[1]), np.random.default_rng(0), len(jax.devices())
 

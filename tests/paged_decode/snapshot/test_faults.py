@@ -383,10 +383,10 @@ class Failing:
 )
 def test_a_load_that_fails_anywhere_changes_nothing(tmp_path, states, monkeypatch, name):
     from paged_decode import BlockAllocator
-    from paged_decode.snapshot import _load, _pages
+    from paged_decode.snapshot import _in, _load
 
     if name == "put a first batch":
-        monkeypatch.setattr(_pages, "_has_room", lambda device, nbytes: False)
+        monkeypatch.setattr(_in, "_has_room", lambda device, nbytes: False)
 
     cache, allocator, *_ = states
     save_snapshot(tmp_path / "s", cache, allocator)
@@ -395,9 +395,9 @@ def test_a_load_that_fails_anywhere_changes_nothing(tmp_path, states, monkeypatc
     state, _ = other.export_state()
     place = {
         "stage": (_load, "fresh_arrays"),
-        "put": (_pages.jax, "device_put"),
-        "put a first batch": (_pages.jax, "device_put"),
-        "compile": (_pages, "_compile"),
+        "put": (_in.jax, "device_put"),
+        "put a first batch": (_in.jax, "device_put"),
+        "compile": (_in, "_compile"),
         "allocate": (BlockAllocator, "allocate_pages"),
         "run": (_load, "prepare_insert"),
         "import": (BlockAllocator, "import_state"),

@@ -19,7 +19,7 @@ from paged_decode import (
     save_snapshot_async,
     verify_snapshot,
 )
-from paged_decode.snapshot._pages import _has_room
+from paged_decode.snapshot._in import _has_room
 
 from ...devices import first_devices
 from .small import (
@@ -239,7 +239,7 @@ def test_the_way_from_an_accelerator_gives_the_same_bytes(
 
     if not locked:
         monkeypatch.setattr(jax, "device_put", refused)
-    monkeypatch.setattr("paged_decode.snapshot._pages.pinned_sharding", pinned)
+    monkeypatch.setattr("paged_decode.snapshot._out.pinned_sharding", pinned)
     save_snapshot(tmp_path / "sent", cache, allocator)
     save_snapshot_async(tmp_path / "behind", cache, allocator).result(60)
     assert sent
@@ -263,8 +263,8 @@ def test_without_room_beside_the_pool_pages_arrive_in_batches(tmp_path, monkeypa
         arrived.append(len(array))
         return put(array, device)
 
-    monkeypatch.setattr("paged_decode.snapshot._pages._BATCH_CHUNKS", 1)
-    monkeypatch.setattr("paged_decode.snapshot._pages._has_room", lambda device, nbytes: False)
+    monkeypatch.setattr("paged_decode.snapshot._in.BATCH_CHUNKS", 1)
+    monkeypatch.setattr("paged_decode.snapshot._in._has_room", lambda device, nbytes: False)
     monkeypatch.setattr(jax, "device_put", watched)
     restored = load_snapshot(tmp_path / "a", there, other)
     monkeypatch.setattr(jax, "device_put", put)
@@ -409,7 +409,7 @@ def test_a_foreign_fingerprint_is_taken_only_when_it_is_named(tmp_path):
 @pytest.mark.parametrize("locked", [False, True], ids=["", "page-locked memory"])
 def test_saving_behind_the_loop_saves_the_state_of_that_moment(tmp_path, monkeypatch, locked):
     if locked:
-        monkeypatch.setattr("paged_decode.snapshot._pages.pinned_sharding", page_locked)
+        monkeypatch.setattr("paged_decode.snapshot._out.pinned_sharding", page_locked)
     cache, allocator, handles = busy()
     was = [content(cache, allocator, h) for h in handles]
     save_snapshot(tmp_path / "now", cache, allocator)

@@ -12,12 +12,14 @@ from paged_decode import (
     SnapshotError,
     SnapshotMismatch,
     compact_snapshot,
+    import_sequence,
     inspect_snapshot,
     load_snapshot,
     save_snapshot,
     verify_snapshot,
 )
 
+from ..tiny import make_engine
 from . import independent_reader
 from .forge import build, put, replace
 from .small import make_allocator, make_cache
@@ -114,6 +116,41 @@ def test_all_four_refuse_what_one_refuses_in_any_file_of_the_chain(tmp_path, nam
     rebuild(tmp_path, broken, change)
     found = outcomes(tmp_path / "2")
     assert all(kind is not None and issubclass(kind, error) for kind in found), found
+
+
+@pytest.mark.parametrize("broken", NAMES)
+@pytest.mark.parametrize("name", ["a row too few", "a length", "a missing array", "an array more"])
+def test_an_error_names_the_broken_file_of_a_chain_once_in_its_text_and_as_path(
+    tmp_path, name, broken
+):
+    chain(tmp_path)
+    rebuild(tmp_path, broken, ROWS[name][0])
+    for call in (inspect_snapshot, verify_snapshot, load_snapshot, compact_snapshot):
+        with pytest.raises(SnapshotError) as caught:
+            call(tmp_path / "2")
+        found, text = caught.value.path, str(caught.value)
+        assert found is not None and text.startswith(f"{found}: ") and text.count(str(found)) == 1
+        if name != "an array more":  # that of the newest is missed in the first parent
+            assert found == tmp_path / broken
+
+
+def test_errors_about_what_a_file_is_of_name_it_too(tmp_path):
+    cache, allocator = make_cache(9), make_allocator(9)
+    save_snapshot(tmp_path / "s", cache, allocator)
+    (tmp_path / "cut").write_bytes((tmp_path / "s").read_bytes()[:40])
+    (tmp_path / "later").write_bytes(b"\x89PGD\r\n\x1a\n\x09" + bytes(60))
+    other = make_allocator(9, fingerprint=b"other")
+    calls = {
+        "s": lambda path: load_snapshot(path, cache, other),
+        "cut": inspect_snapshot,
+        "later": inspect_snapshot,
+    }
+    for name, call in (*calls.items(), ("s", import_sequence), ("s", make_engine().restore)):
+        with pytest.raises(SnapshotError) as caught:
+            call(tmp_path / name)
+        assert caught.value.path == tmp_path / name
+        assert str(caught.value).startswith(f"{tmp_path / name}: ")
+    assert SnapshotError("of no file").path is None
 
 
 SOURCES = {
