@@ -94,8 +94,7 @@ class AsyncEngine:
         """Queue a prompt now, and return the stream of the events of all its samples.
 
         Args:
-          prompt: as in `Engine.submit`, and so are the others; in the place of `on_token` stands the
-            stream.
+          prompt: as in `Engine.submit`, whose `on_token` has the stream in its place here.
           sampling: as there.
           n: as there.
           cache_salt: as there.

@@ -80,6 +80,8 @@ def with_checksums(data: bytes) -> bytes:
         offset = f.aligned(f.PREFIX.size + len(body))
         for entry in fields["arrays"]:
             spec = f.ArraySpec(entry[0], entry[1], tuple(entry[2]))
+            if not 0 <= spec.nbytes <= len(data):
+                raise ValueError("nobody can make its checksums")
             chunks = [
                 data[
                     offset + first : offset

@@ -79,7 +79,7 @@ def test_new_pools_have_the_room_that_is_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize("load", [load_snapshot, import_sequence])
-def test_a_cache_without_an_allocator_is_refused_and_the_other_way_round(tmp_path, load):
+def test_a_cache_without_an_allocator_is_refused_and_the_other_way_round(tmp_path, load, unchecked):
     cache, allocator = make_cache(9), make_allocator(9)
     with pytest.raises(TypeError, match="there is cache, but no allocator: pass both"):
         load(tmp_path / "s", cache)
