@@ -5,7 +5,8 @@ from .real import ProgramTimer, run
 from .replay import hit_rate
 from .report import Record, Report
 from .simulate import simulate
-from .workload import Request, chats, poisson, prefix_tree, read_azure, read_mooncake
+from .traces import read_azure, read_mooncake
+from .workload import Request, chats, poisson, prefix_tree
 
 __all__ = [
     "CostModel",

@@ -31,7 +31,8 @@ from ..tiers import HostTier
 from .costs import Roofline
 from .report import Report
 from .simulate import simulate
-from .workload import Request, chats, poisson, prefix_tree, read_azure, read_mooncake
+from .traces import read_azure, read_mooncake
+from .workload import Request, chats, poisson, prefix_tree
 
 __all__ = [
     "ADMISSIONS",

@@ -9,6 +9,8 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from ._values import as_number, as_whole
+
 __all__ = ["CostModel", "Measured", "Program", "Roofline"]
 
 
@@ -57,6 +59,10 @@ class Roofline:
       page_size: for copies of pages.
       link_bytes: per second between device and host, one way; PCIe 5 with 16 lanes has about 5e10.
       window_bytes_per_token: keys and values of each group of layers with a window, in their order.
+
+    Raises:
+      ValueError: a value is not finite, negative, or 0 where something is divided by it; page_size
+        is less than 1.
     """
 
     weight_bytes: float
@@ -68,6 +74,15 @@ class Roofline:
     page_size: int = 16
     link_bytes: float = 5e10
     window_bytes_per_token: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("bandwidth_bytes", "flops", "link_bytes"):
+            as_number(name, getattr(self, name))
+        for name in ("weight_bytes", "kv_bytes_per_token", "flops_per_token", "launch_seconds"):
+            as_number(name, getattr(self, name), zero=True)
+        for value in self.window_bytes_per_token:
+            as_number("each of window_bytes_per_token", value, zero=True)
+        as_whole("page_size", self.page_size, 1)
 
     def seconds(self, program: Program) -> float:
         """Bytes over bandwidth or operations over `flops`, whichever is more, and the launches."""
@@ -118,10 +133,17 @@ class Measured:
 
     @classmethod
     def fit(cls, timings: Iterable[tuple[Program, float]]) -> Measured:
-        """Calibrate from programs and how long each took, as `ProgramTimer` notes them."""
+        """Calibrate from programs and how long each took, as `ProgramTimer` notes them.
+
+        Raises:
+          ValueError: there are none, or a time is not finite or negative.
+        """
         by_shape: dict[tuple[str, int, int], list[float]] = {}
         for program, seconds in timings:
-            by_shape.setdefault((program.kind, program.rows, program.width), []).append(seconds)
+            shape = program.kind, program.rows, program.width
+            by_shape.setdefault(shape, []).append(as_number(f"time of {shape}", seconds, zero=True))
+        if not by_shape:
+            raise ValueError("expected timings of programs, got none: run some after ProgramTimer")
         return cls({shape: statistics.fmean(times) for shape, times in by_shape.items()})
 
     def seconds(self, program: Program) -> float:

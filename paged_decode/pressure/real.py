@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import fields, replace
 from typing import Any
 
 import jax
 import numpy as np
 
 from ..allocator import BlockAllocator
-from ..engine import Engine, EngineConfig
+from ..engine import Engine, EngineConfig, EngineStats
 from ..engine.loop import Plans
 from ..engine.plans import Taken
 from ..engine.records import Decode, Prefill, Result, Runner, Ticket
@@ -18,11 +20,14 @@ from ..engine.requests import TokenEvent
 from ..engine.sampling import SamplingParams
 from ..policies import SampleView
 from ..tiers import CacheHolder, PageMover
+from ._values import as_number, as_whole
 from .costs import Program
-from .report import Record, Report, UsageLog, summarize
-from .workload import Request
+from .report import TOO_LONG, Record, Report, UsageLog, summarize
+from .workload import Request, in_order
 
 __all__ = ["ProgramTimer", "run"]
+
+_LONGEST_SLEEP = 3600.0  # seconds: a clock takes no more than some years at once
 
 
 class ProgramTimer:
@@ -161,36 +166,78 @@ def run(
       progress: called with the number of requests that have ended.
 
     Raises:
-      ValueError: no vocab_size is known.
       NotImplementedError: the pool is split over a data axis.
+      ValueError: no vocab_size is known, or it is not 1 to the engine's; time_scale is no finite
+        number of 0 or more, or queue_rows less than 1; the engine is not idle; requests are not in
+        order of arrival. Whatever is raised while it runs, its requests are cancelled.
     """
-    vocab = vocab_size or engine.config.vocab_size
-    if vocab is None:
-        raise ValueError("give vocab_size, here or in the engine's config")
+    vocab = _vocabulary(engine, vocab_size)
+    time_scale = as_number("time_scale", time_scale, zero=True)
+    most_waiting = as_whole("queue_rows", queue_rows, 1) * engine.config.max_rows
     if not isinstance(engine.allocator, BlockAllocator):
         raise NotImplementedError("a run reports on one pool, not on one split over a data axis")
-    watch = _Watch(engine)
-    coming, usage = iter(requests), UsageLog(engine.allocator)
-    upcoming = next(coming, None)
-    start = time.perf_counter()
-    while upcoming is not None or not engine.idle:
-        now = time.perf_counter() - start
-        while (
-            upcoming is not None
-            and upcoming.arrival_seconds * time_scale <= now
-            and engine.num_waiting < queue_rows * engine.config.max_rows
-        ):
-            watch.accept(upcoming, upcoming.arrival_seconds * time_scale, vocab)
-            upcoming = next(coming, None)
-        if engine.idle and upcoming is not None:
-            time.sleep(max(0.0, upcoming.arrival_seconds * time_scale - now))
-            continue
-        ended = watch.note(engine.step(), time.perf_counter() - start)
-        usage.note(time.perf_counter() - start)
-        if progress and ended:
-            progress(ended)
-    seconds = time.perf_counter() - start
-    return summarize(list(watch.records.values()), engine.stats, engine.allocator, usage, seconds)
+    if not engine.idle:
+        raise ValueError("expected an idle engine, got one with requests: let them end first")
+    with _watched(engine) as watch:
+        usage, before = UsageLog(engine.allocator), replace(engine.stats)
+        coming = in_order(requests)
+        upcoming = next(coming, None)
+        start = time.perf_counter()
+        while upcoming is not None or not engine.idle:
+            now = time.perf_counter() - start
+            while (
+                upcoming is not None
+                and upcoming.arrival_seconds * time_scale <= now
+                and engine.num_waiting < most_waiting
+            ):
+                watch.accept(upcoming, upcoming.arrival_seconds * time_scale, vocab)
+                upcoming = next(coming, None)
+            if engine.idle and upcoming is not None:
+                wait = upcoming.arrival_seconds * time_scale - now
+                time.sleep(min(max(0.0, wait), _LONGEST_SLEEP))
+                usage.note_idle(time.perf_counter() - start)
+                continue
+            ended = watch.note(engine.step(), time.perf_counter() - start)
+            usage.note(time.perf_counter() - start, *watch.counts(before))
+            if progress and ended:
+                progress(ended)
+        seconds = time.perf_counter() - start
+    stats, limit = _since(before, engine.stats, usage), engine.max_sequence_tokens
+    records = list(watch.records.values())
+    return summarize(records, stats, engine.allocator, usage, seconds, limit)
+
+
+def _vocabulary(engine: Engine, vocab_size: int | None) -> int:
+    own = engine.config.vocab_size
+    if vocab_size is None and own is None:
+        raise ValueError("give vocab_size, here or in the engine's config")
+    return as_whole("vocab_size", own if vocab_size is None else vocab_size, 1, own or 2**31 - 1)
+
+
+def _since(before: EngineStats, now: EngineStats, usage: UsageLog) -> EngineStats:
+    """What an engine has done since."""
+    names = [each.name for each in fields(EngineStats)]
+    stats = EngineStats(**{name: getattr(now, name) - getattr(before, name) for name in names})
+    # The peak of an engine may be of an earlier run; then the one at the ends of visits.
+    grown = now.peak_used_pages > before.peak_used_pages
+    stats.peak_used_pages = now.peak_used_pages if grown else usage.counted()[2]
+    return stats
+
+
+@contextmanager
+def _watched(engine: Engine) -> Iterator[_Watch]:
+    """Watches the engine for the time of a run, which takes its requests with it if it fails."""
+    watch, watched = _Watch(engine), engine.scheduler.on_admitted
+    engine.scheduler.on_admitted = watch.admitted
+    try:
+        yield watch
+    except BaseException:
+        for request_id in watch.living():
+            with suppress(KeyError):  # it has just ended
+                engine.cancel(request_id)
+        raise
+    finally:
+        engine.scheduler.on_admitted = watched
 
 
 class _Watch:
@@ -200,27 +247,34 @@ class _Watch:
         self.engine, self.records = engine, dict[int, Record]()
         self._open: dict[int, int] = {}  # by record: samples that have not ended
         self._numbers: dict[int, int] = {}  # by request: its record
-        engine.scheduler.on_admitted = self._admitted
 
-    def _admitted(self, sample: SampleView) -> None:
-        if (number := self._numbers.get(sample.request_id)) is not None:
-            self.records[number].note_admission(sample)
+    def living(self) -> list[int]:
+        """Requests that have not ended."""
+        return [request for request, number in self._numbers.items() if number in self._open]
+
+    def counts(self, before: EngineStats) -> tuple[int, int, int]:
+        """Samples that wait and that run, and preemptions since."""
+        engine = self.engine
+        preemptions = engine.stats.preemptions - before.preemptions
+        return engine.num_waiting, len(engine.scheduler.running), preemptions
+
+    def admitted(self, sample: SampleView) -> None:
+        self.records[self._numbers[sample.request_id]].note_admission(sample)
 
     def accept(self, request: Request, arrival: float, vocab: int) -> None:
-        engine, size = self.engine, request.prompt_tokens
-        number, fits = len(self.records), size + 1 <= engine.max_sequence_tokens
-        record = Record(number, arrival, size, samples=request.samples, finished=fits)
+        engine, number, size = self.engine, len(self.records), request.prompt_tokens
+        record = Record(number, arrival, size, samples=request.samples)
         self.records[number] = record
-        if not fits:
-            record.end_seconds = arrival
+        if size + 1 > engine.max_sequence_tokens:
+            record.note_end(TOO_LONG, arrival)
             return
-        self._open[number] = request.samples
         request_id = engine.submit(
             request.text(vocab).tolist(),
             SamplingParams(max_new_tokens=request.output_tokens),
             n=request.samples,
             priority=request.priority,
         )
+        self._open[number] = request.samples
         self._numbers[request_id] = number
 
     def note(self, events: Iterable[TokenEvent], now: float) -> int:
@@ -228,14 +282,13 @@ class _Watch:
         before = len(self._open)
         for event in events:
             if (number := self._numbers.get(event.request_id)) is None:
-                continue  # of a request that was there before
+                continue  # of a request that an earlier run cancelled
             record = self.records[number]
             if event.token is not None:
                 record.output_tokens += 1
                 record.first_seconds = now if record.first_seconds is None else record.first_seconds
             if event.finish_reason is not None:
-                record.end_seconds = now
-                record.finished = record.finished and event.finish_reason == "length"
+                record.note_end(event.finish_reason, now)
                 self._open[number] -= 1
                 if self._open[number] == 0:
                     del self._open[number]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +13,32 @@ import numpy as np
 
 from ..allocator import BlockAllocator, PageState
 from ..engine import EngineStats
+from ._values import as_number
+from .timeline import Point, Timeline
 
-__all__ = ["LIFETIME_EDGES", "Record", "Report", "UsageLog", "summarize"]
+__all__ = ["LIFETIME_EDGES", "TOO_LONG", "Record", "Report", "UsageLog", "as_json", "summarize"]
 
 LIFETIME_EDGES = tuple(2.0**i for i in range(-10, 15))
 """Seconds between the bins of a page's lifetime: 1 ms to 4.5 h by factors of two."""
 
+TOO_LONG = "too long"
+"""The ending of a request whose prompt and one token can never fit."""
+
 _WASTE_EVERY = 32  # visits: the tail waste takes a look at every page
+
+
+def as_json(value: Any) -> str:
+    """JSON with a line end; None is null, and a float that is not finite a ValueError."""
+    return json.dumps(value, indent=1, allow_nan=False) + "\n"
 
 
 @dataclass(slots=True)
 class Record:
-    """One request; times in seconds from the start, None where it did not come so far.
+    """One request; times in seconds from the start, None if it never got there.
 
-    `finished` is whether it got all its tokens: a prompt that can never fit, or an output that
-    outgrew the pool, has an end but did not finish.
+    `finished` is whether it got all its tokens. `ending` says how it ended: "length" with all of
+    them; "too long" if the prompt and one token can never fit; "capacity" if the output outgrew the
+    pool, or the longest sequence that the engine takes; None if it did not end.
     """
 
     request_id: int
@@ -40,12 +51,20 @@ class Record:
     first_seconds: float | None = None
     end_seconds: float | None = None
     finished: bool = False
+    ending: str | None = None
 
     def note_admission(self, sample: Any) -> None:
         """One of its samples has got pages, for the first time or again."""
         if sample.preemptions == 0 and sample.index == 0:
             self.hit_tokens = sample.computed
         self.preemptions = max(self.preemptions, sample.preemptions)
+
+    def note_end(self, reason: str, seconds: float) -> None:
+        """One of its samples has ended; the request ends with the last, as the worst of them."""
+        self.end_seconds = max(seconds, self.end_seconds or 0.0)
+        if self.ending in (None, "length"):
+            self.ending = reason
+        self.finished = self.ending == "length"
 
     @property
     def ttft_seconds(self) -> float | None:
@@ -65,20 +84,40 @@ class Record:
 class Report:
     """The figures of one run.
 
-    `figures` has times in seconds and rates per second; `recompute_tax` is the part of all
+    `figures` has times in seconds and rates per second, and None where there is no value, as for
+    the percentiles of what never came. `finished`, `too_long` and `outgrown` count requests by how
+    they ended (see `Record.ending`), and add up to `requests`; `max_sequence_tokens` is what they
+    had to fit. `hit_rate` is the part of the prompt tokens of requests that fit which was found in
+    the prefix cache; `recompute_tax` is the part of all
     computed tokens that was computed again; `utilisation` the mean part of the pool in use;
     `tail_waste` the mean part of the used pages' slots that held no token. `lifetimes` counts pages
     by how long their content stayed, from being taken to being freed or evicted: one number per
     bin, below the first, between two, and above the last of `LIFETIME_EDGES`. Pages are those
     of the first group of layers; figures of others end with the group's number: "evictions/1".
+
+    `timeline` has up to 512 points in order of time, as columns: `seconds`; pages that are free,
+    cached (evictable), owned by one sequence, shared by several; samples that wait in the engine
+    and that run; preemptions so far. It is the state at the end of a visit of the host.
     """
 
-    figures: dict[str, float]
+    figures: dict[str, float | None]
     records: tuple[Record, ...]
     lifetimes: tuple[int, ...] = ()
+    timeline: Mapping[str, tuple[float | int, ...]] = field(default_factory=dict)
+
+    @property
+    def unfit(self) -> tuple[Record, ...]:
+        """Requests that ended without all their tokens, because they did not fit."""
+        return tuple(r for r in self.records if not r.finished)
 
     def goodput(self, ttft_seconds: float, per_token_seconds: float) -> float:
-        """Finished requests per second that met both goals."""
+        """Finished requests per second that met both goals.
+
+        Raises:
+          ValueError: a goal is no finite number above 0.
+        """
+        ttft_seconds = as_number("ttft_seconds", ttft_seconds)
+        per_token_seconds = as_number("per_token_seconds", per_token_seconds)
         good = [
             r
             for r in self.records
@@ -86,17 +125,18 @@ class Report:
             and (r.ttft_seconds or 0.0) <= ttft_seconds
             and (r.per_token_seconds or 0.0) <= per_token_seconds
         ]
-        return len(good) / self.figures["seconds"] if self.figures["seconds"] else 0.0
+        seconds = self.figures["seconds"]
+        return len(good) / seconds if seconds else 0.0
 
     def write(self, folder: str | Path) -> None:
-        """Write `report.json` (figures) and `requests.csv` (records)."""
+        """Write `report.json` (figures, lifetimes, timeline) and `requests.csv` (records)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        report = self.figures | {"lifetimes": list(self.lifetimes)}
-        (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-        with open(folder / "requests.csv", "w", newline="") as out:
+        more = {"lifetimes": self.lifetimes, "timeline": self.timeline}
+        (folder / "report.json").write_text(as_json(self.figures | more), "utf-8")
+        with open(folder / "requests.csv", "w", newline="", encoding="utf-8") as out:
             rows = [asdict(record) for record in self.records]
-            writer = csv.DictWriter(out, list(rows[0]) if rows else ["request_id"])
+            writer = csv.DictWriter(out, [each.name for each in fields(Record)])
             writer.writeheader()
             writer.writerows(rows)
 
@@ -111,14 +151,19 @@ class UsageLog:
         self._lifetimes = np.zeros(len(LIFETIME_EDGES) + 1, np.int64)
         self._now = 0.0
         self._used = np.zeros(len(allocator.pools))
+        self._peak = np.zeros(len(allocator.pools), np.int64)
+        self._before = [allocator.stats(group) for group in range(len(allocator.pools))]
         self._visits = self._looks = 0
         self._waste = 0.0
+        self._timeline, self._counts = Timeline(), (0, 0, 0)
 
-    def note(self, now: float) -> None:
+    def note(self, now: float, waiting: int = 0, running: int = 0, preemptions: int = 0) -> None:
         """A visit has ended at this time, in seconds from the start."""
         allocator = self._allocator
-        used = [allocator.num_used, *(allocator.stats(g).used for g in range(1, len(self._used)))]
-        self._used += (now - self._now) * np.array(used)
+        others = (allocator.stats(g).used for g in range(1, len(self._used)))
+        used = np.array([allocator.num_used, *others])
+        self._used += (now - self._now) * used
+        self._peak = np.maximum(self._peak, used)
         self._now = now
         if self._visits % _WASTE_EVERY == 0 and allocator.num_used:
             self._waste += allocator.stats().tail_waste
@@ -133,6 +178,31 @@ class UsageLog:
         self._lifetimes += np.bincount(bins, minlength=len(self._lifetimes))
         self._born[changed] = now
         self._held, self._stamps = holds, stamps
+        self._counts = waiting, running, preemptions
+        self._timeline.note(lambda: self._point(states))
+
+    def note_idle(self, now: float) -> None:
+        """Nothing ran since the last visit: what is held now was held all the time."""
+        others = (self._allocator.stats(g).used for g in range(1, len(self._used)))
+        self._used += (now - self._now) * np.array([self._allocator.num_used, *others])
+        self._now = now
+
+    def _point(self, states: np.ndarray) -> Point:
+        count = np.bincount(states, minlength=len(PageState)).tolist()
+        kinds = PageState.FREE, PageState.CACHED, PageState.OWNED, PageState.SHARED
+        return (self._now, *(count[kind] for kind in kinds), *self._counts)
+
+    @property
+    def timeline(self) -> Mapping[str, tuple[float | int, ...]]:
+        """As `Report.timeline`."""
+        return self._timeline.columns(self._point(self._allocator.page_states()))
+
+    def counted(self, group: int = 0) -> tuple[int, int, int]:
+        """Evictions, copies, and the most pages used at once, since the log began."""
+        before, now = self._before[group], self._allocator.stats(group)
+        # The allocator's own peak is exact, but may be older than the log; then: at visits' ends.
+        peak = now.peak_used if now.peak_used > before.peak_used else int(self._peak[group])
+        return now.evictions - before.evictions, now.copies - before.copies, peak
 
     def utilisation(self, group: int = 0) -> float:
         """Mean part of the usable pages that had an owner, weighted by time."""
@@ -156,41 +226,47 @@ def summarize(
     allocator: BlockAllocator,
     usage: UsageLog,
     seconds: float,
+    limit: int,
 ) -> Report:
-    """Make a report of what is over."""
-    asked = sum(r.prompt_tokens for r in records)
+    """Make a report of what is over; `limit` is what a sequence may have of tokens."""
+    fitting = [r for r in records if r.ending != TOO_LONG]
+    asked = sum(r.prompt_tokens for r in fitting)
     work = stats.prefill_tokens + stats.decode_tokens
-    counted = allocator.stats()
-    figures: dict[str, float] = {
+    evictions, copies, _ = usage.counted()
+    finished = sum(r.finished for r in records)
+    figures: dict[str, float | None] = {
         "seconds": seconds,
         "requests": len(records),
-        "finished": sum(r.finished for r in records),
+        "finished": finished,
+        "too_long": len(records) - len(fitting),
+        "outgrown": len(fitting) - finished,
+        "max_sequence_tokens": limit,
         "output_tokens_per_second": stats.decode_tokens / seconds if seconds else 0.0,
-        "hit_rate": sum(r.hit_tokens for r in records) / asked if asked else 0.0,
-        "recompute_tax": stats.recomputed_tokens / work if work else 0.0,
+        "hit_rate": sum(r.hit_tokens for r in fitting) / asked if asked else None,
+        "recompute_tax": stats.recomputed_tokens / work if work else None,
         "preemptions": stats.preemptions,
         "preemptions_max": max((r.preemptions for r in records), default=0),
         "preempted_requests": sum(r.preemptions > 0 for r in records),
         "swaps": stats.swaps,
         "swapped_out_pages": stats.swapped_out_pages,
         "swapped_in_pages": stats.swapped_in_pages,
-        "evictions": counted.evictions,
-        "copies": counted.copies,
+        "evictions": evictions,
+        "copies": copies,
         "utilisation": usage.utilisation(),
         "tail_waste": usage.tail_waste,
         "peak_used_pages": stats.peak_used_pages,
     }
     for group in range(1, len(allocator.pools)):
-        of_group = allocator.stats(group)
+        evictions, copies, peak = usage.counted(group)
         figures |= {
-            f"evictions/{group}": of_group.evictions,
-            f"copies/{group}": of_group.copies,
+            f"evictions/{group}": evictions,
+            f"copies/{group}": copies,
             f"utilisation/{group}": usage.utilisation(group),
-            f"peak_used_pages/{group}": of_group.peak_used,
+            f"peak_used_pages/{group}": peak,
         }
     for name in ("ttft_seconds", "per_token_seconds"):
         values = [v for r in records if (v := getattr(r, name)) is not None]
         for percentile in (50, 90, 99):
             key = f"{name}_p{percentile}"
-            figures[key] = float(np.percentile(values, percentile)) if values else float("nan")
-    return Report(figures, tuple(records), usage.lifetimes)
+            figures[key] = float(np.percentile(values, percentile)) if values else None
+    return Report(figures, tuple(records), usage.lifetimes, usage.timeline)

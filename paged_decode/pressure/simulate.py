@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 
+from .._text import shown
 from ..allocator import BlockAllocator, CacheLayout, PageSpec
 from ..cache import KVCache
 from ..engine import EngineConfig, EngineStats
@@ -24,13 +25,12 @@ from ..engine.scheduler import Scheduler
 from ..engine.swapping import TierSwapping
 from ..policies import AdmissionPolicy, PreemptionPolicy, VictimPolicy
 from ..tiers import HostTier
+from ._values import as_whole
 from .costs import CostModel, Program
-from .report import Record, Report, UsageLog, summarize
-from .workload import Request
+from .report import TOO_LONG, Record, Report, UsageLog, summarize
+from .workload import FIRST_GENERATED, Request, in_order
 
 __all__ = ["simulate"]
-
-_GENERATED = 2**30  # ids of generated tokens, which no prompt has
 
 
 @dataclass(slots=True)
@@ -46,7 +46,7 @@ class _ModelledCopies:
         self._free_seconds = 0.0  # when the link out is idle again
 
     def take(self, cache: Any, pages: np.ndarray) -> float:
-        seconds = self._costs.seconds(Program("store", len(pages), 1, 0, 0))
+        seconds = _cost(self._costs, Program("store", len(pages), 1, 0, 0))
         self._free_seconds = max(self._free_seconds, self._clock.now) + seconds
         return self._free_seconds
 
@@ -54,7 +54,7 @@ class _ModelledCopies:
         self._clock.now = max(self._clock.now, copy)
 
     def put(self, cache: Any, rested: Any, pages: np.ndarray) -> Any:
-        self._clock.now += self._costs.seconds(Program("load", len(pages), 1, 0, 0))
+        self._clock.now += _cost(self._costs, Program("load", len(pages), 1, 0, 0))
         return cache
 
 
@@ -98,7 +98,7 @@ class _ModelledRunner:
 
     def decode(self, plan: Decode) -> Ticket:
         if copied := sum(len(each.src) for each in plan.copies):
-            self._clock.now += self._costs.seconds(Program("copy", copied, 1, 0, 0))
+            self._clock.now += _cost(self._costs, Program("copy", copied, 1, 0, 0))
         count, steps = len(plan.slots), int(plan.budgets.max())
         size = next(size for size in self._config.row_buckets if size >= count)
         budgets = plan.budgets.astype(np.int64)
@@ -125,7 +125,7 @@ class _ModelledRunner:
         """Nothing is lost here."""
 
     def _spend(self, program: Program) -> float:
-        seconds = self._costs.seconds(program)
+        seconds = _cost(self._costs, program)
         self._clock.now += seconds
         self._shapes.add((program.rows, program.width if program.kind == "prefill" else 0))
         self._stats.programs = len(self._shapes)
@@ -152,8 +152,7 @@ class _Records:
                     record.first_seconds = times.start + times.step_seconds
                 record.output_tokens += len(tokens)
             if reason is not None:
-                record.end_seconds = max(seconds, record.end_seconds or 0.0)
-                record.finished = record.finished and reason == "length"
+                record.note_end(reason, seconds)
 
 
 def simulate(
@@ -186,7 +185,24 @@ def simulate(
       admission: as the engine takes it.
       queue_rows: requests that wait in the engine, per row of it; the engine may take those out
         of order whose prefix is not being computed just then.
+
+    Raises:
+      NotImplementedError: the pool is split over a data axis.
+      TypeError: costs, or a policy, is no object with the method that it needs.
+      ValueError: the allocator has pages in use; queue_rows is less than 1; requests are not in
+        order of arrival; the model says that a program takes a time that is none. What depends on
+        the requests is found when their turn comes, and nothing is reported then.
     """
+    if not isinstance(allocator, BlockAllocator):
+        raise NotImplementedError("a simulation is of one pool, not of one split over a data axis")
+    if allocator.num_used:
+        raise ValueError(
+            f"expected a fresh allocator, got one with {allocator.num_used} pages in use, which "
+            "nobody would give back"
+        )
+    if not isinstance(costs, CostModel):
+        raise TypeError(f"costs must have a method seconds(program), got {shown(costs)}")
+    queue_rows = as_whole("queue_rows", queue_rows, 1)
     simulation = _Simulation(
         allocator,
         config or EngineConfig(),
@@ -196,7 +212,7 @@ def simulate(
         preemption=preemption,
         admission=admission,
     )
-    return simulation.run(iter(requests), queue_rows)
+    return simulation.run(in_order(requests), queue_rows)
 
 
 class _Simulation:
@@ -238,13 +254,14 @@ class _Simulation:
         self.scheduler.on_admitted = self.records.note_admission
         self.loop = Loop(self.scheduler, self.runner, self.stats)
 
-    def run(self, coming: Any, queue_rows: int) -> Report:
+    def run(self, coming: Iterator[Request], queue_rows: int) -> Report:
         """Hand over what has arrived, visit after visit."""
         upcoming, usage = next(coming, None), UsageLog(self.allocator)
         room = queue_rows * self.config.max_rows
         while upcoming is not None or not self.idle:
             if self.idle and upcoming is not None:
                 self.clock.now = max(self.clock.now, upcoming.arrival_seconds)
+                usage.note_idle(self.clock.now)
             while (
                 upcoming is not None
                 and upcoming.arrival_seconds <= self.clock.now
@@ -253,9 +270,11 @@ class _Simulation:
                 self.accept(upcoming)
                 upcoming = next(coming, None)
             self.loop.visit()
-            usage.note(self.clock.now)
+            waiting, running = len(self.scheduler.waiting), len(self.scheduler.running)
+            usage.note(self.clock.now, waiting, running, self.stats.preemptions)
         records = list(self.records.records.values())
-        return summarize(records, self.stats, self.allocator, usage, self.clock.now)
+        seconds = self.clock.now
+        return summarize(records, self.stats, self.allocator, usage, seconds, self.limit)
 
     @property
     def idle(self) -> bool:
@@ -264,23 +283,26 @@ class _Simulation:
     def accept(self, request: Request) -> None:
         """Queue a request; like `submit`, with the prompt in four bytes per token."""
         number, size = len(self.records.records), request.prompt_tokens
-        record = Record(
-            number,
-            request.arrival_seconds,
-            size,
-            samples=request.samples,
-            finished=True,  # until a sample ends early
-        )
+        record = Record(number, request.arrival_seconds, size, samples=request.samples)
         self.records.records[number] = record
         if size + 1 > self.limit:
-            record.end_seconds = max(self.clock.now, request.arrival_seconds)
-            record.finished = False
+            record.note_end(TOO_LONG, max(self.clock.now, request.arrival_seconds))
             return
         tokens: Any = array("i", request.prompt().tobytes())
         sampling = SamplingParams(max_new_tokens=request.output_tokens)
         first = Sample(number, 0, size, tokens, sampling, None, priority=request.priority)
         first.siblings = [first.spawn(number, i, sampling) for i in range(1, request.samples)]
         self.scheduler.add(first)
+
+
+def _cost(costs: CostModel, program: Program) -> float:
+    """Seconds of a program; what is no time would stop the clock for good."""
+    seconds = costs.seconds(program)
+    if 0 <= seconds < float("inf"):
+        return float(seconds)
+    raise ValueError(
+        f"costs.seconds must be a finite time of 0 or more, got {seconds} for {program}"
+    )
 
 
 def _read(context: np.ndarray, steps: np.ndarray, window: int | None = None) -> int:
@@ -298,4 +320,4 @@ def _pool_without_memory(allocator: BlockAllocator) -> KVCache:
 
 def _generated(sample: Sample) -> int:
     """A token for the text of this sample alone."""
-    return _GENERATED + (sample.request_id * 64 + sample.index) % _GENERATED
+    return FIRST_GENERATED + (sample.request_id * 64 + sample.index) % FIRST_GENERATED

@@ -1,19 +1,23 @@
-"""Requests to simulate: read from traces, or generated from a seed."""
+"""Requests to simulate, and generators that make them from a seed."""
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from datetime import datetime
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-__all__ = ["Request", "chats", "poisson", "prefix_tree", "read_azure", "read_mooncake"]
+from .._text import shown
+from ._values import as_number, as_whole, as_wholes
 
-_LAST_TOKEN = 2**30  # ids from here on stand for generated tokens
+__all__ = ["FIRST_GENERATED", "Request", "chats", "in_order", "poisson", "prefix_tree"]
+
+FIRST_GENERATED = 2**30
+"""Tokens from here on stand for generated ones, which no prompt has."""
+
+_LONGEST_SECONDS = 1e9  # 30 years: a time since 1970 is none since the start of a workload
+_MOST_SAMPLES = 2**16  # as in `Engine.submit`
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,13 +25,17 @@ class Request:
     """One request; a prompt is runs of equal tokens, so that a trace stays small in memory.
 
     Attributes:
-      arrival_seconds: since the start of the workload.
-      blocks: content ids of consecutive runs of the prompt: equal ids are equal tokens.
-      block_tokens: length of each run but the last, in tokens.
-      prompt_tokens: length of the prompt.
+      arrival_seconds: since the start of the workload, 0 to 1e9.
+      blocks: content ids of consecutive runs of the prompt, 0 to 2**30 - 1: equal ids are equal
+        tokens.
+      block_tokens: length of each run but the last, in tokens, at least 1.
+      prompt_tokens: length of the prompt; its last token lies in the last block.
       output_tokens: how many tokens each sample generates, at least 1.
-      samples: answers to the one prompt.
+      samples: answers to the one prompt, 1 to 2**16.
       priority: for policies that look at it.
+
+    Raises:
+      ValueError: a value is not of its kind or range, or the blocks do not make up the prompt.
     """
 
     arrival_seconds: float
@@ -38,6 +46,26 @@ class Request:
     samples: int = 1
     priority: int = 0
 
+    def __post_init__(self) -> None:
+        blocks = as_wholes("blocks", self.blocks, 0, FIRST_GENERATED - 1)
+        size = as_whole("block_tokens", self.block_tokens, 1)
+        prompt = as_whole("prompt_tokens", self.prompt_tokens, 1)
+        if len(blocks) != -(-prompt // size):
+            raise ValueError(
+                f"a prompt of {prompt} tokens in blocks of {size} must have {-(-prompt // size)} "
+                f"of them, got {len(blocks)}"
+            )
+        for name, value in (
+            ("blocks", blocks),
+            ("block_tokens", size),
+            ("prompt_tokens", prompt),
+            ("arrival_seconds", _arrival(self.arrival_seconds)),
+            ("output_tokens", as_whole("output_tokens", self.output_tokens, 1)),
+            ("samples", as_whole("samples", self.samples, 1, _MOST_SAMPLES)),
+            ("priority", as_whole("priority", self.priority, -(2**31))),
+        ):
+            object.__setattr__(self, name, value)
+
     def prompt(self) -> np.ndarray:
         """The prompt's tokens, int32 `[prompt_tokens]`."""
         runs = np.repeat(np.array(self.blocks, np.int32), self.block_tokens)
@@ -47,7 +75,11 @@ class Request:
         """Tokens below `vocab_size` for a real model, int32 `[prompt_tokens]`.
 
         Equal blocks are equal text, and different ones as good as never.
+
+        Raises:
+          ValueError: `vocab_size` is not 1 to 2**31 - 1.
         """
+        vocab_size = as_whole("vocab_size", vocab_size, 1)
         parts = [
             np.random.default_rng([7, block]).integers(0, vocab_size, self.block_tokens, np.int32)
             for block in self.blocks
@@ -55,48 +87,27 @@ class Request:
         return np.concatenate(parts)[: self.prompt_tokens]
 
 
-def read_mooncake(path: str | Path) -> Iterator[Request]:
-    """Requests of a Mooncake trace: JSON lines with `hash_ids` of 512-token blocks.
+def in_order(requests: Iterable[Request]) -> Iterator[Request]:
+    """The same requests; each is checked when its turn comes.
 
     Raises:
-      ValueError: a line that is no such request, with its number.
-
-    Source: Qin et al., "Mooncake", FAST 2025.
+      ValueError: one is no `Request`, or arrives before the one in front of it.
     """
-    with open(path) as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                length, ids = int(row["input_length"]), tuple(map(int, row["hash_ids"]))
-                known = ids and 0 <= min(ids) and max(ids) < _LAST_TOKEN
-                if not known or len(ids) != -(-length // 512):
-                    raise ValueError(f"{length} tokens need as many blocks of 512, got {len(ids)}")
-                output = max(1, int(row["output_length"]))
-                yield Request(float(row["timestamp"]) / 1000, ids, 512, length, output)
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {number}: no Mooncake request: {error!r}") from None
+    last = 0.0
+    for number, request in enumerate(requests):
+        if not isinstance(request, Request):
+            raise ValueError(f"request {number} must be a Request, got {shown(request)}")
+        if request.arrival_seconds < last:
+            raise ValueError(
+                f"requests must be in order of arrival, but request {number} comes at "
+                f"{request.arrival_seconds} s, after one at {last} s: sort them"
+            )
+        last = request.arrival_seconds
+        yield request
 
 
-def read_azure(path: str | Path) -> Iterator[Request]:
-    """Requests of an Azure LLM inference trace: CSV of arrival, prompt and output lengths.
-
-    The trace says nothing of contents, so no two prompts are alike.
-
-    Raises:
-      ValueError: a row that is no such request, with its number.
-    """
-    start: datetime | None = None
-    with open(path, newline="") as lines:
-        for number, row in enumerate(csv.DictReader(lines), 1):
-            try:
-                when = datetime.fromisoformat(row["TIMESTAMP"][:26])
-                start = start or when
-                length, output = int(row["ContextTokens"]), max(1, int(row["GeneratedTokens"]))
-                if length < 1:
-                    raise ValueError(f"ContextTokens must be at least 1, got {length}")
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}, row {number}: no Azure request: {error!r}") from None
-            yield Request((when - start).total_seconds(), (number,), length, length, output)
+def _arrival(value: Any) -> float:
+    return as_number("arrival_seconds", value, zero=True, most=_LONGEST_SECONDS)
 
 
 def poisson(
@@ -113,24 +124,39 @@ def poisson(
     """Unrelated prompts of log-normal lengths, in a Poisson process or in bursts.
 
     Args:
+      count: how many, at least 1.
       rate: requests per second.
+      seed: 0 or more; the same one gives the same requests.
       prompt_median: tokens.
       output_median: tokens.
-      sigma: deviation of the logarithm of both.
+      sigma: deviation of the logarithm of both; 0 makes all alike.
       burst: 1 is a Poisson process; more draws gaps from a gamma distribution, whose squared
         coefficient of variation it is.
       samples: answers per prompt.
+
+    Raises:
+      ValueError: a value is not of its kind or range, or makes a request that is none.
     """
-    rng = np.random.default_rng(seed)
-    arrivals = rng.gamma(1 / burst, burst / rate, count).cumsum()
-    prompts = np.ceil(rng.lognormal(np.log(prompt_median), sigma, count)).astype(int)
-    outputs = np.ceil(rng.lognormal(np.log(output_median), sigma, count)).astype(int)
-    return [
-        Request(
-            float(arrivals[i]), (i,), int(prompts[i]), int(prompts[i]), int(outputs[i]), samples
+    count, rate = as_whole("count", count, 1), as_number("rate", rate)
+    rng = np.random.default_rng(as_whole("seed", seed, 0, 2**63 - 1))
+    sigma, burst = as_number("sigma", sigma, zero=True), as_number("burst", burst)
+    medians = as_number("prompt_median", prompt_median), as_number("output_median", output_median)
+    with np.errstate(over="ignore"):  # a length without end is refused below
+        arrivals = rng.gamma(1 / burst, burst / rate, count).cumsum().tolist()
+        prompts, outputs = (
+            np.ceil(rng.lognormal(np.log(median), sigma, count)).tolist() for median in medians
         )
+    return [
+        Request(arrivals[i], (i,), size := _length(prompts[i]), size, _length(outputs[i]), samples)
         for i in range(count)
     ]
+
+
+def _length(tokens: float) -> int:
+    """Of a text, from a draw."""
+    if tokens < 2**31:
+        return max(1, int(tokens))
+    raise ValueError(f"a drawn length of {tokens:g} tokens is too long: smaller median or sigma")
 
 
 def chats(
@@ -148,10 +174,28 @@ def chats(
     """Multi-turn chats over shared system prompts; each turn repeats all earlier ones.
 
     Args:
+      sessions: how many, at least 1.
       rate: sessions per second, a Poisson process.
+      seed: 0 or more; the same one gives the same requests.
+      turns: requests of a session.
+      system_prompts: how many there are to begin with.
+      block_tokens: tokens per block.
       turn_blocks: blocks of new content per turn, and blocks of a system prompt.
+      output_tokens: of every answer.
+      think_seconds: mean time between two turns, exponential.
+
+    Raises:
+      ValueError: a value is not of its kind or range.
     """
-    rng = np.random.default_rng(seed)
+    sessions, rate = as_whole("sessions", sessions, 1), as_number("rate", rate)
+    rng = np.random.default_rng(as_whole("seed", seed, 0, 2**63 - 1))
+    turns, system_prompts = (
+        as_whole("turns", turns, 1),
+        as_whole("system_prompts", system_prompts, 1),
+    )
+    block_tokens = as_whole("block_tokens", block_tokens, 1)
+    turn_blocks = as_whole("turn_blocks", turn_blocks, 1)
+    think_seconds = as_number("think_seconds", think_seconds, zero=True)
     starts = rng.exponential(1 / rate, sessions).cumsum()
     fresh = system_prompts * turn_blocks
     requests = []
@@ -184,15 +228,27 @@ def prefix_tree(
     """Prompts that begin with a path down a tree of shared text, and end with text of their own.
 
     Args:
+      count: how many, at least 1.
       rate: requests per second, a Poisson process.
-      depth: levels of the tree below its root.
+      seed: 0 or more; the same one gives the same requests.
+      depth: levels of the tree below its root, 0 or more.
       branching: children per node.
       skew: child i is taken with a weight of (i + 1) ** -skew; 0 takes all alike.
       block_tokens: tokens per block.
       node_blocks: blocks per node.
-      own_blocks: blocks that only one request has.
+      own_blocks: blocks that only one request has, 0 or more.
+      output_tokens: of every answer.
+
+    Raises:
+      ValueError: a value is not of its kind or range.
     """
-    rng = np.random.default_rng(seed)
+    count, rate = as_whole("count", count, 1), as_number("rate", rate)
+    rng = np.random.default_rng(as_whole("seed", seed, 0, 2**63 - 1))
+    depth, branching = as_whole("depth", depth), as_whole("branching", branching, 1)
+    skew = as_number("skew", skew, zero=True)
+    block_tokens = as_whole("block_tokens", block_tokens, 1)
+    node_blocks = as_whole("node_blocks", node_blocks, 1)
+    own_blocks = as_whole("own_blocks", own_blocks)
     weights = np.arange(1, branching + 1, dtype=float) ** -skew
     nodes = {(): 0}  # path from the root to the node's number
     arrivals = rng.exponential(1 / rate, count).cumsum().tolist()
