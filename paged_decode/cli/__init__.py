@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import MissingExtra, PagedDecodeError
 from . import doctor, plan, pressure, snapshot
+from ._options import Parser
 
 __all__ = ["main"]
 
@@ -18,7 +18,7 @@ COMMANDS = (doctor, plan, snapshot, pressure)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status, 1 for an error that a message explains."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="paged-decode",
         description="Tools for paged KV caches: backends, plans, snapshots, memory pressure.",
     )

@@ -132,7 +132,7 @@ def _run(args: argparse.Namespace) -> int:
         print(f"paged-decode plan: {printable(str(error))}", file=sys.stderr)
         return 1
     if args.json:
-        print(json.dumps(_object(model, plan, cache_bytes, step), indent=1))
+        print(json.dumps(_object(model, plan, cache_bytes, step), indent=1, allow_nan=False))
     else:
         _print(model, plan, cache_bytes, step)
     return 0

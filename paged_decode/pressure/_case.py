@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from ..policies import (
     Watermark,
 )
 from ..tiers import HostTier
+from ._values import as_number, as_whole
 from .costs import Roofline
 from .report import Report
 from .simulate import simulate
@@ -36,12 +37,16 @@ from .workload import Request, chats, poisson, prefix_tree
 
 __all__ = [
     "ADMISSIONS",
+    "CARD",
+    "CASE_FIELDS",
     "EVICTIONS",
+    "MODEL",
     "PREEMPTIONS",
     "VICTIMS",
     "WORKLOADS",
     "Case",
     "check_workload",
+    "curves",
     "read_workload",
 ]
 
@@ -55,6 +60,19 @@ VICTIMS = {
 PREEMPTIONS = ("recompute", "swap", "cheaper")
 ADMISSIONS = {"watermark": Watermark, "must-fit": MustFit}
 WORKLOADS = ("mooncake:PATH", "azure:PATH", "poisson", "bursty", "chats", "tree", "samples")
+MODEL = {
+    "weight_bytes": (16e9, "bytes of weights, two for each weight"),
+    "kv_bytes_per_token": (131072.0, "bytes of keys and values of a token in all layers"),
+}
+"""An 8B model in bfloat16 with 8 KV heads of 128 and 32 layers."""
+CARD = {
+    "bandwidth_bytes": (3e12, "bytes per second of device memory"),
+    "flops": (6e14, "floating-point operations per second"),
+}
+"""What an H100 gets of its data sheet."""
+
+_LAUNCH_SECONDS = 20e-6
+_FORM = 2  # of the figures: files of an older one are not taken for a run's
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +103,7 @@ class Case:
     @property
     def key(self) -> str:
         """Names the run's file, so that a sweep that was cut off goes on."""
-        text = repr(self)
+        text = f"{_FORM} {self!r}"
         kind, _, path = self.workload.partition(":")
         if path:
             text += hashlib.sha256(Path(path).read_bytes()).hexdigest()
@@ -102,18 +120,48 @@ class Case:
         }
         return "+".join(name for name, plain in names.items() if name != plain) or "lru"
 
+    @property
+    def model(self) -> str:
+        """The model of the cost model, in words."""
+        known = ": 8B in bfloat16, 32 layers with 8 KV heads of 128" if self._has(MODEL) else ""
+        size, token = self.weight_bytes / 1e9, self.kv_bytes_per_token
+        return f"{size:g} GB of weights, {token:g} bytes of keys and values per token{known}"
+
+    @property
+    def card(self) -> str:
+        """The card of the cost model, in words; the link to the host is a figure of its own."""
+        known = ": what an H100 gets" if self._has(CARD) else ""
+        memory, flops = self.bandwidth_bytes / 1e12, self.flops / 1e12
+        launch = f"{_LAUNCH_SECONDS * 1e6:g} us a launch"
+        return f"roofline of {memory:g} TB/s and {flops:g} TFLOP/s, {launch}{known}"
+
+    def _has(self, values: dict[str, tuple[float, str]]) -> bool:
+        return all(getattr(self, name) == value for name, (value, _) in values.items())
+
+    def check(self) -> None:
+        """Look at everything that does not depend on a request.
+
+        Raises:
+          ValueError: a value is not of its kind or range.
+        """
+        self._costs()
+        if self.pages * self.page_size < 2:
+            raise ValueError(
+                f"expected pages for a prompt token and a generated one, got {self.pages} of "
+                f"{self.page_size} tokens: more pages, or larger ones"
+            )
+        as_number("ttft", self.ttft)
+        as_number("per_token", self.per_token)
+
     def figures(self) -> dict[str, Any]:
-        """Simulate it: the figures of its report, and what tells it from others."""
+        """Simulate it: what tells it from others, the figures of its report, and its curves."""
         report = self.simulate()
-        about = {
-            "workload": Path(self.workload).name if ":" in self.workload else self.workload,
-            "policy": self.policy,
-            "pages": self.pages,
-            "page_size": self.page_size,
-            "link_bytes": self.link_bytes,
-        }
-        goodput = report.goodput(self.ttft, self.per_token)
-        return about | {"goodput": goodput} | report.figures | {"lifetimes": report.lifetimes}
+        short = Path(self.workload).name if ":" in self.workload else self.workload
+        names = ("workload", "policy", "pages", "page_size")
+        first = {name: getattr(self, name) for name in names} | {"workload": short}
+        about = {"card": self.card, "model": self.model} | asdict(self)
+        goodput = {"goodput": report.goodput(self.ttft, self.per_token)}
+        return first | goodput | report.figures | about | first | curves(report)
 
     def simulate(self) -> Report:
         """Simulate it."""
@@ -129,16 +177,7 @@ class Case:
             prefill_chunk=2048,
             max_sequence_tokens=min(131072, self.pages * self.page_size),
         )
-        costs = Roofline(
-            weight_bytes=self.weight_bytes,
-            kv_bytes_per_token=self.kv_bytes_per_token,
-            flops_per_token=self.weight_bytes,  # two per weight of two bytes
-            bandwidth_bytes=self.bandwidth_bytes,
-            flops=self.flops,
-            launch_seconds=20e-6,
-            page_size=self.page_size,
-            link_bytes=self.link_bytes,
-        )
+        costs = self._costs()
         ways = {"recompute": Recompute(), "swap": Swap(), "cheaper": Cheaper(costs)}
         return simulate(
             read_workload(self.workload, self.limit, self.rate, self.stretch, self.seed),
@@ -151,6 +190,31 @@ class Case:
             admission=ADMISSIONS[self.admission](),
         )
 
+    def _costs(self) -> Roofline:
+        return Roofline(
+            weight_bytes=self.weight_bytes,
+            kv_bytes_per_token=self.kv_bytes_per_token,
+            flops_per_token=self.weight_bytes,  # two per weight of two bytes
+            bandwidth_bytes=self.bandwidth_bytes,
+            flops=self.flops,
+            launch_seconds=_LAUNCH_SECONDS,
+            page_size=self.page_size,
+            link_bytes=self.link_bytes,
+        )
+
+
+CASE_FIELDS = tuple(field.name for field in fields(Case))
+
+
+def curves(report: Report) -> dict[str, Any]:
+    """What a report has more than one value of, as JSON takes it."""
+    return {
+        "lifetimes": list(report.lifetimes),
+        "timeline": {name: list(values) for name, values in report.timeline.items()},
+        "ttft_quantiles": report.ttft_quantiles(),
+        "unfit_requests": [record.request_id for record in report.unfit],
+    }
+
 
 def read_workload(
     workload: str, limit: int | None, rate: float, stretch: float, seed: int
@@ -158,10 +222,11 @@ def read_workload(
     """The requests that a word of the command line stands for, `stretch` times as far apart.
 
     Raises:
-      ValueError: it stands for none.
+      ValueError: it stands for none; limit is less than 1, or rate or stretch not above 0.
     """
     kind, _, path = workload.partition(":")
-    count = limit or 1000
+    count = 1000 if limit is None else as_whole("limit", limit, 1)
+    stretch = as_number("stretch", stretch)
     generated = {
         "poisson": lambda: poisson(count, rate, seed=seed),
         "bursty": lambda: poisson(count, rate, seed=seed, burst=8.0),

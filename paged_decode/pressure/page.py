@@ -4,106 +4,87 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .report import LIFETIME_EDGES
+from .._optional import needs
+from ._charts import charts
 
 __all__ = ["write_page"]
 
-_PLOTS = (
-    ("output_tokens_per_second", "Output tokens per second"),
-    ("goodput", "Requests per second within the goals"),
-    ("hit_rate", "Prompt tokens found in the cache"),
-    ("recompute_tax", "Computed tokens that were computed before"),
+_STYLE = (
+    "body{font:15px system-ui;max-width:76rem;margin:2rem auto;padding:0 1rem}"
+    "img{width:49%;margin:.25%}img.wide{width:99%}code{overflow-wrap:anywhere}"
+    "table{border-collapse:collapse;display:block;overflow-x:auto;margin-bottom:1rem}"
+    "td,th{padding:.2rem .6rem;text-align:right;border-bottom:1px solid #ddd}"
+    "th:first-child,td:first-child{text-align:left}.bad{color:#b00020;font-weight:600}"
 )
 
 
-def write_page(folder: str | Path, runs: Sequence[Mapping[str, Any]], command: str) -> Path:
+def write_page(
+    folder: str | Path,
+    runs: Sequence[Mapping[str, Any]],
+    command: str,
+    notes: Sequence[str] = (),
+) -> Path:
     """Write `report.html` and one PNG per plot, and return the page's path.
 
-    Needs matplotlib, the `plots` extra.
-
     Args:
-      runs: figures of each run, with `pages`, `policy` and `goodput` added.
+      folder: it is there already.
+      runs: at least one; the figures of each, with `pages`, `policy` and `goodput` added. What has
+        more than one value, such as `lifetimes` and `timeline`, is drawn and not in the tables.
       command: what to type to get the page again.
+      notes: lines to put in front, such as what did not fit.
+
+    Raises:
+      MissingExtra: matplotlib is not installed.
     """
-    folder = Path(folder)
-    pictures = []
-    for key, title in _PLOTS:
-        png = _plot(runs, key, title)
-        (folder / f"{key}.png").write_bytes(png)
+    folder, pictures = Path(folder), []
+    with needs("pressure"):
+        drawn = charts(runs)
+    for name, (title, png) in drawn.items():
+        (folder / f"{name}.png").write_bytes(png)
         data = base64.b64encode(png).decode()
-        pictures.append(f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">')
-    if png := _plot_lifetimes(runs):
-        (folder / "lifetimes.png").write_bytes(png)
-        data = base64.b64encode(png).decode()
-        pictures.append(f'<img alt="Lifetimes of pages" src="data:image/png;base64,{data}">')
+        wide = " class=wide" if name == "lifetimes" and len(runs) > 1 else ""
+        alt = html.escape(title)
+        pictures.append(f'<img{wide} alt="{alt}" src="data:image/png;base64,{data}">')
+    if "lifetimes" not in drawn:
+        pictures.append("<p>No page was given up, so there are no lifetimes to show.</p>")
     page = folder / "report.html"
     page.write_text(
-        "<!doctype html><meta charset=utf-8><title>Memory pressure</title><style>"
-        "body{font:15px system-ui;max-width:72rem;margin:2rem auto;padding:0 1rem}"
-        "img{width:48%;margin:.5%}table{border-collapse:collapse;display:block;overflow-x:auto}"
-        "td,th{padding:.2rem .6rem;text-align:right;border-bottom:1px solid #ddd}</style>"
+        "<!doctype html><html lang=en><meta charset=utf-8>"
+        f"<title>Memory pressure</title><style>{_STYLE}</style>"
         f"<h1>Memory pressure</h1><p><code>{html.escape(command)}</code></p>"
-        + "".join(pictures)
-        + _table(runs)
+        + "".join(f"<p class=bad>{html.escape(note)}</p>" for note in notes)
+        + _tables(runs, "".join(pictures)),
+        "utf-8",
     )
     return page
 
 
-def _plot_lifetimes(runs: Sequence[Mapping[str, Any]]) -> bytes | None:
-    counted = [run for run in runs if sum(run.get("lifetimes") or ())]
-    if not counted:
-        return None
-    figure, axes = _figure()
-    for run in counted[:6]:  # more lines than that cannot be told apart
-        parts = [count / sum(run["lifetimes"]) for count in run["lifetimes"]]
-        label = f"{run['policy']}, {run['pages']} pages"
-        axes.stairs(parts[1:-1], LIFETIME_EDGES, label=label)
-    axes.set(
-        xlabel="seconds from taken to freed or evicted", title="Lifetimes of pages", xscale="log"
-    )
-    return _finished(figure, axes)
+def _tables(runs: Sequence[Mapping[str, Any]], pictures: str) -> str:
+    """What all runs have in common, the pictures, and what tells the runs apart."""
+    plain = [n for n in runs[0] if not isinstance(runs[0][n], list | tuple | Mapping)]
+    same = [n for n in plain if all(run.get(n) == runs[0][n] for run in runs)]
+    told = plain if len(runs) == 1 else [n for n in plain if n not in same]
+    about = [n for n in same if isinstance(runs[0][n], str)] if len(runs) == 1 else same
+    common = [(name, _show(runs[0][name])) for name in about]
+    if len(runs) == 1:  # upright: it has a column alone
+        rows = [(name, _show(runs[0][name])) for name in told if name not in about]
+        return _table(common) + pictures + _table([("figure", "value"), *rows])
+    head = tuple(told)
+    lines = [tuple(_show(run.get(name)) for name in told) for run in runs]
+    title = "<h2>The same in all runs</h2>"
+    return f"{pictures}<h2>Runs</h2>{_table([head, *lines])}{title}{_table(common)}"
 
 
-def _plot(runs: Sequence[Mapping[str, Any]], key: str, title: str) -> bytes:
-    figure, axes = _figure()
-    for policy in dict.fromkeys(run["policy"] for run in runs):
-        line = sorted((run["pages"], run[key]) for run in runs if run["policy"] == policy)
-        axes.plot(*zip(*line, strict=True), marker="o", label=policy)
-    axes.set(xlabel="usable pages", title=title, xscale="log", ylim=(0, None))
-    return _finished(figure, axes)
-
-
-def _figure() -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots()
-
-
-def _finished(figure: Any, axes: Any) -> bytes:
-    axes.grid(alpha=0.3)
-    axes.legend()
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110)
-    return out.getvalue()
-
-
-def _table(runs: Sequence[Mapping[str, Any]]) -> str:
-    names = [name for name in runs[0] if name != "lifetimes"]
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(_show(run[name]))}</td>" for name in names) + "</tr>"
-        for run in runs
-    )
-    return f"<table><tr>{head}</tr>{rows}</table>"
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
+    cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
+    return "<table>" + "".join(f"<tr>{line}</tr>" for line in cells) + "</table>"
 
 
 def _show(value: Any) -> str:
+    if value is None:
+        return "none"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

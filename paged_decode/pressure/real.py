@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
 
@@ -232,9 +232,7 @@ def _watched(engine: Engine) -> Iterator[_Watch]:
     try:
         yield watch
     except BaseException:
-        for request_id in watch.living():
-            with suppress(KeyError):  # it has just ended
-                engine.cancel(request_id)
+        engine._withdraw(watch.living())
         raise
     finally:
         engine.scheduler.on_admitted = watched
@@ -248,9 +246,9 @@ class _Watch:
         self._open: dict[int, int] = {}  # by record: samples that have not ended
         self._numbers: dict[int, int] = {}  # by request: its record
 
-    def living(self) -> list[int]:
+    def living(self) -> set[int]:
         """Requests that have not ended."""
-        return [request for request, number in self._numbers.items() if number in self._open]
+        return {request for request, number in self._numbers.items() if number in self._open}
 
     def counts(self, before: EngineStats) -> tuple[int, int, int]:
         """Samples that wait and that run, and preemptions since."""
@@ -281,8 +279,7 @@ class _Watch:
         """Enter events of a step that has just ended; returns how many requests ended."""
         before = len(self._open)
         for event in events:
-            if (number := self._numbers.get(event.request_id)) is None:
-                continue  # of a request that an earlier run cancelled
+            number = self._numbers[event.request_id]
             record = self.records[number]
             if event.token is not None:
                 record.output_tokens += 1

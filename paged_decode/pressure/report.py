@@ -128,6 +128,11 @@ class Report:
         seconds = self.figures["seconds"]
         return len(good) / seconds if seconds else 0.0
 
+    def ttft_quantiles(self) -> list[float]:
+        """Seconds to the first token at 0%, 1%, ..., 100% of the requests that got one, or none."""
+        values = [v for r in self.records if (v := r.ttft_seconds) is not None]
+        return np.percentile(values, np.arange(101)).tolist() if values else []
+
     def write(self, folder: str | Path) -> None:
         """Write `report.json` (figures, lifetimes, timeline) and `requests.csv` (records)."""
         folder = Path(folder)

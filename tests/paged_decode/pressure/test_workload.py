@@ -8,6 +8,7 @@ import pytest
 
 from paged_decode.policies import FIFO
 from paged_decode.pressure import (
+    Request,
     chats,
     hit_rate,
     poisson,
@@ -61,14 +62,6 @@ def test_azure_prompts_share_nothing_and_start_at_zero():
     assert len({r.blocks for r in requests}) == 19
 
 
-@pytest.mark.parametrize("line", ["{}", "[]", "nonsense", '{"input_length": 600, "hash_ids": [1]}'])
-def test_a_bad_line_is_named(tmp_path, line):
-    path = tmp_path / "trace"
-    path.write_text(line)
-    with pytest.raises(ValueError, match="line 1: no Mooncake request"):
-        list(read_mooncake(path))
-
-
 def test_a_generator_repeats_itself_under_its_seed_only():
     assert poisson(50, 2.0, seed=1) == poisson(50, 2.0, seed=1) != poisson(50, 2.0, seed=2)
     assert chats(9, 2.0, seed=1) == chats(9, 2.0, seed=1) != chats(9, 2.0, seed=2)
@@ -109,3 +102,71 @@ def test_text_for_a_model_is_equal_exactly_where_blocks_are():
     assert len(text) == request.prompt_tokens and 0 <= text.min() and text.max() < 1000
     other = TRACE[1].text(1000)
     assert (text[:512] == other[:512]).all() and (text[512:1024] != other[512:1024]).any()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [dict(arrival_seconds=bad) for bad in (float("nan"), float("inf"), -1.0, "0", True, None, 1e10)]
+    + [dict(blocks=bad) for bad in ((), (1,), (1, 2, 3), (1, -1), (1, 2**30), (1, 2.0), "ab", 5)]
+    + [
+        {name: bad}
+        for name in ("block_tokens", "prompt_tokens", "output_tokens", "samples")
+        for bad in (0, -1, 1.5, "8", True, None, 2**40)
+    ]
+    + [dict(priority="high")],
+)
+def test_a_request_of_wrong_values_is_refused(change, unchecked):
+    right = dict(arrival_seconds=0, blocks=(1, 2), block_tokens=4, prompt_tokens=8, output_tokens=1)
+    assert Request(**right).prompt().tolist() == [1] * 4 + [2] * 4
+    with pytest.raises(ValueError, match=r"must (be|have)"):
+        Request(**right | change)
+
+
+@pytest.mark.parametrize("make", [poisson, chats, prefix_tree])
+@pytest.mark.parametrize(
+    "arguments",
+    [(count, 1.0) for count in (0, -1, 2.5, True)]
+    + [(4, rate) for rate in (0, -1.0, float("nan"), float("inf"), "2", 1e-300)]
+    + [(4, 1.0, seed) for seed in (-1, 0.5, None)],
+)
+def test_a_generator_refuses_what_makes_no_requests(make, arguments, unchecked):
+    count, rate, *seed = arguments
+    with pytest.raises(ValueError, match="must be"):
+        make(count, rate, **dict(seed=seed[0]) if seed else {})
+
+
+@pytest.mark.parametrize(
+    "make, wrong",
+    [
+        (poisson, dict(sigma=-1.0)),
+        (poisson, dict(sigma=1e3)),
+        (poisson, dict(prompt_median=0)),
+        (poisson, dict(output_median=float("inf"))),
+        (poisson, dict(burst=0.0)),
+        (poisson, dict(samples=0)),
+        (chats, dict(turns=0)),
+        (chats, dict(system_prompts=0)),
+        (chats, dict(think_seconds=float("nan"))),
+        (chats, dict(turn_blocks=-1)),
+        (chats, dict(output_tokens=0)),
+        (prefix_tree, dict(depth=-1)),
+        (prefix_tree, dict(branching=0)),
+        (prefix_tree, dict(skew=float("inf"))),
+        (prefix_tree, dict(own_blocks=-1)),
+        (prefix_tree, dict(node_blocks=0)),
+        (prefix_tree, dict(block_tokens=0)),
+    ],
+)
+def test_a_generator_refuses_a_wrong_option(make, wrong, unchecked):
+    with pytest.raises(ValueError):
+        make(20, 1.0, **wrong)
+
+
+def test_a_vocabulary_and_a_capacity_are_counts(unchecked):
+    for bad in (0, -1, 2.5, None, True):
+        with pytest.raises(ValueError, match="vocab_size"):
+            TRACE[0].text(bad)
+        with pytest.raises(ValueError, match="capacity_pages"):
+            hit_rate(TRACE, bad)
+    with pytest.raises(ValueError, match="request 1 must be a Request"):
+        hit_rate([TRACE[0], "another"], 100)
