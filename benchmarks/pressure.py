@@ -27,7 +27,8 @@ from _result import RESULTS, write_result
 from tqdm import tqdm
 
 from paged_decode.pressure import hit_rate, read_mooncake
-from paged_decode.pressure._case import EVICTIONS, Case
+from paged_decode.pressure._case import CASE_FIELDS, EVICTIONS, Case
+from paged_decode.pressure._charts import draw_lines
 
 PLOTS = Path(__file__).parents[1] / "docs"
 BASE = Case(
@@ -105,13 +106,16 @@ def figures(case: Case) -> dict[str, Any]:
     """The record of one case."""
     start = time.perf_counter()
     found = case.figures()
-    found.pop("lifetimes")
     names = ("workload", "policy", "pages", "page_size", "link_bytes")
     return {
-        "case": {name: found.pop(name) for name in names} | {"limit": case.limit},
+        "case": {name: found[name] for name in names} | {"limit": case.limit},
         "system": case.policy,
         "simulated_in_seconds": time.perf_counter() - start,
-        **found,
+        **{
+            name: value
+            for name, value in found.items()
+            if name not in CASE_FIELDS and not isinstance(value, str | list | dict)
+        },
     }
 
 
@@ -163,23 +167,9 @@ def plot(
     for axes, (title, x, y, lines) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
     ):
-        for label, points in lines.items():
-            axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=label)
-        places = sorted({place for points in lines.values() for place, _ in points})
-        axes.set(title=title, xlabel=x, ylabel=y, xscale="log", ylim=(0, None))
-        axes.set_xticks(places, [_short(place) for place in places], fontsize="small", rotation=45)
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+        draw_lines(axes, lines)
+        axes.set(title=title, xlabel=x, ylabel=y)
     figure.savefig(PLOTS / f"{name}.png", dpi=110)
-
-
-def _short(number: float) -> str:
-    """Such as 512, 8k, 64G."""
-    for unit, size in (("G", 1e9), ("k", 1000)):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:g}"
 
 
 def lines_of(

@@ -1,7 +1,7 @@
 """A real model in a pool that is too small: recompute, swap, and the same words in the end.
 
     python examples/pressure.py
-    paged-decode pressure run tree --limit 24 --rate 4 --num-pages 200 \
+    paged-decode pressure run tree --limit 8 --rate 4 --num-pages 200 \
         --engine examples/pressure.py:make_engine
 """
 
@@ -18,7 +18,10 @@ PROMPT, PROMPTS, ANSWER = 40, 6, 48  # tokens, how many, tokens
 
 
 def make_engine(num_pages, page_size=16, *, eviction=None, gguf=None, **policies):
-    """SmolLM2-135M on a pool of so many pages, the null page included."""
+    """SmolLM2-135M on a pool of so many pages, the null page included.
+
+    `paged-decode pressure run` calls it with num_pages, page_size and eviction.
+    """
     config, params = decoder.load(gguf or weights.fetch(), dtype="float32")
     cache = KVCache.create(
         num_layers=config.num_layers,
@@ -32,7 +35,7 @@ def make_engine(num_pages, page_size=16, *, eviction=None, gguf=None, **policies
         max_rows=8,
         row_buckets=(8,),
         prefill_chunk=64,
-        max_sequence_tokens=min(1024, allocator.usable_pages * page_size),
+        max_sequence_tokens=min(config.max_positions, allocator.usable_pages * page_size),
         vocab_size=config.vocab_size,
     )
     return Engine(decoder.make_model(config), params, cache, allocator, shapes, **policies)

@@ -79,7 +79,7 @@ def _line(name: str, width: int, cells: Sequence[str]) -> str:
     return f"{name:<{width}}" + "".join(f"  {cell:>{_CELL}}" for cell in cells)
 
 
-def _cell(value: float | None, first: float | None) -> str:
+def _cell(value: int | float | None, first: int | float | None) -> str:
     if value is None:
         return "none"
     text = str(value)
@@ -88,7 +88,7 @@ def _cell(value: float | None, first: float | None) -> str:
     return f"{text} (x{_short(value / first)})" if first else text
 
 
-def _short(ratio: float) -> str:
+def _short(ratio: int | float) -> str:
     return f"{ratio:.2f}" if ratio < 1000 else f"{ratio:.0e}"
 
 

@@ -49,7 +49,7 @@ _SWEEP = """\
 examples:
   paged-decode pressure sweep mooncake:conversation_trace.jsonl --page-size 512 \\
       --pages 1000 2000 4000 --eviction lru slru --preemption recompute swap --jobs 2 --out out
-  paged-decode pressure sweep chats --limit 200 --rate 4 --pages 512 1024 2048
+  paged-decode pressure sweep chats --limit 100 --rate 4 --pages 256 512 1024
 
 Every combination is one run; files of runs that are there already are not computed again.
 Exit status: 0; 1 for an error or if a request did not fit some pool; 2 for a wrong option."""

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from ._labels import DIMENSIONS, label, quantity, swept
 from .report import LIFETIME_EDGES
 
 __all__ = ["charts", "draw_lines"]
+
+Number: TypeAlias = int | float
+Points: TypeAlias = Sequence[tuple[Number, Number | None]]
+"""Places and values of a line."""
+Known: TypeAlias = Sequence[tuple[Number, Number]]
 
 _OVER_SWEEP = (
     ("output_tokens_per_second", "Output tokens per second", "tokens per second"),
@@ -72,7 +77,7 @@ def _sweep(axes: Any, runs: Sequence[Mapping[str, Any]], key: str, title: str, u
         _bars(axes, [label(run, names) for run in runs], [run[key] for run in runs], unit)
     else:
         names.remove(over)
-        lines: dict[str, list[tuple[float, float | None]]] = {}
+        lines: dict[str, list[tuple[Number, Number | None]]] = {}
         for run in runs:
             lines.setdefault(label(run, names), []).append((run[over], run[key]))
         many = len(lines) > 4  # then the legend would hide them
@@ -84,7 +89,7 @@ def _sweep(axes: Any, runs: Sequence[Mapping[str, Any]], key: str, title: str, u
     axes.set_title(title, fontsize="medium")
 
 
-def _bars(axes: Any, labels: Sequence[str], values: Sequence[float | None], unit: str) -> None:
+def _bars(axes: Any, labels: Sequence[str], values: Sequence[Number | None], unit: str) -> None:
     places = range(len(values))
     bars = axes.barh(places, [value or 0 for value in values], color="tab:blue")
     texts = ["no value" if value is None else f"{value:.4g}" for value in values]
@@ -95,7 +100,10 @@ def _bars(axes: Any, labels: Sequence[str], values: Sequence[float | None], unit
 
 
 def draw_lines(
-    axes: Any, lines: Mapping[str, Sequence[tuple[float, float | None]]], *, legend: bool = True
+    axes: Any,
+    lines: Mapping[str, Points],
+    *,
+    legend: bool = True,
 ) -> None:
     """Lines over a logarithm, with ticks at the places tried and a legend if there are several.
 
@@ -135,7 +143,7 @@ def draw_lines(
         axes.legend(fontsize="small", framealpha=0.7)
 
 
-def _alike(lines: Sequence[Sequence[tuple[float, float]]], near: float) -> list[tuple[int, int]]:
+def _alike(lines: Sequence[Known], near: Number) -> list[tuple[int, int]]:
     """Of each line: its place among those that go where it goes, and how many they are."""
     firsts: list[int] = []  # of each line, the first one that it follows
     for i, line in enumerate(lines):
@@ -145,7 +153,9 @@ def _alike(lines: Sequence[Sequence[tuple[float, float]]], near: float) -> list[
 
 
 def _coincide(
-    a: Sequence[tuple[float, float]], b: Sequence[tuple[float, float]], near: float
+    a: Known,
+    b: Known,
+    near: Number,
 ) -> bool:
     """Whether most of the way that both go is one way."""
     other = dict(b)
@@ -260,11 +270,11 @@ def _lifetimes_of_one(axes: Any, run: Mapping[str, Any], title: str) -> None:
     axes.set_title(title, fontsize="medium")
 
 
-def _above_frame(axes: Any, most: float, unit: str) -> None:
+def _above_frame(axes: Any, most: Number, unit: str) -> None:
     axes.set(ylabel=unit, ylim=(-0.04 * (most or 1), 1.08 * (most or 1)))
 
 
-def _seconds(value: float) -> str:
+def _seconds(value: Number) -> str:
     units = (("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 0.001))
     unit, size = next((each for each in units if value >= each[1]), units[-1])
     number = value / size

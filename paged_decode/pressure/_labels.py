@@ -48,7 +48,7 @@ def label(run: Mapping[str, Any], names: Iterable[str]) -> str:
     return ", ".join(words) or "all"
 
 
-def quantity(number: float) -> str:
+def quantity(number: int | float) -> str:
     """Such as 512, 12,288, 50G."""
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
         if number >= size:
