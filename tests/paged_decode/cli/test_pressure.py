@@ -13,7 +13,7 @@ import pytest
 
 from paged_decode.cli import main
 from paged_decode.cli import pressure as command
-from paged_decode.pressure._case import WORKLOADS, read_workload
+from paged_decode.pressure._case import WORKLOADS, Case, read_workload
 
 from ...examples import tiny_gguf
 from ..pressure.test_workload import DATA
@@ -177,6 +177,16 @@ def test_every_documented_command_runs(tmp_path, monkeypatch, capsys):
         assert capsys.readouterr().err == ""
     report = strict(tmp_path / "pressure" / "report.json")
     assert report["finished"] == report["requests"] == 8
+
+
+@pytest.mark.parametrize("name", ["tqdm", "matplotlib"])
+def test_a_missing_extra_is_one_line_before_anything_runs(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(Case, "figures", lambda case: pytest.fail("it ran"))
+    for line in (SWEEP, ["run", "tree", "--engine", "none.py:f", "--num-pages", "9"]):
+        said = failed([*line, "--out", str(tmp_path / "o")], capsys)
+        assert f"{name} is not installed" in said and "paged-decode[pressure]" in said
+    assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize("action", ["sweep", "run", "compare"])
