@@ -158,7 +158,7 @@ def plan_tail(
         warps=config.warps,
         stages=config.stages,
         constants=constants,
-        counters=items * heads,
+        counters=items * heads if split else 0,
         outputs=(
             ((shape.rows, shape.tokens, heads * shape.group, shape.dim), dtype),
             ((shape.rows, shape.tokens, heads * shape.group), "float32"),

@@ -194,6 +194,7 @@ def draw(
 
 
 def _gumbel(seed: Array, index: Array, width: int) -> Array:
+    # The key is the same for all and the seed is data: one program draws for every request.
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), seed), index)
     return jax.random.gumbel(key, (width,), jnp.float32)
 
