@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .arguments import as_count
+from .arrays import BatchArray
 
 __all__ = ["DecodeBatch", "GroupBatch", "PageCopies", "Prepared"]
 
@@ -25,9 +26,9 @@ class GroupBatch:
       window: newest tokens that the layers see; None: all.
     """
 
-    page_table: Any
-    slots: Any
-    starts: Any = None
+    page_table: BatchArray
+    slots: BatchArray
+    starts: BatchArray | None = None
     page_size: int | None = None
     num_pages: int | None = None
     window: int | None = None
@@ -55,9 +56,9 @@ class DecodeBatch:
       groups: one for each group of layers.
     """
 
-    tokens: Any
-    seq_lens: Any
-    positions: Any
+    tokens: BatchArray
+    seq_lens: BatchArray
+    positions: BatchArray
     groups: tuple[GroupBatch, ...]
 
     @classmethod
@@ -89,12 +90,12 @@ class DecodeBatch:
         return cls(tokens, seq_lens, positions, (group,))
 
     @property
-    def page_table(self) -> Any:
+    def page_table(self) -> BatchArray:
         """Of the only group."""
         return self._only.page_table
 
     @property
-    def slots(self) -> Any:
+    def slots(self) -> BatchArray:
         """Of the only group."""
         return self._only.slots
 

@@ -104,7 +104,7 @@ def ours(point: GridCase, implementation: str = "triton") -> Iterator[tuple[str,
     """One of our backends as it is shipped, through JAX."""
 
     def attend(q: Any, k: Any, v: Any, table: Any, lens: Any) -> Any:
-        return paged_attention(q, k, v, table, lens, implementation=implementation)
+        return paged_attention(q, k, v, table, lens, implementation=[implementation])
 
     specs = point.specs(point.pages, point.kv_heads, point.page_size, point.dim)
     yield "default", _jax(attend, specs, lambda a: (a.q, a.k, a.v, a.table, a.lens))

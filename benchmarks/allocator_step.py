@@ -25,7 +25,7 @@ from paged_decode.allocator import BlockAllocator
 ROWS, PAGE_SIZE, COLUMNS, NUM_PAGES = 256, 16, 128, 40_000
 PROMPT = 1000
 KEY = b"k" * 32
-Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # table, seq_lens, positions, slots
+Arrays = tuple[Any, Any, Any, Any]  # table, seq_lens, positions, slots
 
 
 @dataclass(slots=True)

@@ -1,5 +1,6 @@
 """Device code: attention over pages, writes into pages, merges. Pure functions of arrays."""
 
+from .annotations import AttentionOptions, Implementation
 from .cache_ops import append_kv, copy_pages
 from .dense import decode_attention
 from .dispatch import BACKENDS, Backend, backend_status
@@ -9,9 +10,11 @@ from .placement import Placement
 
 __all__ = [
     "BACKENDS",
+    "AttentionOptions",
     "Backend",
-    "append_and_attend",
+    "Implementation",
     "Placement",
+    "append_and_attend",
     "append_kv",
     "backend_status",
     "copy_pages",

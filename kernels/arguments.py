@@ -18,14 +18,16 @@ from .checks import (
 )
 from .merge import check_sinks
 from .placement import Placement
+from .record import StaticOptions
 
 __all__ = [
     "backend_names",
+    "check_call",
     "check_layer",
     "check_order",
-    "checked_call",
     "known_layer",
     "new_slots",
+    "static_options",
 ]
 
 Axes: TypeAlias = tuple[int, ...]
@@ -74,7 +76,32 @@ def _fit(k_pages: Axes, v_pages: Axes, q: Axes, k: Axes, v: Axes) -> bool:
     )
 
 
-def checked_call(
+def static_options(
+    q: Any,
+    page_table: Any,
+    page_size: int,
+    *,
+    scale: Any,
+    sliding_window: Any,
+    soft_cap: Any,
+    implementation: Any,
+    placement: Placement | None,
+) -> StaticOptions:
+    """The options of a call whose arrays are checked, in the one form that is compiled."""
+    window = _window(sliding_window)
+    return StaticOptions(
+        scale=q.shape[-1] ** -0.5 if scale is None else check_number("scale", scale),
+        # A window as wide as the table hides nothing; without it no sum can overflow int32.
+        window=None if window is None or window >= page_table.shape[1] * page_size else window,
+        soft_cap=None if soft_cap is None else check_number("soft_cap", soft_cap, positive=True),
+        implementation=backend_names(implementation),
+        # Part of the key of the compiled program: the same shapes may run on CPU and GPU.
+        platform=dispatch.default_platform(placement.platform if placement else None),
+        placement=placement,
+    )
+
+
+def check_call(
     q: Any,
     k_pages: Any,
     v_pages: Any,
@@ -82,33 +109,18 @@ def checked_call(
     seq_lens: Any,
     layer: Any,
     starts: Any,
-    scale: Any,
-    sliding_window: Any,
-    soft_cap: Any,
     sinks: Any,
-    implementation: Any,
     placement: Placement | None,
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arrays and the static options of a call that keeps the contract."""
+) -> None:
+    """Raise unless the arrays of a call keep the contract."""
     _check_arrays(q, k_pages, v_pages, layer, placement)
-    rows, heads, dim = q.shape[0], q.shape[-2], q.shape[-1]
     pages, kv_heads, page_size = k_pages.shape[-4:-1]
-    _check_tables(page_table, seq_lens, starts, rows, page_size)
+    _check_tables(page_table, seq_lens, starts, q.shape[0], page_size)
     if placement is not None:
         pages //= placement.data_shards  # ids are local to a shard
     _check_values(page_table, seq_lens, starts, pages, page_size)
     if sinks is not None:
-        check_sinks(sinks, heads, kv_heads)
-    window = _window(sliding_window)
-    return (q, k_pages, v_pages, page_table, seq_lens, layer, starts, sinks), dict(
-        scale=dim**-0.5 if scale is None else check_number("scale", scale),
-        # A window as wide as the table hides nothing; without it no sum can overflow int32.
-        window=None if window is None or window >= page_table.shape[1] * page_size else window,
-        soft_cap=None if soft_cap is None else check_number("soft_cap", soft_cap, positive=True),
-        implementation=backend_names(implementation),
-        platform=dispatch.default_platform(placement.platform if placement else None),
-        placement=placement,
-    )
+        check_sinks(sinks, q.shape[-2], kv_heads)
 
 
 def _check_arrays(

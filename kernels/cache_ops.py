@@ -1,17 +1,19 @@
 """Writing the cache: new tokens into their slots, and whole pages onto others."""
 
+from __future__ import annotations
+
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array
 
 from . import dispatch
+from .annotations import Layer, NewTokens, PageIds, Pages, Slots
 from .arguments import check_layer, known_layer
 from .checks import (
-    AnyArray,
     check_axes,
     check_float,
     check_index,
@@ -24,17 +26,16 @@ from .placement import Placement
 from .write import write_tokens
 
 __all__ = ["append_kv", "copy_pages"]
-Pages = Num[AnyArray, "N Hk S D"] | Num[AnyArray, "L N Hk S D"]
 
 
 def append_kv(
     k_pages: Pages,
     v_pages: Pages,
-    k: Float[AnyArray, "B Hk D"] | Float[AnyArray, "B T Hk D"],
-    v: Float[AnyArray, "B Hk D"] | Float[AnyArray, "B T Hk D"],
-    slots: Int[AnyArray, "B"] | Int[AnyArray, "B T"],
+    k: NewTokens,
+    v: NewTokens,
+    slots: Slots,
     *,
-    layer: int | Int[AnyArray, ""] | None = None,
+    layer: Layer | None = None,
     placement: Placement | None = None,
 ) -> tuple[Array, Array]:
     """Write new K and V into their slots; donates `k_pages` and `v_pages`.
@@ -92,6 +93,7 @@ def append_kv(
 
 
 @partial(jax.jit, donate_argnums=(0, 1), static_argnums=(6, 7))
+@partial(jax.named_call, name="paged_decode.append")
 def _append(
     k_pages: Array,
     v_pages: Array,
@@ -118,8 +120,8 @@ def _append(
 def copy_pages(
     k_pages: Pages,
     v_pages: Pages,
-    src: Int[AnyArray, " C"],
-    dst: Int[AnyArray, " C"],
+    src: PageIds,
+    dst: PageIds,
     *,
     placement: Placement | None = None,
 ) -> tuple[Array, Array]:
@@ -165,6 +167,7 @@ def copy_pages(
 
 
 @partial(jax.jit, donate_argnums=(0, 1), static_argnums=4)
+@partial(jax.named_call, name="paged_decode.copy_pages")
 def _copy(
     k_pages: Array, v_pages: Array, src: Array, dst: Array, placement: Placement | None
 ) -> tuple[Array, Array]:

@@ -1,33 +1,60 @@
 """EasyDeL's dense decode call, as a view over the paged op."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal, TypeAlias, overload
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from .annotations import Backends, Implementation, Lengths, Sinks, Window
 from .arguments import backend_names
 from .checks import AnyArray, check_axes, check_float, check_index, check_twins, concrete
 from .op import paged_attention
 
 __all__ = ["decode_attention"]
 
+Query: TypeAlias = Float[AnyArray, "B 1 Hq D"] | Float[AnyArray, "B Hq D"]
+Dense: TypeAlias = Float[AnyArray, "B S Hk D"]
 
+
+@overload
 def decode_attention(
-    query: Float[AnyArray, "B 1 Hq D"] | Float[AnyArray, "B Hq D"],
-    key: Float[AnyArray, "B S Hk D"],
-    value: Float[AnyArray, "B S Hk D"],
-    starts: Int[AnyArray, " B"],
-    ends: Int[AnyArray, " B"],
+    query: Query, key: Dense, value: Dense, starts: Lengths, ends: Lengths, *,
+    softmax_scale: float | None = None, sliding_window: Window | None = None,
+    logits_soft_cap: float | None = None, softmax_aux: Sinks | None = None,
+    return_lse: Literal[False] = False, implementation: Backends | None = None,
+) -> Array: ...  # fmt: skip
+@overload
+def decode_attention(
+    query: Query, key: Dense, value: Dense, starts: Lengths, ends: Lengths, *,
+    softmax_scale: float | None = None, sliding_window: Window | None = None,
+    logits_soft_cap: float | None = None, softmax_aux: Sinks | None = None,
+    return_lse: Literal[True], implementation: Backends | None = None,
+) -> tuple[Array, Array]: ...  # fmt: skip
+@overload
+def decode_attention(
+    query: Query, key: Dense, value: Dense, starts: Lengths, ends: Lengths, *,
+    softmax_scale: float | None = None, sliding_window: Window | None = None,
+    logits_soft_cap: float | None = None, softmax_aux: Sinks | None = None,
+    return_lse: bool, implementation: Backends | None = None,
+) -> Array | tuple[Array, Array]: ...  # fmt: skip
+def decode_attention(
+    query: Query,
+    key: Dense,
+    value: Dense,
+    starts: Lengths,
+    ends: Lengths,
     *,
     softmax_scale: float | None = None,
-    sliding_window: int | tuple[int, int] | None = None,
+    sliding_window: Window | None = None,
     logits_soft_cap: float | None = None,
-    softmax_aux: Float[AnyArray, "*heads K"] | None = None,
+    softmax_aux: Sinks | None = None,
     return_lse: bool = False,
-    implementation: str | Sequence[str] | None = None,
+    implementation: Implementation | Sequence[str] | None = None,
 ) -> Array | tuple[Array, Array]:
     """One query token per row over a dense cache: the tokens `starts[b] <= i < ends[b]`.
 

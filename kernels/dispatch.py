@@ -91,7 +91,10 @@ def attend(
     """
 
     def run(module: ModuleType) -> tuple[Array, Array]:
-        return _nothing(call) if _is_empty(call) else module.attend(call)
+        if _is_empty(call):
+            return _nothing(call)
+        with jax.named_scope("paged_decode.attend"):
+            return module.attend(call)
 
     return _first(call, implementation, backends, run)
 
@@ -114,9 +117,12 @@ def append_and_attend(
         if _is_empty(call):
             return *_nothing(call), call.k_pages, call.v_pages
         if fused := getattr(module, "append_and_attend", None):
-            return fused(call, k, v, slots)
-        written = call.with_newest(k, v, slots)
-        return *module.attend(written), written.k_pages, written.v_pages
+            with jax.named_scope("paged_decode.append_and_attend"):
+                return fused(call, k, v, slots)
+        with jax.named_scope("paged_decode.append"):
+            written = call.with_newest(k, v, slots)
+        with jax.named_scope("paged_decode.attend"):
+            return *module.attend(written), written.k_pages, written.v_pages
 
     return _first(call, names, backends, run)
 
@@ -148,9 +154,7 @@ def _first(
     raise ExceptionGroup("no backend serves this attention call", refusals)
 
 
-def backend_status(
-    platform: str | None = None, *, backends: tuple[Backend, ...] = BACKENDS
-) -> dict[str, str | None]:
+def backend_status(platform: str | None = None) -> dict[str, str | None]:
     """For every backend: None if `implementation=None` tries it on `platform`, else why not.
 
     Examples:
@@ -159,7 +163,7 @@ def backend_status(
     """
     platform = default_platform() if platform is None else platform
     status: dict[str, str | None] = {}
-    for backend in backends:
+    for backend in BACKENDS:
         try:
             _load(backend)
             status[backend.name] = _off_platform(backend, platform)

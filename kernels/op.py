@@ -1,38 +1,71 @@
 """The attention op: from a public call to one canonical record per device."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array
 
 from . import dispatch
-from .arguments import check_order, checked_call, known_layer, new_slots
-from .checks import AnyArray, check_axes, check_float, narrow
+from .annotations import (
+    AttentionOptions,
+    Implementation,
+    Layer,
+    Lengths,
+    NewTokens,
+    Pages,
+    PageTable,
+    Queries,
+    Sinks,
+    Slots,
+    Window,
+)
+from .arguments import check_call, check_order, known_layer, new_slots, static_options
+from .checks import check_axes, check_float, narrow
 from .merge import sink_mass
 from .placement import Placement
-from .record import AttentionCall
+from .record import AttentionCall, StaticOptions
 
 __all__ = ["append_and_attend", "paged_attention"]
 
 
+@overload
 def paged_attention(
-    q: Float[AnyArray, "B Hq D"] | Float[AnyArray, "B T Hq D"],
-    k_pages: Num[AnyArray, "N Hk S D"] | Num[AnyArray, "L N Hk S D"],
-    v_pages: Num[AnyArray, "N Hk S D"] | Num[AnyArray, "L N Hk S D"],
-    page_table: Int[AnyArray, "B P"],
-    seq_lens: Int[AnyArray, " B"],
+    q: Queries, k_pages: Pages, v_pages: Pages, page_table: PageTable, seq_lens: Lengths, *,
+    layer: Layer | None = None, placement: Placement | None = None,
+    return_lse: Literal[False] = False, **options: Unpack[AttentionOptions],
+) -> Array: ...  # fmt: skip
+@overload
+def paged_attention(
+    q: Queries, k_pages: Pages, v_pages: Pages, page_table: PageTable, seq_lens: Lengths, *,
+    layer: Layer | None = None, placement: Placement | None = None,
+    return_lse: Literal[True], **options: Unpack[AttentionOptions],
+) -> tuple[Array, Array]: ...  # fmt: skip
+@overload
+def paged_attention(
+    q: Queries, k_pages: Pages, v_pages: Pages, page_table: PageTable, seq_lens: Lengths, *,
+    layer: Layer | None = None, placement: Placement | None = None,
+    return_lse: bool, **options: Unpack[AttentionOptions],
+) -> Array | tuple[Array, Array]: ...  # fmt: skip
+def paged_attention(
+    q: Queries,
+    k_pages: Pages,
+    v_pages: Pages,
+    page_table: PageTable,
+    seq_lens: Lengths,
     *,
-    layer: int | Int[AnyArray, ""] | None = None,
-    starts: Int[AnyArray, " B"] | None = None,
+    layer: Layer | None = None,
+    starts: Lengths | None = None,
     scale: float | None = None,
-    sliding_window: int | tuple[int, int] | None = None,
+    sliding_window: Window | None = None,
     soft_cap: float | None = None,
-    sinks: Float[AnyArray, "*heads K"] | None = None,
+    sinks: Sinks | None = None,
     return_lse: bool = False,
-    implementation: str | Sequence[str] | None = None,
+    implementation: Implementation | Sequence[str] | None = None,
     placement: Placement | None = None,
 ) -> Array | tuple[Array, Array]:
     """Causal attention of the newest T tokens of every row over its pages.
@@ -85,34 +118,57 @@ def paged_attention(
       >>> paged_attention(jnp.ones((1, 2, 8)), pages, pages, table, lens).shape
       (1, 2, 8)
     """
-    arrays, options = checked_call(
-        q, k_pages, v_pages, page_table, seq_lens, layer, starts, scale, sliding_window, soft_cap,
-        sinks, implementation, placement,
+    tables = (page_table, seq_lens, layer, starts, sinks)
+    check_call(q, k_pages, v_pages, *tables, placement)
+    options = static_options(
+        q, page_table, k_pages.shape[-2], scale=scale, sliding_window=sliding_window,
+        soft_cap=soft_cap, implementation=implementation, placement=placement,
     )  # fmt: skip
-    out, lse = _attend(*arrays, **options)
+    out, lse = _attend(q, k_pages, v_pages, *tables, options)
     return (out, lse) if return_lse else out
 
 
+@overload
 def append_and_attend(
-    k_pages: Num[AnyArray, "N Hk S D"] | Num[AnyArray, "L N Hk S D"],
-    v_pages: Num[AnyArray, "N Hk S D"] | Num[AnyArray, "L N Hk S D"],
-    q: Float[AnyArray, "B Hq D"] | Float[AnyArray, "B T Hq D"],
-    k: Float[AnyArray, "B Hk D"] | Float[AnyArray, "B T Hk D"],
-    v: Float[AnyArray, "B Hk D"] | Float[AnyArray, "B T Hk D"],
-    page_table: Int[AnyArray, "B P"],
-    seq_lens: Int[AnyArray, " B"],
+    k_pages: Pages, v_pages: Pages, q: Queries, k: NewTokens, v: NewTokens,
+    page_table: PageTable, seq_lens: Lengths, *, slots: Slots | Literal["all"] | None = None,
+    layer: Layer | None = None, placement: Placement | None = None,
+    return_lse: Literal[False] = False, **options: Unpack[AttentionOptions],
+) -> tuple[Array, Array, Array]: ...  # fmt: skip
+@overload
+def append_and_attend(
+    k_pages: Pages, v_pages: Pages, q: Queries, k: NewTokens, v: NewTokens,
+    page_table: PageTable, seq_lens: Lengths, *, slots: Slots | Literal["all"] | None = None,
+    layer: Layer | None = None, placement: Placement | None = None,
+    return_lse: Literal[True], **options: Unpack[AttentionOptions],
+) -> tuple[Array, Array, Array, Array]: ...  # fmt: skip
+@overload
+def append_and_attend(
+    k_pages: Pages, v_pages: Pages, q: Queries, k: NewTokens, v: NewTokens,
+    page_table: PageTable, seq_lens: Lengths, *, slots: Slots | Literal["all"] | None = None,
+    layer: Layer | None = None, placement: Placement | None = None,
+    return_lse: bool, **options: Unpack[AttentionOptions],
+) -> tuple[Array, Array, Array] | tuple[Array, Array, Array, Array]: ...  # fmt: skip
+def append_and_attend(
+    k_pages: Pages,
+    v_pages: Pages,
+    q: Queries,
+    k: NewTokens,
+    v: NewTokens,
+    page_table: PageTable,
+    seq_lens: Lengths,
     *,
-    slots: Int[AnyArray, " B"] | Int[AnyArray, "B T"] | Literal["all"] | None = None,
-    layer: int | Int[AnyArray, ""] | None = None,
-    starts: Int[AnyArray, " B"] | None = None,
+    slots: Slots | Literal["all"] | None = None,
+    layer: Layer | None = None,
+    starts: Lengths | None = None,
     scale: float | None = None,
-    sliding_window: int | tuple[int, int] | None = None,
+    sliding_window: Window | None = None,
     soft_cap: float | None = None,
-    sinks: Float[AnyArray, "*heads K"] | None = None,
+    sinks: Sinks | None = None,
     return_lse: bool = False,
-    implementation: str | Sequence[str] | None = None,
+    implementation: Implementation | Sequence[str] | None = None,
     placement: Placement | None = None,
-) -> tuple[Array, ...]:
+) -> tuple[Array, Array, Array] | tuple[Array, Array, Array, Array]:
     """`append_kv` and `paged_attention` of the same tokens as one operation; donates the pages.
 
     K and V of the newest T tokens of row b go to the positions `seq_lens[b] - T + t`, found through
@@ -153,9 +209,11 @@ def append_and_attend(
       (1.0, 0.809)
     """
     check_order(k_pages, v_pages, q, k, v)
-    arrays, options = checked_call(
-        q, k_pages, v_pages, page_table, seq_lens, layer, starts, scale, sliding_window, soft_cap,
-        sinks, implementation, placement,
+    tables = (page_table, seq_lens, layer, starts, sinks)
+    check_call(q, k_pages, v_pages, *tables, placement)
+    options = static_options(
+        q, page_table, k_pages.shape[-2], scale=scale, sliding_window=sliding_window,
+        soft_cap=soft_cap, implementation=implementation, placement=placement,
     )  # fmt: skip
     axes = "B, Hk, D" if len(q.shape) == 3 else "B, T, Hk, D"
     sizes = dict(B=q.shape[0], T=q.shape[1], Hk=k_pages.shape[-3], D=q.shape[-1])
@@ -163,10 +221,8 @@ def append_and_attend(
         check_float(name, new)
         check_axes(name, new, axes, **{axis: sizes[axis] for axis in axes.split(", ")})
     slots = new_slots(slots, axes.removesuffix(", Hk, D"), sizes)
-    out, lse, k_pages, v_pages = _append_and_attend(
-        k_pages, v_pages, k, v, slots, q, *arrays[3:], **options
-    )
-    return (out, lse, k_pages, v_pages) if return_lse else (out, k_pages, v_pages)
+    out, lse, *pages = _append_and_attend(k_pages, v_pages, k, v, slots, q, *tables, options)
+    return (out, lse, *pages) if return_lse else (out, *pages)
 
 
 # The arrays of an `AttentionCall` and their axes, which say how each is split on a mesh.
@@ -185,10 +241,7 @@ _NEW_AXES = ("B, T, Hk, D", "B, T, Hk, D", "B, T")
 
 
 # One compiled function for eager calls, one cached trace for a model's many equal layers.
-@partial(
-    jax.jit,
-    static_argnames=("scale", "window", "soft_cap", "implementation", "platform", "placement"),
-)
+@partial(jax.jit, static_argnames="options")
 def _attend(
     q: Array,
     k_pages: Array,
@@ -198,30 +251,23 @@ def _attend(
     layer: Array | None,
     starts: Array | None,
     sinks: Array | None,
-    *,
-    implementation: tuple[str, ...] | None,
-    placement: Placement | None,
-    **options: Any,
+    options: StaticOptions,
 ) -> tuple[Array, Array]:
     arrays = _canonical(q, k_pages, v_pages, page_table, seq_lens, layer, starts, sinks)
 
     @jax.custom_jvp
     def run(arrays: dict[str, Array]) -> tuple[Array, Array]:
         def local(*own: Array) -> tuple[Array, Array]:
-            return dispatch.attend(_record(arrays, own, options), implementation)
+            return dispatch.attend(_record(arrays, own, options), options.implementation)
 
-        return _placed(placement, local, arrays, [])
+        return _placed(options.placement, local, arrays, [])
 
     run.defjvp(_no_derivative)
     out, lse = run(arrays)
     return out.reshape(q.shape), lse.reshape(q.shape[:-1])
 
 
-@partial(
-    jax.jit,
-    static_argnames=("scale", "window", "soft_cap", "implementation", "platform", "placement"),
-    donate_argnames=("k_pages", "v_pages"),
-)
+@partial(jax.jit, static_argnames="options", donate_argnames=("k_pages", "v_pages"))
 def _append_and_attend(
     k_pages: Array,
     v_pages: Array,
@@ -234,10 +280,7 @@ def _append_and_attend(
     layer: Array | None,
     starts: Array | None,
     sinks: Array | None,
-    *,
-    implementation: tuple[str, ...] | None,
-    placement: Placement | None,
-    **options: Any,
+    options: StaticOptions,
 ) -> tuple[Array, Array, Array, Array]:
     arrays = _canonical(q, k_pages, v_pages, page_table, seq_lens, layer, starts, sinks)
     shape = (*arrays["q"].shape[:2], *k.shape[-2:])
@@ -250,20 +293,24 @@ def _append_and_attend(
     def run(arrays: dict[str, Array], new: list[Array]) -> tuple[Array, Array, Array, Array]:
         def local(*own: Array) -> tuple[Array, Array, Array, Array]:
             call, newest = _record(arrays, own[: len(arrays)], options), own[len(arrays) :]
-            out, lse, *pages = dispatch.append_and_attend(call, *newest, names=implementation)
+            out, lse, *pages = dispatch.append_and_attend(
+                call, *newest, names=options.implementation
+            )
             pages = [p.reshape(p.shape[not call.stacked :]) for p in pages]
             # Else XLA lets a later write into these pages begin before the loop that reads them,
             # and copies the pool for it (openxla/xla 45912).
             return jax.lax.optimization_barrier((out, lse, *pages))
 
-        return _placed(placement, local, arrays, new)
+        return _placed(options.placement, local, arrays, new)
 
     run.defjvp(_no_derivative)
     out, lse, *pages = run(arrays, new)
     return out.reshape(q.shape), lse.reshape(q.shape[:-1]), *pages
 
 
-def _record(names: dict[str, Array], own: tuple[Array, ...], options: Any) -> AttentionCall:
+def _record(
+    names: dict[str, Array], own: tuple[Array, ...], options: StaticOptions
+) -> AttentionCall:
     """The call of one device, from its parts of the arrays; what was not given is None."""
     given: dict[str, Any] = dict.fromkeys(_AXES) | dict(zip(names, own, strict=True))
     stacked = given["layer"] is not None
@@ -271,7 +318,14 @@ def _record(names: dict[str, Array], own: tuple[Array, ...], options: Any) -> At
         given["layer"] = jnp.int32(0)
         for name in ("k_pages", "v_pages"):
             given[name] = given[name].reshape(1, *given[name].shape)
-    return AttentionCall(**given, stacked=stacked, **options)
+    return AttentionCall(
+        **given,
+        scale=options.scale,
+        window=options.window,
+        soft_cap=options.soft_cap,
+        platform=options.platform,
+        stacked=stacked,
+    )
 
 
 def _placed(

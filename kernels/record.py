@@ -5,9 +5,31 @@ from dataclasses import dataclass, replace
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, Num
 
+from .placement import Placement
 from .write import write_tokens
 
-__all__ = ["AttentionCall"]
+__all__ = ["AttentionCall", "StaticOptions"]
+
+
+@dataclass(frozen=True, slots=True)
+class StaticOptions:
+    """All of a checked call that is compiled into its program: one static argument of `jit`.
+
+    Attributes:
+      scale: multiplies q.k.
+      window: newest tokens that a query sees, itself included; None: all.
+      soft_cap: logits become `soft_cap * tanh(logits / soft_cap)`; None: unchanged.
+      implementation: names of backends to try in order; None: those of the platform.
+      platform: where it will run, "cpu", "gpu" or "tpu".
+      placement: how the pool lies on a mesh; None: on one device.
+    """
+
+    scale: float
+    window: int | None
+    soft_cap: float | None
+    implementation: tuple[str, ...] | None
+    platform: str
+    placement: Placement | None
 
 
 @dataclass(frozen=True, slots=True)

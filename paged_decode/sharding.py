@@ -85,7 +85,8 @@ def split_batch(
     """
     living = np.flatnonzero(batch.seq_lens)
     each = [pages_per_shard] if isinstance(pages_per_shard, int) else list(pages_per_shard)
-    count, shard = len(living), batch.groups[0].page_table[living, 0] // each[0]
+    first_pages = np.asarray(batch.groups[0].page_table)[living, 0]
+    count, shard = len(living), first_pages // each[0]
     pairs = zip(batch.groups, each, strict=True)
     groups = [_localised(group, living, shard, shards, n, page_size) for group, n in pairs]
     most = int(np.bincount(shard, minlength=1).max()) if count else len(batch.seq_lens)
@@ -94,7 +95,8 @@ def split_batch(
     size = next((s for s in sizes if s >= most), most)
     spread = Spread(shard * size + rank_within(shard), shards * size, len(batch.seq_lens), living)
     here = Spread(spread.rows, spread.total, count, np.arange(count))
-    local = DecodeBatch(
+    local = replace(
+        batch,
         tokens=None if batch.tokens is None else batch.tokens[living],
         seq_lens=batch.seq_lens[living],
         positions=batch.positions[living],
@@ -107,7 +109,7 @@ def _localised(
     group: GroupBatch, living: np.ndarray, shard: np.ndarray, shards: int, pages: int, size: int
 ) -> GroupBatch:
     """The living rows of a group, with ids of their shard of so many pages."""
-    table, slots = group.page_table[living], group.slots[living]
+    table, slots = np.asarray(group.page_table)[living], np.asarray(group.slots)[living]
     _refuse_foreign("page", table, shard, pages, shards)
     _refuse_foreign("page of slot", slots // size, shard, pages, shards)
     first = (shard * pages)[:, None].astype(np.int32)

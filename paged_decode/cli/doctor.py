@@ -115,9 +115,9 @@ def _answers(name: str) -> tuple[np.ndarray, ...]:
         sinks=rng.standard_normal((kv_heads * group, 1)).astype(np.float32),
     )  # fmt: skip
     k_pages, v_pages = map(jnp.asarray, pools)
-    out = paged_attention(q, k_pages, v_pages, table, lens, implementation=name, **options)
+    out = paged_attention(q, k_pages, v_pages, table, lens, implementation=[name], **options)
     appended, k_pages, v_pages = append_and_attend(
-        k_pages, v_pages, q, k, v, table, lens, implementation=name
+        k_pages, v_pages, q, k, v, table, lens, implementation=[name]
     )
     return tuple(map(np.asarray, (out, appended, k_pages[1:], v_pages[1:])))
 

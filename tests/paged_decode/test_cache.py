@@ -9,8 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paged_decode import BlockAllocator, DecodeBatch, KVCache, PageCopies, save_snapshot
+from paged_decode import (
+    BlockAllocator,
+    CacheLayout,
+    DecodeBatch,
+    KVCache,
+    PageCopies,
+    PageSpec,
+    save_snapshot,
+)
 from paged_decode.kernels import append_kv, paged_attention
+
+from ..devices import first_devices
 
 SIZES = dict(num_layers=2, num_pages=6, num_kv_heads=2, page_size=4, head_dim=8)
 
@@ -159,3 +169,27 @@ def test_a_copied_cache_has_pages_of_its_own():
     jax.tree.map(np.testing.assert_array_equal, twin, cache)
     cache.append(0, k, k, np.array([4], np.int32))  # gives the pages of the first away
     assert cache.is_deleted and not twin.is_deleted
+
+
+def test_sizes_are_those_that_all_layers_share_and_else_the_groups_are_named():
+    cache = KVCache.create(
+        num_layers=2, num_pages=3, num_kv_heads=2, page_size=4, head_dim=8, dtype=jnp.float16
+    )
+    assert (cache.num_kv_heads, cache.head_dim, cache.dtype) == (2, 8, np.float16)
+    books = PageSpec(layers=(), num_kv_heads=1, head_dim=1, num_pages=3)
+    one = PageSpec(layers=(0,), num_kv_heads=2, head_dim=8, num_pages=3, window=4)
+    two = PageSpec(layers=(1,), num_kv_heads=2, head_dim=16, num_pages=3, window=8)
+    layout = CacheLayout(4, (books, one, two))
+    for stacked in (False, True):
+        cache = KVCache.create(layout=layout, stacked=stacked)
+        assert (cache.num_kv_heads, cache.dtype) == (2, np.float32)
+        with pytest.raises(ValueError, match=r"head_dim: 8 in group 1, 16 in group 2; see"):
+            _ = cache.head_dim
+
+
+def test_copies_of_heads_on_a_mesh_are_not_counted():
+    mesh = jax.make_mesh((4,), ("heads",), devices=first_devices(4))
+    sizes = dict(num_layers=1, num_pages=3, page_size=4, head_dim=8)
+    for heads in (2, 8):
+        cache = KVCache.create(**sizes, num_kv_heads=heads, mesh=mesh, head_axis="heads")
+        assert cache.num_kv_heads == heads

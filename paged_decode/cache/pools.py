@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
 
-from .allocator import CacheLayout
-from .allocator.arguments import as_count
-from .kernels import Placement
-from .kernels.placement import Axis
+from ..allocator import CacheLayout
+from ..allocator.arguments import as_count
+from ..kernels import Placement
+from ..kernels.placement import Axis
 
-__all__ = ["Place", "empty_pages", "layout_of", "place_of"]
+__all__ = ["Place", "alike", "empty_pages", "layout_of", "place_of"]
+
+T = TypeVar("T")
 
 
 class Place(NamedTuple):
@@ -87,6 +89,19 @@ def empty_pages(
         return tuple(map(pages, layout.group_of))
 
     return each(), each(), places[0]
+
+
+def alike(name: str, found: dict[int, T]) -> T:
+    """What all groups have, of those in `found` by number.
+
+    Raises:
+      ValueError: they differ. One of them would be wrong for the layers of the others.
+    """
+    first, *others = found.values()
+    if any(other != first for other in others):
+        each = ", ".join(f"{value} in group {number}" for number, value in found.items())
+        raise ValueError(f"layers differ in {name}: {each}; see cache.layout.groups[...].{name}")
+    return first
 
 
 def place_of(layer: Any, group: Any, groups: Sequence[Sequence[int]], *, stacked: bool) -> Place:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Int
 
-from .allocator import DecodeBatch, GroupBatch
-from .kernels.checks import AnyArray
+from ..allocator import DecodeBatch, GroupBatch
+from ..kernels.annotations import AttentionOptions, Lengths
 
 __all__ = ["DecodeBatch", "GroupBatch", "one_token_batch", "seen"]
 
@@ -25,13 +23,14 @@ jax.tree_util.register_dataclass(
 )
 
 
-def seen(group: GroupBatch, options: dict[str, Any]) -> dict[str, Any]:
+def seen(group: GroupBatch, options: AttentionOptions) -> AttentionOptions:
     """Options of attention, with what a batch says about the tokens that its rows see.
 
     Raises:
       ValueError: `sliding_window` is wider than that of the group, which has given back the rest.
     """
-    own, asked = {}, options.get("sliding_window")
+    own: AttentionOptions = {}
+    asked = options.get("sliding_window")
     if group.window is not None:
         newest = asked[0] + 1 if isinstance(asked, tuple) and asked else asked
         if isinstance(newest, int) and newest > group.window:
@@ -47,9 +46,7 @@ def seen(group: GroupBatch, options: dict[str, Any]) -> dict[str, Any]:
     return options | own
 
 
-def one_token_batch(
-    batch: DecodeBatch, tokens: Int[AnyArray, " B"], seq_lens: Int[AnyArray, " B"]
-) -> DecodeBatch:
+def one_token_batch(batch: DecodeBatch, tokens: Lengths, seq_lens: Lengths) -> DecodeBatch:
     """The step of one newest token for each row, on the same pages: for loops on the device.
 
     Args:
@@ -77,4 +74,5 @@ def one_token_batch(
         return replace(group, slots=slots)
 
     groups = tuple(place(group) for group in batch.groups)
-    return DecodeBatch(tokens[:, None], seq_lens, positions, groups)
+    new = tokens[:, None]
+    return replace(batch, tokens=new, seq_lens=seq_lens, positions=positions, groups=groups)

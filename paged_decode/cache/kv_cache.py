@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, SupportsIndex, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any, Literal, SupportsIndex, TypeAlias, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
-from ._devices import put_beside
-from ._matching import check_sizes, matching_group
-from ._pools import Place, empty_pages, layout_of, place_of
-from .allocator import (
+from ..allocator import (
     BlockAllocator,
     CacheLayout,
     DecodeBatch,
@@ -26,24 +22,28 @@ from .allocator import (
     PageCopies,
     ShardedAllocator,
 )
-from .allocator.arguments import Ints, as_rows
-from .allocator.rows import as_handles
-from .allocator.view import AllocatorView
-from .batches import one_token_batch, seen
-from .kernels import Placement, append_and_attend, append_kv, copy_pages, paged_attention
-from .kernels.checks import AnyArray, check_live, check_range
-from .kernels.placement import Axis
-from .sharding import Spread, split_batch, split_copies
+from ..allocator.arguments import Ints, as_rows
+from ..allocator.rows import as_handles
+from ..allocator.view import AllocatorView
+from ..kernels import append_and_attend, append_kv, paged_attention
+from ..kernels.annotations import AttentionOptions, Layer, NewTokens, Queries, Slots
+from ..kernels.checks import check_live
+from ..kernels.placement import Axis
+from ..sharding import Spread, split_batch
+from .arrays import PageArrays
+from .batches import seen
+from .copying import copied
+from .matching import check_sizes, matching_group
+from .pools import Place, empty_pages, layout_of
 
-__all__ = ["DecodeBatch", "GroupBatch", "KVCache", "PageCopies", "one_token_batch"]
+__all__ = ["KVCache"]
 
 Allocator: TypeAlias = BlockAllocator | ShardedAllocator
-Layer: TypeAlias = int | Int[AnyArray, ""]
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True, slots=True)
-class KVCache:
+@dataclass(frozen=True, slots=True, repr=False)
+class KVCache(PageArrays):
     """Pages of keys and values, one array per layer: N pages of S tokens for Hk heads of D.
 
     One array per layer, donated, is the layout in which XLA writes new tokens in place on CPU,
@@ -64,12 +64,6 @@ class KVCache:
       >>> cache
       KVCache(2 layers, 9 pages of 16 tokens, 3 heads of 64, float32, 0.4 MiB)
     """
-
-    k_pages: tuple[Any, ...]
-    v_pages: tuple[Any, ...]
-    placement: Placement | None = field(default=None, metadata=dict(static=True))
-    layout: CacheLayout | None = field(default=None, metadata=dict(static=True))
-    stacked: bool = field(default=False, metadata=dict(static=True))
 
     @classmethod
     def create(
@@ -118,62 +112,12 @@ class KVCache:
         kept = layout if stacked or len(layout.groups) > 1 else None
         return cls(k_pages, v_pages, placement, kept, stacked)
 
-    @property
-    def num_layers(self) -> int:
-        """L."""
-        return len(self.k_pages) if self.layout is None else self.layout.num_layers
-
-    @property
-    def num_pages(self) -> int:
-        """N, the null page included; of the first group of layers."""
-        return self.pools[0][0]
-
-    @property
-    def pools(self) -> tuple[tuple[int, int | None], ...]:
-        """Pages and window of every group of layers."""
-        if self.layout is None:
-            return ((self.k_pages[0].shape[-4], None),)
-        return self.layout.pools
-
-    def group_of(self, layer: int) -> int:
-        """The number of a layer's group."""
-        return 0 if self.layout is None else self.layout.group_of[layer]
-
-    def kv_copies(self, layer: int) -> int:
-        """How many devices of the mesh hold each KV head of a layer."""
-        return self._copies(self.group_of(layer))
-
-    def _copies(self, group: int) -> int:
-        if self.placement is None or self.layout is None:
-            return self.placement.kv_copies if self.placement else 1
-        return self.placement.copies_of(self.layout.groups[group].num_kv_heads)
-
-    @property
-    def page_size(self) -> int:
-        """S, in tokens."""
-        return self.k_pages[0].shape[-2]
-
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of one page over all layers, keys and values; of groups, of one page of each."""
-        return sum(a.nbytes // a.shape[-4] for a in (*self.k_pages, *self.v_pages))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all pages."""
-        return sum(a.nbytes for a in (*self.k_pages, *self.v_pages))
-
-    @property
-    def is_deleted(self) -> bool:
-        """Whether the arrays were given away by donation."""
-        return any(getattr(a, "is_deleted", lambda: False)() for a in self.k_pages)
-
     def append(
         self,
         layer: Layer,
-        k: Float[AnyArray, "B T Hk D"] | Float[AnyArray, "B Hk D"],
-        v: Float[AnyArray, "B T Hk D"] | Float[AnyArray, "B Hk D"],
-        batch: DecodeBatch | Int[AnyArray, "B T"] | Int[AnyArray, " B"],
+        k: NewTokens,
+        v: NewTokens,
+        batch: DecodeBatch | Slots,
         *,
         group: int | None = None,
     ) -> KVCache:
@@ -182,22 +126,41 @@ class KVCache:
         An array of slots, as `append_kv` takes it, does too. `group` as in `append_and_attend`.
         """
         at = self._place(layer, group)
-        where: Any = self._batch(at, batch).slots if isinstance(batch, DecodeBatch) else batch
+        slots = self._batch(at, batch).slots if isinstance(batch, DecodeBatch) else batch
         pools = self.k_pages[at.leaf], self.v_pages[at.leaf]
         new = self._with_copies(at, k), self._with_copies(at, v)
-        pools = append_kv(*pools, *new, where, layer=at.layer, placement=self.placement)
+        pools = append_kv(*pools, *new, slots, layer=at.layer, placement=self.placement)
         return self._with_leaf(at.leaf, *pools)
 
+    @overload
+    def attend(
+        self, layer: Layer, q: Queries, batch: DecodeBatch, *, group: int | None = None,
+        return_lse: Literal[False] = False, **options: Unpack[AttentionOptions],
+    ) -> Array: ...  # fmt: skip
+    @overload
+    def attend(
+        self, layer: Layer, q: Queries, batch: DecodeBatch, *, group: int | None = None,
+        return_lse: Literal[True], **options: Unpack[AttentionOptions],
+    ) -> tuple[Array, Array]: ...  # fmt: skip
+    @overload
+    def attend(
+        self, layer: Layer, q: Queries, batch: DecodeBatch, *, group: int | None = None,
+        return_lse: bool, **options: Unpack[AttentionOptions],
+    ) -> Array | tuple[Array, Array]: ...  # fmt: skip
     def attend(
         self,
         layer: Layer,
-        q: AnyArray,
+        q: Queries,
         batch: DecodeBatch,
         *,
         group: int | None = None,
-        **options: Any,
-    ) -> Any:
-        """`paged_attention` of `q` over one layer, through the batch's page table."""
+        return_lse: bool = False,
+        **options: Unpack[AttentionOptions],
+    ) -> Array | tuple[Array, Array]:
+        """`paged_attention` of `q` over one layer, through the batch's page table.
+
+        Arguments, options and result are those of `append_and_attend`, without the new tokens.
+        """
         at = self._place(layer, group)
         own = self._batch(at, batch)
         return paged_attention(
@@ -208,20 +171,40 @@ class KVCache:
             batch.seq_lens,
             layer=at.layer,
             placement=self.placement,
+            return_lse=return_lse,
             **seen(own, options),
         )
 
+    @overload
+    def append_and_attend(
+        self, layer: Layer, q: Queries, k: NewTokens, v: NewTokens, batch: DecodeBatch, *,
+        group: int | None = None, return_lse: Literal[False] = False,
+        **options: Unpack[AttentionOptions],
+    ) -> tuple[Array, KVCache]: ...  # fmt: skip
+    @overload
+    def append_and_attend(
+        self, layer: Layer, q: Queries, k: NewTokens, v: NewTokens, batch: DecodeBatch, *,
+        group: int | None = None, return_lse: Literal[True],
+        **options: Unpack[AttentionOptions],
+    ) -> tuple[tuple[Array, Array], KVCache]: ...  # fmt: skip
+    @overload
+    def append_and_attend(
+        self, layer: Layer, q: Queries, k: NewTokens, v: NewTokens, batch: DecodeBatch, *,
+        group: int | None = None, return_lse: bool,
+        **options: Unpack[AttentionOptions],
+    ) -> tuple[Array | tuple[Array, Array], KVCache]: ...  # fmt: skip
     def append_and_attend(
         self,
         layer: Layer,
-        q: AnyArray,
-        k: AnyArray,
-        v: AnyArray,
+        q: Queries,
+        k: NewTokens,
+        v: NewTokens,
         batch: DecodeBatch,
         *,
         group: int | None = None,
-        **options: Any,
-    ) -> tuple[Any, KVCache]:
+        return_lse: bool = False,
+        **options: Unpack[AttentionOptions],
+    ) -> tuple[Array | tuple[Array, Array], KVCache]:
         """`append` of the batch's new tokens, then `attend`: one launch on a GPU where T = 1.
 
         Args:
@@ -232,14 +215,16 @@ class KVCache:
           v: `[B, T, Hk, D]`.
           batch: whose slots say which of the T tokens of a row are new.
           group: the number of the group of layers that `layer` counts in; None: in all of them.
-          options: those of `paged_attention`.
+          return_lse: also return the log of the softmax denominator, without sinks.
+          options: starts, scale, sliding_window, soft_cap, sinks and implementation, as in
+            `paged_attention`. Window and starts of a group of layers need not be passed.
 
         Returns:
           `(out, cache)`, where out is `(out, lse)` with `return_lse`.
         """
         at = self._place(layer, group)
         own = self._batch(at, batch)
-        *out, k_pages, v_pages = append_and_attend(
+        out, lse, k_pages, v_pages = append_and_attend(
             self.k_pages[at.leaf],
             self.v_pages[at.leaf],
             q,
@@ -250,30 +235,10 @@ class KVCache:
             slots=own.slots,
             layer=at.layer,
             placement=self.placement,
+            return_lse=True,
             **seen(own, options),
         )
-        return (out[0] if len(out) == 1 else tuple(out)), self._with_leaf(at.leaf, k_pages, v_pages)
-
-    def _place(self, layer: Layer, group: int | None) -> Place:
-        return place_of(layer, group, self._groups, stacked=self.stacked)
-
-    @property
-    def _groups(self) -> list[Sequence[int]]:
-        """The layers of each."""
-        if self.layout is None:
-            return [range(self.num_layers)]
-        return [group.layers for group in self.layout.groups]
-
-    def _batch(self, at: Place, batch: DecodeBatch) -> GroupBatch:
-        shards = self.data_shards
-        return matching_group(batch, at.group, self.pools, self.page_size, shards=shards)
-
-    def _with_copies(self, at: Place, new: AnyArray) -> AnyArray:
-        """New keys or values with every head as often as the mesh holds it."""
-        copies, heads = self._copies(at.group), self.k_pages[at.leaf].shape[-3]
-        if copies == 1 or copies * new.shape[-2] != heads:  # heads are local
-            return new
-        return jnp.repeat(jnp.asarray(new), copies, axis=-2)
+        return (out, lse) if return_lse else out, self._with_leaf(at.leaf, k_pages, v_pages)
 
     def _with_leaf(self, leaf: int, k_pages: Array, v_pages: Array) -> KVCache:
         return replace(
@@ -282,20 +247,9 @@ class KVCache:
             v_pages=(*self.v_pages[:leaf], v_pages, *self.v_pages[leaf + 1 :]),
         )
 
-    def leaves_of(self, group: int) -> tuple[int, ...]:
-        """Which of `k_pages` and `v_pages` are of one group of layers."""
-        if self.stacked:
-            return (group,)
-        return (
-            tuple(range(self.num_layers))
-            if self.layout is None
-            else self.layout.groups[group].layers
-        )
-
-    @property
-    def data_shards(self) -> int:
-        """R, into how many parts rows and pages are split."""
-        return self.placement.data_shards if self.placement else 1
+    def _batch(self, at: Place, batch: DecodeBatch) -> GroupBatch:
+        shards = self.data_shards
+        return matching_group(batch, at.group, self.pools, self.page_size, shards=shards)
 
     # ---- the allocator's calls, with copy-on-write carried out and what is computed committed
 
@@ -454,47 +408,20 @@ class KVCache:
             raise ValueError(f"copies are for {len(each)} groups, the cache has {len(self.pools)}")
         cache = self
         for number, part in enumerate(each):
-            cache = cache._copy_in_group(number, part)
+            if len(part.src):
+                cache = cache._copied(number, part)
         return cache
 
-    def _copy_in_group(self, number: int, copies: PageCopies) -> KVCache:
-        if len(copies.src) == 0:
-            return self
-        for name, ids in zip(("copies.src", "copies.dst"), copies, strict=True):
-            check_range(name, ids, self.pools[number][0])
-        check_live("k_pages", self.k_pages[0])
-        if (shards := self.data_shards) > 1:
-            pages = self.pools[number][0] // shards
-            ids = split_copies(copies, shards=shards, pages_per_shard=pages)
-        else:
-            ids = np.zeros((2, 1 << (len(copies.src) - 1).bit_length()), np.int32)
-            ids[:, : len(copies.src)] = copies
-        return _copy_pages(self, *put_beside(self.k_pages[0], tuple(ids)), number)
-
-    def __repr__(self) -> str:
-        if not hasattr(self.k_pages[0], "nbytes"):  # inside a transformation
-            return f"KVCache({self.num_layers} layers)"
-        mib = f"{self.nbytes / 2**20:.1f} MiB"
-        if self.layout is not None:
-            each = ", ".join(
-                f"{len(group.layers)} layers with {group.num_pages} pages"
-                + (f" for windows of {group.window}" if group.window else "")
-                for group in self.layout.groups
-            )
-            return f"KVCache({each}; pages of {self.page_size} tokens, {mib})"
-        pages, heads, page_size, head_dim = self.k_pages[0].shape
-        return (
-            f"KVCache({self.num_layers} layers, {pages} pages of {page_size} tokens, "
-            f"{heads} heads of {head_dim}, {self.k_pages[0].dtype}, {mib})"
+    def _copied(self, group: int, copies: PageCopies) -> KVCache:
+        leaves = self.leaves_of(group)
+        k_pages, v_pages = copied(
+            tuple(self.k_pages[leaf] for leaf in leaves),
+            tuple(self.v_pages[leaf] for leaf in leaves),
+            copies,
+            num_pages=self.pools[group][0],
+            placement=self.placement,
         )
-
-
-@partial(jax.jit, donate_argnums=0, static_argnums=3)
-def _copy_pages(
-    cache: KVCache, src: Int[Array, " C"], dst: Int[Array, " C"], number: int
-) -> KVCache:
-    """In the layers of one group."""
-    for leaf in cache.leaves_of(number):
-        pools = cache.k_pages[leaf], cache.v_pages[leaf]
-        cache = cache._with_leaf(leaf, *copy_pages(*pools, src, dst, placement=cache.placement))
-    return cache
+        cache = self
+        for leaf, k, v in zip(leaves, k_pages, v_pages, strict=True):
+            cache = cache._with_leaf(leaf, k, v)
+        return cache

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .allocator import DecodeBatch, GroupBatch
-from .allocator.view import AllocatorView
+from ..allocator import DecodeBatch, GroupBatch
+from ..allocator.view import AllocatorView
 
 __all__ = ["check_sizes", "matching_group"]
 
