@@ -105,7 +105,7 @@ class Arrays:
 def ours(arrays: Arrays, implementation: str = "triton") -> Call:
     """A backend of ours as it is shipped, through JAX."""
     given = _on_card(arrays.q, arrays.k, arrays.v, arrays.table, arrays.seq_lens)
-    attend = jax.jit(lambda *a: paged_attention(*a, implementation=implementation))
+    attend = jax.jit(lambda *a: paged_attention(*a, implementation=[implementation]))
     compiled = attend.lower(*given).compile()
     return lambda: compiled(*given).block_until_ready()
 

@@ -52,7 +52,7 @@ class AttentionOptions(TypedDict, total=False):
     Those that a cache has of its own are not among them: the layer and the placement. Nor is
     `return_lse`, on which the type of the result depends.
 
-    Example:
+    Examples:
       >>> options: AttentionOptions = dict(sliding_window=128, soft_cap=50.0)
       >>> sorted(options)
       ['sliding_window', 'soft_cap']

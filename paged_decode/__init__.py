@@ -39,6 +39,7 @@ from .errors import (
     StaleHandle,
 )
 from .kernels import (
+    AttentionOptions,
     Placement,
     append_and_attend,
     append_kv,
@@ -65,6 +66,7 @@ from .snapshot import (
 
 __all__ = [
     "AsyncEngine",
+    "AttentionOptions",
     "BlockAllocator",
     "CacheLayout",
     "Completion",
