@@ -2,6 +2,7 @@
 
 python benchmarks/tune_triton.py              # about 5 minutes on 16 cores
 python benchmarks/tune_triton.py --coarse --cases uniform log-normal
+python benchmarks/tune_triton.py --summary    # of what is stored; needs no GPU
 
 The kernel is launched by Triton itself, without JAX, with the plan of the library. A candidate is
 dropped if its result is off or leaves a counter standing. What the table of config.py holds is
@@ -9,6 +10,7 @@ read off this by eye: one row has to serve many cases, so it is seldom the best 
 """
 
 import argparse
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -165,7 +167,8 @@ def measure(timer: Any, case: dict[str, Any], configs: list[Config]) -> list[dic
         else:
             print("WRONG", case, config, off, flush=True)
     return [
-        dict(case=case, config=asdict(configs[int(i)]), shipped=i == "0", bytes=point.kv_bytes)
+        dict(case=case, system="paged-decode/triton", config=asdict(configs[int(i)]))
+        | dict(shipped=i == "0", bytes=point.kv_bytes)
         | spread(values)
         for i, values in timer.time(calls).items()
     ]
@@ -215,7 +218,21 @@ def lines(found: list[dict[str, Any]], best: int = 6) -> Iterator[str]:
             yield f"  {times} {shown} {mark}"
 
 
-def main() -> None:
+def summary(name: str) -> Iterator[str]:
+    """What a stored result says, case by case."""
+    records = json.loads((RESULTS / f"{name}.json").read_text())["records"]
+    for case in {json.dumps(r["case"]): r["case"] for r in records}.values():
+        yield from lines([r for r in records if r["case"] == case])
+
+
+def card() -> str:
+    """The name of the GPU that is measured."""
+    import torch
+
+    return torch.cuda.get_device_name()
+
+
+def main(arguments: list[str] | None = None) -> None:
     """Measure and store, or show what is stored."""
     parser = argparse.ArgumentParser(description="Tilings of the Triton kernel on this card.")
     parser.add_argument("--cases", nargs="*", help="words; only cases with one of them")
@@ -223,23 +240,17 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=3600, help="seconds, then it stores")
     parser.add_argument("--summary", action="store_true", help="show the stored result")
     parser.add_argument("--name", default="tune_triton", help="of the result file")
-    args = parser.parse_args()
-    if args.summary:
-        records = json.loads((RESULTS / f"{args.name}.json").read_text())["records"]
-        for case in {json.dumps(r["case"]): r["case"] for r in records}.values():
-            print(*lines([r for r in records if r["case"] == case]), sep="\n")
-        return
-    wanted = [c for c in cases() if not args.cases or any(word in title(c) for word in args.cases)]
-    records = run(wanted, args.budget, args.coarse)
-    import torch
-
-    write_result(
-        args.name,
-        records,
-        command=" ".join(["python", *sys.argv]),
-        device=torch.cuda.get_device_name(),
-        packages=("torch", "triton"),
-    )
+    args = parser.parse_args(arguments)
+    if not args.summary:
+        kept = [c for c in cases() if not args.cases or any(w in title(c) for w in args.cases)]
+        records = run(kept, args.budget, args.coarse)
+        if not records:
+            raise SystemExit("nothing was measured: no case fits --cases, or none is right")
+        command = " ".join(["python", *sys.argv])
+        # torch measures and Triton compiles; jax only comes with the library.
+        packages = [p for p in ("torch", "triton", "jax") if importlib.util.find_spec(p)]
+        write_result(args.name, records, command=command, device=card(), packages=packages)
+    print(*summary(args.name), sep="\n")
 
 
 if __name__ == "__main__":

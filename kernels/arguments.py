@@ -209,6 +209,7 @@ def _check_values(page_table: Any, seq_lens: Any, starts: Any, pages: int, page_
     table = concrete(page_table)
     if table is None:
         return
+    # Only what a row's length reaches: allocators leave anything in the entries past it.
     used = np.arange(table.shape[1]) * page_size < lens[:, None]
     wrong = used & ((table < 0) | (table >= pages))
     if wrong.any():

@@ -181,6 +181,8 @@ def _copy(
 def _copy_local(k_pages: Array, v_pages: Array, src: Array, dst: Array) -> tuple[Array, Array]:
     src, dst = narrow(src, k_pages.shape[-4]), narrow(dst, k_pages.shape[-4])
 
+    # Ids from outside read zeros and write nothing: JAX would clamp them to the last page, or
+    # count negative ones from the end, and copy another sequence's tokens.
     def copy(pages: Array) -> Array:
         read = pages.at[..., src, :, :, :].get(mode="fill", wrap_negative_indices=False)
         return pages.at[..., dst, :, :, :].set(read, mode="drop", wrap_negative_indices=False)

@@ -56,8 +56,11 @@ def _module(name: str) -> Callable[[], ModuleType]:
 BACKENDS: tuple[Backend, ...] = (
     Backend("triton", _module("triton"), ("gpu",)),
     Backend("pallas_tpu", _module("pallas_tpu"), ("tpu",)),
+    # Where it runs triton does, too, mostly faster (benchmarks/results/decode_grid_pallas.json).
     Backend("pallas_gpu", _module("pallas_gpu"), ()),
     Backend("xla", _module("xla"), ("cpu", "gpu", "tpu")),
+    # An oracle: its memory grows with the width of the table, so a silent fall to it would be worse
+    # than an error.
     Backend("reference", _module("reference"), ()),
 )
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from .checks import AnyArray, check_float
 
-__all__ = ["check_sinks", "merge_attention", "sink_mass"]
+__all__ = ["check_sinks", "finished", "finite", "merge_attention", "sink_mass"]
 
 
 def merge_attention(
@@ -55,18 +55,39 @@ def merge_attention(
         check_sinks(sinks, heads)
     lses = lses.astype(jnp.float32)
     top = jnp.max(lses, axis=0)
-    sink = jnp.full(heads, -jnp.inf, jnp.float32) if sinks is None else sink_mass(sinks, heads)
-    # All parts empty: any finite top keeps -inf - -inf out of exp.
-    finite = jnp.where(jnp.maximum(top, sink) == -jnp.inf, 0.0, jnp.maximum(top, sink))
-    weights = jnp.exp(lses - finite)
-    total = jnp.sum(weights, axis=0)
-    mass = total + jnp.exp(sink - finite)
+    weights = jnp.exp(lses - finite(top))
     # A part of weight 0 saw nothing; its output counts as 0 whatever it holds.
     parts = jnp.where(weights[..., None] > 0, outs.astype(jnp.float32), 0.0)
     summed = jnp.sum(weights[..., None] * parts, axis=0)
-    out = summed / jnp.where(mass == 0, 1.0, mass)[..., None]
-    # The sinks may dwarf the tokens: take the sum without them from its own maximum.
-    return out.astype(outs.dtype), jax.nn.logsumexp(lses, axis=0)
+    sink = None if sinks is None else sink_mass(sinks, heads)
+    out, lse = finished(summed, top, jnp.sum(weights, axis=0), sink)
+    return out.astype(outs.dtype), lse
+
+
+def finished(
+    acc: Float[Array, "*queries D"],
+    top: Float[Array, "*queries"],
+    total: Float[Array, "*queries"],
+    sink: Float[Array, "..."] | None,
+) -> tuple[Float[Array, "*queries D"], Float[Array, "*queries"]]:
+    """The end of a softmax: out with sinks and lse without, from sums relative to exp(top).
+
+    `sink` is the log of a mass, and broadcasts to the queries. The kernels do the same in their
+    own languages, in base 2: `store_result` of triton/merge.py, `finish` of pallas_gpu/merge.py
+    and `_finish` of pallas_tpu/kernel.py; what changes here changes there.
+    """
+    # The sink may dwarf the tokens: the sums are scaled to the larger of the two, but lse comes
+    # from the tokens' own maximum, where nothing of it is lost.
+    base = finite(top if sink is None else jnp.maximum(top, sink))
+    share = jnp.exp(top - base)
+    mass = total * share + (0.0 if sink is None else jnp.exp(sink - base))
+    out = acc * (share / jnp.where(mass == 0, 1.0, mass))[..., None]
+    return out, top + jnp.log(total)
+
+
+def finite(top: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
+    """A maximum to subtract: 0 where nothing was seen, because -inf - -inf is NaN."""
+    return jnp.where(top == -jnp.inf, 0.0, top)
 
 
 def check_sinks(sinks: Any, heads: int, kv_heads: int | None = None) -> None:

@@ -1,5 +1,6 @@
 """What every backend is given: one checked, canonical attention call."""
 
+import math
 from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
@@ -8,7 +9,12 @@ from jaxtyping import Array, Bool, Float, Int32, Num
 from .placement import Placement
 from .write import write_tokens
 
-__all__ = ["AttentionCall", "StaticOptions"]
+__all__ = ["HUGE", "LN2", "LOG2E", "AttentionCall", "StaticOptions"]
+
+# Kernels keep logits in base 2: the hardware has exp2, and exp would be a multiplication more.
+LOG2E, LN2 = math.log2(math.e), math.log(2)
+# The largest sink in base 2 that still gives a finite difference to any logit.
+HUGE = 3.0e38
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
+from .merge import finished, finite
 from .record import AttentionCall
 
 __all__ = ["Config", "attend", "choose_config", "refusal"]
@@ -86,6 +87,7 @@ def _gather(
 ) -> Float[Array, "B Hk CS D"]:
     """The tokens of these pages, head-major as the matmuls want them: no transpose follows."""
     index = ids[:, None, :] * kv_heads + jnp.arange(kv_heads, dtype=jnp.int32)[:, None]
+    # `_page_ids` has clipped them: another check would be a select over all that is gathered.
     taken = rows.at[index.reshape(-1)].get(mode="promise_in_bounds")
     return taken.reshape(ids.shape[0], kv_heads, -1, dim).astype(jnp.float32)
 
@@ -96,6 +98,7 @@ def _logits(
     k: Float[Array, "B Hk C D"],
     seen: Bool[Array, "B M C"],
 ) -> Float[Array, "B Hk M C"]:
+    # By default XLA rounds float32 factors: to bfloat16 on a TPU, to tf32 on a GPU.
     logits = jnp.einsum("bhmd,bhcd->bhmc", q, k, precision="highest")
     if call.soft_cap is not None:
         logits = call.soft_cap * jnp.tanh(logits / call.soft_cap)
@@ -110,17 +113,12 @@ def _update(
     """One step of the online softmax (Milakov and Gimelshein, 2018)."""
     acc, top, total = carry
     new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
-    base = _finite(new_top)
+    base = finite(new_top)
     weights = jnp.exp(logits - base[..., None])
     decay = jnp.exp(top - base)
     acc = acc * decay[..., None]
     acc = acc + jnp.einsum("bhmc,bhcd->bhmd", weights, v, precision="highest")
     return acc, new_top, total * decay + jnp.sum(weights, axis=-1)
-
-
-def _finite(top: Array) -> Array:
-    """A maximum to subtract: 0 where nothing was seen, because -inf - -inf is NaN."""
-    return jnp.where(top == -jnp.inf, 0.0, top)
 
 
 # --- the call ---------------------------------------------------------------------------------
@@ -141,12 +139,8 @@ def attend(call: AttentionCall) -> tuple[Float[Array, "B T Hq D"], Float[Array, 
     per_query = (batch, acc.shape[1], tokens, call.group)
     acc = acc.reshape(*per_query, dim)
     top, total = top.reshape(per_query), total.reshape(per_query)
-    sink = jnp.float32(-jnp.inf) if call.sink is None else call.sink.reshape(-1, 1, call.group)
-    base = _finite(jnp.maximum(top, sink))
-    weight = jnp.exp(top - base)
-    mass = total * weight + jnp.exp(sink - base)
-    out = acc * (weight / jnp.where(mass == 0, 1.0, mass))[..., None]
-    lse = top + jnp.log(total)
+    sink = None if call.sink is None else call.sink.reshape(-1, 1, call.group)
+    out, lse = finished(acc, top, total, sink)
 
     broken = call.broken_rows()[:, None, None, None]
     out = jnp.where(broken[..., None], jnp.nan, out).swapaxes(1, 2).astype(call.q.dtype)

@@ -15,7 +15,6 @@ its place in the ring holds old bytes, so V is zeroed there before the product, 
 in a page in front of the first and behind the last visible token.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -23,13 +22,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ..record import LOG2E
 from . import merge, work
 from .plan import QUERY_ROWS, Plan
 from .work import Place, Row
 
 __all__ = ["Ring", "decode_body", "scratch"]
 
-LOG2E = math.log2(math.e)
 Q_SLOTS = 2
 
 

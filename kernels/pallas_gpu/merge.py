@@ -1,6 +1,5 @@
 """From the sums of a block to results: store them, count arrivals, merge in the order of tokens."""
 
-import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -8,14 +7,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ..record import HUGE, LN2, LOG2E
 from . import work
 from .plan import QUERY_ROWS, Plan
 from .work import Place
 
 __all__ = ["Inputs", "Outputs", "Staged", "finish", "merge_body", "staged"]
 
-LOG2E, LN2 = math.log2(math.e), math.log(2)
-HUGE = 3.0e38  # the largest sink in base 2 that still gives a finite difference to any logit
 _LOADS = 80  # lines of parts before the first is used: one round trip for all of them
 
 

@@ -10,15 +10,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int32, Num
 
+from ..record import HUGE, LN2, LOG2E
+
 Scalar = Int32[Array, ""] | int
 Flag = Bool[Array, ""]
 
 __all__ = ["LANES", "Refs", "Static", "decode_kernel"]
 
 LANES = 128
-LN2, LOG2E = 0.6931471805599453, 1.4426950408889634
-# The largest sink in base 2 that still gives a finite difference to any logit.
-HUGE = 3.0e38
 
 
 @dataclass(frozen=True, slots=True)

@@ -188,6 +188,7 @@ def _launch(
         ),
         out_shape=[like(k_pages), like(v_pages)],
         input_output_aliases={len(scalars) + 2: 0, len(scalars) + 3: 1},
+        # `_when_live` keeps every tile in the pool; the checks cost as much as a copy (launch.py).
         compiler_params=pltpu.CompilerParams(disable_bounds_checks=True),
         interpret=interpret,
         name="paged_write",

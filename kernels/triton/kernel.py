@@ -93,6 +93,7 @@ def _find_place(
         first = tl.maximum(first, length - WINDOW)
     tiles = tl.cdiv(tl.minimum(length, CAPACITY), TOKENS) - first // TOKENS
     tiles = tl.maximum(tiles, 0)
+    # One reduction for both: `plan` keeps tiles below 2**31 and rows below 2**13.
     sums = tl.sum(tiles.to(tl.int64) + ((tiles > 0).to(tl.int64) << 40), 0)
     total, live = (sums & 0xFFFFFFFF).to(tl.int32), (sums >> 40).to(tl.int32)
     most = tl.max(tiles, 0)
@@ -110,7 +111,8 @@ def _find_place(
         goal = tl.where(even, goal, RAGGED_ITEMS)
         size = tl.maximum(tl.cdiv(total * KV_HEADS, goal), MIN_TILES)
         cuts = tl.where(rows < ROWS, _cuts(tiles, size, tl.where(even, 4, EIGHTHS)), 0)
-        # The longest programs first: cut rows, then by halves. One scan counts all four kinds.
+        # The longest programs first: cut rows, then by halves. One scan counts all four kinds,
+        # in 16 bits each: `plan` keeps the programs of a KV head below 2**16.
         kind = (tiles * 2 <= size).to(tl.int64) + (tiles * 4 <= size).to(tl.int64) + 1
         shift = tl.where(cuts > 1, 0, kind) * 16
         places = cuts.to(tl.int64) << shift

@@ -3,13 +3,12 @@
 import triton
 import triton.language as tl
 
+from .. import record
 from .tiles import LOG2E, q_rows
 
 __all__ = ["arrive", "merge_parts", "store_result"]
 
-LN2 = tl.constexpr(0.6931471805599453)
-# The largest sink in base 2 that still gives a finite difference to any logit.
-HUGE = tl.constexpr(3.0e38)
+LN2, HUGE = tl.constexpr(record.LN2), tl.constexpr(record.HUGE)
 
 
 @triton.jit

@@ -45,7 +45,11 @@ def plan(
     heads = shape.kv_heads
     block_g, block_d = _power(shape.group), max(_power(shape.dim), 16)
     full = -(-shape.capacity // config.tokens)  # tiles of a row that fills its table
-    split = config.even > 0 and shape.rows <= MAX_SPLIT_ROWS
+    # Every program adds up the tiles of all rows and KV heads in int32, counts programs of four
+    # kinds in 16 bits each of one int64, and packs a row and its first program into 16 bits each.
+    fits = shape.rows * full * heads < 2**31
+    fits &= shape.rows + max(config.even, config.ragged) // heads < 2**16
+    split = config.even > 0 and shape.rows <= MAX_SPLIT_ROWS and fits
     aims = (config.even, config.ragged) if split and shape.rows > 1 else (config.even,)
     # Rounding up gives every row at most one program more than its share of the aim.
     items = max(min(shape.rows + aim // heads, shape.rows * full) for aim in aims) if split else 0
@@ -68,6 +72,8 @@ def plan(
         BLOCK_D=block_d,
         TOKENS=config.tokens,
         STAGES=config.stages,
+        # Parts that a merge loads before it uses the first. Fewer than 2 would wait for L2 once for
+        # each; more than 16 would only make the unrolled loop longer.
         CHUNK=min(
             max(config.merge * 32 * config.warps // (block_g * block_d), 2), 16, _power(most)
         ),

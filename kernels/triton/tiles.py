@@ -3,9 +3,11 @@
 import triton
 import triton.language as tl
 
+from .. import record
+
 __all__ = ["LOG2E", "append_newest", "attend_tiles", "page_ids", "q_rows", "scaled"]
 
-LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E = tl.constexpr(record.LOG2E)
 
 
 @triton.jit
