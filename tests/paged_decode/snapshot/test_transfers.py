@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,11 +16,14 @@ from paged_decode.tiers import HostTier
 from .small import busy, content, make_allocator, make_cache
 
 
-@pytest.fixture
-def guarded():
-    """A function from which on no thread may transfer anything by the way."""
-    yield lambda: jax.config.update("jax_transfer_guard", "disallow")
-    jax.config.update("jax_transfer_guard", "allow")
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Within it no thread may transfer anything by the way, in either direction."""
+    jax.config.update("jax_transfer_guard", "disallow")
+    try:
+        yield
+    finally:
+        jax.config.update("jax_transfer_guard", "allow")
 
 
 def split(num_pages: int) -> KVCache:
@@ -28,7 +34,7 @@ def split(num_pages: int) -> KVCache:
 
 
 @pytest.mark.parametrize("kind", ["tuple", "stack", "split"])
-def test_no_transfer_of_a_save_or_a_load_is_implicit(tmp_path, guarded, kind):
+def test_no_transfer_of_a_save_or_a_load_is_implicit(tmp_path, kind):
     cache, allocator, _ = busy()
     there, other = make_cache(40), make_allocator(40)
     if kind == "stack":
@@ -39,22 +45,23 @@ def test_no_transfer_of_a_save_or_a_load_is_implicit(tmp_path, guarded, kind):
     if kind == "split":
         cache, there = split(24), split(40)
     extra = {"a": jnp.arange(3), "b": np.zeros(2)}
-    guarded()
-    save_snapshot(tmp_path / "a", cache, allocator, extra=extra)
-    save_snapshot_async(tmp_path / "b", cache, allocator, extra=extra).result(60)
-    assert load_snapshot(tmp_path / "a", there, other).extra["a"].tolist() == [0, 1, 2]
+    with guarded():
+        save_snapshot(tmp_path / "a", cache, allocator, extra=extra)
+        save_snapshot_async(tmp_path / "b", cache, allocator, extra=extra).result(60)
+        loaded = load_snapshot(tmp_path / "a", there, other)
+    assert loaded.extra["a"].tolist() == [0, 1, 2]
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_no_transfer_of_the_host_tier_is_implicit(guarded):
+def test_no_transfer_of_the_host_tier_is_implicit():
     cache, allocator, (handle, *_) = busy()
     was, tier = content(cache, allocator, handle), HostTier(16)
-    guarded()
-    assert tier.store(cache, allocator, handle)
-    tier.settle()
-    other = make_allocator(24)
-    again = other.allocate(allocator.tokens(handle).tolist())
-    there = tier.load(cache, other, again)  # donates the cache
+    with guarded():
+        assert tier.store(cache, allocator, handle)
+        tier.settle()
+        other = make_allocator(24)
+        again = other.allocate(allocator.tokens(handle).tolist())
+        there = tier.load(cache, other, again)  # donates the cache
     assert other.sequence(again).computed == 10 and tier.stats.loaded
     for found, expected in zip(content(there, other, again), was, strict=True):
         np.testing.assert_array_equal(found, expected)
