@@ -53,7 +53,7 @@ class AttentionOptions(TypedDict, total=False):
     `return_lse`, on which the type of the result depends.
 
     Examples:
-      >>> options: AttentionOptions = dict(sliding_window=128, soft_cap=50.0)
+      >>> options = AttentionOptions(sliding_window=128, soft_cap=50.0)
       >>> sorted(options)
       ['sliding_window', 'soft_cap']
     """

@@ -11,6 +11,7 @@ import numpy as np
 
 import paged_decode
 from paged_decode import (
+    AttentionOptions,
     BlockAllocator,
     CacheLayout,
     Completion,
@@ -26,6 +27,7 @@ from paged_decode import (
     SamplingParams,
     Snapshot,
     TokenEvent,
+    append_and_attend,
     merge_attention,
     paged_attention,
     save_snapshot,
@@ -58,6 +60,24 @@ def attention(q: jax.Array, pages: jax.Array, table: jax.Array, lens: jax.Array)
     merged, lse = merge_attention(jnp.stack([both[0], out]), jnp.stack([both[1], both[1]]))
     assert_type(lse, jax.Array)
     return merged
+
+
+def layers(cache: KVCache, q: jax.Array, batch: DecodeBatch, lse: bool) -> KVCache:
+    options = AttentionOptions(scale=0.5, soft_cap=50.0, implementation="xla")
+    assert_type(cache.attend(0, q, batch, **options), jax.Array)
+    assert_type(cache.attend(0, q, batch, return_lse=True), tuple[jax.Array, jax.Array])
+    both, cache = cache.append_and_attend(0, q, q, q, batch, return_lse=True, **options)
+    assert_type(both, tuple[jax.Array, jax.Array])
+    either, cache = cache.append_and_attend(0, q, q, q, batch, return_lse=lse)
+    assert_type(either, jax.Array | tuple[jax.Array, jax.Array])
+    pools = cache.k_pages[0], cache.v_pages[0]
+    assert_type(pools, tuple[jax.Array, jax.Array])
+    tables = batch.page_table, batch.groups[0].page_table, batch.seq_lens
+    assert_type(tables, tuple[jax.Array, jax.Array, jax.Array])
+    three = append_and_attend(*pools, q, q, q, *tables[1:], implementation=["a backend"])
+    assert_type(three, tuple[jax.Array, jax.Array, jax.Array])
+    assert_type((cache.head_dim, cache.num_kv_heads), tuple[int, int])
+    return cache.append(0, q, q, batch)
 
 
 class ShallowLast:
