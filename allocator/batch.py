@@ -39,7 +39,7 @@ class DecodeBatch:
     """The page-table view of one step: B rows, P table columns, T query tokens per row.
 
     The allocator makes it of NumPy arrays; `paged_decode` registers it as a pytree, so it
-    passes through `jit` as it is. Rows are right-aligned: column T-1 is always the row's newest
+    passes through `jit` as it is, and a type checker takes its arrays for those of JAX. Rows are right-aligned: column T-1 is always the row's newest
     token, and a row with fewer than T tokens has its padding in front.
 
     ```
