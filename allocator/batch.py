@@ -38,9 +38,10 @@ class GroupBatch:
 class DecodeBatch:
     """The page-table view of one step: B rows, P table columns, T query tokens per row.
 
-    The allocator makes it of NumPy arrays; `paged_decode` registers it as a pytree, so it
-    passes through `jit` as it is, and a type checker takes its arrays for those of JAX. Rows are right-aligned: column T-1 is always the row's newest
-    token, and a row with fewer than T tokens has its padding in front.
+    The allocator makes it of NumPy arrays; `paged_decode` registers it as a pytree, so it passes
+    through `jit` as it is, and a type checker takes its arrays for those of JAX. Rows are
+    right-aligned: column T-1 is always the row's newest token, and a row with fewer than T tokens
+    has its padding in front.
 
     ```
     row of length 5, chunk of 3 in T = 4      position  [ 1  2  3  4 ]   (1 is padding)

@@ -397,7 +397,7 @@ def _print_run(run: dict[str, Any]) -> None:
 
 
 def _unfit(run: dict[str, Any], name: str) -> str:
-    """A line that names the requests which did not fit; nothing if all did."""
+    """A line that names the requests which did not get all their tokens; nothing if all did."""
     numbers = run["unfit_requests"]
     if not numbers:
         return ""
@@ -408,10 +408,11 @@ def _unfit(run: dict[str, Any], name: str) -> str:
     kinds = (
         (run["too_long"], "with a prompt that can never fit"),
         (run["outgrown"], "with an output that outgrew it"),
+        (run["invalid_logits"], "whose logits were no numbers: the model gave NaN"),
     )
     why = ", ".join(f"{count} {text}" for count, text in kinds if count)
     return (
-        f"{where}{len(numbers)} of {run['requests']} requests did not fit "
+        f"{where}{len(numbers)} of {run['requests']} requests did not finish within "
         f"{run['max_sequence_tokens']} tokens: {why} ({noun} {some}{rest})"
     )
 

@@ -38,7 +38,8 @@ class Record:
 
     `finished` is whether it got all its tokens. `ending` says how it ended: "length" with all of
     them; "too long" if the prompt and one token can never fit; "capacity" if the output outgrew the
-    pool, or the longest sequence that the engine takes; None if it did not end.
+    pool, or the longest sequence that the engine takes; "invalid_logits" if the model gave no
+    numbers; None if it did not end.
     """
 
     request_id: int
@@ -85,9 +86,9 @@ class Report:
     """The figures of one run.
 
     `figures` has times in seconds and rates per second, and None where there is no value, as for
-    the percentiles of what never came. `finished`, `too_long` and `outgrown` count requests by how
-    they ended (see `Record.ending`), and add up to `requests`; `max_sequence_tokens` is what they
-    had to fit. `hit_rate` is the part of the prompt tokens of requests that fit which was found in
+    the percentiles of what never came. `finished`, `too_long`, `outgrown` and `invalid_logits`
+    count requests by how they ended (see `Record.ending`), and add up to `requests`;
+    `max_sequence_tokens` is what they had to fit. `hit_rate` is the part of the prompt tokens of requests that fit which was found in
     the prefix cache; `recompute_tax` is the part of all
     computed tokens that was computed again; `utilisation` the mean part of the pool in use;
     `tail_waste` the mean part of the used pages' slots that held no token. `lifetimes` counts pages
@@ -107,7 +108,7 @@ class Report:
 
     @property
     def unfit(self) -> tuple[Record, ...]:
-        """Requests that ended without all their tokens, because they did not fit."""
+        """Requests that ended without all their tokens: they did not fit, or the model gave NaN."""
         return tuple(r for r in self.records if not r.finished)
 
     def goodput(self, ttft_seconds: float, per_token_seconds: float) -> float:
@@ -239,12 +240,14 @@ def summarize(
     work = stats.prefill_tokens + stats.decode_tokens
     evictions, copies, _ = usage.counted()
     finished = sum(r.finished for r in records)
+    invalid = sum(r.ending == "invalid_logits" for r in records)
     figures: dict[str, float | None] = {
         "seconds": seconds,
         "requests": len(records),
         "finished": finished,
         "too_long": len(records) - len(fitting),
-        "outgrown": len(fitting) - finished,
+        "outgrown": len(fitting) - finished - invalid,
+        "invalid_logits": invalid,
         "max_sequence_tokens": limit,
         "output_tokens_per_second": stats.decode_tokens / seconds if seconds else 0.0,
         "hit_rate": sum(r.hit_tokens for r in fitting) / asked if asked else None,

@@ -99,13 +99,13 @@ def test_every_config_fits_its_card_without_spills(card, call):
     check_needs(card, call)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("card,call", cases(["sm_80", "sm_89", "sm_100"], [4]))
 def test_every_config_fits_the_other_cards_without_spills(card, call):
     check_needs(card, call)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "card,call",
     cases(["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"], [1, 16]),
@@ -117,7 +117,7 @@ def test_every_config_fits_its_card_with_other_groups(card, call):
 BASE = dict(rows=64, kv_heads=8, group=4, dim=128, page_size=16, capacity=4096, dtype="bfloat16")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("card", ["sm_80", "sm_90", "sm_100", "gfx942"])
 @pytest.mark.parametrize(
     "other",

@@ -119,7 +119,7 @@ def test_what_does_not_fit_is_counted_named_and_in_the_status(tmp_path, capsys):
     assert (small["finished"], small["too_long"], small["hit_rate"]) == (0, 20, None)
     assert (large["finished"], large["too_long"]) == (20, 0)
     (said,) = capsys.readouterr().err.splitlines()
-    assert "64 pages: 20 of 20 requests did not fit 1024 tokens" in said
+    assert "64 pages: 20 of 20 requests did not finish within 1024 tokens" in said
     assert "requests 0, 1, 2" in said and "12 more" in said
     assert said.partition(": ")[2] in (tmp_path / "report.html").read_text()
     header, first, _ = (tmp_path / "sweep.csv").read_text().splitlines()
@@ -136,7 +136,7 @@ def test_a_run_writes_the_report_of_a_real_engine(tmp_path, capsys):
     assert 0 < report["too_long"] < 6
     out, err = capsys.readouterr()
     assert f"{report['finished']} of 6 requests finished" in out and "time to first token" in out
-    assert err.count("\n") == 1 and "requests did not fit 252 tokens" in err
+    assert err.count("\n") == 1 and "requests did not finish within 252 tokens" in err
     assert rows_of(tmp_path / "requests.csv") == 6
     page = (tmp_path / "report.html").read_text()
     assert "measured on cpu" in page and "2 layers, 2 KV heads of 8, float32" in page

@@ -167,3 +167,12 @@ def test_every_invariant_holds_at_every_event_of_a_random_run(count, unchecked):
     assert allocator.num_used == 0 and Checked.calls > 5 * count
     tier.settle()
     tier.check_invariants()
+
+
+def test_requests_whose_model_gives_nan_are_no_requests_that_outgrew_the_pool():
+    engine = make_engine(64)
+    engine.params = {name: np.full_like(value, np.nan) for name, value in engine.params.items()}
+    report = run(engine, crowd(3), vocab_size=VOCAB, time_scale=0)
+    assert [r.ending for r in report.records] == ["invalid_logits"] * 3 and len(report.unfit) == 3
+    names = ("finished", "outgrown", "invalid_logits")
+    assert [report.figures[n] for n in names] == [0, 0, 3]
