@@ -32,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MissingExtra as error:
         print(f"paged-decode: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("paged-decode: interrupted", file=sys.stderr)
+        return 130
     except (PagedDecodeError, OSError) as error:
         print(f"paged-decode: {type(error).__name__}: {error}", file=sys.stderr)
         return 1

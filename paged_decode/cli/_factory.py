@@ -123,8 +123,11 @@ def blamed(place: str = "") -> Iterator[None]:
     except FactoryError:
         raise
     except (Exception, SystemExit) as error:
-        text = " ".join(str(error).split())
         kind = type(error).__name__
+        try:
+            text = " ".join(str(error).split())
+        except Exception:  # an error that cannot even say what it is
+            text = "its message cannot be read"
         raise FactoryError(printable(f"{_blame(error, place)}{kind}: {text}", 1000)) from error
 
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import multiprocessing
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
@@ -70,6 +71,10 @@ example:
   paged-decode pressure compare out/sweep.json"""
 
 
+class OptionError(ValueError):
+    """Options that contradict each other."""
+
+
 def _told(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
     """The same command; an error that its message explains is one line, and status 1."""
 
@@ -86,7 +91,7 @@ def _told(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namesp
         ) as error:
             text = " ".join(str(error).split()) or type(error).__name__
             print(f"paged-decode pressure: {printable(text)}", file=sys.stderr)
-            return 1
+            return 2 if isinstance(error, OptionError) else 1
 
     return told
 
@@ -174,14 +179,14 @@ def _settle(args: argparse.Namespace) -> None:
     """Fill in what was not given, and refuse what would have no effect."""
     if ":" in args.workload and (names := given(args, _GENERATED)):
         kind = args.workload.partition(":")[0]
-        raise ValueError(
+        raise OptionError(
             f"{' and '.join(names)}: only of generated workloads, but {kind}: is a trace with its "
             "own arrivals; --stretch changes the time between them"
         )
     defaults = dict(_GENERATED)
     if hasattr(args, "preemption"):
         if set(args.preemption) == {"recompute"} and (names := given(args, _SWAPPING)):
-            raise ValueError(
+            raise OptionError(
                 f"{' and '.join(names)}: only for what is copied to the host, but --preemption is "
                 "recompute; add swap or cheaper"
             )
@@ -260,7 +265,11 @@ def _figures(cases: Sequence[Case], jobs: int) -> Iterator[tuple[Case, dict[str,
         yield from ((case, case.figures()) for case in cases)
         return
     spawn = multiprocessing.get_context("spawn")  # jax has threads, which fork would not copy
-    with ProcessPoolExecutor(min(jobs, len(cases)), mp_context=spawn) as executor:
+    quiet = (
+        signal.signal,
+        (signal.SIGINT, signal.SIG_DFL),
+    )  # workers end without a word of their own
+    with ProcessPoolExecutor(min(jobs, len(cases)), spawn, *quiet) as executor:
         futures = {executor.submit(Case.figures, case): case for case in cases}
         for future in as_completed(futures):
             yield futures[future], future.result()

@@ -67,6 +67,12 @@ class ModelShape:
         object.__setattr__(self, "layers", tuple(self.layers))
         if not self.layers:
             raise ValueError(f"{self.name}: a model has at least one layer, got none")
+        for heads in {layer.num_kv_heads for layer in self.layers}:
+            if self.num_heads is not None and self.num_heads % heads:
+                raise ValueError(
+                    f"{self.name}: query heads must be a multiple of KV heads, got "
+                    f"{self.num_heads} and {heads}"
+                )
 
     @classmethod
     def of_sizes(

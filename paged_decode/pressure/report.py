@@ -88,8 +88,8 @@ class Report:
     `figures` has times in seconds and rates per second, and None where there is no value, as for
     the percentiles of what never came. `finished`, `too_long`, `outgrown` and `invalid_logits`
     count requests by how they ended (see `Record.ending`), and add up to `requests`;
-    `max_sequence_tokens` is what they had to fit. `hit_rate` is the part of the prompt tokens of requests that fit which was found in
-    the prefix cache; `recompute_tax` is the part of all
+    `max_sequence_tokens` is what they had to fit. `hit_rate` is the part of the prompt tokens of
+    requests that fit which was found in the prefix cache; `recompute_tax` is the part of all
     computed tokens that was computed again; `utilisation` the mean part of the pool in use;
     `tail_waste` the mean part of the used pages' slots that held no token. `lifetimes` counts pages
     by how long their content stayed, from being taken to being freed or evicted: one number per

@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ def read_mooncake(path: str | Path) -> Iterator[Request]:
     """Requests of a Mooncake trace: JSON lines with `hash_ids` of 512-token blocks.
 
     Each line is an object with `timestamp` in milliseconds, `input_length`, `output_length` and
-    `hash_ids`; empty lines are passed over, and an output of 0 tokens counts as one of 1. The file
-    is read as it is needed, so a bad line is an error when its turn comes.
+    `hash_ids`; empty lines are passed over, and an output of 0 tokens counts as one of 1. Times
+    count from the first request. The file is read as it is needed, so a bad line is an error when
+    its turn comes.
 
     Args:
       path: a regular file in UTF-8 without a byte order mark.
@@ -39,16 +41,17 @@ def read_mooncake(path: str | Path) -> Iterator[Request]:
     Source: Qin et al., "Mooncake", FAST 2025.
     """
     last = 0.0
-    found = False
+    begin: float | None = None
     for number, line in _lines(path):
         if not line.strip():
             continue
         with _named(path, number, "Mooncake"):
             request = _mooncake(line)
             _check_order(request.arrival_seconds, last)
-        last, found = request.arrival_seconds, True
-        yield request
-    if not found:
+        last = request.arrival_seconds
+        begin = last if begin is None else begin
+        yield replace(request, arrival_seconds=last - begin)
+    if begin is None:
         raise ValueError(
             f"{_shown(path)}, line 1: expected requests of Mooncake, got an empty file"
         )

@@ -50,6 +50,8 @@ def _checked(name: Any, value: Any) -> np.dtype:
         )
     title = f"extra {shown(name)}"
     check_live(title, value)
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{title} is a masked array; pass its data and its mask, or filled()")
     if not isinstance(value, np.ndarray | np.generic | jax.Array):
         kind = type(value).__name__
         raise TypeError(f"{title} is no array but {kind}; use np.asarray, or metadata for numbers")

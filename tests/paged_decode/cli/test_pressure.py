@@ -50,14 +50,14 @@ def pictures(folder):
     return {path.stem for path in folder.glob("*.png")}
 
 
-def failed(line, capsys):
+def failed(line, capsys, statuses=(1, 2)):
     """The one line that a wrong command prints, and its status, which is 1 or 2."""
     try:
         status = main(["pressure", *line])
     except SystemExit as end:
         status = end.code
     out, err = capsys.readouterr()
-    assert status in (1, 2) and out == ""
+    assert status in statuses and out == ""
     (only,) = err.splitlines()
     assert "Traceback" not in only and only.startswith("paged-decode")
     return only
@@ -269,10 +269,19 @@ def test_options_that_do_not_go_together_are_one_line(wrong, said, tmp_path, cap
     assert said in failed(line, capsys)
 
 
+def test_an_interrupt_is_one_line(capsys, monkeypatch):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("paged_decode.cli.pressure._settle", interrupted)
+    assert main(["pressure", *SWEEP]) == 130
+    assert capsys.readouterr().err == "paged-decode: interrupted\n"
+
+
 @pytest.mark.parametrize("name", ["--rate", "--seed"])
 def test_what_only_a_generator_has_is_refused_for_a_trace(name, capsys):
     line = ["sweep", f"azure:{DATA / 'azure_19.csv'}", "--pages", "999", name, "1"]
-    assert f"{name}: only of generated workloads" in failed(line, capsys)
+    assert f"{name}: only of generated workloads" in failed(line, capsys, (2,))
 
 
 @pytest.mark.parametrize(

@@ -545,6 +545,8 @@ def test_the_docs_show_what_the_command_prints(capsys):
           "--weights-bytes", "16GB"], "do not fit"),
         (["--layers", 2, "--kv-heads", 1, "--head-dim", 8, "--full-every", 2, "--rows", 1],
          "give the window"),
+        (["--layers", 2, "--heads", 4, "--kv-heads", 3, "--head-dim", 8, "--rows", 1],
+         "query heads must be a multiple of KV heads, got 4 and 3"),
     ],
 )  # fmt: skip
 def test_the_command_explains_what_it_cannot_plan(capsys, words, message):

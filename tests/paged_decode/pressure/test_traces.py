@@ -142,3 +142,12 @@ def test_empty_lines_and_outputs_of_no_token_are_borne(tmp_path):
     assert [r.output_tokens for r in read_mooncake(tmp_path / "m")] == [1, 1]
     (tmp_path / "a").write_text(HEAD + "\n" + ROW + "\r\n" + ROW)
     assert [r.prompt_tokens for r in read_azure(tmp_path / "a")] == [374, 374]
+
+
+def test_times_of_mooncake_count_from_the_first_request(tmp_path):
+    lines = [
+        f'{{"timestamp": {at}, "input_length": 5, "output_length": 2, "hash_ids": [1]}}\n'
+        for at in (3_600_000, 3_600_500)
+    ]
+    (tmp_path / "trace").write_text("".join(lines))
+    assert [r.arrival_seconds for r in read_mooncake(tmp_path / "trace")] == [0.0, 0.5]

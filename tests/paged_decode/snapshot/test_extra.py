@@ -195,6 +195,7 @@ REFUSED = {
     "a list": ({"a": [1]}, TypeError, "'a' is no array but list"),
     "a number": ({"a": 1}, TypeError, "'a' is no array but int"),
     "None": ({"a": None}, TypeError, "no array but NoneType"),
+    "a masked array": ({"a": np.ma.ones(2)}, TypeError, "is a masked array"),
     "text": ({"a": np.array(["x"])}, NotImplementedError, "do not hold <U1"),
     "objects": ({"a": np.array([{}])}, NotImplementedError, "do not hold object"),
     "complex": ({"a": np.zeros(1, complex)}, NotImplementedError, "do not hold complex128"),
