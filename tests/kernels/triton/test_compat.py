@@ -7,9 +7,11 @@ import types
 from importlib import metadata
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.interpreters import mlir
 
 from .interpret import INSTALLED
 
@@ -99,7 +101,11 @@ def binding(monkeypatch):
         module = types.ModuleType("jax_triton")
         vars(module)["triton_call"] = triton_call
         library = types.ModuleType("jax_triton.triton_lib")
-        vars(library)["triton_kernel_call_lib"] = object()  # a jaxlib with one entry only
+        vars(library).update(
+            triton_kernel_call_lib=object(),  # a jaxlib with one entry only
+            triton_kernel_call_p=jax.extend.core.Primitive("triton_kernel_call"),
+            triton_kernel_call_lowering=None,
+        )
         monkeypatch.setitem(sys.modules, "jax_triton", module)
         monkeypatch.setitem(sys.modules, library.__name__, library)
         return seen
@@ -134,6 +140,39 @@ def test_jax_triton_0_4_is_told_out_type_and_a_version_of_ptx(binding):
     seen = binding("0.4.1")
     assert launch() is RESULTS
     assert seen["named"] == COMMON | dict(out_type=OUTPUTS, backend_options={"ptx_version": 87})
+
+
+@pytest.mark.parametrize("registers", [0, 128])
+def test_a_limit_of_registers_reaches_the_compiler_of_either_version(
+    binding, monkeypatch, registers
+):
+    limited = dict(maxnreg=128) if registers else {}
+    constants = dict(D=64, SPLIT=True, REGISTERS=registers)
+    seen = binding("0.4.1")
+    launch(constants=constants)
+    assert seen["named"]["backend_options"] == dict(ptx_version=87) | limited
+
+    binding("0.3.1", triton="3.6.0")
+    library = sys.modules["jax_triton.triton_lib"]
+
+    class Backend:
+        def __init__(self, *device):
+            self.device = device
+
+        def parse_options(self, options):
+            return options
+
+    def lowering(backend, ctx, **params):
+        made = backend("card", 90)
+        assert made.device == ("card", 90)
+        return made.parse_options(dict(num_warps=8))
+
+    vars(library).update(get_cuda_backend=Backend, triton_kernel_call_lowering=lowering)
+    registered = []
+    monkeypatch.setattr(mlir, "register_lowering", lambda _, rule, **__: registered.append(rule))
+    launch(constants=constants)
+    params = dict(custom_call_target_name="another", **constants)
+    assert registered[0]("context", **params) == dict(num_warps=8) | limited
 
 
 PAGES = jnp.zeros((5, 4), jnp.bfloat16)
