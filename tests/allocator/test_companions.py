@@ -618,12 +618,15 @@ def in_a_process(*arguments: object) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("shards, step", [(1, 3), (2, 7)])
+@pytest.mark.parametrize(
+    "shards, step",
+    [(1, 11), *(pytest.param(*case, marks=pytest.mark.long) for case in [(1, 3), (2, 7)])],
+)
 def test_calls_that_are_cut_off_anywhere_leave_hits_that_are_true(shards, step):
     in_a_process("calls", shards, step)
 
 
-@pytest.mark.parametrize("first", [0, 20])
+@pytest.mark.parametrize("first", [0, pytest.param(20, marks=pytest.mark.long)])
 def test_random_programs_find_what_the_rule_says_and_read_their_own_tokens(first):
     in_a_process("programs", first, first + 20)
 

@@ -212,15 +212,16 @@ def in_a_process(shards: int, eviction: str, step: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "shards, eviction, step", [(1, "ranked", 1), (1, "lru", 3), (2, "lru", 5), (2, "ranked", 5)]
+    "shards, eviction, step", [(1, "ranked", 5), (1, "lru", 7), (2, "ranked", 11)]
 )
 def test_an_interrupt_before_any_line_leaves_an_allocator_that_goes_on(shards, eviction, step):
     in_a_process(shards, eviction, step)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("shards, eviction", [(1, "lru"), (2, "lru"), (2, "ranked")])
-def test_so_does_one_before_every_line_of_the_others(shards, eviction):
+@pytest.mark.long
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("eviction", ["lru", "ranked"])
+def test_so_does_one_before_every_line(shards, eviction):
     in_a_process(shards, eviction, 1)
 
 

@@ -292,10 +292,9 @@ def test_pages_held_aside_for_a_copy_go_back_with_the_copy_or_the_sequence():
 # ---- random programs, with the device's memory beside
 
 
-@pytest.mark.parametrize("seeds", [range(8), range(8, 16)], ids=str)
-def test_random_programs_over_two_groups_see_their_own_tokens(seeds):
+def test_random_programs_over_two_groups_see_their_own_tokens():
     total: Counter[str] = Counter()
-    for seed in seeds:
+    for seed in range(8):
         total += Program(seed, shards=1 + seed % 2, prefix_cache=False).run(150)
     assert min(total["refused"], total["passed"]) > 30 and total["hits"] == 0
 
