@@ -299,8 +299,13 @@ def _checked_parent(
     """What a delta at `path` says of its parent, and the real paths of all files that it needs.
 
     Raises:
-      ValueError: a reader of that delta would not find them.
+      TypeError, ValueError: it is no snapshot, or a reader of that delta would not find them.
     """
+    if not isinstance(parent, Snapshot):
+        raise TypeError(
+            f"parent must be a Snapshot, got {type(parent).__name__}: pass what save_snapshot "
+            "returned, the `snapshot` of a load, or the result() of a pending one"
+        )
     if parent._allocator is not allocator:
         raise ValueError("parent is a snapshot of another allocator; save a whole snapshot")
     here, there = os.path.realpath(path), os.path.realpath(parent.path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 
 from paged_decode import (
     KVCache,
+    PendingSnapshot,
     SamplingParams,
     SnapshotCorrupt,
     SnapshotMismatch,
@@ -129,6 +131,13 @@ def test_a_missing_or_wrong_parent_is_an_error_before_anything_is_touched(tmp_pa
     refused(SnapshotCorrupt, "chunk|padding")
     (tmp_path / "0").write_bytes(whole)
     load_snapshot(tmp_path / "2", there, other)
+
+
+@pytest.mark.parametrize("parent", ["0", Path("0"), PendingSnapshot(Path("0"))], ids=str)
+def test_a_parent_that_is_no_snapshot_is_refused_with_what_to_pass(tmp_path, unchecked, parent):
+    with pytest.raises(TypeError, match="parent must be a Snapshot, got .*: pass what save_snap"):
+        save_snapshot(tmp_path / "x", make_cache(40), make_allocator(40), parent=parent)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_delta_of_another_allocator_folder_or_of_itself_is_refused(tmp_path):
