@@ -42,7 +42,8 @@ def load_factory(name: str) -> Callable[..., Any]:
     found = getattr(module, function, None)
     if callable(found):
         return found
-    names = [n for n, value in vars(module).items() if inspect.isfunction(value)]
+    own = (f for f in vars(module).values() if inspect.isfunction(f))
+    names = [f.__name__ for f in own if f.__module__ == module.__name__]  # none that it imported
     there = f"; it has {', '.join(names[:8])}" if names else ""
     if not hasattr(module, function):
         raise FactoryError(f"{where} has no function {shown(function)}{there}")
@@ -122,13 +123,14 @@ def blamed(place: str = "") -> Iterator[None]:
         yield
     except FactoryError:
         raise
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit, GeneratorExit) as error:
         kind = type(error).__name__
         try:
             text = " ".join(str(error).split())
         except Exception:  # an error that cannot even say what it is
             text = "its message cannot be read"
-        raise FactoryError(printable(f"{_blame(error, place)}{kind}: {text}", 1000)) from error
+        said = f"{kind}: {text}" if text else kind
+        raise FactoryError(printable(f"{_blame(error, place)}{said}", 1000)) from error
 
 
 def _blame(error: BaseException, place: str) -> str:

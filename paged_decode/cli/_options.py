@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from .._text import printable
 
-__all__ = ["Parser", "count", "number", "option"]
+__all__ = ["Parser", "count", "given", "number", "option", "power_of_two"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,6 +49,14 @@ def count(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
         return value
 
     return read
+
+
+def power_of_two(text: str) -> int:
+    """The type of an option: 1, 2, 4, ..."""
+    value = count(1)(text)
+    if value & (value - 1):
+        raise argparse.ArgumentTypeError(f"expected a power of two, got {value}")
+    return value
 
 
 def number(*, zero: bool = False) -> Callable[[str], float]:

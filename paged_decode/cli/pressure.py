@@ -36,7 +36,7 @@ from ..pressure.report import Report, as_json
 from ..pressure.workload import in_order
 from ._compare import print_runs, read_runs, write_csv
 from ._factory import FactoryError, blamed, load_factory, make_engine
-from ._options import Parser, count, given, number, option
+from ._options import Parser, count, given, number, option, power_of_two
 
 __all__ = ["add"]
 
@@ -134,7 +134,7 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
     option(parser, "--stretch", "of the time between arrivals", type=number(), default=1.0)
     text = "of what is generated (default: 0)"
     parser.add_argument("--seed", type=count(0, 2**63 - 1), help=text)
-    option(parser, "--page-size", "tokens of a page", type=count(1), default=16)
+    option(parser, "--page-size", "tokens of a page", type=power_of_two, default=16)
     text = "goal for the first token, in seconds"
     option(parser, "--ttft", text, type=number(), default=2.0)
     text = "goal for the mean gap between tokens, in seconds"
@@ -321,10 +321,10 @@ def _run(args: argparse.Namespace) -> int:
     engine = make_engine(factory, **sizes, eviction=eviction)
     notes = _other_pool(engine, args)
     report = _carry_out(engine, requests, args)
-    report.write(args.out)
-    figures = _about(engine, args) | report.figures
-    figures["goodput"] = report.goodput(args.ttft, args.per_token)
-    figures |= curves(report)
+    about = _about(engine, args)
+    about["goodput"] = report.goodput(args.ttft, args.per_token)
+    report.write(args.out, about)
+    figures = about | report.figures | curves(report)
     if note := _unfit(figures, ""):
         notes.append(note)
     page = write_page(args.out, [figures], _typed(), notes)

@@ -242,7 +242,7 @@ class _Costs:
         )
         if limit < one:
             raise ValueError(
-                f"one row of {columns * self.page_size} tokens needs {one} bytes of pages on each "
+                f"one row of {columns} pages of {self.page_size} tokens needs {one} bytes on each "
                 f"device, got {limit}: give more memory, a shorter context, smaller chunks, or "
                 "more devices"
             )

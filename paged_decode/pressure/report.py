@@ -134,12 +134,19 @@ class Report:
         values = [v for r in self.records if (v := r.ttft_seconds) is not None]
         return np.percentile(values, np.arange(101)).tolist() if values else []
 
-    def write(self, folder: str | Path) -> None:
-        """Write `report.json` (figures, lifetimes, timeline) and `requests.csv` (records)."""
+    def write(self, folder: str | Path, about: Mapping[str, Any] | None = None) -> None:
+        """Write `report.json` (figures, lifetimes, timeline) and `requests.csv` (records).
+
+        Args:
+          folder: made if it is not there.
+          about: what was run, and figures of one's own, as JSON takes them: in front of the others.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         more = {"lifetimes": self.lifetimes, "timeline": self.timeline}
-        (folder / "report.json").write_text(as_json(self.figures | more), "utf-8")
+        (folder / "report.json").write_text(
+            as_json({**(about or {}), **self.figures, **more}), "utf-8"
+        )
         with open(folder / "requests.csv", "w", newline="", encoding="utf-8") as out:
             rows = [asdict(record) for record in self.records]
             writer = csv.DictWriter(out, [each.name for each in fields(Record)])

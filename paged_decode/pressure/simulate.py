@@ -202,6 +202,8 @@ def simulate(
         )
     if not isinstance(costs, CostModel):
         raise TypeError(f"costs must have a method seconds(program), got {shown(costs)}")
+    if not isinstance(tier, HostTier | None):
+        raise TypeError(f"tier must be a HostTier, got {shown(tier)}")
     queue_rows = as_whole("queue_rows", queue_rows, 1)
     simulation = _Simulation(
         allocator,
@@ -319,5 +321,5 @@ def _pool_without_memory(allocator: BlockAllocator) -> KVCache:
 
 
 def _generated(sample: Sample) -> int:
-    """A token for the text of this sample alone."""
-    return FIRST_GENERATED + (sample.request_id * 64 + sample.index) % FIRST_GENERATED
+    """A token for the text of this sample alone: of 2**20 requests with 2**10 samples each."""
+    return FIRST_GENERATED + (sample.request_id * 2**10 + sample.index) % FIRST_GENERATED

@@ -138,6 +138,8 @@ def test_a_run_writes_the_report_of_a_real_engine(tmp_path, capsys):
     assert f"{report['finished']} of 6 requests finished" in out and "time to first token" in out
     assert err.count("\n") == 1 and "requests did not finish within 252 tokens" in err
     assert rows_of(tmp_path / "requests.csv") == 6
+    told = ("workload", "eviction", "card", "model", "goodput")
+    assert report["eviction"] == "lru" and all(report[name] is not None for name in told)
     page = (tmp_path / "report.html").read_text()
     assert "measured on cpu" in page and "2 layers, 2 KV heads of 8, float32" in page
     assert pictures(tmp_path) == OVER_TIME
@@ -244,12 +246,13 @@ NAMES = ("--eviction", "--victim", "--preemption", "--admission", "--no-such-opt
     [(name, bad) for name in COUNTS for bad in ("0", "-1", "nan", "inf", "1.5", "x", "9" * 12)]
     + [(name, bad) for name in NUMBERS for bad in ("0", "-1", "nan", "inf", "x")]
     + [("--seed", bad) for bad in ("-1", "nan", "0.5")]
+    + [("--page-size", "3")]
     + [(name, "nobody") for name in NAMES]
     + [(name,) for name in (*COUNTS, *NUMBERS, *NAMES[:4], "--out")],
     ids=" ".join,
 )
 def test_every_wrong_option_is_one_line(wrong, capsys):
-    assert wrong[0] in failed([*SWEEP, *wrong], capsys)
+    assert wrong[0] in failed([*SWEEP, *wrong], capsys, (2,))
 
 
 @pytest.mark.parametrize(
@@ -339,6 +342,12 @@ FILES = {
     "shadow": "f = 5\n",
     "empty": "",
     "nulls": "\0",
+    "wordless": "raise GeneratorExit\n",
+    "mute": (
+        "class Mute(Exception):\n    def __str__(self):\n        raise ValueError\n\n\n"
+        "def f(**sizes):\n    raise Mute\n"
+    ),
+    "borrows": "from json import dumps\n\n\ndef mine():\n    return 5\n",
 }
 SAID = {
     "syntax": "syntax.py:1: SyntaxError",
@@ -351,6 +360,9 @@ SAID = {
     "empty": "empty.py has no function 'f'",
     "nulls": "nulls.py: SyntaxError",
     "missing": "no file 'missing.py'",
+    "wordless": "wordless.py:1: GeneratorExit",
+    "mute": "mute.py:7: Mute: its message cannot be read",
+    "borrows": "borrows.py has no function 'f'; it has mine",
 }
 
 

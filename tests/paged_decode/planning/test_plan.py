@@ -540,7 +540,7 @@ def test_the_docs_show_what_the_command_prints(capsys):
         (["--layers", 2, "--kv-heads", 1, "--head-dim", 8, "--rows", 2, "--cache-bytes", 99],
          "2 rows need .* got 99"),
         (["--layers", 2, "--kv-heads", 1, "--head-dim", 8, "--context", 9, "--cache-bytes", 99],
-         "one row of 16 tokens needs"),
+         "one row of 1 pages of 16 tokens needs"),
         (["--layers", 2, "--kv-heads", 1, "--head-dim", 8, "--rows", 2, "--card", "v5e",
           "--weights-bytes", "16GB"], "do not fit"),
         (["--layers", 2, "--kv-heads", 1, "--head-dim", 8, "--full-every", 2, "--rows", 1],

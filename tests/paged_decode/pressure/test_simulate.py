@@ -135,6 +135,11 @@ def test_what_can_never_fit_is_refused_and_what_outgrows_the_pool_ends():
     assert all(r.end_seconds is not None for r in report.records)
 
 
+def test_a_tier_that_is_none_is_refused_by_name(unchecked):
+    with pytest.raises(TypeError, match="tier must be a HostTier, got 5"):
+        simulate([], BlockAllocator(9, 4), PerKind(), config=CONFIG, tier=5)
+
+
 def test_the_same_seed_gives_the_same_report():
     def once():
         work = poisson(60, 2.0, seed=5, prompt_median=30.0, output_median=10.0)
