@@ -58,6 +58,7 @@ def _one_call(allocator, device, rng, live, trace) -> None:
         trace.append(tuple(batch.slots.ravel().tolist()))
 
 
+@pytest.mark.long
 def test_ten_thousand_random_cycles_conserve_every_page():
     """scenario 9"""
     allocator, rng = BlockAllocator(33, 4), np.random.default_rng(0)

@@ -338,7 +338,7 @@ class TestPrograms(Programs.TestCase):
     settings = settings(COMMON, max_examples=40, derandomize=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("unchecked")  # TestPrograms checks shapes
 class TestManyPrograms(Programs.TestCase):
     """Other programs every time."""

@@ -223,6 +223,7 @@ def test_a_call_that_is_cut_off_anywhere_leaves_both_groups_consistent(name, sha
     assert at > 30
 
 
+@pytest.mark.long
 def test_what_a_copy_brought_is_the_window_s_at_once_or_the_sequence_begins_anew():
     at, torn = 0, True
     while torn:

@@ -239,7 +239,7 @@ def test_a_file_that_is_no_model_is_refused(tmp_path):
 # ---- the real one
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_real_model_says_the_golden_words(real_gguf):
     cases = json.loads(GOLDEN.read_text())["cases"]
     case = min(cases, key=lambda c: len(c["prompt_ids"]))

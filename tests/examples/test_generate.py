@@ -54,10 +54,13 @@ def check(gguf: Path, golden: list[dict], folder: Path, options: str, atol: floa
     "options",
     [
         "--page-size 16",
-        "--page-size 1 --no-prefix-cache --num-pages 160",
-        "--page-size 64 --num-pages 4 --prefill-chunk 8 --decode-steps 5",
-        "--page-size 16 --one-by-one",
-        "--page-size 16 --num-pages 10 --host-pages 20",
+        pytest.param("--page-size 1 --no-prefix-cache --num-pages 160", marks=pytest.mark.long),
+        pytest.param(
+            "--page-size 64 --num-pages 4 --prefill-chunk 8 --decode-steps 5",
+            marks=pytest.mark.long,
+        ),
+        pytest.param("--page-size 16 --one-by-one", marks=pytest.mark.long),
+        pytest.param("--page-size 16 --num-pages 10 --host-pages 20", marks=pytest.mark.long),
         "--page-size 16 --snapshot-at 40 answer.pgd",
     ],
 )

@@ -170,7 +170,7 @@ def test_numbers_that_do_not_divide_and_missing_devices_are_named(tmp_path):
         parallel.make_mesh(99)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_real_model_on_three_devices_says_the_golden_words(real_gguf, tmp_path):
     case = min(GOLDEN, key=lambda c: len(c["prompt_ids"]))
     (tmp_path / "in.json").write_text(json.dumps([case]))

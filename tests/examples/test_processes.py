@@ -51,7 +51,7 @@ def test_tables_that_differ_are_a_named_error_on_every_process(tmp_path):
         assert name == "ReplicaMismatch" and "at check 3" in message
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_generate_the_golden_tokens(real_gguf, tmp_path):
     cases = sorted(GOLDEN["cases"], key=lambda c: len(c["prompt_ids"]))[:2]
     (tmp_path / "in.json").write_text(json.dumps(cases))

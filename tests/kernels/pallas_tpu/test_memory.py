@@ -22,7 +22,7 @@ def run(mode: str, *names: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("mode", ["on_wait", "eager"])
+@pytest.mark.parametrize("mode", ["on_wait", pytest.param("eager", marks=pytest.mark.long)])
 def test_no_copy_races_and_none_is_read_before_it_arrived(mode):
     for name, answer in run(mode, "ragged", "window", "append", "write").items():
         assert "raised" not in answer, (name, answer)

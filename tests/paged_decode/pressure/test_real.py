@@ -76,7 +76,8 @@ def test_a_run_needs_to_know_the_vocabulary():
         run(make_engine(16), [])
 
 
-@pytest.mark.long  # it compares times: nothing else may run beside it
+@pytest.mark.alone
+@pytest.mark.long
 def test_modelled_times_are_within_15_percent_of_the_real_ones_after_calibration():
     work = crowd(60, seed=8)
     engine = make_engine(24)
