@@ -72,6 +72,7 @@ _TABLE = {
 _LONG_ROW = {"few": 1024, "many": 8192}  # tokens of capacity above which a batch is `long`
 _LONG_BATCH = 2**17  # and the tokens times KV heads, where it has few rows, but not one
 _BIG_SHARED_MEMORY = (80, 90, 100, 103)  # generations with at least 160 KiB a multiprocessor
+_WARPGROUPS = (90, 100, 103)  # and those whose matrix unit takes operands from there
 
 
 def choose_config(shape: Shape) -> Config:
@@ -159,9 +160,9 @@ def choose_tail_config(shape: Shape) -> TailConfig:
         # Exact float32 products do not use the matrix unit: small tiles, many programs.
         return TailConfig(16, 16, 4, 2, aim=4 * processors)
     dim = 64 if shape.dim <= 64 else 128 if shape.dim <= 128 else 256
-    if shape.generation not in _BIG_SHARED_MEMORY or (dim, shape.generation) == (256, 80):
-        tokens = 64 if shape.dim <= 128 else 32
-        return TailConfig(min(queries, 64), tokens, 4, 2, aim=4 * processors)
+    if shape.generation not in _WARPGROUPS:
+        most, tokens = (64, 64) if shape.dim <= 128 else (32, 32)
+        return TailConfig(min(queries, most), tokens, 4, 2, aim=4 * processors)
     if queries <= FEW_QUERIES:
         tokens, warps, stages = _DRAFTS[dim, queries]
         return TailConfig(queries, tokens, warps, stages, aim=2 * processors)
