@@ -14,6 +14,9 @@ from .pallas_gpu import interpret as hopper
 from .pallas_tpu import interpret as tpu
 from .triton import interpret as triton
 
+# What is about the op and not about one of its kernels.
+AROUND = {"test_transforms.py", "test_merge.py", "test_dense.py"}
+
 
 @pytest.fixture(scope="session", autouse=True)
 def interpreted_backends() -> Iterator[None]:
@@ -23,6 +26,15 @@ def interpreted_backends() -> Iterator[None]:
     wider = {name: partial(getattr(dispatch, name), backends=backends) for name in served}
     with mock.patch.multiple(dispatch, **wider):
         yield
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave to CI what the op does around a kernel that XLA compiles for seconds in every test."""
+    for item in items:
+        backend = getattr(getattr(item, "callspec", None), "params", {}).get("backend")
+        if backend == tpu.NAME and item.path.name in AROUND:
+            item.add_marker(pytest.mark.long)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -19,7 +19,7 @@ from ..oracle import Case, build, check
 from .interpret import NAME
 
 EDGES = (0, 1, 15, 16, 17, 75)
-VARIANTS = [NAME, f"{NAME}-blocks", f"{NAME}-cores"]
+BLOCKS, CORES = f"{NAME}-blocks", f"{NAME}-cores"
 CASES = {
     "ragged": Case(EDGES, 2, 3, 64, 16, 5),
     "window": Case((75, 0, 33, 80), 2, 3, 64, 16, 5, options=dict(sliding_window=20)),
@@ -31,7 +31,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("backend", VARIANTS[1:])
+@pytest.mark.parametrize("backend", [BLOCKS, pytest.param(CORES, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", CASES)
 def test_rows_of_several_blocks_match_the_oracle(backend, name):
     check(backend, CASES[name])
@@ -48,7 +48,9 @@ def visible_pages(inputs, size):
     return seen
 
 
-@pytest.mark.parametrize("backend", VARIANTS)
+@pytest.mark.parametrize(
+    "backend", [NAME, *(pytest.param(each, marks=pytest.mark.long) for each in (BLOCKS, CORES))]
+)
 @pytest.mark.parametrize("name", ["ragged", "window", "starts", "empty rows in front"])
 def test_the_bytes_of_the_copies_are_those_of_the_visible_pages(backend, name):
     inputs = build(CASES[name])
