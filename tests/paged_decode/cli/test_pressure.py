@@ -157,6 +157,7 @@ def documented():
     return list(dict.fromkeys(tuple(words[1:]) for words in found))
 
 
+@pytest.mark.long
 def test_every_documented_command_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "examples")
     from models import weights

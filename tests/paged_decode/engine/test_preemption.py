@@ -65,7 +65,7 @@ def test_swapped_samples_get_the_tokens_of_ample_memory_and_compute_nothing_twic
     assert engine.stats.recomputed_tokens == 0
 
 
-@pytest.mark.parametrize("memory", ["numpy", "pinned_host"])
+@pytest.mark.parametrize("memory", ["pinned_host", pytest.param("numpy", marks=pytest.mark.long)])
 def test_after_warmup_no_swap_compiles_anything(expected, memory, compiled):
     """Not the copies, and not the engine's programs on a cache that a copy has written."""
     jax.clear_caches()

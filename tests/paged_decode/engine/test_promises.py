@@ -393,8 +393,12 @@ def life(seed: int, *, straight: bool = False, **config) -> list:
 
 @pytest.mark.parametrize(
     "seeds, other",
-    [(range(i, i + 4), dict(collect_at_once=True)) for i in (0, 4, 8)]
-    + [(range(4), dict(straight=True))],
+    [(range(8, 12), dict(collect_at_once=True)), (range(8, 12), dict(straight=True))]
+    + [
+        pytest.param(range(i, i + 4), other, marks=pytest.mark.long)
+        for i in (0, 4)
+        for other in (dict(collect_at_once=True), dict(straight=True))
+    ],
     ids=str,
 )
 def test_neither_collecting_at_once_nor_what_programs_decide_changes_an_event(seeds, other):

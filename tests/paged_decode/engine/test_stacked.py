@@ -120,6 +120,7 @@ def test_a_program_that_dies_with_the_stack_loses_no_request():
     assert [tuple(each) for each in streams.values()] == [expected(1, p) for p in P]
 
 
+@pytest.mark.long
 def test_requests_in_flight_pass_from_a_stack_on_a_mesh_to_separate_layers_and_back(tmp_path):
     mesh = jax.make_mesh((2,), ("heads",), devices=first_devices(2))
     engines = [
