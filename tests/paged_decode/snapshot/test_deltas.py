@@ -133,7 +133,7 @@ def test_a_missing_or_wrong_parent_is_an_error_before_anything_is_touched(tmp_pa
     load_snapshot(tmp_path / "2", there, other)
 
 
-@pytest.mark.parametrize("parent", ["0", Path("0"), PendingSnapshot(Path("0"))], ids=str)
+@pytest.mark.parametrize("parent", ["0", Path("0"), PendingSnapshot(Path("0"))], ids=type)
 def test_a_parent_that_is_no_snapshot_is_refused_with_what_to_pass(tmp_path, unchecked, parent):
     with pytest.raises(TypeError, match="parent must be a Snapshot, got .*: pass what save_snap"):
         save_snapshot(tmp_path / "x", make_cache(40), make_allocator(40), parent=parent)
