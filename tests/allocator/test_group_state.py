@@ -70,7 +70,12 @@ def arrays(state) -> list[list]:
     return found
 
 
-@pytest.mark.parametrize("seed", range(40))
+def few_of(count: int) -> list[object]:
+    """Seeds, all but ten of them for CI."""
+    return [*range(10), *(pytest.param(s, marks=pytest.mark.long) for s in range(10, count))]
+
+
+@pytest.mark.parametrize("seed", few_of(40))
 def test_random_lives_go_on_in_another_allocator_with_the_same_hits(seed):
     program = lived(seed)
     old = program.allocator
@@ -97,7 +102,7 @@ def test_random_lives_go_on_in_another_allocator_with_the_same_hits(seed):
     assert new.stats(0).used == new.stats(1).used == 0
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", few_of(30))
 def test_what_is_left_of_a_state_keeps_every_rule(seed):
     """Without entries, under one salt, in less room, cut to narrower windows, in more groups."""
     state, _ = lived(seed).allocator.export_state()

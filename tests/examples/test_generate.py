@@ -61,7 +61,7 @@ def check(gguf: Path, golden: list[dict], folder: Path, options: str, atol: floa
         ),
         pytest.param("--page-size 16 --one-by-one", marks=pytest.mark.long),
         pytest.param("--page-size 16 --num-pages 10 --host-pages 20", marks=pytest.mark.long),
-        "--page-size 16 --snapshot-at 40 answer.pgd",
+        pytest.param("--page-size 16 --snapshot-at 40 answer.pgd", marks=pytest.mark.long),
     ],
 )
 def test_greedy_ids_and_logits_equal_the_golden_file(real_gguf, tmp_path, options):
@@ -90,7 +90,10 @@ def test_gemma_says_the_golden_words_in_two_page_groups(real_gemma, tmp_path, op
     [
         "--page-size 1 --no-prefix-cache --devices 2",
         "--page-size 4 --num-pages 18 --window-pages 11 --prefill-chunk 8 --decode-steps 3",
-        "--num-pages 18 --page-size 4 --prefill-chunk 8 --no-prefix-cache --host-pages 40",
+        pytest.param(
+            "--num-pages 18 --page-size 4 --prefill-chunk 8 --no-prefix-cache --host-pages 40",
+            marks=pytest.mark.long,
+        ),
         "--page-size 4 --snapshot-at 20 answer.pgd",
     ],
 )
@@ -140,7 +143,7 @@ def test_a_missing_model_is_one_line_on_stderr(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_demo_prints_its_table_and_draws_its_timeline(real_gguf, tmp_path):
     done = run(script="demo.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
