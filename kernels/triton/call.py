@@ -133,10 +133,12 @@ def run_tail(call: AttentionCall) -> list[Array]:
 def _launched(
     kernel: Any, inputs: Sequence[Array], launch: Launch, name: str, written: dict[str, Any]
 ) -> list[Array]:
+    launch_one = compat.launch  # taken now: under `vmap` the call below is traced later
+
     # A batch of launches would count arrivals in the same counters: one after the other.
     @jax.custom_batching.sequential_vmap
     def launched(*arrays: Array) -> list[Array]:
-        return compat.launch(
+        return launch_one(
             kernel,
             arrays,
             [jax.ShapeDtypeStruct(size, jnp.dtype(dtype)) for size, dtype in launch.outputs],

@@ -40,7 +40,7 @@ def test_a_backend_with_wrong_numbers_is_named_and_the_status_is_not_zero(wrong,
 
     def broken(*args, implementation, **options):
         out = attend(*args, implementation=implementation, **options)
-        return out + wrong if implementation == "xla" else out
+        return out + wrong if implementation == ["xla"] else out
 
     with mock.patch.object(doctor, "paged_attention", broken):
         assert cli.main(["doctor"]) == 1
