@@ -20,6 +20,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # the pages are torch's
 
 from _result import spread, write_result
 
+from paged_decode.kernels.triton.compat import limits
 from paged_decode.kernels.triton.config import Shape, TailConfig, choose_tail_config
 from paged_decode.kernels.triton.plan import Launch, plan_tail
 
@@ -84,10 +85,8 @@ def launch_of(case: Case, config: TailConfig) -> Launch:
 
 
 def _options(launch: Launch) -> dict[str, Any]:
-    limit = launch.constants["REGISTERS"]
-    return dict(num_warps=launch.warps, num_stages=launch.stages) | (
-        dict(maxnreg=limit) if limit else {}
-    )
+    options = dict(num_warps=launch.warps, num_stages=launch.stages)
+    return options | limits(launch.constants)
 
 
 def compile_one(job: tuple[Case, TailConfig]) -> str:

@@ -67,36 +67,14 @@ def run(
     """The launch as a custom call: out, lse, two scratches and the pages, if they are written."""
     shape = shape_of(call)
     append, (k, v, slots) = newest is not None, newest or (None, None, None)
-    launch = plan(
-        shape,
-        choose_config(shape),
-        dtype=str(call.q.dtype),
-        pages=call.k_pages.shape[1],
-        columns=call.page_table.shape[1],
-        scale=call.scale,
-        window=call.window,
-        soft_cap=call.soft_cap,
-        starts=call.starts is not None,
-        sinks=call.sink is not None,
-        append=append,
-        slots=slots is not None,
-    )
-    # What is not given is not read: any other array stands in for it.
+    config, given = choose_config(shape), slots is not None
+    launch = plan(shape, config, **_options(call), append=append, slots=given)
     inputs = (
-        call.q,
-        call.k_pages,
-        call.v_pages,
-        call.layer,
-        call.page_table,
-        call.seq_lens,
-        call.seq_lens if call.starts is None else call.starts,
-        call.q if call.sink is None else call.sink,
-        zero_counters(launch.counters),
+        *_inputs(call, launch),
         call.q if k is None else k,
         call.q if v is None else v,
         call.seq_lens if slots is None else slots,
     )
-
     written = dict(rewritten=("k_written", "v_written"), aliases=(1, 2) if append else ())
     return _launched(decode_kernel, inputs, launch, "paged_decode", written)
 
@@ -104,9 +82,13 @@ def run(
 def run_tail(call: AttentionCall) -> list[Array]:
     """The launch for T > 1 as a custom call: out, lse and two scratches."""
     shape = shape_of(call)
-    launch = plan_tail(
-        shape,
-        choose_tail_config(shape),
+    launch = plan_tail(shape, choose_tail_config(shape), **_options(call))
+    return _launched(tail_kernel, _inputs(call, launch), launch, "paged_tail", {})
+
+
+def _options(call: AttentionCall) -> dict[str, Any]:
+    """What every plan is told of a call beside its shape."""
+    return dict(
         dtype=str(call.q.dtype),
         pages=call.k_pages.shape[1],
         columns=call.page_table.shape[1],
@@ -116,7 +98,14 @@ def run_tail(call: AttentionCall) -> list[Array]:
         starts=call.starts is not None,
         sinks=call.sink is not None,
     )
-    inputs = (
+
+
+def _inputs(call: AttentionCall, launch: Launch) -> tuple[Array, ...]:
+    """The arrays that every kernel begins with.
+
+    What is not given is not read: any other array stands in for it.
+    """
+    return (
         call.q,
         call.k_pages,
         call.v_pages,
@@ -127,7 +116,6 @@ def run_tail(call: AttentionCall) -> list[Array]:
         call.q if call.sink is None else call.sink,
         zero_counters(launch.counters),
     )
-    return _launched(tail_kernel, inputs, launch, "paged_tail", {})
 
 
 def _launched(

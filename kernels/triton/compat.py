@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from jax.interpreters import mlir
 
-__all__ = ["launch", "problem"]
+__all__ = ["launch", "limits", "problem"]
 
 CURE = "install the set that works: pip install 'paged-decode[cuda]' (jax-triton 0.3.1, triton 3.6)"
 
@@ -100,7 +100,7 @@ def launch(
         options |= _lowered_by_us(importlib.import_module("jax_triton.triton_lib"))
     else:
         # Newer Triton writes PTX that the assembler of CUDA 13.0 rejects.
-        options["backend_options"] = {"ptx_version": 87, **_limits(constants)}
+        options["backend_options"] = {"ptx_version": 87, **limits(constants)}
     return binding.triton_call(
         *inputs,
         kernel=kernel,
@@ -114,7 +114,7 @@ def launch(
     )
 
 
-def _limits(constants: dict[str, Any]) -> dict[str, Any]:
+def limits(constants: dict[str, Any]) -> dict[str, Any]:
     """What a kernel's constant REGISTERS, if it has one, says to Triton's compiler."""
     registers = constants.get("REGISTERS", 0)
     return {"maxnreg": registers} if registers else {}
@@ -134,7 +134,7 @@ def _lowered_by_us(library: ModuleType) -> dict[str, Any]:
         def backend(*device: Any) -> Any:
             made = library.get_cuda_backend(*device)
             parse = made.parse_options
-            made.parse_options = lambda options: parse(options | _limits(params))
+            made.parse_options = lambda options: parse(options | limits(params))
             return made
 
         results = original(backend, ctx, *args, **params)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-__all__ = ["Config", "Shape", "TailConfig", "choose_config", "choose_tail_config"]
+__all__ = ["Config", "Shape", "TailConfig", "choose_config", "choose_tail_config", "power"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +116,6 @@ class TailConfig:
       aim: programs to cut the work into, if no tile has less than its share; 0: never cut.
       registers: of a thread, at most; 0: what the compiler takes. Half of what it would take lets
         two programs share a multiprocessor: one computes exponentials while the other multiplies.
-      min_blocks: no program gets fewer blocks of keys, unless its tile has no more.
-      merge: registers a thread gives to partials on their way.
     """
 
     queries: int
@@ -126,8 +124,6 @@ class TailConfig:
     stages: int
     aim: int = 0
     registers: int = 0
-    min_blocks: int = 1
-    merge: int = 32
 
 
 # Tilings of full tiles by head dim padded to a power of two: queries, tokens, warps, stages and
@@ -154,7 +150,7 @@ FEW_QUERIES = 64
 
 def choose_tail_config(shape: Shape) -> TailConfig:
     """The config of a call of T > 1: from the tables, or a small tiling that fits every card."""
-    queries = max(_power(shape.tokens * shape.group), 16)
+    queries = max(power(shape.tokens * shape.group), 16)
     processors = shape.processors
     if shape.itemsize == 4:
         # Exact float32 products do not use the matrix unit: small tiles, many programs.
@@ -188,5 +184,6 @@ def _cuts(lanes: int, processors: int, least: int) -> int:
     return next((cuts for cuts in tries if full(cuts) >= 0.9), max(tries, key=full))
 
 
-def _power(n: int) -> int:
+def power(n: int) -> int:
+    """The least power of two from n on."""
     return 1 << max(n - 1, 0).bit_length()

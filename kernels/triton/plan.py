@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from .config import Config, Shape, TailConfig
+from .config import Config, Shape, TailConfig, power
 
 __all__ = ["Launch", "plan", "plan_tail"]
 
@@ -43,7 +43,7 @@ def plan(
     Without `starts`, `sinks` or `slots` their pointers are never followed.
     """
     heads = shape.kv_heads
-    block_g, block_d = _power(shape.group), max(_power(shape.dim), 16)
+    block_g, block_d = power(shape.group), max(power(shape.dim), 16)
     full = -(-shape.capacity // config.tokens)  # tiles of a row that fills its table
     # Every program adds up the tiles of all rows and KV heads in int32, counts programs of four
     # kinds in 16 bits each of one int64, and packs a row and its first program into 16 bits each.
@@ -74,10 +74,8 @@ def plan(
         STAGES=config.stages,
         # Parts that a merge loads before it uses the first. Fewer than 2 would wait for L2 once for
         # each; more than 16 would only make the unrolled loop longer.
-        CHUNK=min(
-            max(config.merge * 32 * config.warps // (block_g * block_d), 2), 16, _power(most)
-        ),
-        BLOCK_ROWS=_power(shape.rows) if split else 1,
+        CHUNK=min(max(config.merge * 32 * config.warps // (block_g * block_d), 2), 16, power(most)),
+        BLOCK_ROWS=power(shape.rows) if split else 1,
         GUESS=max((full + size // 2) // size, 1) if split else 1,
         EVEN_ITEMS=config.even,
         RAGGED_ITEMS=config.ragged,
@@ -122,7 +120,7 @@ def plan_tail(
 ) -> Launch:
     """The launch of `config` for a call of this shape, T > 1."""
     heads, m = shape.kv_heads, config.queries
-    block_d = max(_power(shape.dim), 16)
+    block_d = max(power(shape.dim), 16)
     tiles = -(-shape.tokens * shape.group // m)
     items = shape.rows * tiles
     # The kernel counts programs of four kinds in 16 bits each, and items in 16.
@@ -150,10 +148,9 @@ def plan_tail(
         BLOCK_D=block_d,
         TOKENS=config.tokens,
         STAGES=config.stages,
-        CHUNK=min(max(config.merge * 32 * config.warps // (16 * block_d), 2), 16),
-        BLOCK_ITEMS=_power(items) if split else 1,
+        CHUNK=min(max(32 * 32 * config.warps // (16 * block_d), 2), 16),  # 32 registers a thread
+        BLOCK_ITEMS=power(items) if split else 1,
         AIM=max(config.aim, 1),
-        MIN_BLOCKS=config.min_blocks,
         SPLIT=split,
         STARTS=starts,
         SINKS=sinks,
@@ -172,7 +169,3 @@ def plan_tail(
             ((max(slots * heads, 1), m), "float32"),
         ),
     )
-
-
-def _power(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()

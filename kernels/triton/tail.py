@@ -34,14 +34,14 @@ def _visible(
     WINDOW: tl.constexpr,
     CAPACITY: tl.constexpr,
 ):
-    """`first, end` of what the queries of a tile see together, and the position of its first."""
+    """`first, end` of what the queries of a tile see together; where its first and last one sit."""
     lowest = length - T + tile * M // GROUP
     highest = length - T + tl.minimum((tile * M + M - 1) // GROUP, T - 1)
     first = start
     if WINDOW > 0:
         first = tl.maximum(first, lowest - WINDOW + 1)
     end = tl.minimum(tl.maximum(highest + 1, 0), CAPACITY)
-    return tl.minimum(first, CAPACITY), end, lowest
+    return tl.minimum(first, CAPACITY), end, lowest, highest
 
 
 @triton.jit
@@ -60,7 +60,6 @@ def _find_place(
     TOKENS: tl.constexpr,
     BLOCK_ITEMS: tl.constexpr,
     AIM: tl.constexpr,
-    MIN_BLOCKS: tl.constexpr,
     STARTS: tl.constexpr,
 ):
     """`item, place of its first program, programs of it` for one program of a KV head.
@@ -77,11 +76,13 @@ def _find_place(
     if STARTS:
         start = tl.load(starts + row, mask=real, other=0)
         start = tl.minimum(tl.maximum(start, 0), CAPACITY)
-    first, end, _ = _visible(TILES - 1 - item // ROWS, length, start, T, GROUP, M, WINDOW, CAPACITY)
+    first, end, _, _ = _visible(
+        TILES - 1 - item // ROWS, length, start, T, GROUP, M, WINDOW, CAPACITY
+    )
     blocks = tl.maximum(tl.cdiv(end, TOKENS) - first // TOKENS, 0)
     blocks = tl.where(real, blocks, 0)
     total = tl.sum(blocks.to(tl.int64), 0)
-    size = tl.maximum(tl.cdiv(total * KV_HEADS, AIM), MIN_BLOCKS).to(tl.int32)
+    size = tl.maximum(tl.cdiv(total * KV_HEADS, AIM), 1).to(tl.int32)
     cuts = tl.maximum((blocks.to(tl.int64) * 2 + size) // (size * 2), 1)
     cuts = tl.where(real, cuts, 0)
     # Four kinds in one scan of 16 bits each: plan.py sees to it that no count reaches 2**16.
@@ -233,7 +234,6 @@ def tail_kernel(
     CHUNK: tl.constexpr,
     BLOCK_ITEMS: tl.constexpr,
     AIM: tl.constexpr,
-    MIN_BLOCKS: tl.constexpr,
     SPLIT: tl.constexpr,
     STARTS: tl.constexpr,
     SINKS: tl.constexpr,
@@ -259,7 +259,7 @@ def tail_kernel(
     if SPLIT:
         item, base, parts = _find_place(
             place, seq_lens, starts, ROWS, TILES, T, GROUP, M, KV_HEADS, CAPACITY, WINDOW, TOKENS,
-            BLOCK_ITEMS, AIM, MIN_BLOCKS, STARTS,
+            BLOCK_ITEMS, AIM, STARTS,
         )  # fmt: skip
     if parts > 0:
         row = item % ROWS
@@ -269,7 +269,7 @@ def tail_kernel(
         start = row * 0
         if STARTS:
             start = tl.minimum(tl.maximum(tl.load(starts + row), 0), CAPACITY)
-        begin, end, lowest = _visible(tile, length, start, T, GROUP, M, WINDOW, CAPACITY)
+        begin, end, lowest, highest = _visible(tile, length, start, T, GROUP, M, WINDOW, CAPACITY)
         table = page_table + row.to(tl.int64) * COLUMNS
         broken = length > CAPACITY
         if TILES > 1:  # a single tile looks at every page that its row sees
@@ -283,7 +283,6 @@ def tail_kernel(
         clear = start  # all queries see the tokens from here to `lowest`
         if WINDOW > 0:
             first = tl.maximum(first, position - WINDOW + 1)
-            highest = length - T + tl.minimum((tile * M + M - 1) // GROUP, T - 1)
             clear = tl.maximum(clear, highest - WINDOW + 1)
         dim = tl.arange(0, BLOCK_D)
         at = (row.to(tl.int64) * T + query // GROUP) * HEADS + kv_head * GROUP + query % GROUP

@@ -76,7 +76,7 @@ class OptionError(ValueError):
 
 
 def _told(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """The same command; an error that its message explains is one line, and status 1."""
+    """The same command; an error that its message explains is one line, and status 1 or 2."""
 
     @wraps(run)
     def told(args: argparse.Namespace) -> int:
@@ -243,10 +243,11 @@ def _run_all(cases: Sequence[Case], folder: Path, jobs: int) -> list[dict[str, A
         for case, figures in _figures(missing, jobs):
             path = folder / f"{case.key}.json"
             part = path.with_suffix(".part")
-            part.write_text(as_json(figures), "utf-8")
+            text = as_json(figures)
+            part.write_text(text, "utf-8")
             part.replace(path)  # whole or absent, so a sweep that was cut off can go on
             bar.update()
-            known[case.key] = json.loads(as_json(figures))
+            known[case.key] = json.loads(text)
     return [figures for case in cases if (figures := known[case.key]) is not None]
 
 

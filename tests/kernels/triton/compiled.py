@@ -155,6 +155,8 @@ def needs(launch: Launched, card: Card) -> Needs:
     import triton
     from triton.backends.compiler import GPUTarget
 
+    from paged_decode.kernels.triton import compat
+
     names = launch.kernel.arg_names
     signature = dict.fromkeys(names, "constexpr")
     signature |= zip(names, (_TYPES[dtype] for dtype in launch.pointers), strict=False)
@@ -165,8 +167,7 @@ def needs(launch: Launched, card: Card) -> Needs:
     )
     target = GPUTarget(card.backend, card.arch, card.threads)
     options = dict(num_warps=launch.warps, num_stages=launch.stages)
-    if limit := launch.constants.get("REGISTERS"):
-        options["maxnreg"] = limit
+    options |= compat.limits(launch.constants)
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
         triton.knobs.cache.dir = folder  # nothing is taken from an earlier run
         built = triton.compile(source, target=target, options=options)

@@ -78,20 +78,29 @@ def test_poison_in_front_of_starts_changes_no_bit_of_a_cut_row():
     same_bits(inputs.call(SPLIT), clean)
 
 
+# With T > 1 the page lies behind what the first tile of the row sees.
+BROKEN = {
+    "T = 1": (Case((40, 64, 2, 0), 2, 3, 16, 4, 16), 9),
+    "several tiles": (Case((40, 64, 9, 0), 1, 3, 16, 4, 16, tokens=30), 15),
+}
+
+
 @pytest.mark.parametrize("fault", ["page id N", "page id -1", "length past the table"])
-def test_a_broken_row_is_nan_and_the_others_keep_their_bits(fault):
+@pytest.mark.parametrize("name", BROKEN)
+def test_all_queries_of_a_broken_row_are_nan_and_the_others_keep_their_bits(name, fault):
     import jax
 
     from paged_decode.kernels import paged_attention
 
-    inputs = build(Case((40, 64, 2, 0), 2, 3, 16, 4, 16))
+    case, column = BROKEN[name]
+    inputs = build(case)
     call = jax.jit(lambda *a: paged_attention(*a, return_lse=True, implementation=SPLIT))
     arrays = [inputs.q, inputs.k_pages, inputs.v_pages, inputs.page_table, inputs.seq_lens]
     clean = [np.asarray(array) for array in call(*arrays)]
     if fault == "length past the table":
         inputs.seq_lens[1] = 65
     else:
-        inputs.page_table[1, 9] = -1 if "-1" in fault else len(inputs.k_pages)
+        inputs.page_table[1, column] = -1 if "-1" in fault else len(inputs.k_pages)
     broken = [np.asarray(array) for array in call(*arrays)]
     assert all(np.isnan(array[1]).all() for array in broken)
     others = np.array([0, 2, 3])
