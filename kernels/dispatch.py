@@ -3,8 +3,8 @@
 A backend is a module with two functions, imported only when it is asked for:
 
 - `refusal(call) -> str | None`: why it cannot serve this call, in words, or None if it can;
-- `attend(call) -> (out [B, T, Hq, D] like q, lse float32 [B, T, Hq])`: NotImplementedError there
-  means the same as a refusal. B is at least 1.
+- `attend(call) -> (out [B, T, Hq, D] like q, lse float32 [B, T, Hq])`, B at least 1. What it raises
+  is an error, NotImplementedError as well: a slower backend must not take over without a word.
 
 A third is optional: `append_and_attend(call, k, v, slots) -> (out, lse, k_pages, v_pages)` writes
 the newest tokens, k and v `[B, T, Hk, D]` of the pages' dtype, in the same launch, but for those
@@ -90,7 +90,8 @@ def attend(
 
     Raises:
       ValueError: a name that no backend has.
-      ExceptionGroup: every backend refused; holds one NotImplementedError for each, with why.
+      NotImplementedError: the only backend that was asked refused, with why.
+      ExceptionGroup: several were asked and all refused; it holds one NotImplementedError for each.
     """
 
     def run(module: ModuleType) -> tuple[Array, Array]:
@@ -132,7 +133,7 @@ def append_and_attend(
 
 def _is_empty(call: AttentionCall) -> bool:
     """Whether there is no row: no backend is asked to launch nothing."""
-    return call.q.shape[0] == 0
+    return call.rows == 0
 
 
 def _nothing(call: AttentionCall) -> tuple[Array, Array]:
@@ -149,11 +150,14 @@ def _first(
     for backend in _candidates(implementation, call.platform, backends):
         try:
             module = _load(backend)
-            if (reason := module.refusal(call)) is not None:
-                raise NotImplementedError(f"{backend.name}: {reason}")
+        except NotImplementedError as missing:
+            refusals.append(missing)
+            continue
+        if (reason := module.refusal(call)) is None:
             return run(module)
-        except NotImplementedError as refusal:
-            refusals.append(refusal)
+        refusals.append(NotImplementedError(f"{backend.name}: {reason}"))
+    if len(refusals) == 1:
+        raise refusals[0]
     raise ExceptionGroup("no backend serves this attention call", refusals)
 
 

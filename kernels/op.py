@@ -108,8 +108,9 @@ def paged_attention(
       ValueError: shapes that disagree; and, where values are concrete, lengths outside `0 .. P * S`
         or page ids outside the pool. Under `jit` such a row comes out as NaN (one of a length below
         0 as an empty one), and so do all rows of a call whose traced `layer` is outside the pool.
-      NotImplementedError: differentiation; this op is for inference.
-      ExceptionGroup: no backend serves the call; it holds every backend's reason.
+      NotImplementedError: differentiation, because this op is for inference; and a call that the
+        only backend asked for does not serve, with its reason.
+      ExceptionGroup: none of several backends serves the call; it holds the reason of each.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -77,14 +77,59 @@ class AttentionCall:
     stacked: bool = True
 
     @property
+    def rows(self) -> int:
+        """B."""
+        return self.q.shape[0]
+
+    @property
+    def tokens(self) -> int:
+        """T, query tokens of a row."""
+        return self.q.shape[1]
+
+    @property
+    def heads(self) -> int:
+        """Hq, query heads."""
+        return self.q.shape[2]
+
+    @property
+    def dim(self) -> int:
+        """D, numbers of a head."""
+        return self.q.shape[3]
+
+    @property
+    def pages(self) -> int:
+        """N, pages of a layer in the pool."""
+        return self.k_pages.shape[1]
+
+    @property
+    def kv_heads(self) -> int:
+        """Hk."""
+        return self.k_pages.shape[2]
+
+    @property
     def page_size(self) -> int:
         """S, tokens in a page."""
         return self.k_pages.shape[3]
 
     @property
+    def itemsize(self) -> int:
+        """Bytes of a number in the pages."""
+        return self.k_pages.dtype.itemsize
+
+    @property
     def group(self) -> int:
         """G, query heads that read one KV head."""
-        return self.q.shape[2] // self.k_pages.shape[2]
+        return self.heads // self.kv_heads
+
+    @property
+    def columns(self) -> int:
+        """P, pages that a row can have."""
+        return self.page_table.shape[1]
+
+    @property
+    def capacity(self) -> int:
+        """P * S, tokens that a row can hold."""
+        return self.columns * self.page_size
 
     def visible(self) -> tuple[Int32[Array, "B T"], Int32[Array, "B T"]]:
         """The tokens that each query sees, as a half-open range `first, end`.
@@ -105,9 +150,8 @@ class AttentionCall:
 
     def positions(self) -> Int32[Array, "B T"]:
         """Where each query sits in its sequence; below 0 in front of it. A length below 0 is 0."""
-        tokens = self.q.shape[1]
         lens = jnp.maximum(self.seq_lens, 0)[:, None]
-        return lens - tokens + jnp.arange(tokens, dtype=jnp.int32)
+        return lens - self.tokens + jnp.arange(self.tokens, dtype=jnp.int32)
 
     def broken_rows(self) -> Bool[Array, "B"]:
         """Rows whose table breaks the contract: a page id outside the pool, or too few columns.
@@ -115,10 +159,9 @@ class AttentionCall:
         Values cannot raise under `jit`. Such a row must come out as NaN, never as the data of
         another sequence, which is what clamped or wrapped indices would read.
         """
-        pages, width = self.k_pages.shape[1], self.page_table.shape[1]
-        used = jnp.arange(width, dtype=jnp.int32) * self.page_size < self.seq_lens[:, None]
-        outside = (self.page_table < 0) | (self.page_table >= pages)
-        return jnp.any(used & outside, axis=1) | (self.seq_lens > width * self.page_size)
+        used = jnp.arange(self.columns, dtype=jnp.int32) * self.page_size < self.seq_lens[:, None]
+        outside = (self.page_table < 0) | (self.page_table >= self.pages)
+        return jnp.any(used & outside, axis=1) | (self.seq_lens > self.capacity)
 
     def with_newest(
         self,
@@ -132,11 +175,10 @@ class AttentionCall:
         written nowhere.
         """
         page_size, position = self.page_size, self.positions()
-        pages, width = self.k_pages.shape[1], self.page_table.shape[1]
-        column = position // page_size
-        page = jnp.take_along_axis(self.page_table, jnp.clip(column, 0, width - 1), axis=1)
-        nowhere = (position < 0) | (self.seq_lens[:, None] > width * page_size)
-        nowhere |= (page < 0) | (page >= pages)
+        column = jnp.clip(position // page_size, 0, self.columns - 1)
+        page = jnp.take_along_axis(self.page_table, column, axis=1)
+        nowhere = (position < 0) | (self.seq_lens[:, None] > self.capacity)
+        nowhere |= (page < 0) | (page >= self.pages)
         if slots is not None:
             nowhere |= slots < page_size
         where = jnp.where(nowhere, -1, page * page_size + position % page_size)
@@ -158,8 +200,8 @@ class AttentionCall:
 
         None if it can, as far as that goes.
         """
-        if (tokens := self.q.shape[1]) != 1:
-            return f"it serves one query token a row, T = 1; got T = {tokens}"
+        if self.tokens != 1:
+            return f"it serves one query token a row, T = 1; got T = {self.tokens}"
         return self.pages_refusal(mixed=mixed)
 
     def pages_refusal(self, *, mixed: bool = False) -> str | None:

@@ -45,11 +45,10 @@ def attend(call: AttentionCall) -> tuple[Float[Array, "B T Hq D"], Float[Array, 
 
 def _tokens(call: AttentionCall, pages: Array) -> Float[Array, "B tokens Hq D"]:
     """The pages of every row as a run of tokens, zero where no query sees them."""
-    rows, columns = call.page_table.shape
-    used = jnp.arange(columns, dtype=jnp.int32) * call.page_size < call.seq_lens[:, None]
-    ids = jnp.clip(jnp.where(used, call.page_table, 0), 0, pages.shape[1] - 1)
+    used = jnp.arange(call.columns, dtype=jnp.int32) * call.page_size < call.seq_lens[:, None]
+    ids = jnp.clip(jnp.where(used, call.page_table, 0), 0, call.pages - 1)
     tokens = jnp.moveaxis(pages[call.layer, ids], 2, 3)  # [B, P, S, Hk, D]
-    tokens = tokens.reshape(rows, columns * call.page_size, *tokens.shape[3:])
+    tokens = tokens.reshape(call.rows, call.capacity, *tokens.shape[3:])
     # Slots that no query sees may hold NaN, and 0 * NaN is NaN: mask the values too.
     token, first = jnp.arange(tokens.shape[1], dtype=jnp.int32), call.visible()[0][:, :1]
     held = (first <= token) & (token < call.seq_lens[:, None])

@@ -29,8 +29,8 @@ def _kernel(call: AttentionCall, chunk_pages: int) -> tuple[Array, Array, Array]
     Returns float32 `acc [B, Hk, M, D]`, `top` and `total [B, Hk, M]`, M = T * G queries per KV
     head. M stays one axis throughout: with two, XLA transposes K as it gathers, at twice the time.
     """
-    batch, tokens, _, dim = call.q.shape
-    page_size, kv_heads = call.page_size, call.k_pages.shape[2]
+    batch, tokens, dim = call.rows, call.tokens, call.dim
+    page_size, kv_heads = call.page_size, call.kv_heads
     q = call.q.astype(jnp.float32) * call.scale
     q = q.reshape(batch, tokens, kv_heads, call.group, dim).swapaxes(1, 2)
     q = q.reshape(batch, kv_heads, tokens * call.group, dim)
@@ -64,9 +64,8 @@ def _page_ids(
     call: AttentionCall, column: Int32[Array, "B C"], used: Bool[Array, "B C"]
 ) -> Int32[Array, "B C"]:
     """Ids of the pages in these table columns, counted through all layers; page 0 if unused."""
-    pages = call.k_pages.shape[1]
     ids = jnp.take_along_axis(call.page_table, column, axis=1, mode="clip")
-    return jnp.where(used, jnp.clip(ids, 0, pages - 1), 0) + call.layer * pages
+    return jnp.where(used, jnp.clip(ids, 0, call.pages - 1), 0) + call.layer * call.pages
 
 
 def _head_rows(
@@ -135,9 +134,8 @@ def refusal(call: AttentionCall) -> str | None:
 def attend(call: AttentionCall) -> tuple[Float[Array, "B T Hq D"], Float[Array, "B T Hq"]]:
     """Serve `call`; the memory it needs does not depend on the table's width."""
     acc, top, total = _kernel(call, choose_config(call).chunk_pages)
-    batch, tokens, _, dim = call.q.shape
-    per_query = (batch, acc.shape[1], tokens, call.group)
-    acc = acc.reshape(*per_query, dim)
+    per_query = (call.rows, call.kv_heads, call.tokens, call.group)
+    acc = acc.reshape(*per_query, call.dim)
     top, total = top.reshape(per_query), total.reshape(per_query)
     sink = None if call.sink is None else call.sink.reshape(-1, 1, call.group)
     out, lse = finished(acc, top, total, sink)
@@ -165,11 +163,10 @@ def choose_config(call: AttentionCall) -> Config:
     waste more behind the end of a row; shorter ones pay for the steps. Elsewhere a step costs
     kernel launches, so a chunk is larger.
     """
-    batch, _, _, dim = call.q.shape
-    token_bytes = 4 * batch * call.k_pages.shape[2] * dim
+    token_bytes = 4 * call.rows * call.kv_heads * call.dim
     chunk_bytes, shortest, longest = (
         (2**19, 64, 128) if call.platform == "cpu" else (2**26, 64, 512)
     )
     tokens = min(max(chunk_bytes // max(token_bytes, 1), shortest), longest)
     pages = max(tokens // call.page_size, 1)
-    return Config(min(pages, call.page_table.shape[1]))
+    return Config(min(pages, call.columns))

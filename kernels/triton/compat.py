@@ -7,7 +7,7 @@
 | jax-triton 0.4.x, triton 3.6 | its CUDA backend silently becomes a stub: fails at lowering |
 | jax-triton 0.4.1, jax 0.12 | its dead-code rule has another signature: fails under `jit` |
 
-0.3.1 cannot be imported where jax has no GPU plugin, so nothing here imports it before a launch.
+0.3.1 cannot be imported where jax has no GPU plugin, so it is imported only for a call on a GPU.
 What it calls cannot be part of a CUDA graph, which XLA makes of five or more kernels in a row; the
 same call by way of the other entry of jaxlib can, as in 0.4, and `_lowered_by_us` arranges that.
 They also disagree on whether an output that shares the buffer of an input has a pointer of its own:
@@ -34,7 +34,8 @@ CURE = "install the set that works: pip install 'paged-decode[cuda]' (jax-triton
 def problem(versions: dict[str, str | None] | None = None) -> str | None:
     """Why the installed set cannot launch a kernel, with the cure; None if it can.
 
-    `versions` of "jax", "jax-triton" and "triton" replace the installed ones in tests.
+    `versions` of "jax", "jax-triton" and "triton" replace the installed ones in tests, which are
+    then not imported.
     """
     found = _installed() if versions is None else versions
     missing = [name for name, version in found.items() if version is None]
@@ -48,7 +49,7 @@ def problem(versions: dict[str, str | None] | None = None) -> str | None:
         return f"{named}: jax-triton 0.4 needs triton 3.7 and fails at lowering; {CURE}"
     if (0, 4) <= ours <= (0, 4, 1) and jax_version >= (0, 12):
         return f"{named}: jax-triton 0.4.1 fails under jit in jax 0.12; {CURE}"
-    return None
+    return _import_problem() if versions is None else None
 
 
 def launch(
@@ -72,16 +73,8 @@ def launch(
     they point to a byte of their own.
 
     Scalars are passed as `np.float32`: a Python float would become a double in 0.3.1.
-
-    Raises:
-      NotImplementedError: a set of versions that cannot launch, with the cure.
     """
-    if (reason := problem()) is not None:
-        raise NotImplementedError(reason)
-    try:
-        binding = importlib.import_module("jax_triton")
-    except ImportError as error:
-        raise NotImplementedError(f"jax-triton cannot be imported: {error}; {CURE}") from error
+    binding = importlib.import_module("jax_triton")
     modern = _numbers(metadata.version("jax-triton")) >= (0, 4)
     outputs = list(outputs) + [
         jax.ShapeDtypeStruct(inputs[i].shape, inputs[i].dtype) for i in aliases
@@ -151,6 +144,14 @@ def _lowered_by_us(library: ModuleType) -> dict[str, Any]:
     if plugin is None or target not in plugin.registrations():
         return {}
     return {"custom_call_target_name": target}
+
+
+def _import_problem() -> str | None:
+    try:
+        importlib.import_module("jax_triton")
+    except ImportError as error:
+        return f"jax-triton cannot be imported: {error}; {CURE}"
+    return None
 
 
 def _installed() -> dict[str, str | None]:

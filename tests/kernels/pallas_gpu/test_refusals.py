@@ -47,16 +47,15 @@ def call(
 def test_what_it_cannot_serve_is_refused_with_the_reason(name, monkeypatch):
     monkeypatch.setattr(dispatch, "default_platform", lambda platform=None: "gpu")
     changed, reason = REFUSED[name]
-    with pytest.raises(ExceptionGroup) as refused:
+    with pytest.raises(NotImplementedError) as refused:
         call(**changed)
-    assert reason in str(refused.value.exceptions[0])
+    assert reason in str(refused.value)
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="about machines without a GPU")
 def test_it_is_refused_where_it_cannot_run():
-    with pytest.raises(ExceptionGroup) as refused:
+    with pytest.raises(NotImplementedError, match="not on cpu"):
         call()
-    assert "not on cpu" in str(refused.value.exceptions[0])
 
 
 def test_nobody_gets_it_without_asking():

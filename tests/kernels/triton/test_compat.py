@@ -216,22 +216,16 @@ def test_the_card_may_be_named_and_scalars_stay_float32(binding):
     assert [type(value) for value in seen["args"]] == [np.float32]
 
 
-def test_a_broken_set_launches_nothing(binding):
-    seen = binding("0.4.1", triton="3.6.0")
-    with pytest.raises(NotImplementedError, match="jax-triton 0.4 needs triton 3.7.*paged-decode"):
-        launch()
-    assert not seen
-
-
-def test_a_jax_without_a_gpu_plugin_is_a_refusal_with_the_reason(binding, monkeypatch):
+def test_a_set_that_works_is_no_problem_if_it_can_be_imported(binding, monkeypatch):
     binding("0.3.1", triton="3.6.0")
+    assert compat.problem() is None
 
     def no_plugin(name):
         raise ImportError("jax_triton requires JAX to be installed with GPU support")
 
     monkeypatch.setattr(importlib, "import_module", no_plugin)
-    with pytest.raises(NotImplementedError, match="cannot be imported: .*GPU support; install"):
-        launch()
+    reason = str(compat.problem())
+    assert "cannot be imported: " in reason and "GPU support; install" in reason
 
 
 # --- the whole way to a custom call -----------------------------------------------------------
@@ -239,13 +233,7 @@ def test_a_jax_without_a_gpu_plugin_is_a_refusal_with_the_reason(binding, monkey
 
 def can_lower():
     """jax-triton 0.3.1 can be imported only beside a GPU plugin, too large for the test extra."""
-    if not INSTALLED or importlib.util.find_spec("jax_triton") is None or compat.problem():
-        return False
-    try:
-        importlib.import_module("jax_triton")
-    except ImportError:
-        return False
-    return True
+    return INSTALLED and compat.problem() is None
 
 
 @pytest.mark.skipif(not can_lower(), reason="jax-triton with a GPU plugin is not installed")
@@ -290,7 +278,6 @@ def test_an_amd_card_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(dispatch, "default_platform", lambda *_: "gpu")
     monkeypatch.setattr(call, "compute_capability", lambda: "gfx942")
     q, pages = jnp.zeros((1, 3, 48)), jnp.zeros((3, 1, 16, 48))
-    with pytest.raises(ExceptionGroup) as refused:
+    with pytest.raises(NotImplementedError, match="NVIDIA GPUs, not on gfx942"):
         paged_attention(q, pages, pages, jnp.ones((1, 1), np.int32), jnp.ones(1, np.int32),
                         implementation="triton")  # fmt: skip
-    assert "NVIDIA GPUs, not on gfx942" in str(refused.value.exceptions[0])
