@@ -10,14 +10,10 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest import mock
-
-import jax
-import jax.numpy as jnp
 
 from paged_decode.kernels import BACKENDS
 from paged_decode.kernels.dispatch import Backend
@@ -27,70 +23,42 @@ PAGE = Path(__file__).parents[1] / "docs" / "backends.md"
 BEGIN, END = "<!-- table: made by benchmarks/backend_table.py -->\n", "<!-- end of table -->\n"
 
 
-@dataclass(frozen=True)
-class Ask:
-    """One call that a backend may serve or refuse."""
-
-    rows: int = 4
-    kv_heads: int = 2
-    group: int = 4
-    dim: int = 128
-    page_size: int = 16
-    columns: int = 8
-    tokens: int = 1
-    dtype: str = "bfloat16"
-    q_dtype: str | None = None
-    options: tuple[str, ...] = ()
-
-
-ASKS = {
-    "one new token a row (T = 1)": Ask(),
-    "several (T = 5): prefill, drafts": Ask(tokens=5),
-    "float32": Ask(dtype="float32"),
-    "bfloat16": Ask(),
-    "float16": Ask(dtype="float16"),
-    "float32 queries over bfloat16 pages": Ask(q_dtype="float32"),
-    "int8 or float8 pages": Ask(dtype="int8", q_dtype="bfloat16"),
-    **{f"D = {dim}": Ask(dim=dim) for dim in (64, 80, 96, 128, 256, 512)},
-    **{f"G = {group}": Ask(group=group) for group in (1, 3, 16, 128)},
-    **{f"pages of {size}": Ask(page_size=size) for size in (1, 16, 256, 24)},
-    "sliding window, starts, soft cap, sinks": Ask(options=("window", "starts", "cap", "sinks")),
-    "a table of 256 rows and 1024 columns": Ask(rows=256, columns=1024),
-    "rows of a million tokens": Ask(columns=2**16),
+PLAIN: dict[str, Any] = dict(
+    rows=4, kv_heads=2, group=4, dim=128, page_size=16, columns=8, pages=9, layers=2
+)
+ASKS: dict[str, dict[str, Any]] = {
+    "one new token a row (T = 1)": {},
+    "several (T = 5): prefill, drafts": dict(tokens=5),
+    "float32": dict(dtype="float32"),
+    "bfloat16": {},
+    "float16": dict(dtype="float16"),
+    "float32 queries over bfloat16 pages": dict(q_dtype="float32"),
+    "int8 or float8 pages": dict(dtype="int8", q_dtype="bfloat16"),
+    **{f"D = {dim}": dict(dim=dim) for dim in (64, 80, 96, 128, 256, 512)},
+    **{f"G = {group}": dict(group=group) for group in (1, 3, 16, 128)},
+    **{f"pages of {size}": dict(page_size=size) for size in (1, 16, 256, 24)},
+    "sliding window, starts, soft cap, sinks": dict(
+        window=100, starts=True, soft_cap=20.0, sinks=True
+    ),
+    "a table of 256 rows and 1024 columns": dict(rows=256, columns=1024),
+    "rows of a million tokens": dict(columns=2**16),
 }
 
 
-def answer(backend: Backend, module: ModuleType, ask: Ask) -> str | None:
+def answer(backend: Backend, module: ModuleType, ask: dict[str, Any]) -> str | None:
     """Why `module` refuses `ask` on the platform that it is for, or None."""
-    array, given = jax.ShapeDtypeStruct, ask.options
-    heads = ask.kv_heads * ask.group
-    pages = array((2, 9, ask.kv_heads, ask.page_size, ask.dim), ask.dtype)
-    lens = array((ask.rows,), jnp.int32)
-    call: Any = AttentionCall(
-        q=array((ask.rows, ask.tokens, heads, ask.dim), ask.q_dtype or ask.dtype),  # type: ignore
-        k_pages=pages,  # type: ignore
-        v_pages=pages,  # type: ignore
-        layer=array((), jnp.int32),  # type: ignore
-        page_table=array((ask.rows, ask.columns), jnp.int32),  # type: ignore
-        seq_lens=lens,  # type: ignore
-        starts=lens if "starts" in given else None,  # type: ignore
-        sink=array((heads,), jnp.float32) if "sinks" in given else None,  # type: ignore
-        scale=1.0,
-        window=100 if "window" in given else None,
-        soft_cap=20.0 if "cap" in given else None,
-        platform="gpu" if backend.name == "pallas_gpu" else next(iter(backend.platforms), "cpu"),
-    )
-    return module.refusal(call)
+    platform = "gpu" if backend.name == "pallas_gpu" else next(iter(backend.platforms), "cpu")
+    return module.refusal(AttentionCall.of_sizes(**PLAIN | ask, platform=platform))
 
 
 @contextlib.contextmanager
 def _packages() -> Iterator[None]:
     """As if the packages of the GPU were those that work: the table is about the kernels."""
     from paged_decode.kernels.pallas_gpu import call as hopper
-    from paged_decode.kernels.triton import compat
+    from paged_decode.kernels.triton import launch
 
     with (
-        mock.patch.object(compat, "problem", lambda: None),
+        mock.patch.object(launch, "problem", lambda: None),
         mock.patch.object(hopper, "_missing", lambda: None),
     ):
         yield

@@ -20,11 +20,14 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # the pages are torch's
 
 from _result import spread, write_result
 
-from paged_decode.kernels.triton.compat import limits
-from paged_decode.kernels.triton.config import Shape, TailConfig, choose_tail_config
-from paged_decode.kernels.triton.plan import Launch, plan_tail
+from paged_decode.kernels.cards import Card
+from paged_decode.kernels.record import AttentionCall
+from paged_decode.kernels.triton.config import TailConfig, choose_config
+from paged_decode.kernels.triton.launch import limits
+from paged_decode.kernels.triton.plan import Plan
 
-PROCESSORS = 132
+CARD = Card()
+PROCESSORS = CARD.processors
 # T, rows, tokens of each, D; 8 KV heads of 4 query heads, pages of 16.
 CASES = [
     (2, 64, 4096, 128), (4, 64, 2048, 128), (8, 16, 4096, 128), (8, 64, 2048, 128),
@@ -43,50 +46,43 @@ MANY = [
 Case = tuple[int, int, int, int]
 
 
-def shape_of(case: Case) -> Shape:
-    """The static sizes of a case."""
+def call_of(case: Case) -> AttentionCall:
+    """The sizes of a case."""
     tokens, rows, length, dim = case
-    return Shape(rows, 8, 4, dim, 16, length, 2, PROCESSORS, 90, tokens)
+    sizes: dict[str, Any] = dict(
+        rows=rows, tokens=tokens, columns=length // 16, pages=rows * (length // 16) + 1
+    )
+    heads: dict[str, Any] = dict(kv_heads=8, group=4, dim=dim, page_size=16)
+    return AttentionCall.of_sizes(**sizes, **heads, scale=dim**-0.5)
 
 
 def candidates(case: Case) -> Iterator[TailConfig]:
     """The shipped config, and every tiling with every sensible number of programs."""
-    shape = shape_of(case)
-    shipped = choose_tail_config(shape)
+    call = call_of(case)
+    shipped = choose_config(call, CARD)
+    assert isinstance(shipped, TailConfig)
     yield shipped
-    if shape.tokens * shape.group <= 64:
+    if call.tokens * call.group <= 64:
         for tokens, warps, stages in FEW:
+            tiling = dict(queries=shipped.queries, tokens=tokens, warps=warps, stages=stages)
             for waves in (2, 3, 4):
-                aim = waves * PROCESSORS
-                yield TailConfig(shipped.queries, tokens, warps, stages, aim)
+                yield TailConfig(**tiling, aim=waves * PROCESSORS)
         return
-    for queries, tokens, warps, stages, registers in MANY:
-        yield TailConfig(queries, tokens, warps, stages, 2 * PROCESSORS, registers)
+    for tiling in MANY:
+        names = ("queries", "tokens", "warps", "stages", "registers")
+        yield TailConfig(**dict(zip(names, tiling, strict=True)), aim=2 * PROCESSORS)
     yield replace(shipped, aim=PROCESSORS)
     yield replace(shipped, aim=4 * PROCESSORS)
 
 
-def launch_of(case: Case, config: TailConfig) -> Launch:
+def launch_of(case: Case, config: TailConfig) -> Plan:
     """The plan of one candidate."""
-    tokens, rows, length, dim = case
-    columns = length // 16
-    return plan_tail(
-        shape_of(case),
-        config,
-        dtype="bfloat16",
-        pages=rows * columns + 1,
-        columns=columns,
-        scale=dim**-0.5,
-        window=None,
-        soft_cap=None,
-        starts=False,
-        sinks=False,
-    )
+    return Plan.of(call_of(case), CARD, config)
 
 
-def _options(launch: Launch) -> dict[str, Any]:
-    options = dict(num_warps=launch.warps, num_stages=launch.stages)
-    return options | limits(launch.constants)
+def _options(plan: Plan) -> dict[str, Any]:
+    options = dict(num_warps=plan.config.warps, num_stages=plan.config.stages)
+    return options | limits(plan.constants)
 
 
 def compile_one(job: tuple[Case, TailConfig]) -> str:

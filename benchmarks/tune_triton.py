@@ -17,7 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # the pages are torch's
@@ -25,10 +25,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # the pages are torch's
 from _result import RESULTS, spread, write_result
 from decode_grid import RAGGED, TOLERANCE, lengths_of, make_case
 
-from paged_decode.kernels.triton.config import Config, Shape, choose_config
-from paged_decode.kernels.triton.plan import plan
+from paged_decode.kernels.cards import Card
+from paged_decode.kernels.record import AttentionCall
+from paged_decode.kernels.triton.config import DecodeConfig, choose_config
+from paged_decode.kernels.triton.plan import Plan
 
-PROCESSORS = 132
+CARD = Card()
+PROCESSORS = CARD.processors
 TILES = {
     64: [(128, 4, 2), (128, 4, 3), (64, 4, 2), (64, 4, 4), (256, 8, 2)],
     128: [(64, 4, 2), (64, 4, 3), (64, 4, 4), (128, 4, 2), (128, 4, 3), (32, 2, 4)],
@@ -47,48 +50,46 @@ def cases() -> list[dict[str, Any]]:
     return found
 
 
-def shape_of(case: dict[str, Any]) -> Shape:
-    """The static sizes of a case."""
-    lens, size = lengths_of(case), case["page_size"]
+def call_of(case: dict[str, Any]) -> AttentionCall:
+    """The sizes of a case."""
+    lens, size, dim = lengths_of(case), case["page_size"], case["dim"]
     columns = max(-(-max(lens) // size), 1)
-    group = case["heads"] // case["kv_heads"]
-    return Shape(len(lens), case["kv_heads"], group, case["dim"], size, columns * size, 2)
+    sizes: dict[str, Any] = dict(rows=len(lens), columns=columns, page_size=size, dim=dim)
+    heads = dict(kv_heads=case["kv_heads"], group=case["heads"] // case["kv_heads"])
+    return AttentionCall.of_sizes(**sizes, **heads, pages=_pages(case), scale=dim**-0.5)
 
 
-def candidates(case: dict[str, Any], coarse: bool = False) -> Iterator[Config]:
+def shipped(case: dict[str, Any]) -> DecodeConfig:
+    """What the library takes for a case."""
+    config = choose_config(call_of(case), CARD)
+    assert isinstance(config, DecodeConfig)
+    return config
+
+
+def candidates(case: dict[str, Any], coarse: bool = False) -> Iterator[DecodeConfig]:
     """The shipped config, and every tiling with every sensible number of programs, or with few."""
-    shape = shape_of(case)
-    yield choose_config(shape)
+    call = call_of(case)
+    yield shipped(case)
     ragged = not case["lengths"].isdigit()
-    lanes = shape.rows * shape.kv_heads
+    lanes = call.rows * call.kv_heads
     if ragged:
         aims = [PROCESSORS * n for n in ((2, 3, 8) if coarse else (2, 3, 4, 5, 6, 8, 12))]
     else:
         cuts = max(PROCESSORS // lanes, 1)
         aims = [lanes * cuts * n for n in ((1, 2) if coarse else (1, 2, 3, 4))]
-    for tokens, warps, stages in TILES[shape.dim]:
+    for tokens, warps, stages in TILES[call.dim]:
         for aim in aims:
-            if aim * tokens > 2 * lanes * shape.capacity:
+            if aim * tokens > 2 * lanes * call.capacity:
                 continue  # programs without a tile
             for eighths in (4, 8) if ragged else (4,):
-                yield Config(tokens, warps, stages, even=aim, ragged=aim, eighths=eighths)
+                yield DecodeConfig(
+                    tokens=tokens, warps=warps, stages=stages, even=aim, ragged=aim, eighths=eighths
+                )
 
 
-def launch(case: dict[str, Any], config: Config) -> Any:
+def launch(case: dict[str, Any], config: DecodeConfig) -> Plan:
     """The plan of one candidate."""
-    shape = shape_of(case)
-    return plan(
-        shape,
-        config,
-        dtype="bfloat16",
-        pages=_pages(case),
-        columns=shape.capacity // shape.page_size,
-        scale=shape.dim**-0.5,
-        window=None,
-        soft_cap=None,
-        starts=False,
-        sinks=False,
-    )
+    return Plan.of(call_of(case), CARD, config)
 
 
 def _pages(case: dict[str, Any]) -> int:
@@ -97,11 +98,11 @@ def _pages(case: dict[str, Any]) -> int:
     return GridCase(case, lengths_of(case)).pages
 
 
-def compile_one(job: tuple[dict[str, Any], Config]) -> str:
+def compile_one(job: tuple[dict[str, Any], DecodeConfig]) -> str:
     """Compile a candidate into Triton's cache; why not, if it does not."""
     import torch
 
-    from paged_decode.kernels.triton.kernel import decode_kernel
+    from paged_decode.kernels.triton.decode import decode_kernel
 
     made = launch(*job)
     wide, whole, real = torch.bfloat16, torch.int32, torch.float32
@@ -110,18 +111,22 @@ def compile_one(job: tuple[dict[str, Any], Config]) -> str:
     try:
         kernel: Any = decode_kernel
         kernel.warmup(
-            *kinds, grid=(1,), **made.constants, num_warps=made.warps, num_stages=made.stages
+            *kinds,
+            grid=(1,),
+            **made.constants,
+            num_warps=made.config.warps,
+            num_stages=made.config.stages,
         )
     except Exception as error:
         return repr(error)[:200]
     return ""
 
 
-def bind(arrays: Any, case: dict[str, Any], config: Config) -> Any:
+def bind(arrays: Any, case: dict[str, Any], config: DecodeConfig) -> Any:
     """A call of a candidate; its `out` and `counters` are left for a look."""
     import torch
 
-    from paged_decode.kernels.triton.kernel import decode_kernel
+    from paged_decode.kernels.triton.decode import decode_kernel
 
     made = launch(case, config)
     kernel: Any = decode_kernel
@@ -137,14 +142,17 @@ def bind(arrays: Any, case: dict[str, Any], config: Config) -> Any:
 
     def call() -> None:
         kernel[(made.grid,)](
-            *everything, **made.constants, num_warps=made.warps, num_stages=made.stages
+            *everything,
+            **made.constants,
+            num_warps=made.config.warps,
+            num_stages=made.config.stages,
         )
 
     call.out, call.counters = outs[0], counters  # pyright: ignore[reportFunctionMemberAccess]
     return call
 
 
-def measure(timer: Any, case: dict[str, Any], configs: list[Config]) -> list[dict[str, Any]]:
+def measure(timer: Any, case: dict[str, Any], configs: list[DecodeConfig]) -> list[dict[str, Any]]:
     """The record of every candidate that is right."""
     import torch
     from _grid_systems import Arrays, GridCase
@@ -161,7 +169,7 @@ def measure(timer: Any, case: dict[str, Any], configs: list[Config]) -> list[dic
         except Exception as error:
             print(case, config, repr(error)[:200], flush=True)
             continue
-        off = ((call.out.float() - want).norm() / want.norm()).item()
+        off = ((call.out[:, 0].float() - want).norm() / want.norm()).item()
         if off < TOLERANCE and not call.counters.any():
             calls[str(i)] = call
         else:
@@ -211,8 +219,8 @@ def lines(found: list[dict[str, Any]], best: int = 6) -> Iterator[str]:
     ranked = sorted(found, key=lambda r: r["median_s"])
     for rank, record in enumerate(ranked):
         if rank < best or record["shipped"]:
-            default, config = Config(0, 0, 0), Config(**record["config"])
-            shown = {k: v for k, v in asdict(config).items() if v != getattr(default, k)}
+            kept = {f.name: f.default for f in fields(DecodeConfig)}
+            shown = {k: v for k, v in record["config"].items() if v != kept[k]}
             mark = "shipped" if record["shipped"] else ""
             times = f"{record['median_s'] * 1e6:8.1f} {record['min_s'] * 1e6:8.1f} us"
             yield f"  {times} {shown} {mark}"

@@ -1,11 +1,31 @@
 """What the GPU kernels ask of the card, and the counters that they leave as they found them."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32
 
-__all__ = ["compute_capability", "processors", "zero_counters"]
+__all__ = ["Card", "compute_capability", "processors", "zero_counters"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    """What a plan depends on beside the call: the card that will run it, an H100 by default.
+
+    Attributes:
+      processors: streaming multiprocessors.
+      generation: compute capability, 10 * major + minor.
+    """
+
+    processors: int = 132
+    generation: int = 90
+
+    @classmethod
+    def here(cls) -> "Card":
+        """The NVIDIA card of this process."""
+        return cls(processors=processors(), generation=int(compute_capability().replace(".", "")))
 
 
 def compute_capability() -> str:

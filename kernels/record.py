@@ -2,7 +2,9 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, Num
 
@@ -38,6 +40,10 @@ class StaticOptions:
     placement: Placement | None
 
 
+# A call that is only planned or refused has the shapes of arrays.
+Given = Array if TYPE_CHECKING else Array | jax.ShapeDtypeStruct
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
     """One call of `paged_attention` in the single form that backends see.
@@ -62,14 +68,14 @@ class AttentionCall:
       stacked: whether the caller's pages have a layer axis; without, L is 1.
     """
 
-    q: Float[Array, "B T Hq D"]
-    k_pages: Num[Array, "L N Hk S D"]
-    v_pages: Num[Array, "L N Hk S D"]
-    layer: Int32[Array, ""]
-    page_table: Int32[Array, "B P"]
-    seq_lens: Int32[Array, "B"]
-    starts: Int32[Array, "B"] | None
-    sink: Float[Array, "Hq"] | None
+    q: Float[Given, "B T Hq D"]
+    k_pages: Num[Given, "L N Hk S D"]
+    v_pages: Num[Given, "L N Hk S D"]
+    layer: Int32[Given, ""]
+    page_table: Int32[Given, "B P"]
+    seq_lens: Int32[Given, "B"]
+    starts: Int32[Given, "B"] | None
+    sink: Float[Given, "Hq"] | None
     scale: float
     window: int | None
     soft_cap: float | None
@@ -130,6 +136,44 @@ class AttentionCall:
     def capacity(self) -> int:
         """P * S, tokens that a row can hold."""
         return self.columns * self.page_size
+
+    @classmethod
+    def of_sizes(
+        cls,
+        *,
+        rows: int,
+        kv_heads: int,
+        group: int,
+        dim: int,
+        page_size: int,
+        columns: int,
+        tokens: int = 1,
+        pages: int = 2,
+        layers: int = 1,
+        dtype: Any = jnp.bfloat16,
+        q_dtype: Any = None,
+        starts: bool = False,
+        sinks: bool = False,
+        scale: float = 1.0,
+        window: int | None = None,
+        soft_cap: float | None = None,
+        platform: str = "gpu",
+    ) -> "AttentionCall":
+        """A call without its arrays: for refusals, and for plans of a card that is not here."""
+        array = jax.ShapeDtypeStruct
+        pool = array((layers, pages, kv_heads, page_size, dim), dtype)
+        lens = array((rows,), jnp.int32)
+        arrays: dict[str, Any] = dict(
+            q=array((rows, tokens, kv_heads * group, dim), dtype if q_dtype is None else q_dtype),
+            k_pages=pool,
+            v_pages=pool,
+            layer=array((), jnp.int32),
+            page_table=array((rows, columns), jnp.int32),
+            seq_lens=lens,
+            starts=lens if starts else None,
+            sink=array((kv_heads * group,), jnp.float32) if sinks else None,
+        )
+        return cls(**arrays, scale=scale, window=window, soft_cap=soft_cap, platform=platform)
 
     def visible(self) -> tuple[Int32[Array, "B T"], Int32[Array, "B T"]]:
         """The tokens that each query sees, as a half-open range `first, end`.

@@ -1,29 +1,18 @@
-"""Which shape of kernel serves a call: a table from the card, and a default for the rest."""
+"""Which tiling serves a call: tables of what was measured, and a default for other cards."""
 
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
-__all__ = ["Config", "Shape", "TailConfig", "choose_config", "choose_tail_config", "power"]
+from ..cards import Card
+from ..record import AttentionCall
 
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What the choice may depend on: all of it is static under `jit`."""
-
-    rows: int
-    kv_heads: int
-    group: int
-    dim: int
-    page_size: int
-    capacity: int  # P * S, tokens that a row can hold
-    itemsize: int  # bytes of a number in the pages
-    processors: int = 132  # streaming multiprocessors of the card
-    generation: int = 90  # compute capability, 10 * major + minor
-    tokens: int = 1  # T, query tokens of a row
+__all__ = ["DecodeConfig", "TailConfig", "choose_config", "power"]
 
 
-@dataclass(frozen=True, slots=True)
-class Config:
-    """One tiling of the kernel.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeConfig:
+    """One tiling of the kernel for T = 1.
 
     Attributes:
       tokens: of a tile.
@@ -49,62 +38,18 @@ class Config:
     least: int = 1
     merge: int = 32
 
-
-# Tilings by (head dim padded to a power of two, kind of call): tokens, warps, stages, and how many
-# programs of an even batch a multiprocessor gets at least. Read off one H100 80GB HBM3 (triton
-# 3.6.0) with benchmarks/tune_triton.py.
-# `few`: at most one row and KV head for each multiprocessor; `many`: more. `few long`: there is
-# work for several programs a multiprocessor; `many long`: lengths may differ a lot.
-_TABLE = {
-    (64, "few"): (128, 4, 3, 1),
-    (64, "few long"): (128, 4, 2, 3),
-    (64, "many"): (128, 4, 2, 3),
-    (64, "many long"): (128, 4, 2, 2),
-    (128, "few"): (128, 4, 3, 1),
-    (128, "few long"): (64, 4, 2, 3),
-    (128, "many"): (64, 4, 2, 3),
-    (128, "many long"): (128, 4, 2, 2),
-    (256, "few"): (64, 8, 3, 1),
-    (256, "few long"): (64, 8, 3, 1),
-    (256, "many"): (64, 8, 3, 1),
-    (256, "many long"): (64, 8, 3, 1),
-}
-_LONG_ROW = {"few": 1024, "many": 8192}  # tokens of capacity above which a batch is `long`
-_LONG_BATCH = 2**17  # and the tokens times KV heads, where it has few rows, but not one
-_BIG_SHARED_MEMORY = (80, 90, 100, 103)  # generations with at least 160 KiB a multiprocessor
-_WARPGROUPS = (90, 100, 103)  # and those whose matrix unit takes operands from there
+    def __post_init__(self) -> None:
+        _check_tiling(self.tokens, self.warps, self.stages)
+        if min(self.even, self.ragged) < 0 or min(self.min_tiles, self.least, self.merge) < 1:
+            raise ValueError(
+                "even and ragged must be >= 0, and min_tiles, least and merge >= 1; got "
+                f"{self.even=}, {self.ragged=}, {self.min_tiles=}, {self.least=}, {self.merge=}"
+            )
+        if not 1 <= self.eighths <= 8:
+            raise ValueError(f"eighths must be in 1 .. 8; got {self.eighths=}")
 
 
-def choose_config(shape: Shape) -> Config:
-    """The config of a call: from the table, or a small tiling that fits every card."""
-    lanes = shape.rows * shape.kv_heads
-    processors = shape.processors
-    twice = 2 * lanes * max(processors // lanes, 1)
-    if shape.itemsize == 4:
-        # Exact float32 products do not use the matrix unit: small tiles, many programs.
-        return Config(16, 4, 2, even=twice, ragged=4 * processors, least=2 * processors)
-    if shape.generation not in _BIG_SHARED_MEMORY:
-        tokens = 64 if shape.dim <= 128 else 32
-        return Config(tokens, 4, 2, even=twice, ragged=8 * processors, least=2 * processors)
-    kind = "few" if lanes <= processors else "many"
-    long = shape.capacity > _LONG_ROW[kind]
-    if kind == "few":
-        long = long and shape.rows > 1 and lanes * shape.capacity >= _LONG_BATCH
-    dim = 64 if shape.dim <= 64 else 128 if shape.dim <= 128 else 256
-    tokens, warps, stages, programs = _TABLE[dim, kind + " long" * long]
-    least = programs * processors * 19 // 20  # a wave may be a little short of full
-    return Config(
-        tokens,
-        warps,
-        stages,
-        even=lanes * _cuts(lanes, processors, least),
-        ragged=max(programs, 2) * processors,
-        eighths=4 if kind == "few" else 8,
-        least=least,
-    )
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TailConfig:
     """One tiling of the kernel for T > 1.
 
@@ -125,48 +70,163 @@ class TailConfig:
     aim: int = 0
     registers: int = 0
 
-
-# Tilings of full tiles by head dim padded to a power of two: queries, tokens, warps, stages and
-# registers. And of a few queries (drafts, up to FEW_QUERIES a KV head), where reading takes the
-# time as it does for T = 1, by head dim and tile: tokens, warps, stages. Read off one H200.
-_TAILS = {
-    64: (128, 64, 8, 3, 128),
-    128: (128, 64, 8, 2, 128),
-    256: (128, 64, 8, 2, 0),
-}
-_DRAFTS = {
-    (64, 16): (128, 4, 2),
-    (64, 32): (128, 4, 2),
-    (64, 64): (128, 4, 2),
-    (128, 16): (32, 4, 3),
-    (128, 32): (128, 4, 2),
-    (128, 64): (64, 4, 3),
-    (256, 16): (64, 4, 2),
-    (256, 32): (64, 4, 2),
-    (256, 64): (64, 8, 3),
-}
-FEW_QUERIES = 64
+    def __post_init__(self) -> None:
+        _check_tiling(self.tokens, self.warps, self.stages)
+        if self.queries < 16 or self.queries & (self.queries - 1) or self.aim < 0:
+            raise ValueError(
+                "queries must be a power of two, 16 or more, and aim >= 0; got "
+                f"{self.queries=}, {self.aim=}"
+            )
+        if self.registers and not (24 <= self.registers <= 255):
+            raise ValueError(f"registers must be 0 or in 24 .. 255; got {self.registers=}")
 
 
-def choose_tail_config(shape: Shape) -> TailConfig:
-    """The config of a call of T > 1: from the tables, or a small tiling that fits every card."""
-    queries = max(power(shape.tokens * shape.group), 16)
-    processors = shape.processors
-    if shape.itemsize == 4:
+def _check_tiling(tokens: int, warps: int, stages: int) -> None:
+    """Raise unless Triton can multiply such tiles."""
+    if tokens < 16 or tokens & (tokens - 1) or warps not in (1, 2, 4, 8, 16) or stages < 1:
+        raise ValueError(
+            "tokens must be a power of two, 16 or more, warps one up to 16, stages >= 1; got "
+            f"{tokens=}, {warps=}, {stages=}"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tiling:
+    """What a table says of T = 1; `programs` of an even batch a multiprocessor gets at least."""
+
+    tokens: int
+    warps: int
+    stages: int
+    programs: int
+
+    def __post_init__(self) -> None:
+        _check_tiling(self.tokens, self.warps, self.stages)
+        if self.programs < 1:
+            raise ValueError(f"programs must be >= 1; got {self.programs=}")
+
+
+_Key = TypeVar("_Key", bound=Hashable)
+_Found = TypeVar("_Found")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tuned(Generic[_Key, _Found]):
+    """Tilings with the card and the command behind them; the commands store their results."""
+
+    card: str
+    command: str
+    tilings: Mapping[_Key, _Found]
+
+
+# By the head dim padded to a power of two and the kind of call.
+# `few`: at most one row and KV head for each multiprocessor; `many`: more. `few long`: there is
+# work for several programs a multiprocessor; `many long`: lengths may differ a lot.
+_DECODE = _Tuned(
+    card="NVIDIA H100 80GB HBM3",
+    command="python benchmarks/tune_triton.py",
+    tilings={
+        (64, "few"): _Tiling(tokens=128, warps=4, stages=3, programs=1),
+        (64, "few long"): _Tiling(tokens=128, warps=4, stages=2, programs=3),
+        (64, "many"): _Tiling(tokens=128, warps=4, stages=2, programs=3),
+        (64, "many long"): _Tiling(tokens=128, warps=4, stages=2, programs=2),
+        (128, "few"): _Tiling(tokens=128, warps=4, stages=3, programs=1),
+        (128, "few long"): _Tiling(tokens=64, warps=4, stages=2, programs=3),
+        (128, "many"): _Tiling(tokens=64, warps=4, stages=2, programs=3),
+        (128, "many long"): _Tiling(tokens=128, warps=4, stages=2, programs=2),
+        (256, "few"): _Tiling(tokens=64, warps=8, stages=3, programs=1),
+        (256, "few long"): _Tiling(tokens=64, warps=8, stages=3, programs=1),
+        (256, "many"): _Tiling(tokens=64, warps=8, stages=3, programs=1),
+        (256, "many long"): _Tiling(tokens=64, warps=8, stages=3, programs=1),
+    },
+)
+# Full tiles, by head dim.
+_TAILS = _Tuned(
+    card="NVIDIA H200",
+    command="python benchmarks/tune_tails.py",
+    tilings={
+        64: TailConfig(queries=128, tokens=64, warps=8, stages=3, registers=128),
+        128: TailConfig(queries=128, tokens=64, warps=8, stages=2, registers=128),
+        256: TailConfig(queries=128, tokens=64, warps=8, stages=2),
+    },
+)
+# A few queries (drafts), where reading takes the time as it does for T = 1: by head dim and tile.
+_DRAFTS = _Tuned(
+    card="NVIDIA H200",
+    command="python benchmarks/tune_tails.py",
+    tilings={
+        (64, 16): TailConfig(queries=16, tokens=128, warps=4, stages=2),
+        (64, 32): TailConfig(queries=32, tokens=128, warps=4, stages=2),
+        (64, 64): TailConfig(queries=64, tokens=128, warps=4, stages=2),
+        (128, 16): TailConfig(queries=16, tokens=32, warps=4, stages=3),
+        (128, 32): TailConfig(queries=32, tokens=128, warps=4, stages=2),
+        (128, 64): TailConfig(queries=64, tokens=64, warps=4, stages=3),
+        (256, 16): TailConfig(queries=16, tokens=64, warps=4, stages=2),
+        (256, 32): TailConfig(queries=32, tokens=64, warps=4, stages=2),
+        (256, 64): TailConfig(queries=64, tokens=64, warps=8, stages=3),
+    },
+)
+FEW_QUERIES = 64  # the largest tile of drafts
+_LONG_ROW = {"few": 1024, "many": 8192}  # tokens of capacity above which a batch is `long`
+_LONG_BATCH = 2**17  # and the tokens times KV heads, where it has few rows, but not one
+_BIG_SHARED_MEMORY = (80, 90, 100, 103)  # generations with at least 160 KiB a multiprocessor
+_WARPGROUPS = (90, 100, 103)  # and those whose matrix unit takes operands from there
+
+
+def choose_config(call: AttentionCall, card: Card) -> DecodeConfig | TailConfig:
+    """The config of a call: from the tables, or a small tiling that fits every card."""
+    return _decode_config(call, card) if call.tokens == 1 else _tail_config(call, card)
+
+
+def _decode_config(call: AttentionCall, card: Card) -> DecodeConfig:
+    lanes = call.rows * call.kv_heads
+    processors = card.processors
+    twice = 2 * lanes * max(processors // lanes, 1)
+    small = dict(even=twice, least=2 * processors)
+    if call.itemsize == 4:
         # Exact float32 products do not use the matrix unit: small tiles, many programs.
-        return TailConfig(16, 16, 4, 2, aim=4 * processors)
-    dim = 64 if shape.dim <= 64 else 128 if shape.dim <= 128 else 256
-    if shape.generation not in _WARPGROUPS:
-        most, tokens = (64, 64) if shape.dim <= 128 else (32, 32)
-        return TailConfig(min(queries, most), tokens, 4, 2, aim=4 * processors)
+        return DecodeConfig(tokens=16, warps=4, stages=2, ragged=4 * processors, **small)
+    if card.generation not in _BIG_SHARED_MEMORY:
+        tokens = 64 if call.dim <= 128 else 32
+        return DecodeConfig(tokens=tokens, warps=4, stages=2, ragged=8 * processors, **small)
+    kind = "few" if lanes <= processors else "many"
+    long = call.capacity > _LONG_ROW[kind]
+    if kind == "few":
+        long = long and call.rows > 1 and lanes * call.capacity >= _LONG_BATCH
+    found = _DECODE.tilings[_table_dim(call), kind + " long" * long]
+    least = found.programs * processors * 19 // 20  # a wave may be a little short of full
+    return DecodeConfig(
+        tokens=found.tokens,
+        warps=found.warps,
+        stages=found.stages,
+        even=lanes * _cuts(lanes, processors, least),
+        ragged=max(found.programs, 2) * processors,
+        eighths=4 if kind == "few" else 8,
+        least=least,
+    )
+
+
+def _tail_config(call: AttentionCall, card: Card) -> TailConfig:
+    queries = max(power(call.tokens * call.group), 16)
+    processors, dim = card.processors, _table_dim(call)
+    if call.itemsize == 4:
+        # Exact float32 products do not use the matrix unit: small tiles, many programs.
+        return TailConfig(queries=16, tokens=16, warps=4, stages=2, aim=4 * processors)
+    if card.generation not in _WARPGROUPS:
+        most, tokens = (64, 64) if dim <= 128 else (32, 32)
+        queries = min(queries, most)
+        return TailConfig(queries=queries, tokens=tokens, warps=4, stages=2, aim=4 * processors)
     if queries <= FEW_QUERIES:
-        tokens, warps, stages = _DRAFTS[dim, queries]
-        return TailConfig(queries, tokens, warps, stages, aim=2 * processors)
-    queries, tokens, warps, stages, registers = _TAILS[dim]
-    tiles = shape.rows * shape.kv_heads * -(-shape.tokens * shape.group // queries)
+        return replace(_DRAFTS.tilings[dim, queries], aim=2 * processors)
+    found = replace(_TAILS.tilings[dim], aim=2 * processors)
+    tiles = call.rows * call.kv_heads * -(-call.tokens * call.group // found.queries)
     if tiles <= processors:  # one wave of half tiles is shorter than half a wave of whole ones
-        queries, tokens, warps, stages, registers = 64, 64, 4 if dim <= 128 else 8, 3, 0
-    return TailConfig(queries, tokens, warps, stages, aim=2 * processors, registers=registers)
+        warps = 4 if dim <= 128 else 8
+        return replace(found, queries=64, tokens=64, warps=warps, stages=3, registers=0)
+    return found
+
+
+def _table_dim(call: AttentionCall) -> int:
+    return 64 if call.dim <= 64 else 128 if call.dim <= 128 else 256
 
 
 def _cuts(lanes: int, processors: int, least: int) -> int:

@@ -19,90 +19,9 @@ import triton.language as tl
 
 from .merge import arrive, merge_parts, store_result
 from .tiles import LOG2E, page_ids, scaled
+from .work import place_of_tile, visible_of_tile
 
 __all__ = ["tail_kernel"]
-
-
-@triton.jit
-def _visible(
-    tile,
-    length,
-    start,
-    T: tl.constexpr,
-    GROUP: tl.constexpr,
-    M: tl.constexpr,
-    WINDOW: tl.constexpr,
-    CAPACITY: tl.constexpr,
-):
-    """`first, end` of what the queries of a tile see together; where its first and last one sit."""
-    lowest = length - T + tile * M // GROUP
-    highest = length - T + tl.minimum((tile * M + M - 1) // GROUP, T - 1)
-    first = start
-    if WINDOW > 0:
-        first = tl.maximum(first, lowest - WINDOW + 1)
-    end = tl.minimum(tl.maximum(highest + 1, 0), CAPACITY)
-    return tl.minimum(first, CAPACITY), end, lowest, highest
-
-
-@triton.jit
-def _find_place(
-    place,
-    seq_lens,
-    starts,
-    ROWS: tl.constexpr,
-    TILES: tl.constexpr,
-    T: tl.constexpr,
-    GROUP: tl.constexpr,
-    M: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    CAPACITY: tl.constexpr,
-    WINDOW: tl.constexpr,
-    TOKENS: tl.constexpr,
-    BLOCK_ITEMS: tl.constexpr,
-    AIM: tl.constexpr,
-    STARTS: tl.constexpr,
-):
-    """`item, place of its first program, programs of it` for one program of a KV head.
-
-    An item is a tile of a row; the last tiles of all rows come first, because they see most. Then
-    the order is that of the T = 1 kernel: what is cut, then by halves of the work.
-    """
-    item = tl.arange(0, BLOCK_ITEMS)
-    real = item < ROWS * TILES
-    row = item % ROWS
-    length = tl.load(seq_lens + row, mask=real, other=0)
-    length = tl.minimum(tl.maximum(length, 0), CAPACITY + 1)
-    start = tl.zeros([BLOCK_ITEMS], tl.int32)
-    if STARTS:
-        start = tl.load(starts + row, mask=real, other=0)
-        start = tl.minimum(tl.maximum(start, 0), CAPACITY)
-    first, end, _, _ = _visible(
-        TILES - 1 - item // ROWS, length, start, T, GROUP, M, WINDOW, CAPACITY
-    )
-    blocks = tl.maximum(tl.cdiv(end, TOKENS) - first // TOKENS, 0)
-    blocks = tl.where(real, blocks, 0)
-    total = tl.sum(blocks.to(tl.int64), 0)
-    size = tl.maximum(tl.cdiv(total * KV_HEADS, AIM), 1).to(tl.int32)
-    cuts = tl.maximum((blocks.to(tl.int64) * 2 + size) // (size * 2), 1)
-    cuts = tl.where(real, cuts, 0)
-    # Four kinds in one scan of 16 bits each: plan.py sees to it that no count reaches 2**16.
-    kind = (blocks * 2 <= size).to(tl.int64) + (blocks * 4 <= size).to(tl.int64) + 1
-    shift = tl.where(cuts > 1, 0, kind) * 16
-    places = cuts << shift
-    ends = tl.cumsum(places, 0)
-    every = tl.sum(places, 0)
-    longer = tl.where(shift > 0, every & 0xFFFF, 0)
-    longer += tl.where(shift > 16, (every >> 16) & 0xFFFF, 0)
-    longer += tl.where(shift > 32, (every >> 32) & 0xFFFF, 0)
-    ends = ((ends >> shift) & 0xFFFF) + longer
-    here = (ends - cuts <= place) & (place < ends)
-    found = item.to(tl.int64) | ((ends - cuts) << 16) | (cuts << 32)
-    found = tl.sum(tl.where(here, found, 0), 0)
-    return (
-        (found & 0xFFFF).to(tl.int32),
-        ((found >> 16) & 0xFFFF).to(tl.int32),
-        (found >> 32).to(tl.int32),
-    )
 
 
 @triton.jit
@@ -244,7 +163,7 @@ def tail_kernel(
     Pointers: q, out `[ROWS, T, Hq, D]`; pages `[L, PAGES, KV_HEADS, PAGE, D]`; layer `[]`;
     page_table `[ROWS, COLUMNS]`; seq_lens, starts `[ROWS]`; sink `[Hq]`; counters, one for each
     row, tile and KV head, zeros before and after; lse `[ROWS, T, Hq]`; part_acc `[slots, M, D]` and
-    part_lse `[slots, M]`, anything before and after. REGISTERS is for `compat.launch` alone.
+    part_lse `[slots, M]`, anything before and after. REGISTERS is for `launch.py` alone.
     """
     HEADS: tl.constexpr = KV_HEADS * GROUP
     CAPACITY: tl.constexpr = COLUMNS * PAGE
@@ -257,7 +176,7 @@ def tail_kernel(
     base = place
     parts = 1
     if SPLIT:
-        item, base, parts = _find_place(
+        item, base, parts = place_of_tile(
             place, seq_lens, starts, ROWS, TILES, T, GROUP, M, KV_HEADS, CAPACITY, WINDOW, TOKENS,
             BLOCK_ITEMS, AIM, STARTS,
         )  # fmt: skip
@@ -269,7 +188,9 @@ def tail_kernel(
         start = row * 0
         if STARTS:
             start = tl.minimum(tl.maximum(tl.load(starts + row), 0), CAPACITY)
-        begin, end, lowest, highest = _visible(tile, length, start, T, GROUP, M, WINDOW, CAPACITY)
+        begin, end, lowest, highest = visible_of_tile(
+            tile, length, start, T, GROUP, M, WINDOW, CAPACITY
+        )
         table = page_table + row.to(tl.int64) * COLUMNS
         broken = length > CAPACITY
         if TILES > 1:  # a single tile looks at every page that its row sees

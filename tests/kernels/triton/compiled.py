@@ -3,7 +3,7 @@
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -11,37 +11,47 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
+from paged_decode.kernels.cards import Card
 from paged_decode.kernels.record import AttentionCall
 
-__all__ = ["CARDS", "Card", "Launched", "Needs", "launched", "needs"]
+__all__ = ["CARDS", "Hardware", "Launched", "Needs", "launched", "needs"]
 
 
-@dataclass(frozen=True)
-class Card:
-    """What one kind of card has; sizes in bytes."""
+@dataclass(frozen=True, kw_only=True)
+class Hardware(Card):
+    """What one kind of card has beside what a plan asks; sizes in bytes."""
 
-    backend: str
+    backend: str = "cuda"
     arch: int | str
-    generation: int  # what `Shape.generation` says of it
-    processors: int
-    threads: int  # of a warp
+    threads: int = 32  # of a warp
     block_bytes: int  # shared memory of one program
     processor_bytes: int  # shared memory of all programs of a multiprocessor
-    registers: int  # that all threads of a multiprocessor share
+    registers: int = 1 << 16  # that all threads of a multiprocessor share
 
 
 CARDS = {
-    "sm_80": Card("cuda", 80, 80, 108, 32, 163 << 10, 164 << 10, 1 << 16),
-    "sm_89": Card("cuda", 89, 89, 128, 32, 99 << 10, 100 << 10, 1 << 16),
-    "sm_90": Card("cuda", 90, 90, 132, 32, 227 << 10, 228 << 10, 1 << 16),
-    "sm_100": Card("cuda", 100, 100, 148, 32, 227 << 10, 228 << 10, 1 << 16),
-    "gfx942": Card("hip", "gfx942", 942, 304, 64, 64 << 10, 64 << 10, 1 << 17),
-}
+    "sm_80": Hardware(
+        arch=80, generation=80, processors=108, block_bytes=163 << 10, processor_bytes=164 << 10
+    ),
+    "sm_89": Hardware(
+        arch=89, generation=89, processors=128, block_bytes=99 << 10, processor_bytes=100 << 10
+    ),
+    "sm_90": Hardware(
+        arch=90, generation=90, processors=132, block_bytes=227 << 10, processor_bytes=228 << 10
+    ),
+    "sm_100": Hardware(
+        arch=100, generation=100, processors=148, block_bytes=227 << 10, processor_bytes=228 << 10
+    ),
+    "gfx942": Hardware(
+        backend="hip", arch="gfx942", generation=942, processors=304, threads=64,
+        block_bytes=64 << 10, processor_bytes=64 << 10, registers=1 << 17,
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Launched:
-    """One call of `compat.launch`, as the library made it; and the config behind it."""
+    """One call of `launch.launch`, as the library made it; and the config behind it."""
 
     kernel: Any
     pointers: tuple[str, ...]  # dtypes of inputs and outputs, in the order of the kernel
@@ -61,39 +71,13 @@ class Needs:
     listing: str  # PTX, or the assembler of the card
 
 
-def launched(
-    card: Card,
-    *,
-    rows: int,
-    kv_heads: int,
-    group: int,
-    dim: int,
-    page_size: int,
-    capacity: int,
-    dtype: str,
-    window: int | None = None,
-    soft_cap: float | None = None,
-    append: bool = False,
-    tokens: int = 1,
-) -> Launched:
-    """The launch that the library makes of a call on `card`."""
+def launched(hardware: Hardware, *, append: bool = False, **sizes: Any) -> Launched:
+    """The launch that the library makes of a call of these sizes on `hardware`."""
     from paged_decode.kernels.triton import call as library
-    from paged_decode.kernels.triton import compat
+    from paged_decode.kernels.triton import launch as launching
+    from paged_decode.kernels.triton.config import choose_config
 
     seen: dict[str, Any] = {}
-    shape_of, choose = library.shape_of, library.choose_config
-    choose_tail = library.choose_tail_config
-
-    def on_card(call: AttentionCall) -> Any:
-        return replace(shape_of(call), generation=card.generation, processors=card.processors)
-
-    def chosen(shape: Any) -> Any:
-        seen["config"] = choose(shape)
-        return seen["config"]
-
-    def chosen_tail(shape: Any) -> Any:
-        seen["config"] = choose_tail(shape)
-        return seen["config"]
 
     def launch(
         kernel: Any, inputs: Any, outputs: Any, *, rewritten: Any = (), aliases: Any = (),
@@ -104,40 +88,25 @@ def launched(
         seen.update(options, kernel=kernel, arrays=[*inputs, *outputs, *last])
         return [jnp.zeros(out.shape, out.dtype) for out in (*outputs, *last)]
 
-    def attend(arrays: dict[str, Any]) -> Any:
-        options = dict(scale=dim**-0.5, window=window, soft_cap=soft_cap, platform="gpu")
-        call = AttentionCall(**arrays, **options)
-        if not append:
-            return library.attend(call)
-        new = jnp.zeros((rows, 1, kv_heads, dim), dtype)
-        return library.append_and_attend(call, new, new, jnp.zeros((rows, 1), jnp.int32))
+    given = dict(layers=32, pages=4096, scale=sizes["dim"] ** -0.5, starts=True, sinks=True)
+    call = AttentionCall.of_sizes(**given | sizes)
 
-    array = jax.ShapeDtypeStruct
-    pages = array((32, 4096, kv_heads, page_size, dim), dtype)
-    arrays = dict(
-        q=array((rows, tokens, kv_heads * group, dim), dtype),
-        k_pages=pages,
-        v_pages=pages,
-        layer=array((), jnp.int32),
-        page_table=array((rows, capacity // page_size), jnp.int32),
-        seq_lens=array((rows,), jnp.int32),
-        starts=array((rows,), jnp.int32),
-        sink=array((kv_heads * group,), jnp.float32),
-    )
-    with (
-        mock.patch.object(library, "shape_of", on_card),
-        mock.patch.object(library, "choose_config", chosen),
-        mock.patch.object(library, "choose_tail_config", chosen_tail),
-        mock.patch.object(compat, "launch", launch),
-    ):
-        jax.eval_shape(attend, arrays)
+    def run(arrays: dict[str, Any]) -> Any:
+        new = jnp.zeros((call.rows, 1, call.kv_heads, call.dim), call.q.dtype)
+        newest = (new, new, jnp.zeros((call.rows, 1), jnp.int32)) if append else None
+        return library.run(replace(call, **arrays), hardware, newest)
+
+    arrays = {f.name: getattr(call, f.name) for f in fields(call)}
+    arrays = {k: v for k, v in arrays.items() if isinstance(v, jax.ShapeDtypeStruct)}
+    with mock.patch.object(launching, "launch", launch):
+        jax.eval_shape(run, arrays)
     return Launched(
         seen["kernel"],
         tuple(str(jnp.dtype(array.dtype)) for array in seen["arrays"]),
         seen["warps"],
         seen["stages"],
         seen["constants"],
-        seen["config"],
+        choose_config(call, hardware),
     )
 
 
@@ -150,12 +119,12 @@ _TYPES = {
 }
 
 
-def needs(launch: Launched, card: Card) -> Needs:
+def needs(launch: Launched, card: Hardware) -> Needs:
     """Compile `launch` for `card`, as jax-triton would, and read what it needs."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from paged_decode.kernels.triton import compat
+    from paged_decode.kernels.triton.launch import limits
 
     names = launch.kernel.arg_names
     signature = dict.fromkeys(names, "constexpr")
@@ -167,7 +136,7 @@ def needs(launch: Launched, card: Card) -> Needs:
     )
     target = GPUTarget(card.backend, card.arch, card.threads)
     options = dict(num_warps=launch.warps, num_stages=launch.stages)
-    options |= compat.limits(launch.constants)
+    options |= limits(launch.constants)
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
         triton.knobs.cache.dir = folder  # nothing is taken from an earlier run
         built = triton.compile(source, target=target, options=options)

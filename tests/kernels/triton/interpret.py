@@ -53,43 +53,39 @@ VARIANTS = {
 }
 
 
-def _config(shape: Any, variant: Variant, chosen: Callable[[Any], Any]) -> Any:
-    if variant.tokens is None:
-        return chosen(replace(shape, generation=variant.generation))
-    lanes = shape.rows * shape.kv_heads
-    config = chosen(shape)
-    return replace(config, tokens=variant.tokens, even=3 * lanes, ragged=7 * lanes)
-
-
-def _tail_config(shape: Any, variant: Variant, chosen: Callable[[Any], Any]) -> Any:
-    config = chosen(replace(shape, generation=variant.generation))
+def _config(call: Any, card: Any, variant: Variant, chosen: Callable[..., Any]) -> Any:
+    config = chosen(call, replace(card, generation=variant.generation))
     if variant.tokens is None:
         return config
-    queries, lanes = min(config.queries, 32), shape.rows * shape.kv_heads
+    lanes = call.rows * call.kv_heads
+    if call.tokens == 1:
+        return replace(config, tokens=variant.tokens, even=3 * lanes, ragged=7 * lanes)
+    queries = min(config.queries, 32)
     return replace(config, queries=queries, tokens=variant.tokens, aim=5 * lanes)
 
 
 def _module(name: str, variant: Variant) -> ModuleType:
     from paged_decode.kernels.triton import call as library
-    from paged_decode.kernels.triton import compat
+    from paged_decode.kernels.triton import launch as launching
+    from paged_decode.kernels.triton import plan
 
-    chosen, chosen_tail = library.choose_config, library.choose_tail_config
+    chosen = plan.choose_config
 
     def refusal(call: Any) -> str | None:
-        with mock.patch.object(compat, "problem", lambda: None):
+        with mock.patch.object(launching, "problem", lambda: None):
             return library.refusal(replace(call, platform="gpu"))
 
     def launch(kernel: Any, inputs: Sequence[Any], outputs: Sequence[Any], **options: Any):
         return _launch(kernel, inputs, outputs, variant.order, **options)
 
+    def config(call: Any, card: Any) -> Any:
+        return _config(call, card, variant, chosen)
+
     def interpreted(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             with (
-                mock.patch.object(compat, "launch", launch),
-                mock.patch.object(library, "choose_config", lambda s: _config(s, variant, chosen)),
-                mock.patch.object(
-                    library, "choose_tail_config", lambda s: _tail_config(s, variant, chosen_tail)
-                ),
+                mock.patch.object(launching, "launch", launch),
+                mock.patch.object(plan, "choose_config", config),
             ):
                 return function(*args)
 
@@ -116,7 +112,7 @@ def _launch(
     rewritten: Sequence[str] = (),
     aliases: Sequence[int] = (),
 ) -> list[jax.Array]:
-    """What `compat.launch` promises, interpreted; `warps` and `stages` mean nothing here."""
+    """What `launch.launch` promises, interpreted; `warps` and `stages` mean nothing here."""
     made = [(out.shape, out.dtype.name) for out in outputs]
     again = [jax.ShapeDtypeStruct(inputs[i].shape, inputs[i].dtype) for i in aliases]
 

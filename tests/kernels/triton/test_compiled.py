@@ -10,7 +10,9 @@ from dataclasses import replace
 
 import pytest
 
-from .compiled import CARDS, Card, launched, needs
+from paged_decode.kernels.record import AttentionCall
+
+from .compiled import CARDS, Hardware, launched, needs
 from .interpret import INSTALLED
 
 pytestmark = pytest.mark.skipif(not INSTALLED, reason="triton has no wheel for this platform")
@@ -18,25 +20,23 @@ pytestmark = pytest.mark.skipif(not INSTALLED, reason="triton has no wheel for t
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
-def sweep(card: Card, group: int) -> dict[str, dict]:
+def sweep(card: Hardware, group: int) -> dict[str, dict]:
     """One call for every tiling that the library can choose on `card`, by a name."""
     if not INSTALLED:
         return {}
-    from paged_decode.kernels.triton.config import Shape, choose_config
+    from paged_decode.kernels.triton.config import DecodeConfig, choose_config
 
     found: dict[str, dict] = {}
-    for rows, kv_heads, dim, capacity, dtype in itertools.product(
-        (1, 16, 64, 300), (8, 7), (64, 128, 256), (512, 4096, 2**17), ("bfloat16", "float32")
+    for rows, kv_heads, dim, columns, dtype in itertools.product(
+        (1, 16, 64, 300), (8, 7), (64, 128, 256), (32, 256, 2**13), ("bfloat16", "float32")
     ):
-        shape = Shape(
-            rows, kv_heads, group, dim, 16, capacity, ITEMSIZE[dtype], card.processors,
-            card.generation,
-        )  # fmt: skip
-        config = choose_config(shape)
+        call = dict(rows=rows, kv_heads=kv_heads, group=group, dim=dim, page_size=16)
+        call |= dict(columns=columns, dtype=dtype)
+        config = choose_config(AttentionCall.of_sizes(**call), card)
+        assert isinstance(config, DecodeConfig)
         tile = (config.tokens, config.warps, config.stages)
         name = f"{dtype} D{dim} G{group} tile {'x'.join(map(str, tile))} merge {config.merge}"
-        call = dict(rows=rows, kv_heads=kv_heads, group=group, dim=dim, page_size=16)
-        found.setdefault(name, call | dict(capacity=capacity, dtype=dtype))
+        found.setdefault(name, call)
     return found
 
 
@@ -113,7 +113,7 @@ def test_every_config_fits_its_card_with_other_groups(card, call):
     check_needs(card, call)
 
 
-BASE = dict(rows=64, kv_heads=8, group=4, dim=128, page_size=16, capacity=4096, dtype="bfloat16")
+BASE = dict(rows=64, kv_heads=8, group=4, dim=128, page_size=16, columns=256, dtype="bfloat16")
 
 
 @pytest.mark.long
@@ -121,9 +121,10 @@ BASE = dict(rows=64, kv_heads=8, group=4, dim=128, page_size=16, capacity=4096, 
 @pytest.mark.parametrize(
     "other",
     [
-        dict(dim=80), dict(dim=96), dict(dtype="float16"), dict(page_size=1), dict(page_size=256),
+        dict(dim=80), dict(dim=96), dict(dtype="float16"), dict(page_size=1, columns=4096),
+        dict(page_size=256, columns=16),
         dict(window=100), dict(soft_cap=30.0), dict(window=100, soft_cap=30.0, rows=1),
-        dict(group=64), dict(append=True), dict(append=True, rows=16, capacity=1024),
+        dict(group=64), dict(append=True), dict(append=True, rows=16, columns=64),
     ],
     ids=str,
 )  # fmt: skip
@@ -134,7 +135,7 @@ def test_no_option_costs_spills_or_wide_loads(card, other):
 # One call for every tiling of T > 1; what a card without a table gets comes with the last three.
 TAILS = {
     f"{dtype} D{dim} T={tokens}": dict(
-        rows=rows, kv_heads=8, group=4, dim=dim, page_size=16, capacity=4096, dtype=dtype,
+        rows=rows, kv_heads=8, group=4, dim=dim, page_size=16, columns=256, dtype=dtype,
         tokens=tokens,
     )
     for dtype, dim, rows, tokens in [
@@ -176,7 +177,8 @@ def test_a_sweep_meets_every_row_of_the_table():
         for call in sweep(CARDS["sm_90"], 4).values()
         for launch in [launched(CARDS["sm_90"], **call)]
     }
-    assert {row[:3] for row in config._TABLE.values()} <= tiles
+    rows = config._DECODE.tilings.values()
+    assert {(row.tokens, row.warps, row.stages) for row in rows} <= tiles
 
 
 def test_a_tile_that_is_too_large_is_caught():

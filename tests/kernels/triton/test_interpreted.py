@@ -112,7 +112,7 @@ def test_the_interpreter_stays_in_its_own_process():
 
     import triton
 
-    from paged_decode.kernels.triton.kernel import decode_kernel
+    from paged_decode.kernels.triton.decode import decode_kernel
 
     check(NAME, Case((3, 1)))
     assert "TRITON_INTERPRET" not in os.environ and not triton.knobs.runtime.interpret

@@ -23,113 +23,9 @@ import triton.language as tl
 
 from .merge import arrive, merge_parts, store_result
 from .tiles import append_newest, attend_tiles, page_ids, q_rows
+from .work import place_of_row, visible_of_row
 
 __all__ = ["decode_kernel"]
-
-
-@triton.jit
-def _range(
-    row, seq_lens, starts, CAPACITY: tl.constexpr, WINDOW: tl.constexpr, STARTS: tl.constexpr
-):
-    """`first, end` of the visible tokens of a row, and whether its length breaks the contract."""
-    length = tl.load(seq_lens + row)
-    first = length * 0
-    if STARTS:
-        first = tl.maximum(tl.load(starts + row), 0)
-    end = tl.minimum(length, CAPACITY)
-    if WINDOW > 0:
-        first = tl.maximum(first, length - WINDOW)
-    return tl.minimum(first, CAPACITY), end, length > CAPACITY
-
-
-@triton.jit
-def _even_items(lanes, PROCESSORS: tl.constexpr, LEAST: tl.constexpr):
-    """Programs for `lanes` equal rows and KV heads: `cuts` of config.py for part of a batch."""
-    cuts = tl.maximum(tl.cdiv(LEAST, lanes), 1)
-    for _ in tl.static_range(8):
-        items = lanes * cuts
-        full = items * 10 >= tl.cdiv(items, PROCESSORS) * PROCESSORS * 9
-        cuts = tl.where(full, cuts, cuts + 1)
-    return lanes * cuts
-
-
-@triton.jit
-def _cuts(tiles, size, eighths):
-    """Programs for rows of so many tiles, about `size` for each; config.py tells of `eighths`."""
-    return tl.maximum((tiles * 8 + eighths * size - 1) // (size * 8), 1)
-
-
-@triton.jit
-def _find_place(
-    item,
-    seq_lens,
-    starts,
-    ROWS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    CAPACITY: tl.constexpr,
-    WINDOW: tl.constexpr,
-    TOKENS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    EVEN_ITEMS: tl.constexpr,
-    RAGGED_ITEMS: tl.constexpr,
-    MIN_TILES: tl.constexpr,
-    EIGHTHS: tl.constexpr,
-    LEAST: tl.constexpr,
-    PROCESSORS: tl.constexpr,
-    STARTS: tl.constexpr,
-):
-    """`row, place of the row's first program, programs of the row` for one program of a KV head.
-
-    A batch is even if its longest row is at most a quarter longer than the mean of those that are
-    not empty. Long programs come first, whatever the order of the rows: the short ones fill the
-    gaps at the end. Rows of equally many tiles lie in their own order, which takes no scan to see.
-    """
-    rows = tl.arange(0, BLOCK_ROWS)
-    length = tl.load(seq_lens + rows, mask=rows < ROWS, other=0)
-    first = tl.zeros([BLOCK_ROWS], tl.int32)
-    if STARTS:
-        first = tl.maximum(tl.load(starts + rows, mask=rows < ROWS, other=0), 0)
-    if WINDOW > 0:
-        first = tl.maximum(first, length - WINDOW)
-    tiles = tl.cdiv(tl.minimum(length, CAPACITY), TOKENS) - first // TOKENS
-    tiles = tl.maximum(tiles, 0)
-    # One reduction for both: `plan` keeps tiles below 2**31 and rows below 2**13.
-    sums = tl.sum(tiles.to(tl.int64) + ((tiles > 0).to(tl.int64) << 40), 0)
-    total, live = (sums & 0xFFFFFFFF).to(tl.int32), (sums >> 40).to(tl.int32)
-    most = tl.max(tiles, 0)
-    if total == most * ROWS:
-        size = tl.maximum(tl.cdiv(total * KV_HEADS, EVEN_ITEMS), MIN_TILES)
-        parts = _cuts(most, size, 4)
-        row = item // parts
-        base = row * parts
-        parts = tl.where(row < ROWS, parts, 0)
-    else:
-        goal = live * 0 + EVEN_ITEMS
-        if live < ROWS:  # rows that only pad the batch
-            goal = tl.minimum(_even_items(live * KV_HEADS, PROCESSORS, LEAST), EVEN_ITEMS)
-        even = most.to(tl.int64) * live * 4 <= (total + live - 1).to(tl.int64) * 5
-        goal = tl.where(even, goal, RAGGED_ITEMS)
-        size = tl.maximum(tl.cdiv(total * KV_HEADS, goal), MIN_TILES)
-        cuts = tl.where(rows < ROWS, _cuts(tiles, size, tl.where(even, 4, EIGHTHS)), 0)
-        # The longest programs first: cut rows, then by halves. One scan counts all four kinds,
-        # in 16 bits each: `plan` keeps the programs of a KV head below 2**16.
-        kind = (tiles * 2 <= size).to(tl.int64) + (tiles * 4 <= size).to(tl.int64) + 1
-        shift = tl.where(cuts > 1, 0, kind) * 16
-        places = cuts.to(tl.int64) << shift
-        ends = tl.cumsum(places, 0)
-        every = tl.sum(places, 0)
-        longer = tl.where(shift > 0, every & 0xFFFF, 0)
-        longer += tl.where(shift > 16, (every >> 16) & 0xFFFF, 0)
-        longer += tl.where(shift > 32, (every >> 32) & 0xFFFF, 0)
-        ends = (((ends >> shift) & 0xFFFF) + longer).to(tl.int32)
-        here = (ends - cuts <= item) & (item < ends)
-        # One sum instead of three: row, base and parts of the only row that is here.
-        found = rows.to(tl.int64) | ((ends - cuts).to(tl.int64) << 16) | (cuts.to(tl.int64) << 32)
-        found = tl.sum(tl.where(here, found, 0), 0)
-        row = (found & 0xFFFF).to(tl.int32)
-        base = ((found >> 16) & 0xFFFF).to(tl.int32)
-        parts = (found >> 32).to(tl.int32)
-    return tl.minimum(row, ROWS - 1), base, parts
 
 
 @triton.jit
@@ -223,11 +119,11 @@ def decode_kernel(
     base = item
     parts = 1
     if SPLIT and ROWS > 1:
-        row, base, parts = _find_place(
+        row, base, parts = place_of_row(
             item, seq_lens, starts, ROWS, KV_HEADS, CAPACITY, WINDOW, TOKENS, BLOCK_ROWS,
             EVEN_ITEMS, RAGGED_ITEMS, MIN_TILES, EIGHTHS, LEAST, PROCESSORS, STARTS,
         )  # fmt: skip
-    first, end, broken = _range(row, seq_lens, starts, CAPACITY, WINDOW, STARTS)
+    first, end, broken = visible_of_row(row, seq_lens, starts, CAPACITY, WINDOW, STARTS)
     tile0 = first // TOKENS
     if SPLIT and ROWS == 1:
         base = 0

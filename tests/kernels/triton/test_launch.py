@@ -18,7 +18,7 @@ from .interpret import INSTALLED
 pytestmark = pytest.mark.skipif(not INSTALLED, reason="triton has no wheel for this platform")
 
 if INSTALLED:
-    from paged_decode.kernels.triton import compat
+    from paged_decode.kernels.triton import launch as library
 
 CURE = "pip install 'paged-decode[cuda]'"
 
@@ -40,7 +40,7 @@ def versions(jax_version, jax_triton, triton):
     ids=str,
 )
 def test_a_set_that_works_has_no_problem(found):
-    assert compat.problem(found) is None
+    assert library.problem(found) is None
 
 
 @pytest.mark.parametrize(
@@ -56,28 +56,28 @@ def test_a_set_that_works_has_no_problem(found):
     ids=str,
 )
 def test_a_set_that_does_not_work_is_named_with_its_cure(found, reason):
-    problem = compat.problem(found)
+    problem = library.problem(found)
     assert problem is not None and reason in problem and CURE in problem
     assert all(f"{name} {version}" in problem for name, version in found.items())
 
 
 def test_what_is_not_installed_is_named_with_the_cure():
-    problem = compat.problem(versions("0.11.2", None, "3.6.0"))
+    problem = library.problem(versions("0.11.2", None, "3.6.0"))
     assert problem is not None and problem.startswith("jax-triton not installed; ")
-    problem = compat.problem(versions("0.11.2", None, None))
+    problem = library.problem(versions("0.11.2", None, None))
     assert problem is not None and problem.startswith("jax-triton and triton not installed; ")
     assert CURE in problem
 
 
 def test_the_installed_set_is_what_is_asked_about(monkeypatch):
     monkeypatch.setattr(metadata, "version", versions("0.12.0", "0.4.1", "3.9.0").__getitem__)
-    assert compat.problem() == compat.problem(versions("0.12.0", "0.4.1", "3.9.0"))
+    assert library.problem() == library.problem(versions("0.12.0", "0.4.1", "3.9.0"))
 
     def missing(name):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "version", missing)
-    assert "jax and jax-triton and triton not installed" in str(compat.problem())
+    assert "jax and jax-triton and triton not installed" in str(library.problem())
 
 
 # --- launches ---------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ def binding(monkeypatch):
 
 def launch(**changed):
     options = dict(grid=7, warps=4, stages=3, name="paged_decode", constants=dict(D=64, SPLIT=True))
-    return compat.launch("kernel", (np.float32(0.5),), OUTPUTS, **options | changed)
+    return library.launch("kernel", (np.float32(0.5),), OUTPUTS, **options | changed)
 
 
 COMMON = dict(
@@ -182,7 +182,7 @@ SAME = jax.ShapeDtypeStruct(PAGES.shape, PAGES.dtype)
 def rewrite(aliases):
     options = dict(grid=7, warps=4, stages=3, name="paged_decode", constants=dict(D=64, SPLIT=True))
     named = dict(rewritten=("written",), aliases=aliases)
-    return compat.launch("kernel", (np.float32(0.5), PAGES), OUTPUTS, **options, **named)
+    return library.launch("kernel", (np.float32(0.5), PAGES), OUTPUTS, **options, **named)
 
 
 def test_in_jax_triton_0_3_a_rewritten_input_is_a_last_output_with_its_own_pointer(binding):
@@ -218,13 +218,13 @@ def test_the_card_may_be_named_and_scalars_stay_float32(binding):
 
 def test_a_set_that_works_is_no_problem_if_it_can_be_imported(binding, monkeypatch):
     binding("0.3.1", triton="3.6.0")
-    assert compat.problem() is None
+    assert library.problem() is None
 
     def no_plugin(name):
         raise ImportError("jax_triton requires JAX to be installed with GPU support")
 
     monkeypatch.setattr(importlib, "import_module", no_plugin)
-    reason = str(compat.problem())
+    reason = str(library.problem())
     assert "cannot be imported: " in reason and "GPU support; install" in reason
 
 
@@ -233,7 +233,7 @@ def test_a_set_that_works_is_no_problem_if_it_can_be_imported(binding, monkeypat
 
 def can_lower():
     """jax-triton 0.3.1 can be imported only beside a GPU plugin, too large for the test extra."""
-    return INSTALLED and compat.problem() is None
+    return INSTALLED and library.problem() is None
 
 
 @pytest.mark.skipif(not can_lower(), reason="jax-triton with a GPU plugin is not installed")
@@ -243,9 +243,9 @@ def test_a_call_lowers_for_cuda_to_one_custom_call(monkeypatch, dtype):
 
     from ..oracle import Case, build
 
-    real = compat.launch
+    real = library.launch
     monkeypatch.setattr(dispatch, "default_platform", lambda *_: "gpu")
-    monkeypatch.setattr(compat, "launch", lambda *a, **k: real(*a, **k, compute_capability=90))
+    monkeypatch.setattr(library, "launch", lambda *a, **k: real(*a, **k, compute_capability=90))
     inputs = build(Case((7, 16, 2), 2, 4, 64, 16, 4, dtype=dtype))
     arrays = [inputs.q, inputs.k_pages, inputs.v_pages, inputs.page_table, inputs.seq_lens]
     call = jax.jit(lambda *a: paged_attention(*a, return_lse=True, implementation="triton"))
@@ -259,9 +259,9 @@ def test_a_call_lowers_for_cuda_to_one_custom_call(monkeypatch, dtype):
 def test_append_and_attend_lowers_to_one_custom_call_that_aliases_the_pages(monkeypatch):
     from paged_decode.kernels import append_and_attend, dispatch
 
-    real = compat.launch
+    real = library.launch
     monkeypatch.setattr(dispatch, "default_platform", lambda *_: "gpu")
-    monkeypatch.setattr(compat, "launch", lambda *a, **k: real(*a, **k, compute_capability=90))
+    monkeypatch.setattr(library, "launch", lambda *a, **k: real(*a, **k, compute_capability=90))
     q, new = jnp.zeros((3, 8, 64)), jnp.zeros((3, 2, 64))
     pages, table, lens = jnp.zeros((9, 2, 16, 64)), jnp.zeros((3, 4), int), jnp.zeros(3, int)
     call = jax.jit(lambda *a: append_and_attend(*a, implementation="triton"))

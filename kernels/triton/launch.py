@@ -1,4 +1,4 @@
-"""What differs between versions of jax-triton, in one place.
+"""Arrays to one custom call through jax-triton, and what differs between its versions.
 
 | set | state |
 | --- | --- |
