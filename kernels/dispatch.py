@@ -6,9 +6,11 @@ A backend is a module with two functions, imported only when it is asked for:
 - `attend(call) -> (out [B, T, Hq, D] like q, lse float32 [B, T, Hq])`, B at least 1. What it raises
   is an error, NotImplementedError as well: a slower backend must not take over without a word.
 
-A third is optional: `append_and_attend(call, k, v, slots) -> (out, lse, k_pages, v_pages)` writes
+Two more are optional. `append_and_attend(call, k, v, slots) -> (out, lse, k_pages, v_pages)` writes
 the newest tokens, k and v `[B, T, Hk, D]` of the pages' dtype, in the same launch, but for those
-with a slot in the null page. Without it they are scattered before the call.
+with a slot in the null page; without it they are scattered before the call. `prefers(call) -> bool`
+says that this backend serves the call and is the fastest that does, by what was measured: where
+nobody named another, it comes first.
 """
 
 import importlib
@@ -56,8 +58,8 @@ def _module(name: str) -> Callable[[], ModuleType]:
 BACKENDS: tuple[Backend, ...] = (
     Backend("triton", _module("triton"), ("gpu",)),
     Backend("pallas_tpu", _module("pallas_tpu"), ("tpu",)),
-    # Where it runs triton does, too, mostly faster (benchmarks/results/decode_grid_pallas.json).
-    Backend("pallas_gpu", _module("pallas_gpu"), ()),
+    # Before triton for the calls that it prefers, and where jax-triton is missing.
+    Backend("pallas_gpu", _module("pallas_gpu"), ("gpu",)),
     Backend("xla", _module("xla"), ("cpu", "gpu", "tpu")),
     # An oracle: its memory grows with the width of the table, so a silent fall to it would be worse
     # than an error.
@@ -147,7 +149,10 @@ def _first(
     run: Callable[[ModuleType], Any],
 ) -> Any:
     refusals: list[Exception] = []
-    for backend in _candidates(implementation, call.platform, backends):
+    candidates = _candidates(implementation, call.platform, backends)
+    if implementation is None:
+        candidates.sort(key=lambda backend: not _prefers(backend, call))
+    for backend in candidates:
         try:
             module = _load(backend)
         except NotImplementedError as missing:
@@ -159,6 +164,14 @@ def _first(
     if len(refusals) == 1:
         raise refusals[0]
     raise ExceptionGroup("no backend serves this attention call", refusals)
+
+
+def _prefers(backend: Backend, call: AttentionCall) -> bool:
+    try:
+        prefers = getattr(_load(backend), "prefers", None)
+    except NotImplementedError:
+        return False
+    return prefers is not None and prefers(call)
 
 
 def backend_status(platform: str | None = None) -> dict[str, str | None]:

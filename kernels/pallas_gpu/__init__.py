@@ -1,5 +1,5 @@
-"""Paged decode attention for Hopper in Pallas Mosaic GPU: TMA, a loading warpgroup, wgmma."""
+"""Paged attention for Hopper in Pallas Mosaic GPU: TMA, a loading warpgroup, wgmma."""
 
-from .call import attend, refusal
+from .call import attend, prefers, refusal
 
-__all__ = ["attend", "refusal"]
+__all__ = ["attend", "prefers", "refusal"]

@@ -1,4 +1,4 @@
-"""The launch: the kernel as one XLA custom call, or two where blocks cannot count each other."""
+"""The launch: a kernel as one XLA custom call, or two where blocks cannot count each other."""
 
 from typing import Any
 
@@ -7,27 +7,53 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from . import work
-from .kernel import decode_body, scratch
+from . import tail, work
+from .decode import decode_body, scratch
 from .merge import Inputs, Outputs, merge_body, staged
 from .plan import Plan
 
-__all__ = ["launch"]
+__all__ = ["launch", "launch_tail"]
+
+
+def _options(interpret: Any) -> dict[str, Any]:
+    # Barriers around every store would cost more than the stores: the kernels have their own.
+    params = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
+    return dict(compiler_params=params, interpret=interpret)
+
+
+def launch_tail(plan: Plan, inputs: tail.Inputs, interpret: Any = None) -> tuple[Array, Array]:
+    """`out [B, T, Hq, D], lse [B, Hq, T]` of the plan on arrays as `tail.Inputs` describes them."""
+    rows, tokens, heads, _ = inputs.q.shape
+    out_type = (
+        jax.ShapeDtypeStruct(inputs.q.shape, inputs.q.dtype),
+        jax.ShapeDtypeStruct((rows, heads, tokens), jnp.float32),
+    )
+
+    def attend(*refs: Any) -> None:
+        *given, out, lse, ring = refs
+        tail.tail_body(plan, tail.Inputs(*given), out, lse, ring)
+
+    return plgpu.kernel(
+        attend,
+        out_type=out_type,
+        scratch_types=[tail.scratch(plan, inputs.q.dtype)],
+        grid=(plan.blocks,),
+        grid_names=("unit",),
+        num_threads=3,
+        thread_name="thread",
+        kernel_name="paged_tail",
+        **_options(interpret),
+    )(*inputs)
 
 
 def launch(plan: Plan, inputs: Inputs, interpret: Any = None) -> tuple[Array, Array]:
-    """`out [B, Hq, D], lse [B, Hq]` of the plan on arrays as `Inputs` describes them."""
+    """`out [B, Hq, D], lse [B, Hq]` of the plan on arrays as `Inputs` describes them; T = 1."""
     heads = plan.kv_heads * plan.group
     types = Outputs(
         out=jax.ShapeDtypeStruct((plan.rows, heads, plan.dim), inputs.q.dtype),
         lse=jax.ShapeDtypeStruct((plan.rows, heads), jnp.float32),
         part_acc=jax.ShapeDtypeStruct((plan.slots, plan.lines, plan.dim), jnp.float32),
         part_lse=jax.ShapeDtypeStruct((plan.slots, plan.lines), jnp.float32),
-    )
-    options: dict[str, Any] = dict(
-        # Barriers around every store would cost more than the stores: the kernel has its own.
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-        interpret=interpret,
     )
 
     def decode(*refs: Any) -> None:
@@ -39,12 +65,12 @@ def launch(plan: Plan, inputs: Inputs, interpret: Any = None) -> tuple[Array, Ar
         decode,
         out_type=tuple(types),
         scratch_types=[scratch(plan, inputs.q.dtype)],
-        grid=(plan.workers,),
+        grid=(plan.blocks,),
         grid_names=("worker",),
         num_threads=2,
         thread_name="thread",
         kernel_name="paged_decode",
-        **options,
+        **_options(interpret),
     )(*inputs)
     made = Outputs(*made)
     if not plan.interpreted:
@@ -61,7 +87,7 @@ def launch(plan: Plan, inputs: Inputs, interpret: Any = None) -> tuple[Array, Ar
         grid=(plan.rows, plan.kv_heads),
         grid_names=("row", "head"),
         kernel_name="paged_decode_merge",
-        **options,
+        **_options(interpret),
     )(*inputs, made.part_acc, made.part_lse)
     whole = _whole(plan, inputs)
     return jnp.where(whole[..., None], made.out, out), jnp.where(whole, made.lse, lse)

@@ -9,7 +9,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..record import HUGE, LN2, LOG2E
 from . import work
-from .plan import QUERY_ROWS, Plan
+from .config import QUERIES
+from .plan import Plan
 from .work import Place
 
 __all__ = ["Inputs", "Outputs", "Staged", "finish", "merge_body", "staged"]
@@ -53,8 +54,8 @@ def staged(plan: Plan) -> Staged:
     """The types of a `Staged`."""
     return Staged(
         plgpu.SMEM((plan.lines, plan.dim), jnp.float32),
-        plgpu.SMEM((QUERY_ROWS,), jnp.float32),
-        plgpu.SMEM((QUERY_ROWS,), jnp.float32),
+        plgpu.SMEM((QUERIES,), jnp.float32),
+        plgpu.SMEM((QUERIES,), jnp.float32),
         plgpu.SMEM((1,), jnp.int32),
     )
 

@@ -1,11 +1,19 @@
-"""Which tiles a block has: every block finds its own from the lengths of the batch.
+"""Which tiles or units a block has: every block finds its own from the lengths of the batch.
 
+T = 1:
 ```
 tiles    [row 0 head 0 | row 0 head 1 | row 1 head 0 | row 1 head 1 ...]   one line of them all
 blocks   [   0    |    1    |    2    |    3    | ...                  ]   cut into equal parts
 ```
 A row and head that lies in several blocks has a partial result in each; the first has the parts of
 the others behind it, so where they lie follows from the two ends alone.
+
+T > 1: a block has one unit, two tiles of 64 queries of one KV head. Blocks begin in their order, as
+multiprocessors become free, so the order is the balance: rows with more keys come first, and in a
+row the units that see most.
+```
+units    [row 2: last tokens ... first tokens | row 0: last ... first | row 1 ...]
+```
 """
 
 from typing import Any, NamedTuple
@@ -20,7 +28,9 @@ from .plan import Plan
 __all__ = [
     "Place",
     "Row",
+    "Unit",
     "advance",
+    "any_outside",
     "find",
     "guess",
     "lane",
@@ -29,9 +39,10 @@ __all__ = [
     "row_of",
     "share",
     "total_tiles",
+    "unit_of",
 ]
 
-_ROUND = 512  # rows whose lengths are loaded at once: 16 by each thread of a warp
+_ROUND = 512  # numbers that are loaded at once: 16 by each thread of a warp
 
 _MOST = 2**22  # tiles of a guess, so that times blocks it is an int32
 
@@ -81,18 +92,19 @@ def row_at(plan: Plan, lens: Any, starts: Any, index: Scalar) -> Row:
 
 def _tiles(plan: Plan, lens: Any, starts: Any, first: Scalar) -> tuple[Any, Any]:
     """`number of a row from first on, tiles of all its heads`, 0 behind the last row."""
-    length = _load(plan, lens, first)
-    start = _load(plan, starts, first) if plan.starts else jnp.zeros_like(length)
+    count = _count(plan, plan.rows)
+    length = _load(plan, lens, first, plan.rows - 1, count)
+    start = jnp.zeros_like(length)
+    if plan.starts:
+        start = _load(plan, starts, first, plan.rows - 1, count)
     tiles = row_of(plan, length, start).tiles * plan.kv_heads
-    (count,) = tiles.shape
-    layout = None if plan.interpreted else _layout(plan)
-    number = plgpu.broadcasted_iota(jnp.int32, (count,), 0, layout=layout)
+    number = _numbers(plan, count)
     return number, jnp.where(number < plan.rows - first, tiles, 0)
 
 
 def _rounds(plan: Plan, step: Any, init: Any) -> Any:
     """`step(first row, carry)` until all rows were there: mostly once."""
-    count = _count(plan)
+    count = _count(plan, plan.rows)
     if plan.rows <= count:
         return step(jnp.int32(0), init)
     return lax.fori_loop(0, -(-plan.rows // count), lambda i, carry: step(i * count, carry), init)
@@ -175,51 +187,132 @@ def lane(plan: Plan, lens: Any, starts: Any, index: Scalar, head: Scalar) -> tup
     return parts_of(plan, total_tiles(plan, lens, starts), begin, row.tiles)
 
 
-def _count(plan: Plan) -> int:
-    """Rows of a round; on a card two times a power of two for each thread of a warp."""
+class Unit(NamedTuple):
+    """Two tiles of queries of one KV head: what one block attends with where T > 1.
+
+    Its queries see the keys from `first` to `end - 1`, each of them some of these: the blocks of
+    keys from `block0` on.
+    """
+
+    row: Scalar
+    head: Scalar  # the first of its query heads
+    kv_head: Scalar
+    t0: Scalar  # the first of its tokens
+    length: Scalar
+    start: Scalar
+    lowest: Scalar  # position of its first query that is one of the call
+    first: Scalar
+    end: Scalar
+    block0: Scalar
+    blocks: Scalar
+
+
+def unit_of(plan: Plan, lens: Any, starts: Any, index: Scalar) -> Unit:
+    """The unit of this block."""
+    heads = 2 if plan.paired else 1
+    head = lax.rem(index, jnp.int32(plan.lanes)) * heads
+    place = lax.div(index, jnp.int32(plan.lanes))
+    row = _row_in_order(plan, lens, lax.div(place, jnp.int32(plan.units)))
+    t0 = (plan.units - 1 - lax.rem(place, jnp.int32(plan.units))) * plan.unit_tokens
+    length = jnp.clip(lens[row], 0, plan.capacity + 1)
+    start = jnp.clip(starts[row], 0, plan.capacity) if plan.starts else jnp.int32(0)
+    before = plan.tokens - plan.new  # in front of the first token of the call
+    lowest = length - plan.tokens + jnp.maximum(t0, before)
+    end = jnp.clip(length - plan.tokens + t0 + plan.unit_tokens, 0, plan.capacity)
+    first = jnp.maximum(start, lowest - plan.window + 1) if plan.window else start
+    first = jnp.minimum(first, end)
+    block0 = lax.div(first, jnp.int32(plan.tile))
+    blocks = lax.div(end + (plan.tile - 1), jnp.int32(plan.tile)) - block0
+    blocks = jnp.where(first < end, blocks, 0)
+    kv_head = lax.div(head, jnp.int32(plan.group))
+    return Unit(row, head, kv_head, t0, length, start, lowest, first, end, block0, blocks)
+
+
+def _row_in_order(plan: Plan, lens: Any, rank: Scalar) -> Scalar:
+    """The row of this rank, longest first: over half of the longest, over an eighth, the rest.
+
+    One scan counts all three kinds, in 10 bits of an int32 each, so it is for up to `_ROUND` rows.
+    """
+    if plan.rows == 1 or plan.rows > _ROUND:
+        return rank
+    count = _count(plan, plan.rows)
+    row, length = _numbers(plan, count), _load(plan, lens, jnp.int32(0), plan.rows - 1, count)
+    length = jnp.clip(length, 0, plan.capacity)
+    longest = length.max()
+    half, eighth = lax.div(longest, jnp.int32(2)), lax.div(longest, jnp.int32(8))
+    kind = (length <= half).astype(jnp.int32) + (length <= eighth).astype(jnp.int32)
+    shift = jnp.where(row < plan.rows, kind * 10, 20)
+    ends = _running_sum(plan, jnp.left_shift(jnp.ones_like(shift), shift))
+    every = ends.max()
+    mask = (1 << 10) - 1
+    longer = jnp.where(shift > 0, every & mask, 0)
+    longer += jnp.where(shift > 10, lax.shift_right_logical(every, 10) & mask, 0)
+    place = (lax.shift_right_logical(ends, shift) & mask) + longer - 1
+    return jnp.where(place == rank, row, 0).sum()
+
+
+def any_outside(plan: Plan, page_table: Any, row: Scalar, length: Scalar) -> Scalar:
+    """Whether a row's table names a page outside the pool, of those its length reaches; 1 or 0."""
+    used = lax.div(jnp.minimum(length, plan.capacity) + (plan.page_size - 1), plan.page_size)
+    count = _count(plan, plan.columns)
+
+    def step(i: Scalar, wrong: Scalar) -> Scalar:
+        ids = _load(plan, page_table.at[row], i * count, used - 1, count)
+        return wrong | ((ids < 0) | (ids >= plan.pages)).astype(jnp.int32).max()
+
+    return lax.fori_loop(0, lax.div(used + (count - 1), jnp.int32(count)), step, jnp.int32(0))
+
+
+def _count(plan: Plan, numbers: int) -> int:
+    """How many of so many are loaded at once; on a card some for each thread of a warp."""
     if plan.interpreted:
-        return min(_ROUND, plan.rows)
+        return min(_ROUND, numbers)
     each = 2
-    while 32 * each < min(_ROUND, plan.rows):
+    while 32 * each < min(_ROUND, numbers):
         each *= 2
     return 32 * each
 
 
-def _layout(plan: Plan) -> Any:
-    """Some rows after the other for each thread, the same in all warps."""
-    count = _count(plan)
+def _layout(count: int) -> Any:
+    """Some numbers after the other for each thread, the same in all warps."""
     return plgpu.Layout.TILED(
         plgpu.Tiling(((count,), (count // 32,))), (plgpu.Replicated(4),), (-2,), vector_dim=-1
     )
 
 
-def _load(plan: Plan, array: Any, first: Scalar) -> Any:
-    """`_count` numbers from `first` on, and the last one again behind the end."""
-    count = _count(plan)
+def _numbers(plan: Plan, count: int) -> Any:
+    """0, 1, 2 and so on."""
+    layout = None if plan.interpreted else _layout(count)
+    return plgpu.broadcasted_iota(jnp.int32, (count,), 0, layout=layout)
+
+
+def _load(plan: Plan, array: Any, first: Scalar, last: Any, count: int) -> Any:
+    """`count` numbers from `first` on, and number `last` again behind it."""
     if plan.interpreted:
-        padded = jnp.pad(array[...], (0, count), mode="edge")
-        return lax.dynamic_slice(padded, (first,), (count,))
+        return array[...][jnp.minimum(first + jnp.arange(count), last)]
     from jax.experimental.mosaic import gpu as mgpu
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import arith, memref, vector
 
+    scalar = plgpu.Layout.WG_SPLAT(())
+
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())),
-        return_type=plgpu.ShapeDtypeStruct((count,), jnp.int32, layout=_layout(plan)),
+        arg_types=(plgpu.RefType(), scalar, scalar),
+        return_type=plgpu.ShapeDtypeStruct((count,), jnp.int32, layout=_layout(count)),
     )
-    def load(_: Any, array: Any, first: Any) -> Any:
+    def load(_: Any, array: Any, first: Any, last: Any) -> Any:
         i32, each = ir.IntegerType.get_signless(32), count // 32
-        last = mgpu.utils.c(plan.rows - 1, i32)
         lane = arith.remui(mgpu.utils.thread_idx(), mgpu.utils.c(32, i32))
-        row = arith.addi(first.registers.item(), arith.muli(lane, mgpu.utils.c(each, i32)))
+        number = arith.addi(first.registers.item(), arith.muli(lane, mgpu.utils.c(each, i32)))
         numbers = []
         for i in range(each):
-            at = arith.minsi(arith.addi(row, mgpu.utils.c(i, i32)), last)
+            at = arith.addi(number, mgpu.utils.c(i, i32))
+            at = arith.minsi(at, last.registers.item())
             numbers.append(memref.load(array, [arith.index_cast(ir.IndexType.get(), at)]))
         register = vector.from_elements(ir.VectorType.get((each,), i32), numbers)
-        return _array(plan, register)
+        return _array(count, register)
 
-    return load(array, first)
+    return load(array, first, jnp.int32(last))
 
 
 def _running_sum(plan: Plan, numbers: Any) -> Any:
@@ -230,7 +323,8 @@ def _running_sum(plan: Plan, numbers: Any) -> Any:
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import arith, vector
 
-    layout = _layout(plan)
+    (count,) = numbers.shape
+    layout = _layout(count)
 
     @plgpu.inline_mgpu(
         arg_types=(layout,),
@@ -238,7 +332,7 @@ def _running_sum(plan: Plan, numbers: Any) -> Any:
     )
     def scan(_: Any, numbers: Any) -> Any:
         i32 = ir.IntegerType.get_signless(32)
-        register, each = numbers.registers.item(), numbers.shape[0] // 32
+        register, each = numbers.registers.item(), count // 32
         sums: list[Any] = []
         for i in range(each):
             number = vector.extract(register, dynamic_position=[], static_position=[i])
@@ -253,15 +347,15 @@ def _running_sum(plan: Plan, numbers: Any) -> Any:
             before = arith.addi(before, got)
         before = arith.subi(before, mine)
         ends = [arith.addi(number, before) for number in sums]
-        return _array(plan, vector.from_elements(register.type, ends))
+        return _array(count, vector.from_elements(register.type, ends))
 
     return scan(numbers)
 
 
-def _array(plan: Plan, register: Any) -> Any:
+def _array(count: int, register: Any) -> Any:
     """An array in `_layout` of one vector for each thread."""
     from jax.experimental.mosaic import gpu as mgpu
 
-    layout = _layout(plan).to_mgpu()
-    registers = np.array([register], dtype=object).reshape(layout.registers_shape((_count(plan),)))
+    layout = _layout(count).to_mgpu()
+    registers = np.array([register], dtype=object).reshape(layout.registers_shape((count,)))
     return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)

@@ -21,11 +21,10 @@ from .triton.interpret import NAME as INTERPRETED
 # The library's backends that can run here; `test_refusals.py` has the others' reasons. They compile
 # into the program they are called from. The interpreted kernel is a call back into Python, which
 # copies its arrays: memory and aliasing are not tested on it, everything else is.
-ONLY_ON = {"pallas_gpu": ("gpu",)}  # runs by name alone, and not everywhere
 COMPILED = [
     backend.name
     for backend in BACKENDS
-    if default_platform() in (backend.platforms or ONLY_ON.get(backend.name, ("cpu", "gpu", "tpu")))
+    if default_platform() in (backend.platforms or ("cpu", "gpu", "tpu"))
 ]
 # These, and the kernels for GPU and TPU once more, interpreted on the CPU.
 NAMES = [
@@ -46,7 +45,7 @@ MAY_REFUSE = {
     INTERPRETED: _TRITON,
     "pallas_tpu": _TPU,
     TPU: _TPU,
-    "pallas_gpu": ("T = 1; got T", "tf32", "q of dtype", "got D =", "page sizes; got"),
+    "pallas_gpu": ("tf32", "q of dtype", "got D =", "page sizes; got"),
 }
 
 # (rtol, atol) of outputs against the float64 oracle; the inputs are already rounded to the dtype.

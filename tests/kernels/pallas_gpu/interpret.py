@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from paged_decode.kernels.cards import Card
 from paged_decode.kernels.dispatch import Backend
 
 __all__ = ["BACKENDS", "NAME", "PROBLEM", "Variant"]
@@ -41,9 +42,10 @@ def _module(name: str, variant: Variant) -> ModuleType:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     from paged_decode.kernels.pallas_gpu import call as library
+    from paged_decode.kernels.pallas_gpu.plan import Plan
 
     def attend(call: Any) -> Any:
-        plan = library.plan_of(call, interpreted=True, processors=variant.processors)
+        plan = Plan.of(call, Card(processors=variant.processors), interpreted=True)
         return library.run(call, plan, plgpu.InterpretGPUParams(detect_races=variant.races))
 
     module = ModuleType(name)

@@ -12,7 +12,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from paged_decode.kernels import paged_attention
-from paged_decode.kernels.pallas_gpu.plan import TILE
+from paged_decode.kernels.pallas_gpu.config import QUERIES
 
 from .interpret import PROBLEM
 
@@ -37,10 +37,22 @@ SHAPES = {
     ),
     "many rows, a large group": dict(rows=300, page_size=8, group=20),
 }  # fmt: skip
+TAILS = {
+    "as the benchmark": dict(rows=1, tokens=2048, page_size=16),
+    "an odd group, several rows": dict(rows=4, tokens=512, group=5, page_size=16),
+    "every option": dict(
+        rows=600, tokens=70, page_size=256, group=2, dim=64, dtype=jnp.float16, starts=True,
+        sinks=True, options=dict(sliding_window=100, soft_cap=3.0),
+    ),
+    "D 256, windows, a cap": dict(
+        tokens=512, dim=256, group=2, options=dict(sliding_window=1024, soft_cap=50.0),
+    ),
+}  # fmt: skip
 
 
 def compiled(
     rows: int = 16,
+    tokens: int = 1,
     columns: int = 64,
     pages: int = 2000,
     page_size: int = 64,
@@ -68,7 +80,7 @@ def compiled(
     def attend(*args: Any, **more: Any) -> Any:
         return paged_attention(*args, **more, **(options or {}), implementation="pallas_gpu")
 
-    args = (of(rows, heads, dim, dtype=dtype), pool, pool, of(rows, columns), of(rows))
+    args = (of(rows, tokens, heads, dim, dtype=dtype), pool, pool, of(rows, columns), of(rows))
     traced = jax.jit(attend).trace(*args, **more)
     return traced.lower(lowering_platforms=("cuda",)).compile()
 
@@ -95,7 +107,7 @@ def test_it_compiles_without_spills_or_a_copy_of_the_pool(name, monkeypatch, tmp
     # Only the weights, made anew for every tile, are operands in registers: ptxas 13.0 gave the
     # registers of an operand that outlived the first tile to these, and the second was wrong.
     left = re.findall(r"wgmma\.mma_async\S* \{[^}]*\}, (\S)", ptx)
-    assert (left.count("{"), left.count("%")) == (TILE // 16, dim // 16)
+    assert (left.count("{"), left.count("%")) == (QUERIES // 16, dim // 16)
     # What each register of a 256-thread block may be, and none of it in local memory.
     (report,) = (path.read_text() for path in tmp_path.glob("*.ptxas"))
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report
@@ -108,3 +120,22 @@ def test_it_is_one_launch():
     calls = re.findall(r"custom-call\(", executable.as_text())
     kernels = re.findall(r"\bfusion\(", executable.as_text())
     assert len(calls) == 1 and not kernels
+
+
+@pytest.mark.parametrize("name", TAILS)
+def test_tails_compile_without_spills_or_a_copy_of_the_pool(name, monkeypatch, tmp_path):
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+    executable = compiled(**TAILS[name])
+    # The numbers of the other layout of lse, and q where T is no whole unit.
+    shape = [TAILS[name].get(key, default) for key, default in (("rows", 16), ("tokens", 1))]
+    rows, tokens = shape[0], -(-shape[1] // 128) * 128
+    heads, dim = 8 * TAILS[name].get("group", 4), TAILS[name].get("dim", 128)
+    temp_bytes = executable.memory_analysis().temp_size_in_bytes
+    assert temp_bytes <= rows * tokens * heads * (2 * dim * 2 + 2 * 4) + 2**12
+    (ptx,) = (path.read_text() for path in tmp_path.glob("*.ptx"))
+    assert "wgmma.mma_async" in ptx and "cp.async.bulk.tensor" in ptx
+    (report,) = (path.read_text() for path in tmp_path.glob("*.ptxas"))
+    print(report)
+    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report
+    # A third of what a multiprocessor has, less what consumers take from the loader.
+    assert "Used 168 registers" in report

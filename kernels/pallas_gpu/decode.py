@@ -1,4 +1,4 @@
-"""The raw kernel: a block for each multiprocessor, one warpgroup loads, the other computes.
+"""The raw kernel for T = 1: a block for each multiprocessor, one warpgroup loads, one computes.
 
 ```
 loader     ids of the next tile | TMA of K | TMA of V | ...           up to `stages` tiles ahead
@@ -22,9 +22,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ..record import LOG2E
 from . import merge, work
-from .plan import QUERY_ROWS, Plan
+from .config import QUERIES
+from .plan import Plan
+from .tiles import capped, copy_pages, live_pieces, page_ids, softmax, zero_hidden
 from .work import Place, Row
 
 __all__ = ["Ring", "decode_body", "scratch"]
@@ -55,11 +56,11 @@ def scratch(plan: Plan, dtype: Any) -> Ring:
     swizzle = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     tiles = plgpu.SMEM((plan.stages, plan.tile, plan.dim), dtype, transforms=swizzle)
     return Ring(
-        q=plgpu.SMEM((Q_SLOTS, QUERY_ROWS, plan.dim), dtype),
+        q=plgpu.SMEM((Q_SLOTS, QUERIES, plan.dim), dtype),
         k=tiles,
         v=tiles,
-        left=plgpu.SMEM((QUERY_ROWS, plan.dim), dtype, transforms=swizzle),
-        weights=plgpu.SMEM((QUERY_ROWS, plan.tile), dtype, transforms=swizzle)
+        left=plgpu.SMEM((QUERIES, plan.dim), dtype, transforms=swizzle),
+        weights=plgpu.SMEM((QUERIES, plan.tile), dtype, transforms=swizzle)
         if plan.interpreted
         else None,
         bad=plgpu.SMEM((plan.stages,), jnp.int32),
@@ -95,7 +96,7 @@ def decode_body(plan: Plan, inputs: merge.Inputs, outputs: merge.Outputs, ring: 
     def _():
         # On their way while the lengths are: an even batch of full rows starts with these.
         layer, index, tile = inputs.layer[0], *work.guess(plan, worker)
-        guessed = _page_ids(plan, inputs, index, tile)
+        guessed = page_ids(plan, inputs.page_table, index, tile)
         begin, stop, _ = mine()
 
         @pl.when(begin < stop)
@@ -150,28 +151,16 @@ def _drain(steps: Any, slots: int, *free: Any) -> None:
     lax.fori_loop(jnp.maximum(steps, slots), steps + slots, step, None)
 
 
-def _tokens(plan: Plan, tile: Any) -> list[Any]:
-    """The first token of each piece of a tile of a row."""
-    return [tile * plan.tile + piece * plan.piece for piece in range(plan.pieces)]
-
-
-def _page_ids(plan: Plan, inputs: merge.Inputs, index: Any, tile: Any) -> list[Any]:
-    """The page of each piece of a tile of a row; anything where the table has no such entry."""
-    index = jnp.minimum(index, plan.rows - 1)
-    columns = [lax.div(token, jnp.int32(plan.page_size)) for token in _tokens(plan, tile)]
-    return [inputs.page_table[index, jnp.minimum(c, plan.columns - 1)] for c in columns]
-
-
 def _ids_of(plan: Plan, inputs: merge.Inputs, place: Place) -> list[Any]:
-    return _page_ids(plan, inputs, place.index, place.row.tile0 + place.tile)
+    return page_ids(plan, inputs.page_table, place.index, place.row.tile0 + place.tile)
 
 
 def _load_tile(
     plan: Plan, inputs: merge.Inputs, ring: Ring, place: Place, ids: list[Any], layer: Any, i: Any
 ) -> None:
     row, slot = place.row, lax.rem(i, jnp.int32(plan.stages))
-    tokens = _tokens(plan, row.tile0 + place.tile)
-    live = [(t < row.end) & (t + plan.piece > row.first) for t in tokens]
+    tile = row.tile0 + place.tile
+    live = live_pieces(plan, tile, row.first, row.end)
     known = [(0 <= page) & (page < plan.pages) for page in ids]
     wrong = row.broken
     for a, b in zip(live, known, strict=True):
@@ -187,19 +176,7 @@ def _load_tile(
 
         if pool is inputs.k:  # read with K, so free when K is
             ring.bad[slot] = wrong.astype(jnp.int32)
-        for piece, page in enumerate(ids):
-            at = ((layer * plan.pages + page) * plan.kv_heads + place.head) * plan.page_size
-            at += lax.rem(tokens[piece], jnp.int32(plan.page_size))
-            to = buffer.at[slot, pl.ds(piece * plan.piece, plan.piece)]
-            here = live[piece] & known[piece]
-
-            @pl.when(here)
-            def _(pool: Any = pool, at: Any = at, to: Any = to, full: Any = full):
-                plgpu.copy_gmem_to_smem(pool.at[pl.ds(at, plan.piece)], to, full.at[slot])
-
-            @pl.when(~here)
-            def _(full: Any = full):
-                plgpu.barrier_arrive(full.at[slot])
+        copy_pages(plan, pool, buffer.at[slot], full.at[slot], ids, live, tile, layer, place.head)
 
 
 def _consume(
@@ -236,9 +213,9 @@ def _attend(plan: Plan, ring: Ring, place: Place, first_step: Any, tiles: Any) -
     """`acc, top, total, bad` over some tiles of one row and head."""
     rows = plgpu.Layout.WGMMA.reduce(1)
     empty = (
-        plgpu.layout_cast(jnp.zeros((QUERY_ROWS, plan.dim), jnp.float32), plgpu.Layout.WGMMA),
-        plgpu.layout_cast(jnp.full((QUERY_ROWS,), -jnp.inf, jnp.float32), rows),
-        plgpu.layout_cast(jnp.zeros((QUERY_ROWS,), jnp.float32), rows),
+        plgpu.layout_cast(jnp.zeros((QUERIES, plan.dim), jnp.float32), plgpu.Layout.WGMMA),
+        plgpu.layout_cast(jnp.full((QUERIES,), -jnp.inf, jnp.float32), rows),
+        plgpu.layout_cast(jnp.zeros((QUERIES,), jnp.float32), rows),
         jnp.int32(0),
     )
 
@@ -251,8 +228,8 @@ def _attend(plan: Plan, ring: Ring, place: Place, first_step: Any, tiles: Any) -
 
         logits = _multiply(ring.left, ring.k.at[slot].transpose((1, 0)))
         plgpu.barrier_arrive(ring.k_free.at[slot])
-        logits = _visible(plan, place.row, begin, _scaled(plan, logits))
-        weights, share, top = _softmax(logits, top)
+        logits, factor = capped(plan, logits)
+        weights, share, top = softmax(_visible(plan, place.row, begin, logits), factor, top)
         total = total * share + weights.sum(axis=1)
         weights = weights.astype(ring.v.dtype)
         if plan.interpreted:  # it knows products of shared memory only
@@ -260,7 +237,10 @@ def _attend(plan: Plan, ring: Ring, place: Place, first_step: Any, tiles: Any) -
             plgpu.commit_smem()
             weights = ring.weights
         plgpu.barrier_wait(ring.v_full.at[slot])
-        _zero_hidden(plan, place.row, begin, ring.v.at[slot])
+
+        @pl.when((begin < place.row.first) | (begin + plan.tile > place.row.end))
+        def _():
+            zero_hidden(plan, ring.v.at[slot], begin, place.row.first, place.row.end)
 
         mix = _multiply(weights, ring.v.at[slot])
         plgpu.barrier_arrive(ring.v_free.at[slot])
@@ -277,40 +257,10 @@ def _multiply(left: Any, right: Any) -> Any:
         plgpu.wgmma(out, left, right)
         return out[...]
 
-    return pl.run_scoped(run, plgpu.ACC((QUERY_ROWS, right.shape[1]), jnp.float32))
-
-
-def _scaled(plan: Plan, products: Any) -> Any:
-    """Logits in base 2."""
-    if plan.soft_cap == 0:
-        return products * (plan.scale * LOG2E)
-    # tanh(x) = 1 - 2 / (1 + e^2x), which is right at both ends
-    grown = jnp.exp2(products * (2 * plan.scale / plan.soft_cap * LOG2E))
-    return (1.0 - 2.0 / (1.0 + grown)) * (plan.soft_cap * LOG2E)
+    return pl.run_scoped(run, plgpu.ACC((QUERIES, right.shape[1]), jnp.float32))
 
 
 def _visible(plan: Plan, row: Row, begin: Any, logits: Any) -> Any:
-    shape = (QUERY_ROWS, plan.tile)
+    shape = (QUERIES, plan.tile)
     token = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA) + begin
     return jnp.where((token >= row.first) & (token < row.end), logits, -jnp.inf)
-
-
-def _softmax(logits: Any, top: Any) -> tuple[Any, Any, Any]:
-    """`weights, what the sums so far are multiplied by, new top`."""
-    new_top = jnp.maximum(top, logits.max(axis=1))
-    base = jnp.where(new_top == -jnp.inf, 0.0, new_top)
-    weights = jnp.exp2(logits - lax.broadcast_in_dim(base, logits.shape, [0]))
-    return weights, jnp.exp2(top - base), new_top
-
-
-def _zero_hidden(plan: Plan, row: Row, begin: Any, v: Any) -> None:
-    """Zero what nobody may see: its weights are zero, but it may be NaN."""
-
-    @pl.when((begin < row.first) | (begin + plan.tile > row.end))
-    def _():
-        shape = (plan.tile, plan.dim)
-        token = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA) + begin
-        value = plgpu.load(v, layout=plgpu.Layout.WGMMA)
-        seen = (token >= row.first) & (token < row.end)
-        v[...] = jnp.where(seen, value, jnp.zeros_like(value))
-        plgpu.commit_smem()

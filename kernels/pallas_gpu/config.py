@@ -1,0 +1,39 @@
+"""Tilings for Hopper, and the calls that this kernel serves faster than Triton's."""
+
+from ..cards import Card
+from ..record import AttentionCall
+
+__all__ = ["QUERIES", "TAIL_KEYS", "TAIL_STAGES", "prefers", "ring_stages"]
+
+QUERIES = 64  # rows of a product of the matrix unit: of a warpgroup's queries, and keys for T = 1
+
+# T = 1: bytes of K and V on their way to a block, but two tiles at least. More does not come sooner
+# on an H100: the blocks next to the memory get ahead of the others, which then end last.
+_RING_BYTES = 48 * 1024
+
+# T > 1: keys of a block by D, and blocks of K and of V in shared memory. What a warpgroup holds in
+# registers is its sums, 64 x D, and the logits of a block; 128 keys are 15 % faster than 64.
+TAIL_KEYS = {64: 128, 128: 128, 256: 64}
+TAIL_STAGES = 2
+
+# What one row needs of a multiprocessor each, and tokens that one block attends with in no time.
+_FULL, _SHORT = 0.7, 1024
+
+
+def ring_stages(dim: int, itemsize: int) -> int:
+    """Tiles of K and of V in flight where T = 1."""
+    return max(_RING_BYTES // (2 * QUERIES * dim * itemsize), 2)
+
+
+def prefers(call: AttentionCall, card: Card) -> bool:
+    """Whether this kernel serves `call` faster than Triton's, by `results/tails.json`.
+
+    Its blocks are units of queries, and no row is cut along its keys. So one row must have enough
+    of them for the card, or half of that beside other rows; or it must be short.
+    """
+    if call.tokens < QUERIES:
+        return False
+    blocks = -(-call.tokens // QUERIES) * call.heads // 2  # of one row
+    enough = _FULL * card.processors
+    several = blocks >= enough / 2 and blocks * call.rows >= enough
+    return blocks >= enough or several or call.capacity <= _SHORT

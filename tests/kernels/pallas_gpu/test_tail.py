@@ -1,0 +1,100 @@
+"""The Hopper kernel for T > 1: values, masks, padding, poison, broken rows, order, races.
+
+As in `test_kernel.py`, the contract in shapes that the matrix unit takes; interpreted, or on a GPU.
+"""
+
+import jax
+import numpy as np
+import pytest
+
+from paged_decode.kernels import paged_attention
+from paged_decode.kernels.pallas_gpu import work
+
+from ..oracle import Case, build, check, same_bits
+from .interpret import NAME
+from .test_kernel import KERNEL, ON_CARD, only_interpreted
+from .test_kernel import pytestmark as pytestmark
+
+CASES = {
+    "less than a unit": Case((130, 3, 0), 1, 2, 64, 16, 9, tokens=5, dtype="bfloat16"),
+    "whole units": Case((200,), 1, 2, 64, 64, 4, tokens=128, dtype="bfloat16"),
+    "an odd group, two tiles of one head": Case((150, 20), 2, 3, 64, 32, 5, 70, "float16"),
+    "keys in several tiles, D 128": Case((300,), 1, 2, 128, 128, 3, tokens=3, dtype="bfloat16"),
+    "D 256": Case((70,), 1, 2, 256, 8, 9, tokens=66, dtype="float16"),
+    "window, starts, cap and sinks": Case(
+        (300, 0, 70, 9),
+        1,
+        2,
+        64,
+        32,
+        10,
+        tokens=68,
+        dtype="float16",
+        starts=(0, 0, 66, 9),
+        sinks=(2, 2),
+        options=dict(sliding_window=77, soft_cap=2.0, scale=0.4),
+    ),
+    "a scale below zero": Case((90,), 1, 2, 64, 32, 3, 2, "float16", options=dict(scale=-0.2)),
+    "a scale of zero": Case((90,), 1, 1, 64, 32, 3, 2, "float16", options=dict(scale=0.0)),
+}
+LARGE = {
+    "a long prompt": Case((3000,), 8, 4, 128, 16, 188, tokens=3000, dtype="bfloat16"),
+    "chunks on a prefix": Case((4000, 700, 65), 8, 4, 128, 64, 63, 512, "bfloat16"),
+    "600 rows, in the order they come": Case((90,) * 600, 1, 2, 64, 32, 3, 2, "float16"),
+    "an odd group, windows": Case(
+        (900, 2000), 2, 5, 64, 8, 250, 300, "float16", options=dict(sliding_window=200)
+    ),
+    "D 256, a cap": Case((800,), 2, 2, 256, 32, 25, 400, "bfloat16", options=dict(soft_cap=30.0)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_case_matches_the_oracle(name):
+    check(KERNEL, CASES[name])
+
+
+@pytest.mark.skipif(not ON_CARD, reason="needs a Hopper GPU: the interpreter would take minutes")
+@pytest.mark.parametrize("name", LARGE)
+def test_large_cases_match_the_oracle_and_repeat_to_the_bit(name):
+    inputs = build(LARGE[name])
+    check(KERNEL, LARGE[name])
+    first = inputs.call(KERNEL)
+    for _ in range(5):
+        same_bits(inputs.call(KERNEL), first)
+
+
+@pytest.mark.parametrize("fill", [np.nan, np.inf])
+def test_poison_and_page_order_change_no_bit(fill):
+    case = CASES["window, starts, cap and sinks"]
+    same_bits(build(case, fill=fill, order=3).call(KERNEL), build(case).call(KERNEL))
+
+
+@only_interpreted
+def test_the_order_of_rows_changes_no_bit(monkeypatch):
+    inputs = build(Case((9, 300, 70, 2, 160), 1, 2, 64, 32, 10, tokens=2, dtype="float16"))
+    want = inputs.call(NAME)
+    monkeypatch.setattr(work, "_ROUND", 3)  # too many rows to sort
+    jax.clear_caches()
+    same_bits(inputs.call(NAME), want)
+
+
+@pytest.mark.parametrize("fault", ["page id -1", "page id N", "length past the table"])
+def test_a_row_that_breaks_the_contract_is_nan_and_the_others_keep_their_bits(fault):
+    inputs = build(Case((140, 40), 1, 2, 64, 16, 9, tokens=2, dtype="float16"))
+    arrays = (inputs.q, inputs.k_pages, inputs.v_pages, inputs.page_table, inputs.seq_lens)
+    # Values cannot be checked under `jit`.
+    call = jax.jit(lambda *arrays: paged_attention(*arrays, return_lse=True, implementation=KERNEL))
+    want, want_lse = call(*arrays)
+    if "id" in fault:
+        inputs.page_table[0, 1] = -1 if "-1" in fault else len(inputs.k_pages)
+    else:
+        inputs.seq_lens[0] = 145
+    out, lse = call(*arrays)
+    assert np.isnan(out[0]).all() and np.isnan(lse[0]).all()
+    same_bits((out[1], lse[1]), (want[1], want_lse[1]))
+
+
+@only_interpreted
+def test_warpgroups_do_not_race(capfd):
+    check(f"{NAME}-races", Case((150,), 1, 2, 64, 32, 5, tokens=2, dtype="float16"))
+    assert "RACE" not in capfd.readouterr().out
