@@ -1,9 +1,10 @@
 """Attention of T > 1 new tokens over pages on one GPU: chunks of prompts, and checks of drafts.
 
-python benchmarks/tails.py                 # every case, about 5 minutes on 16 cores
+python benchmarks/tails.py                 # every case, about 4 minutes on 16 cores
 python benchmarks/tails.py --quick --name tails_quick
 
-Ours is the shipped default, called through JAX. The time is device time with a cold L2
+Ours are both GPU kernels, called through JAX; `default` marks the one that the dispatch takes. The
+cases of `CHOICE` are for that choice, and no peer runs them. The time is device time with a cold L2
 (`_gpu_timing.py`); FlashInfer's `plan` on the host is not in it. Every result is compared with
 float32 first. `paged-decode/T = 1` is one token of each row over the same pages: the least that
 reading the keys and values takes us.
@@ -23,6 +24,8 @@ from _gpu_timing import Timer
 from _result import spread, write_result
 
 from paged_decode import paged_attention
+from paged_decode.kernels import pallas_gpu
+from paged_decode.kernels.record import AttentionCall
 
 HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 16
 TOLERANCE = 1e-2  # relative error in bfloat16
@@ -40,6 +43,18 @@ CASES: list[tuple[int, list[int]]] = [
     (2, [4096] * 64),
 ]
 QUICK = [CASES[1], CASES[7]]
+CHOICE: list[tuple[int, list[int]]] = [
+    (64, [512]),
+    (64, [8192]),
+    (64, [2048] * 16),
+    (64, [600] * 15 + [33000]),
+    (128, [8192]),
+    (256, [8192]),
+    (256, [2048] * 4),
+    (256, [600, 600, 600, 33000]),
+    (384, [8192]),
+    (512, [512] * 4),
+]
 
 Call = Callable[[], Any]
 
@@ -102,7 +117,7 @@ class Arrays:
         return (wrong / size) ** 0.5
 
 
-def ours(arrays: Arrays, implementation: str = "triton") -> Call:
+def ours(arrays: Arrays, implementation: str) -> Call:
     """A backend of ours as it is shipped, through JAX."""
     given = _on_card(arrays.q, arrays.k, arrays.v, arrays.table, arrays.seq_lens)
     attend = jax.jit(lambda *a: paged_attention(*a, implementation=[implementation]))
@@ -156,22 +171,37 @@ def torch_dense(arrays: Arrays) -> Call:
     return lambda: attend(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
-SYSTEMS: dict[str, Callable[[Arrays], Call]] = {
-    "paged-decode/triton": ours,
+OURS: dict[str, Callable[[Arrays], Call]] = {
+    "paged-decode/triton": lambda a: ours(a, "triton"),
+    "paged-decode/pallas_gpu": lambda a: ours(a, "pallas_gpu"),
+}
+PEERS: dict[str, Callable[[Arrays], Call]] = {
     "flashinfer/fa3": lambda a: flashinfer(a, "fa3"),
     "flashinfer/fa2": lambda a: flashinfer(a, "fa2"),
     "torch/dense": torch_dense,
 }
 
 
-def measure(timer: Timer, tokens: int, lens: list[int]) -> Iterator[dict[str, Any]]:
+def default(arrays: Arrays) -> str:
+    """Which of ours the dispatch takes."""
+    sizes = dict(rows=len(arrays.lens), tokens=arrays.tokens, kv_heads=KV_HEADS, dim=DIM)
+    sizes |= dict(pages=len(arrays.k), columns=arrays.table.shape[1], group=HEADS // KV_HEADS)
+    call = AttentionCall.of_sizes(**sizes, page_size=PAGE, dtype="bfloat16", platform="gpu")
+    return "paged-decode/pallas_gpu" if pallas_gpu.prefers(call) else "paged-decode/triton"
+
+
+def measure(
+    timer: Timer, tokens: int, lens: list[int], systems: dict[str, Callable[[Arrays], Call]]
+) -> Iterator[dict[str, Any]]:
     """A record for every system that serves the case."""
     arrays = Arrays(tokens, lens)
-    short = [*lens[:4], "..."] if len(lens) > 4 else lens
+    short = [*lens[:2], "...", lens[-1]] if len(lens) > 4 else lens
     case = dict(tokens=tokens, rows=len(lens), lengths=str(short), heads=HEADS, kv_heads=KV_HEADS)
+    case |= dict(longest=max(lens), columns=arrays.table.shape[1])
+    taken = default(arrays)
     calls: dict[str, Call] = {"paged-decode/T = 1": one_token(arrays)}
     errors: dict[str, float] = {}
-    for name, make in SYSTEMS.items():
+    for name, make in systems.items():
         try:
             call = make(arrays)
             out = call()
@@ -189,6 +219,8 @@ def measure(timer: Timer, tokens: int, lens: list[int]) -> Iterator[dict[str, An
         record = dict(case=case, system=name, bytes=arrays.kv_bytes, **spread(seconds))
         if name in errors:
             record |= dict(flops=arrays.flops, relative_error=errors[name])
+        if name in OURS:
+            record["default"] = name == taken
         yield record
 
 
@@ -200,15 +232,20 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault("FLASHINFER_CUDA_ARCH_LIST", "9.0a")
     records, timer = [], Timer()
-    for tokens, lens in QUICK if args.quick else CASES:
-        for record in measure(timer, tokens, lens):
+    run = [(case, OURS | PEERS) for case in (QUICK if args.quick else CASES)]
+    run += [] if args.quick else [(case, OURS) for case in CHOICE]
+    for (tokens, lens), systems in run:
+        for record in measure(timer, tokens, lens, systems):
             records.append(record)
             told = record.get("error")
             if told is None:
                 told = f"{record['median_s'] * 1e6:9.1f} us"
                 if "flops" in record:
                     told += f" {record['flops'] / record['median_s'] / 1e12:6.0f} TFLOP/s"
-            print(f"T={tokens:5} {record['case']['lengths']:<34} {record['system']:22} {told}")
+            print(
+                f"T={tokens:5} {record['case']['lengths']:<34} {record['system']:23} {told}",
+                flush=True,
+            )
     command = "python benchmarks/tails.py" + " --quick" * args.quick
     packages = ["jax", "jaxlib", "triton", "torch"]
     if any(r["system"].startswith("flashinfer") and "error" not in r for r in records):
