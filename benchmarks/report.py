@@ -519,6 +519,34 @@ def memory() -> Iterator[str]:
     yield "\n"
 
 
+def drafts() -> Iterator[str]:
+    result = load("drafts")
+    records = [r for r in result["records"] if "rows" in r["case"]]
+    yield from heading(
+        "SmolLM2-135M, float32, drafts by prompt lookup beside the same loop without",
+        result,
+        ("jax",),
+    )
+    columns = ("tokens", "tokens of a row a step", "drafts right", "ms a token", "without")
+    yield head("prompt", "k", *columns, "speed-up")
+    for plain, drafted in zip(records[::2], records[1::2], strict=True):
+        if not drafted["tokens_equal"]:
+            sys.exit(f"drafts changed tokens: {drafted['case']}")
+        case, row_steps = drafted["case"], drafted["tokens"] - drafted["accepted"]
+        times = [record["median_s"] for record in (drafted, plain)]
+        yield line(
+            case["prompt"],
+            str(case["k"]),
+            str(drafted["tokens"]),
+            f"{drafted['tokens'] / row_steps:.2f}",
+            f"{drafted['accepted']} of {drafted['offered']}",
+            *(f"{seconds * 1e3:.1f}" for seconds in times),
+            f"{times[1] / times[0]:.2f}x",
+        )
+    before, after = result["records"][-1]["case"]["load"]
+    yield f"\nLoad average of the machine: {before:.1f} before, {after:.1f} after.\n\n"
+
+
 PAGES = {
     "README.md": (partial(decode_grid, BRIEFLY),),
     "docs/benchmarks.md": (
@@ -532,6 +560,7 @@ PAGES = {
         attention_xla,
         snapshot,
     ),
+    "docs/embedding.md": (drafts,),
     "docs/attention.md": (decode_models, hopper),
     "docs/snapshots.md": (snapshot, snapshot_gpu),
     "docs/planning.md": (memory,),

@@ -30,14 +30,19 @@ Model = Callable[[Params, KVCache, Array, DecodeBatch], tuple[Array, KVCache]]
 
 
 def make_model(
-    config: ModelConfig, *, axis: str | None = None, split_vocabulary: bool = False
+    config: ModelConfig,
+    *,
+    every_token: bool = False,
+    axis: str | None = None,
+    split_vocabulary: bool = False,
 ) -> Model:
     """Return `model(params, cache, tokens, batch) -> (logits, cache)` for these sizes.
 
     tokens is int32 `[B, T]`, right-aligned as `batch` says; logits are float32 `[B, V]` of each
-    row's last token. Compute follows the dtype of the weights, with norms, rotary angles and
-    logits in float32. The cache should be donated by whoever compiles the step. On GPU and TPU,
-    float32 weights compute in float32 only under `jax_default_matmul_precision="highest"`.
+    row's last token, or with `every_token` `[B, T, V]`, as a check of drafts needs them. Compute
+    follows the dtype of the weights, with norms, rotary angles and logits in float32. The cache
+    should be donated by whoever compiles the step. On GPU and TPU, float32 weights compute in
+    float32 only under `jax_default_matmul_precision="highest"`.
 
     The cache may be of one group, which keeps every page, or of the groups of `layout`.
 
@@ -51,7 +56,7 @@ def make_model(
 
     def model(
         params: Params, cache: KVCache, tokens: Int[Array, "B T"], batch: DecodeBatch
-    ) -> tuple[Float[Array, "B V"], KVCache]:
+    ) -> tuple[Float[Array, "B *T V"], KVCache]:
         rows, columns = tokens.shape
         embed = params["embed"]
         x = _embed(embed, tokens.reshape(-1), axis if split_vocabulary else None)
@@ -66,10 +71,10 @@ def make_model(
             normed = _rms_norm(x, layer["inner_norm"], config.norm_eps)
             mixed = _feed_forward(config, layer, normed)
             x = x + _end_norm(config, layer, "inner_end_norm", _total(mixed, axis))
-        last = x.reshape(rows, columns, -1)[:, -1]
-        last = _rms_norm(last, params["norm"], config.norm_eps)
+        x = x.reshape(rows, columns, -1)
+        x = _rms_norm(x if every_token else x[:, -1], params["norm"], config.norm_eps)
         head = params.get("head", embed)
-        return jnp.matmul(last, head, preferred_element_type=jnp.float32), cache
+        return jnp.matmul(x, head, preferred_element_type=jnp.float32), cache
 
     return model
 
