@@ -42,7 +42,7 @@ def ours(shapes: LlamaShapes, count: int, length: int, rows: int, chunk: int) ->
         decode_steps=1,
         prefill_rows=rows,
         prefill_chunk=chunk,
-        prefill_tokens=rows * chunk,
+        prefill_tokens=count * length,  # nobody decodes meanwhile
     )
     found = []
     for repeat in range(REPEATS + 1):
