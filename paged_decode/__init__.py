@@ -16,11 +16,13 @@ from .cache import KVCache, one_token_batch
 from .engine import (
     AsyncEngine,
     Completion,
+    Drafter,
     Engine,
     EngineConfig,
     EngineStats,
     Events,
     Model,
+    PromptLookup,
     TokenEvent,
 )
 from .engine.sampling import SamplingParams
@@ -72,6 +74,7 @@ __all__ = [
     "Completion",
     "CorruptState",
     "DecodeBatch",
+    "Drafter",
     "Engine",
     "EngineConfig",
     "EngineStats",
@@ -88,6 +91,7 @@ __all__ = [
     "PendingSnapshot",
     "Placement",
     "PromptKey",
+    "PromptLookup",
     "ReplicaCheck",
     "ReplicaMismatch",
     "Restored",

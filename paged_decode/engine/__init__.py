@@ -15,6 +15,7 @@ records.py    what goes between the two: plans, tickets, results; the Runner pro
 runner.py     launches, their shapes, warm-up                      device
   rows.py       the state of the rows, and messages to it
   programs.py   what is compiled
+  drafting.py   tokens that are guessed, for a step to check
 swapping.py   the host tier of an engine
 saving.py     requests to a snapshot and back
 outbox.py     events on their way to callbacks and callers
@@ -23,6 +24,7 @@ outbox.py     events on their way to callbacks and callers
 
 from .aio import AsyncEngine
 from .config import EngineConfig, EngineStats
+from .drafting import Drafter, PromptLookup
 from .engine import Engine
 from .programs import Model
 from .requests import Completion, Events, TokenEvent
@@ -30,10 +32,12 @@ from .requests import Completion, Events, TokenEvent
 __all__ = [
     "AsyncEngine",
     "Completion",
+    "Drafter",
     "Engine",
     "EngineConfig",
     "EngineStats",
     "Events",
     "Model",
+    "PromptLookup",
     "TokenEvent",
 ]

@@ -97,7 +97,7 @@ class EngineStats:
       visits: turns of the host: calls of `step`, whoever makes them.
       prefill_tokens: tokens computed by prefill; recomputed_tokens of them for a second time.
       prefix_hit_tokens: prompt tokens found in the prefix cache at first admission.
-      decode_tokens: tokens generated.
+      decode_tokens: tokens generated; draft_tokens of them were drafts, and took no step.
       preemptions: times that a sample lost its pages to another one.
       swaps: preemptions whose pages went to the host tier.
       swapped_out_pages, swapped_in_pages: pages that the tier held for them then, and that came
@@ -113,6 +113,7 @@ class EngineStats:
     recomputed_tokens: int = 0
     prefix_hit_tokens: int = 0
     decode_tokens: int = 0
+    draft_tokens: int = 0
     preemptions: int = 0
     swaps: int = 0
     swapped_out_pages: int = 0

@@ -32,6 +32,7 @@ from ..tiers import HostTier
 from . import saving
 from .calls import Calls
 from .config import EngineConfig, EngineStats, sequence_limit
+from .drafting import Drafter
 from .loop import Loop
 from .outbox import Outbox
 from .plans import choose_decoding
@@ -74,6 +75,8 @@ class Engine:
       admission: how many pages stay free; None is `Watermark()`, one per running sample.
       check: called with every plan by the thread that launches it, before it does, such as
         `ReplicaCheck()`; what it raises stops the visit, and comes out of `step`.
+      drafter: guesses tokens that a step checks at once, such as `PromptLookup(4)`; the model then
+        returns logits `[B, T, V]` of every token.
 
     `submit` and `cancel` are for any thread, the rest for one at a time.
 
@@ -102,16 +105,17 @@ class Engine:
         preemption: PreemptionPolicy | None = None,
         admission: AdmissionPolicy | None = None,
         check: Callable[[Any], object] | None = None,
+        drafter: Drafter | None = None,
     ):
         self.config = config = config or EngineConfig()
         if cache.is_deleted:
             raise ValueError("the cache was donated to an earlier call; pass what that returned")
         cache.check_allocator(allocator)
-        self.allocator, self.tier, self.stats = allocator, tier, EngineStats()
+        self.allocator, self.tier, self.stats = allocator, tier, (stats := EngineStats())
         self.max_sequence_tokens = limit = sequence_limit(config, allocator)
         self._params, columns = params, -(-limit // allocator.page_size)
         self.runner = DeviceRunner(
-            model, params, cache, config, columns=columns, stats=self.stats, check=check
+            model, params, cache, config, columns=columns, stats=stats, check=check, drafter=drafter
         )
         swapping = None if tier is None else TierSwapping(tier, allocator, self.runner)
         self._outbox = Outbox()

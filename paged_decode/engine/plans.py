@@ -124,7 +124,7 @@ def entries_of(
         return (), grown
     slots = np.array([slot_of(sample) for sample in entering], np.int32)
     enter = tuple(
-        Enter(slot, int(s.tokens[-1]), len(s.tokens), s.generated, s.sampling)
+        Enter(slot, np.array(s.tokens, np.int32), s.generated, s.sampling)
         for slot, s in zip(slots.tolist(), entering, strict=True)
     )
     groups = zip(grown, zip(*held, strict=True), strict=True)

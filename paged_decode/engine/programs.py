@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -17,13 +17,14 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
-from ..cache import DecodeBatch, GroupBatch, KVCache, one_token_batch
+from ..cache import DecodeBatch, GroupBatch, KVCache
+from .drafting import Drafter
 from .rows import MessageSizes, RowState, apply_message, take_rows
-from .sampling import Kind, draw
+from .sampling import Kind, SamplingRows, draw
 
-__all__ = ["DecodeOut", "Model", "Programs", "update"]
+__all__ = ["DecodeOut", "Model", "Programs", "update", "write_text"]
 
 
 @runtime_checkable
@@ -40,10 +41,13 @@ class Model(Protocol):
     ) -> tuple[Array, KVCache]:
         """Logits `[B, V]` of the last token of each row, and the cache.
 
+        For an engine with a drafter, logits `[B, T, V]` of every token.
+
         Args:
           params: a pytree, as the engine was given it.
           cache: the pool.
-          tokens: int32 `[B, T]`; T is 1 in a decode step, and more in a prefill chunk.
+          tokens: int32 `[B, T]`; T is 1 in a decode step, k + 1 with k drafts, and more in a
+            prefill chunk.
           batch: where they lie, and their positions.
         """
         ...
@@ -53,8 +57,8 @@ class DecodeOut(NamedTuple):
     """What k steps produced, for B rows.
 
     Attributes:
-      packed: int32 `[K + 2, B]`: the tokens, how many of them are real, and whether the logits
-        behind those were such that no token can be chosen.
+      packed: int32 `[K + 3, B]`: the tokens, how many of them are real, whether the logits behind
+        those were such that no token can be chosen, and how many tokens were drafts.
       top_ids, top_logits: the largest logits of every step, `[K, B, top]`; top may be 0.
     """
 
@@ -69,12 +73,12 @@ class Programs:
     def __init__(self, model: Callable[[], Model]):
         """`model()` is the function; it is asked for while a program is traced."""
         self.prefill = jax.jit(
-            partial(_prefill, model), donate_argnames="cache", static_argnames=()
+            partial(_prefill, model), donate_argnames="cache", static_argnames="drafter"
         )
         self.decode = jax.jit(
             partial(_decode, model),
             donate_argnames=("cache", "state"),
-            static_argnames=("steps", "top", "known"),
+            static_argnames=("steps", "top", "known", "drafter"),
         )
 
     @classmethod
@@ -111,12 +115,23 @@ def update(
     return apply_message(table, state, message, size)
 
 
+@partial(jax.jit, donate_argnames=("table", "state"))
+def write_text(
+    table: Int[Array, "G B P"], state: RowState, message: Int[Array, " M"]
+) -> tuple[Array, RowState]:
+    """The tokens of a row, for a drafter, as `text_message` packs them; donates as `update`."""
+    text = state.text.at[message[0]].set(message[1:], mode="drop")
+    return table, replace(state, text=text)
+
+
 def _prefill(
     model: Callable[[], Model],
     cache: KVCache,
     table: Int[Array, "G B P"],
     params: Any,
     message: Int[Array, "R C"],
+    *,
+    drafter: Drafter | None = None,
 ) -> tuple[KVCache, Array]:
     """Compute one chunk of every row, only to fill the cache. Donates the cache.
 
@@ -125,22 +140,9 @@ def _prefill(
     of a prompt need nothing special. The number beside the cache is there when the program is over.
     """
     slot, begin, end, tokens = message[:, 0], message[:, 1], message[:, 2], message[:, 3:]
-    positions = end[:, None] - tokens.shape[1] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    valid = positions >= begin[:, None]
-    positions, size = jnp.maximum(positions, 0), cache.page_size
-
-    def place(group: GroupBatch) -> GroupBatch:
-        pages = jnp.take_along_axis(group.page_table, positions // size, axis=1)
-        slots = jnp.where(valid, pages * size + positions % size, 0)
-        if group.window is None:
-            return replace(group, slots=slots)
-        starts = jnp.maximum(begin - group.window + 1, 0)  # what is before may be another's
-        return replace(group, slots=slots, starts=starts)
-
-    groups = tuple(place(group) for group in _groups(cache, table, slot))
-    batch = DecodeBatch(tokens, end, positions, groups)
+    batch = _tail(_groups(cache, table, slot), cache.page_size, tokens, begin, end)
     with jax.named_scope("paged_decode.prefill"):
-        return _call(model(), params, cache, batch)[1], jnp.int32(0)
+        return _call(model(), params, cache, batch, every=drafter is not None)[1], jnp.int32(0)
 
 
 def _decode(
@@ -154,6 +156,7 @@ def _decode(
     steps: int,
     top: int,
     known: Kind | None = None,
+    drafter: Drafter | None = None,
 ) -> tuple[KVCache, RowState, DecodeOut]:
     """Run up to `steps` tokens of the rows in some slots without the host. Donates the cache.
 
@@ -161,68 +164,198 @@ def _decode(
     there, with a stop token, or before a token that cannot be chosen, and the loop ends with its
     last living row. Every page that the steps may write is in the table.
 
+    A step checks the newest token and the drafts behind it, and takes what `_accepted` says. No
+    draft lies behind the last token that a row may get, so every row gets as many tokens as without
+    drafts, in fewer steps.
+
     With `known`, the greatest kind of sampling among the rows, the device decides nothing: all
     steps are run, and a launch returns before they are.
     """
     where, budget = message
-    rows, size = take_rows(state, where), where.shape[0]
-    none = jnp.zeros((size, 1), jnp.int32)
-    batch = DecodeBatch(none, rows.length, none, _groups(cache, table, where))
-    function = model()
+    rows, size, every = take_rows(state, where), where.shape[0], drafter is not None
+    groups, function = _groups(cache, table, where), model()
     out = DecodeOut(
         packed=jnp.zeros((steps, size), jnp.int32),
         top_ids=jnp.zeros((steps, size, top), jnp.int32),
         top_logits=jnp.zeros((steps, size, top), jnp.float32),
     )
+    none = jnp.zeros(size, jnp.int32)
+    begin = jnp.int32(0), cache, rows, _Tally(none, none > 0, none), out
 
     def living(loop: tuple) -> Array:
-        return (loop[0] < steps) & jnp.any(loop[2].alive & (loop[3] < budget))
+        return (loop[0] < steps) & jnp.any(loop[2].alive & (loop[3].counts < budget))
 
     def step(loop: tuple) -> tuple:
-        i, cache, rows, counts, invalid, out = loop
-        alive = rows.alive & (counts < budget)
-        now = one_token_batch(batch, rows.newest, jnp.where(alive, rows.length, 0))
+        i, cache, rows, tally, out = loop
+        asked, number = _asked(drafter, rows, jnp.where(rows.alive, budget - tally.counts, 0))
+        first = jnp.where(number > 0, rows.length - 1, 0)
+        now = _tail(groups, cache.page_size, _right(asked, number), first, first + number)
         with jax.named_scope("paged_decode.decode"):
-            logits, cache = _call(function, params, cache, now)
+            logits, cache = _call(function, params, cache, now, every=every)
         if cache.placement is not None:
             logits = cache.placement.untyped(logits)
+        logits = _left(logits.reshape(*asked.shape, -1), number)
         with jax.named_scope("paged_decode.sample"):
-            chosen, broken = draw(logits, rows.sampling, known)
-        broken &= alive
-        got = alive & ~broken
-        stopped = jnp.any(rows.sampling.stop_tokens == chosen[:, None], axis=-1) & got
-        more = got.astype(jnp.int32)
-        values, ids = lax.top_k(logits.astype(jnp.float32), top)
-        rows = RowState(
-            newest=jnp.where(got, chosen, rows.newest),
-            length=rows.length + more,
-            alive=rows.alive & ~stopped & ~broken,
-            sampling=replace(rows.sampling, index=rows.sampling.index + more),
-        )
-        out = DecodeOut(
-            packed=out.packed.at[i].set(chosen),
-            top_ids=out.top_ids.at[i].set(ids.astype(jnp.int32)),
-            top_logits=out.top_logits.at[i].set(values),
-        )
-        return i + 1, cache, rows, counts + more, invalid | broken, out
+            chosen, broken = _draw(logits, rows.sampling, known)
+        got, stopped, failed = _accepted(asked, number, chosen, broken, rows.sampling.stop_tokens)
+        out = _written(out, tally.counts, got, chosen, logits)
+        rows, tally = _advanced(rows, got, chosen, stopped | failed), tally.plus(got, failed)
+        return i + 1, cache, rows, tally, out
 
-    begin = (jnp.int32(0), cache, rows, jnp.zeros(size, jnp.int32), jnp.zeros(size, bool), out)
     if known is None:
         end = lax.while_loop(living, step, begin)
     else:
         end = lax.fori_loop(0, steps, lambda _, loop: step(loop), begin)
-    _, cache, rows, counts, invalid, out = end
+    _, cache, rows, tally, out = end
     state = jax.tree.map(lambda a, new: a.at[where].set(new, mode="drop"), state, rows)
-    packed = jnp.concatenate([out.packed, counts[None], invalid[None].astype(jnp.int32)])
+    packed = jnp.concatenate([out.packed, *(each[None].astype(jnp.int32) for each in tally)])
     out = out._replace(packed=packed)
     return cache, state, out if cache.placement is None else cache.placement.whole(out)
 
 
-def _groups(cache: KVCache, table: Array, where: Array) -> tuple[GroupBatch, ...]:
-    """The tables of the rows in some slots, in every group of layers; of no token yet.
+class _Tally(NamedTuple):
+    """Of each row `[B]`: tokens, whether logits were broken, how many tokens were drafts."""
 
-    What one token sees of a window needs no `starts`: it has no padding that sees more.
+    counts: Any
+    invalid: Any
+    drafted: Any
+
+    def plus(self, got: Bool[Array, "B T"], failed: Bool[Array, " B"]) -> _Tally:
+        """With those of one more step."""
+        more = jnp.sum(got, axis=1, dtype=jnp.int32)
+        drafted = self.drafted + jnp.maximum(more - 1, 0)
+        return _Tally(self.counts + more, self.invalid | failed, drafted)
+
+
+def _written(
+    out: DecodeOut,
+    counts: Int[Array, " B"],
+    got: Bool[Array, "B T"],
+    chosen: Int[Array, "B T"],
+    logits: Array,
+) -> DecodeOut:
+    """The tokens that each row got, and the largest logits behind them, after those before."""
+    size, width = got.shape
+    steps, _, top = out.top_ids.shape
+    values, ids = lax.top_k(logits.astype(jnp.float32), top)
+    place = counts[:, None] + jnp.arange(width, dtype=jnp.int32)
+    at = jnp.where(got, place, steps), jnp.arange(size, dtype=jnp.int32)[:, None]
+    return DecodeOut(
+        packed=out.packed.at[at].set(chosen, mode="drop"),
+        top_ids=out.top_ids.at[at].set(ids.astype(jnp.int32), mode="drop"),
+        top_logits=out.top_logits.at[at].set(values, mode="drop"),
+    )
+
+
+def _advanced(
+    rows: RowState, got: Bool[Array, "B T"], chosen: Int[Array, "B T"], over: Bool[Array, " B"]
+) -> RowState:
+    """The rows with the tokens that they got; some are over with them."""
+    more = jnp.sum(got, axis=1, dtype=jnp.int32)
+    last = jnp.take_along_axis(chosen, jnp.maximum(more - 1, 0)[:, None], axis=1)[:, 0]
+    text = rows.text
+    if places := text.shape[1]:  # somebody drafts
+        place = rows.length[:, None] + jnp.arange(got.shape[1], dtype=jnp.int32)
+        row = jnp.arange(len(more), dtype=jnp.int32)[:, None]
+        text = text.at[row, jnp.where(got, place, places)].set(chosen, mode="drop")
+    return RowState(
+        newest=jnp.where(more > 0, last, rows.newest),
+        length=rows.length + more,
+        alive=rows.alive & ~over,
+        sampling=replace(rows.sampling, index=rows.sampling.index + more),
+        text=text,
+    )
+
+
+def _asked(
+    drafter: Drafter | None, rows: RowState, left: Int[Array, " B"]
+) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
+    """The newest token of each row and its drafts, and how many these are: as many tokens as may
+    come of it, 0 for a row that gets none."""
+    newest = rows.newest[:, None]
+    if drafter is None:
+        return newest, jnp.minimum(left, 1)
+    drafts = drafter(rows.text, rows.length)
+    offered = jnp.sum(jnp.cumprod(drafts >= 0, axis=1, dtype=jnp.int32), axis=1, dtype=jnp.int32)
+    tokens = jnp.concatenate([newest, jnp.maximum(drafts, 0)], axis=1)
+    return tokens, jnp.minimum(left, 1 + offered)
+
+
+def _right(tokens: Int[Array, "B T"], number: Int[Array, " B"]) -> Int[Array, "B T"]:
+    """The first `number` of each row at its end, as a batch has them."""
+    if (width := tokens.shape[1]) == 1:
+        return tokens
+    from_ = jnp.arange(width, dtype=jnp.int32) - (width - number)[:, None]
+    return jnp.where(from_ < 0, 0, jnp.take_along_axis(tokens, jnp.maximum(from_, 0), axis=1))
+
+
+def _left(logits: Array, number: Int[Array, " B"]) -> Array:
+    """`[B, T, V]`: the last `number` of each row at its beginning, and anything behind them."""
+    if (width := logits.shape[1]) == 1:
+        return logits
+    from_ = jnp.minimum(jnp.arange(width, dtype=jnp.int32) + (width - number)[:, None], width - 1)
+    return jnp.take_along_axis(logits, from_[:, :, None], axis=1)
+
+
+def _draw(
+    logits: Array, sampling: SamplingRows, known: Kind | None
+) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
+    """`draw` of logits `[B, T, V]`, each with its own place in the stream of its row."""
+    size, width, vocab = logits.shape
+    each = jax.tree.map(lambda a: jnp.repeat(a, width, axis=0), sampling)
+    ahead = jnp.tile(jnp.arange(width, dtype=jnp.int32), size)
+    each = replace(each, index=each.index + ahead)
+    chosen, broken = draw(logits.reshape(-1, vocab), each, known)
+    return chosen.reshape(size, width), broken.reshape(size, width)
+
+
+def _accepted(
+    asked: Int[Array, "B T"],
+    number: Int[Array, " B"],
+    chosen: Int[Array, "B T"],
+    broken: Bool[Array, "B T"],
+    stop_tokens: Int[Array, "B S"],
+) -> tuple[Bool[Array, "B T"], Bool[Array, " B"], Bool[Array, " B"]]:
+    """Which of the chosen tokens are those of decoding one by one; which rows stop, which fail.
+
+    A token counts if all drafts before it are what was chosen in their place, greedily or drawn,
+    and none of those is a stop token or could not be chosen.
     """
+    stop = jnp.any(stop_tokens[:, None] == chosen[:, :, None], axis=-1)
+    wrong = asked[:, 1:] != chosen[:, :-1]
+    over = jnp.cumsum(wrong | (stop | broken)[:, :-1], axis=1, dtype=jnp.int32) > 0
+    over = jnp.pad(over, ((0, 0), (1, 0)))
+    reached = ~over & (jnp.arange(asked.shape[1], dtype=jnp.int32) < number[:, None])
+    got = reached & ~broken
+    return got, jnp.any(got & stop, axis=1), jnp.any(reached & broken, axis=1)
+
+
+def _tail(
+    groups: Sequence[GroupBatch],
+    page_size: int,
+    tokens: Int[Array, "B T"],
+    begin: Int[Array, " B"],
+    end: Int[Array, " B"],
+) -> DecodeBatch:
+    """The batch of the positions begin to end - 1 of each row, whose tokens are right-aligned."""
+    width = tokens.shape[1]
+    positions = end[:, None] - width + jnp.arange(width, dtype=jnp.int32)
+    valid = positions >= begin[:, None]
+    positions = jnp.maximum(positions, 0)
+
+    def place(group: GroupBatch) -> GroupBatch:
+        pages = jnp.take_along_axis(group.page_table, positions // page_size, axis=1)
+        slots = jnp.where(valid, pages * page_size + positions % page_size, 0)
+        if group.window is None or width == 1:  # one token has no padding that sees more than it
+            return replace(group, slots=slots)
+        starts = jnp.maximum(begin - group.window + 1, 0)  # what is before may be another's
+        return replace(group, slots=slots, starts=starts)
+
+    return DecodeBatch(tokens, end, positions, tuple(place(group) for group in groups))
+
+
+def _groups(cache: KVCache, table: Array, where: Array) -> tuple[GroupBatch, ...]:
+    """The tables of the rows in some slots, in every group of layers; of no token yet."""
     none, shards = jnp.zeros((where.shape[0], 1), jnp.int32), cache.data_shards
     return tuple(
         GroupBatch(take_rows(ids, where), none, None, cache.page_size, pages // shards, window)
@@ -230,8 +363,13 @@ def _groups(cache: KVCache, table: Array, where: Array) -> tuple[GroupBatch, ...
     )
 
 
-def _call(model: Model, params: Any, cache: KVCache, batch: DecodeBatch) -> tuple[Array, KVCache]:
-    """What the model returns, checked while it is traced: its slips compile without a word."""
+def _call(
+    model: Model, params: Any, cache: KVCache, batch: DecodeBatch, *, every: bool
+) -> tuple[Array, KVCache]:
+    """What the model returns, checked while it is traced: its slips compile without a word.
+
+    `every`: logits of all tokens are wanted, as with drafts, and not only of the last.
+    """
     tokens = batch.tokens
     out = model(params, cache, tokens, batch)
     if not isinstance(out, tuple | list) or len(out) != 2 or not isinstance(out[1], KVCache):
@@ -242,11 +380,12 @@ def _call(model: Model, params: Any, cache: KVCache, batch: DecodeBatch) -> tupl
     if shape is None or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         kind = type(logits).__name__ if dtype is None else f"dtype {dtype}"
         raise TypeError(f"the model's logits must be a floating-point array [B, V]; got {kind}")
-    if len(shape) != 2 or shape[0] != len(tokens) or shape[1] == 0:
-        cure = ": return those of column T-1, logits[:, -1]" if len(shape) == 3 else ""
-        raise ValueError(
-            f"the model's logits must be [B, V] with B = {len(tokens)}; got shape {shape}{cure}"
-        )
+    if shape[:-1] != (tokens.shape if every else tokens.shape[:1]) or shape[-1] == 0:
+        wanted = f"[B, V] with B = {len(tokens)}; got shape {shape}"
+        wanted += ": return those of column T-1, logits[:, -1]" if len(shape) == 3 else ""
+        if every:
+            wanted = f"[B, T, V] with B, T = {tokens.shape}, for the drafter; got shape {shape}"
+        raise ValueError(f"the model's logits must be {wanted}")
     old, new = jax.tree.leaves(cache), jax.tree.leaves(after)
     if [(a.shape, a.dtype) for a in old] != [(a.shape, a.dtype) for a in new]:
         raise ValueError("the model must return a cache of the shapes and dtypes that it was given")

@@ -29,14 +29,13 @@ class Enter(NamedTuple):
 
     Attributes:
       slot: where its state lies on the device until it leaves.
-      newest, length: its newest token, which is not in the cache, and its tokens with that one.
+      tokens: int32 `[n]`, its tokens so far; the newest one is not in the cache.
       generated: how many of them are behind the prompt.
       sampling: how it is sampled, and the tokens at which it stops.
     """
 
     slot: int
-    newest: int
-    length: int
+    tokens: np.ndarray
     generated: int
     sampling: SamplingParams
 
@@ -130,6 +129,7 @@ class Result(NamedTuple):
       counts: int `[n]`, how many of them are real.
       invalid: bool `[n]`, whether the logits behind them were broken.
       top_ids, top_logits: `[K, n, top]`; None if the engine keeps none.
+      drafted: int `[n]`, how many of the tokens were drafts; None: nobody knows.
     """
 
     tokens: np.ndarray
@@ -137,11 +137,15 @@ class Result(NamedTuple):
     invalid: np.ndarray
     top_ids: np.ndarray | None = None
     top_logits: np.ndarray | None = None
+    drafted: np.ndarray | None = None
 
     def only(self, rows: list[int]) -> Result:
         """That of some of its rows."""
         tops = (None if a is None else a[:, rows] for a in (self.top_ids, self.top_logits))
-        return Result(self.tokens[:, rows], self.counts[rows], self.invalid[rows], *tops)
+        drafted = None if self.drafted is None else self.drafted[rows]
+        return Result(
+            self.tokens[:, rows], self.counts[rows], self.invalid[rows], *tops, drafted=drafted
+        )
 
 
 @runtime_checkable

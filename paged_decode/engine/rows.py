@@ -15,7 +15,15 @@ from jaxtyping import Array, Int
 from .records import Enter, TableDelta
 from .sampling import MAX_STOP_TOKENS, SamplingRows
 
-__all__ = ["MessageSizes", "RowState", "apply_message", "empty_message", "messages", "take_rows"]
+__all__ = [
+    "MessageSizes",
+    "RowState",
+    "apply_message",
+    "empty_message",
+    "messages",
+    "take_rows",
+    "text_message",
+]
 
 _ENTER_FIELDS = 8 + MAX_STOP_TOKENS
 
@@ -30,18 +38,20 @@ class RowState:
       length: int32 `[B]`, tokens with it.
       alive: bool `[B]`, whether it goes on: it had no stop token and no broken logits.
       sampling: parameters and place in the stream.
+      text: int32 `[B, L]`, their tokens, for a drafter; L is 0 without one.
     """
 
     newest: Any
     length: Any
     alive: Any
     sampling: SamplingRows
+    text: Any
 
     @classmethod
-    def empty(cls, rows: int) -> RowState:
-        """Host arrays of rows that nobody has entered."""
-        none = np.zeros(rows, np.int32)
-        return cls(none, none.copy(), np.zeros(rows, bool), SamplingRows.create([], [], rows))
+    def empty(cls, rows: int, places: int) -> RowState:
+        """Host arrays of rows that nobody has entered, with so many places for the text of each."""
+        newest, length, text = (np.zeros(s, np.int32) for s in (rows, rows, (rows, places)))
+        return cls(newest, length, np.zeros(rows, bool), SamplingRows.create([], [], rows), text)
 
 
 def take_rows(tree: Any, slots: Int[Array, " n"]) -> Any:
@@ -103,6 +113,13 @@ def empty_message(
     return message, head, tail
 
 
+def text_message(slot: int, tokens: np.ndarray, places: int) -> np.ndarray:
+    """int32 `[1 + places]`: what the row in a slot has for text."""
+    message = np.zeros(1 + places, np.int32)
+    message[0], message[1 : 1 + len(tokens)] = slot, tokens
+    return message
+
+
 def _packed(enter: Iterable[Enter]) -> np.ndarray:
     """int32 `[n, fields]`; floats and the seed by their bits."""
     enter = list(enter)
@@ -111,8 +128,8 @@ def _packed(enter: Iterable[Enter]) -> np.ndarray:
     )
     columns = (
         np.array([e.slot for e in enter], np.int32),
-        np.array([e.newest for e in enter], np.int32),
-        np.array([e.length for e in enter], np.int32),
+        np.array([e.tokens[-1] for e in enter], np.int32),
+        np.array([len(e.tokens) for e in enter], np.int32),
         rows.index,
         rows.top_k,
         rows.temperature.view(np.int32),
@@ -136,7 +153,8 @@ def apply_message(
     temperature, top_p = (jax.lax.bitcast_convert_type(bits, jnp.float32) for bits in rest[:2])
     seed = jax.lax.bitcast_convert_type(rest[2], jnp.uint32)
     sampling = SamplingRows(temperature, top_p, top_k, index, seed, rows[:, 8:])
-    entering = RowState(newest, length, jnp.ones(size.enters, bool), sampling)
+    text = jnp.zeros((size.enters, state.text.shape[1]), jnp.int32)  # which its own message has
+    entering = RowState(newest, length, jnp.ones(size.enters, bool), sampling, text)
 
     def put(old: Array, new: Array) -> Array:
         return old.at[slot].set(new, mode="drop")

@@ -16,10 +16,11 @@ from ..allocator import PageCopies
 from ..cache import KVCache
 from ..sharding import rank_within
 from .config import EngineConfig, EngineStats
+from .drafting import Drafter, check_drafter
 from .plans import Taken
-from .programs import DecodeOut, Model, Programs, update
+from .programs import DecodeOut, Model, Programs, update, write_text
 from .records import Chunk, Decode, Enter, Prefill, Result, TableDelta, Ticket
-from .rows import MessageSizes, RowState, empty_message, messages
+from .rows import MessageSizes, RowState, empty_message, messages, text_message
 from .sampling import Kind
 
 __all__ = ["DeviceRunner", "Progress"]
@@ -64,6 +65,7 @@ class DeviceRunner:
       columns: width of the page table.
       stats: where program shapes are counted.
       check: called with every plan, in the order of the launches, before them.
+      drafter: guesses tokens, of which a step checks several; None: a step is one token.
 
     Attributes:
       straight: whether programs that decide nothing are used where they can be.
@@ -79,6 +81,7 @@ class DeviceRunner:
         columns: int,
         stats: EngineStats,
         check: Callable[[Any], object] | None = None,
+        drafter: Drafter | None = None,
     ):
         self._cache, self._config, self._stats, self._check = cache, config, stats, check
         self._thread = ThreadPoolExecutor(1, "paged-decode-launch")
@@ -94,12 +97,18 @@ class DeviceRunner:
         self._pages = [pages // self._shards for pages, _ in cache.pools]
         self._slots = self._shards * config.max_rows
         self._shape = len(self._pages), self._slots, columns
+        self._drafter, self._text = drafter, 0  # places for the text of each row
+        if drafter is not None:
+            self._text = columns * cache.page_size
+            check_drafter(drafter, self._text)
         few = max(256, 2 * self._slots) * len(self._pages)
         self._sizes = (
             MessageSizes(min(8, self._slots), few),
             MessageSizes(self._slots, max(few, 8192)),
         )
-        self.straight = next(iter(cache.k_pages[0].devices())).platform == "gpu"
+        # With drafts the device alone knows how many steps it takes.
+        on_gpu = next(iter(cache.k_pages[0].devices())).platform == "gpu"
+        self.straight = on_gpu and drafter is None
         self._enter_nobody()
 
     @property
@@ -137,7 +146,7 @@ class DeviceRunner:
 
     def _enter_nobody(self) -> None:
         table = np.zeros(self._shape, np.int32)
-        self._table, self._state = self._put((table, RowState.empty(self._slots)))
+        self._table, self._state = self._put((table, RowState.empty(self._slots, self._text)))
         self._kinds = np.zeros(self._slots, np.int8)  # how each row is sampled
 
     # ---- the launching thread
@@ -182,15 +191,18 @@ class DeviceRunner:
         if kind == "update":
             message = self._put(empty_message(size, self._shape)[0])
             lowered = update.lower(self._table, self._state, message, size=size)
+        elif kind == "text":
+            message = self._put(self._no_text())
+            lowered = write_text.lower(self._table, self._state, message)
         elif kind == "prefill":
             message = self._put(self._prefill_message(size, ()))
-            lowered = self._programs.prefill.lower(*pages, message)
+            lowered = self._programs.prefill.lower(*pages, message, drafter=self._drafter)
         else:
             rows, known = size
             message = self._put(self._idle_rows(rows))
-            steps = dict(steps=config.decode_steps, top=config.top_logits, known=known)
+            static = dict(steps=config.decode_steps, top=config.top_logits, known=known)
             args = self._cache, self._state, self._table, self.params, message
-            lowered = self._programs.decode.lower(*args, **steps)
+            lowered = self._programs.decode.lower(*args, **static, drafter=self._drafter)
         return (kind, size), lowered
 
     def _compile(
@@ -300,7 +312,7 @@ class DeviceRunner:
         if self._last is not None:
             self._last.begun.wait()
         packed = jax.device_get(out.packed)[:, places]
-        result = Result(packed[:-2], packed[-2], packed[-1].astype(bool))
+        result = Result(packed[:-3], packed[-3], packed[-2].astype(bool), drafted=packed[-1])
         if not self._config.top_logits:
             return result
         ids, logits = jax.device_get((out.top_ids, out.top_logits))
@@ -335,7 +347,11 @@ class DeviceRunner:
             self._kinds[each.slot] = each.sampling.kind
         own = [self._local(each, pages) for each, pages in zip(tables, self._pages, strict=True)]
         told = messages(enter, own, self._sizes, shape=self._shape)
-        return [(self._executable("update", size), message) for size, message in told]
+        out = [(self._executable("update", size), message) for size, message in told]
+        if self._drafter is not None:
+            texts = [text_message(each.slot, each.tokens, self._text) for each in enter]
+            out += [(self._executable("text", self._text), message) for message in texts]
+        return out
 
     def _tell(self, told: Sequence[tuple[Any, Any]]) -> None:
         for program, message in told:
@@ -384,6 +400,10 @@ class DeviceRunner:
         out[0] = self._slots
         return out
 
+    def _no_text(self) -> np.ndarray:
+        """The message of a text of nobody's."""
+        return text_message(self._slots, np.empty(0, np.int32), self._text)
+
     def _run_decode(self, program: Any, message: Any) -> DecodeOut:
         args = self._cache, self._state, self._table, self.params, message
         self._cache, self._state, out = program(*args)
@@ -402,12 +422,15 @@ class DeviceRunner:
         kinds = (None, Kind.GREEDY, Kind.WHOLE) if self.straight else (None,)
         decode = [(rows, known) for rows in config.row_buckets for known in kinds]
         sizes = dict(update=self._sizes, prefill=config.chunk_buckets, decode=decode)
+        sizes |= dict(text=() if self._drafter is None else (self._text,))
         keys = [(kind, size) for kind, each in sizes.items() for size in each]
         self._compile([self._lowered(*key) for key in keys], progress)
-        for size in self._sizes:
-            message = empty_message(size, self._shape)[0]
-            told = [(self._executable("update", size), message)]
-            self._launch(lambda _, told=told: self._tell(told))
+        told = [
+            (self._executable("update", size), empty_message(size, self._shape)[0])
+            for size in self._sizes
+        ]
+        told += [(self._executable("text", size), self._no_text()) for size in sizes["text"]]
+        self._launch(lambda _: self._tell(told))
         nothing = Taken.total([], len(self._pages))
         for width in config.chunk_buckets:
             self.wait(self.prefill(Prefill(*nothing, (), ((width, ()),), ())))

@@ -459,6 +459,7 @@ class Scheduler:
         self.flights -= 1
         self._conclude(outcomes)
         self.stats.decode_tokens += int(result.counts.sum())
+        self.stats.draft_tokens += 0 if result.drafted is None else int(result.drafted.sum())
         if not handles.size:
             return
         self.allocator.append(handles, written, result.counts)

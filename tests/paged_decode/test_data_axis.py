@@ -22,6 +22,7 @@ from paged_decode import (
     PageCopies,
     PageSpec,
     PageTableError,
+    PromptLookup,
     SamplingParams,
     SequenceTooLong,
     ShardedAllocator,
@@ -83,13 +84,17 @@ def test_a_step_over_data_shards_equals_one_device(data, heads, kinds):
 @pytest.mark.parametrize("within", [False, True], ids=["", "set_mesh"])
 @pytest.mark.parametrize("kinds", [KINDS[1], MIXED[0]], ids=kind_id)
 def test_the_engine_runs_over_axes_of_every_kind(kinds, within):
-    """`jax.make_mesh` makes Explicit ones, which are part of the type of every array."""
+    """`jax.make_mesh` makes Explicit ones, which are part of the type of every array.
+
+    Within `set_mesh` the engine has a drafter, too.
+    """
+    fn, drafter = (tiny.every_token, PromptLookup(2)) if within else (tiny.model, None)
     cache = make_cache(2, 2, kinds, num_layers=tiny.LAYERS, num_pages=24, head_dim=tiny.DIM)
     allocator = ShardedAllocator(24, 4, num_shards=2)
     shapes = EngineConfig(max_rows=2, prefill_chunk=8, decode_steps=4, top_logits=2)
     params, prompts = jax.tree.map(jnp.asarray, tiny.PARAMS), tiny.prompts(3, low=8, high=12)
     with jax.set_mesh(cache.placement.mesh) if within else nullcontext():
-        engine = Engine(tiny.model, params, cache, allocator, shapes)
+        engine = Engine(fn, params, cache, allocator, shapes, drafter=drafter)
         done = engine.generate(prompts, SamplingParams(max_new_tokens=5))
         sampled = SamplingParams(max_new_tokens=5, temperature=1.0, top_k=4, top_p=0.9)
         again = engine.generate(prompts, sampled)

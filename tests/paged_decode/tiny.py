@@ -41,7 +41,8 @@ PARAMS = make_params()
 
 
 @jax.default_matmul_precision("highest")  # a GPU takes fewer bits of a float32 by default
-def model(params, cache, tokens, batch):
+def every_token(params, cache, tokens, batch):
+    """Logits `[B, T, V]`, as an engine with a drafter wants them."""
     x = jnp.asarray(params["embed"])[tokens] + jnp.asarray(params["place"])[batch.positions]
     for layer in range(LAYERS):
         q, k, v = (
@@ -51,7 +52,12 @@ def model(params, cache, tokens, batch):
         cache = cache.append(layer, k, v, batch)
         seen = cache.attend(layer, q, batch)
         x = x + jnp.tanh(seen.reshape(*tokens.shape, -1) @ params[f"o{layer}"])
-    return x[:, -1] @ params["head"], cache
+    return x @ params["head"], cache
+
+
+def model(params, cache, tokens, batch):
+    logits, cache = every_token(params, cache, tokens, batch)
+    return logits[:, -1], cache
 
 
 def dense_logits(tokens, params=PARAMS, windows=(None,) * LAYERS) -> np.ndarray:
