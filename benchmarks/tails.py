@@ -184,7 +184,9 @@ PEERS: dict[str, Callable[[Arrays], Call]] = {
 
 def default(arrays: Arrays) -> str:
     """Which of ours the dispatch takes."""
-    sizes = dict(rows=len(arrays.lens), tokens=arrays.tokens, kv_heads=KV_HEADS, dim=DIM)
+    sizes: dict[str, Any] = dict(
+        rows=len(arrays.lens), tokens=arrays.tokens, kv_heads=KV_HEADS, dim=DIM
+    )
     sizes |= dict(pages=len(arrays.k), columns=arrays.table.shape[1], group=HEADS // KV_HEADS)
     call = AttentionCall.of_sizes(**sizes, page_size=PAGE, dtype="bfloat16", platform="gpu")
     return "paged-decode/pallas_gpu" if pallas_gpu.prefers(call) else "paged-decode/triton"
