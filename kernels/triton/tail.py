@@ -36,12 +36,14 @@ def _attend_blocks(
     ids,
     first,
     last,
+    low,
     end,
     acc,
     top,
     total,
     wrong,
     MASKED: tl.constexpr,
+    LOW: tl.constexpr,
     PAGES: tl.constexpr,
     PAGE: tl.constexpr,
     D: tl.constexpr,
@@ -55,7 +57,8 @@ def _attend_blocks(
     """Online softmax over the blocks of keys at `begin, begin + step, ...` below `stop`.
 
     Query m sees the tokens `first[m] .. last[m]`; without MASKED all of a block's tokens, which
-    leaves only products and exponentials. Page ids are carried as in the T = 1 kernel. Returns
+    leaves only products and exponentials. With LOW there may be tokens in front of `low`, the least
+    `first`, which nobody may read: a weight of 0 does not hide a NaN. Page ids are carried as in the T = 1 kernel. Returns
     where the next block begins, its page ids, the sums and which ids lay outside the pool.
     """
     column = tl.arange(0, TOKENS)
@@ -70,7 +73,10 @@ def _attend_blocks(
         at = page * PAGE_STRIDE + token % PAGE * D
         at = at[:, None] + dim[None, :]
         if MASKED:
-            mask = (token < end)[:, None]
+            mask = token < end
+            if LOW:
+                mask = mask & (token >= low)
+            mask = mask[:, None]
             if D < BLOCK_D:
                 mask = mask & (dim < D)[None, :]
             k = tl.load(k_head + at, mask=mask, other=0.0)
@@ -167,6 +173,7 @@ def tail_kernel(
     """
     HEADS: tl.constexpr = KV_HEADS * GROUP
     CAPACITY: tl.constexpr = COLUMNS * PAGE
+    LOW: tl.constexpr = WINDOW > 0 or STARTS
     HEAD_STRIDE: tl.constexpr = PAGE * D
     PAGE_STRIDE: tl.constexpr = KV_HEADS * HEAD_STRIDE
     BLOCK_M: tl.constexpr = 16  # rows of a tile that are merged at a time
@@ -211,6 +218,7 @@ def tail_kernel(
         q_tile = tl.load(q + at[:, None] * D + dim[None, :], mask=q_mask, other=0.0)
 
         step = parts * TOKENS
+        low = begin
         begin = (begin // TOKENS + place - base) * TOKENS
         token = begin + tl.arange(0, TOKENS)
         ids = page_ids(table, token, token < end, PAGE)
@@ -221,22 +229,22 @@ def tail_kernel(
         top = tl.full([M], -float("inf"), tl.float32)
         total = tl.zeros([M], tl.float32)
         wrong = tl.zeros([TOKENS], tl.int32)
-        if WINDOW > 0 or STARTS:
+        if LOW:
             stop = tl.minimum(tl.cdiv(clear, TOKENS) * TOKENS, end)
             begin, ids, acc, top, total, wrong = _attend_blocks(
-                begin, stop, step, q_tile, k_head, v_head, table, ids, first, last, end, acc, top,
-                total, wrong, True, PAGES, PAGE, D, PAGE_STRIDE, SCALE, SOFT_CAP, BLOCK_D, TOKENS,
+                begin, stop, step, q_tile, k_head, v_head, table, ids, first, last, low,
+                end, acc, top, total, wrong, True, LOW, PAGES, PAGE, D, PAGE_STRIDE, SCALE, SOFT_CAP, BLOCK_D, TOKENS,
                 STAGES,
             )  # fmt: skip
         stop = tl.minimum(tl.maximum(lowest + 1, 0), end) // TOKENS * TOKENS
         begin, ids, acc, top, total, wrong = _attend_blocks(
-            begin, stop, step, q_tile, k_head, v_head, table, ids, first, last, end, acc, top,
-            total, wrong, False, PAGES, PAGE, D, PAGE_STRIDE, SCALE, SOFT_CAP, BLOCK_D, TOKENS,
+            begin, stop, step, q_tile, k_head, v_head, table, ids, first, last, low, end,
+            acc, top, total, wrong, False, LOW, PAGES, PAGE, D, PAGE_STRIDE, SCALE, SOFT_CAP, BLOCK_D, TOKENS,
             STAGES,
         )  # fmt: skip
         begin, ids, acc, top, total, wrong = _attend_blocks(
-            begin, end, step, q_tile, k_head, v_head, table, ids, first, last, end, acc, top,
-            total, wrong, True, PAGES, PAGE, D, PAGE_STRIDE, SCALE, SOFT_CAP, BLOCK_D, TOKENS,
+            begin, end, step, q_tile, k_head, v_head, table, ids, first, last, low, end,
+            acc, top, total, wrong, True, LOW, PAGES, PAGE, D, PAGE_STRIDE, SCALE, SOFT_CAP, BLOCK_D, TOKENS,
             STAGES,
         )  # fmt: skip
         broken = broken | (tl.max(wrong, 0) > 0)

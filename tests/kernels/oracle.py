@@ -3,6 +3,7 @@
 It shares no code with the library, so the library's own reference is on trial as well.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,13 +40,14 @@ NAMES = [
 # as neither passed nor skipped. Any other refusal fails. `xla` and `reference` serve everything.
 _ONE_TOKEN = "serves one query token a row, T = 1"
 _TRITON = ("q of dtype float32 over pages of dtype",)
-_TPU = (_ONE_TOKEN, "a TPU has no float16", "the interpreter of Pallas needs shard_map")
+_TREES = "does not serve tail_mask"
+_TPU = (_ONE_TOKEN, _TREES, "a TPU has no float16", "the interpreter of Pallas needs shard_map")
 MAY_REFUSE = {
     "triton": _TRITON,
     INTERPRETED: _TRITON,
     "pallas_tpu": _TPU,
     TPU: _TPU,
-    "pallas_gpu": ("tf32", "q of dtype", "got D =", "page sizes; got"),
+    "pallas_gpu": (_TREES, "tf32", "q of dtype", "got D =", "page sizes; got"),
 }
 
 # (rtol, atol) of outputs against the float64 oracle; the inputs are already rounded to the dtype.
@@ -70,6 +72,8 @@ class Case:
     tokens: int | None = None  # None: q is [B, Hq, D]
     dtype: str = "float32"
     starts: tuple[int, ...] | None = None
+    query_lens: tuple[int, ...] | None = None
+    tail_mask: Any = None  # bool [B, T, T], or the share of random ones
     sinks: tuple[int, ...] | None = None  # a shape
     options: dict[str, Any] = field(default_factory=dict)
     spare_pages: int = 4
@@ -90,6 +94,13 @@ class Inputs:
     page_table: np.ndarray
     seq_lens: np.ndarray
     options: dict[str, Any]
+
+    def poison(self, row: int, tokens: Iterable[int], fill: float) -> None:
+        """Write `fill` over the keys and values of some tokens of a row."""
+        size = self.k_pages.shape[2]
+        for token in tokens:
+            page, slot = self.page_table[row, token // size], token % size
+            self.k_pages[page, :, slot] = self.v_pages[page, :, slot] = fill
 
     def call(self, backend: str) -> tuple[np.ndarray, np.ndarray]:
         """`(out, lse)` of one backend."""
@@ -115,6 +126,12 @@ def build(case: Case, *, fill: float = 0.0, order: int = 0) -> Inputs:
     options = dict(case.options)
     if case.starts is not None:
         options["starts"] = np.array(case.starts, np.int32)
+    if case.query_lens is not None:
+        options["query_lens"] = np.array(case.query_lens, np.int32)
+    if case.tail_mask is not None:
+        share = np.random.default_rng(case.seed + 1).random((rows, *(tokens or (1,)) * 2))
+        mask = case.tail_mask
+        options["tail_mask"] = share < mask if isinstance(mask, float) else np.array(mask)
     if case.sinks is not None:
         options["sinks"] = rng.standard_normal(case.sinks).astype(np.float32)
 
@@ -141,7 +158,7 @@ def attend(backend: str, *args: Any, **options: Any) -> tuple[np.ndarray, np.nda
 
 def expected(inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
     """`(out, lse)` in float64, query by query and head by head."""
-    q, lens = inputs.q.astype(np.float64), inputs.seq_lens
+    q = inputs.q.astype(np.float64)
     q = q[:, None] if q.ndim == 3 else q
     rows, tokens, heads, dim = q.shape
     group = heads // inputs.k_pages.shape[1]
@@ -153,9 +170,8 @@ def expected(inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
     sinks = _sinks_per_head(options.get("sinks"), heads)
     out, lse = np.zeros(q.shape), np.full(q.shape[:-1], -np.inf)
     for row, query in np.ndindex(rows, tokens):
-        position = int(lens[row]) - tokens + query
-        first = max(int(starts[row]), 0, position - width + 1 if width else 0)
-        seen = np.arange(first, position + 1)
+        seen = _seen(inputs, row, query, tokens, width)
+        seen = seen[seen >= starts[row]]
         if not seen.size:
             continue
         k, v = (_tokens(pages, inputs, row, seen) for pages in (inputs.k_pages, inputs.v_pages))
@@ -167,6 +183,24 @@ def expected(inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
             out[row, query, head] = np.exp(logits - top) @ v[:, head // group] / mass
             lse[row, query, head] = np.log(np.exp(logits - logits.max()).sum()) + logits.max()
     return out.reshape(inputs.q.shape), lse.reshape(inputs.q.shape[:-1])
+
+
+def _seen(inputs: Inputs, row: int, query: int, tokens: int, width: int | None) -> np.ndarray:
+    """The places of the tokens that a query sees, but for `starts`."""
+    length, options = int(inputs.seq_lens[row]), inputs.options
+    own = min(int(options.get("query_lens", inputs.seq_lens * 0 + tokens)[row]), length)
+    mask = options.get("tail_mask", np.ones((len(inputs.seq_lens), tokens, tokens), bool))[row]
+    if query < tokens - own:
+        return np.zeros(0, int)
+
+    def branch(t: int) -> list[int]:
+        return [u for u in range(tokens - own, t) if mask[t, u]]
+
+    prefix, depth = length - own, len(branch(query))
+    far = -1 if width is None else prefix + depth - width  # the last token behind the window
+    new = [*branch(query), *([query] if mask[query, query] else [])]
+    new = [u for u in new if width is None or depth - len(branch(u)) < width]
+    return np.array([*range(max(far + 1, 0), prefix), *(length - tokens + u for u in new)], int)
 
 
 def check(backend: str, case: Case, tolerance: tuple[float, float] | None = None) -> None:

@@ -126,14 +126,23 @@ def test_poison_in_unused_slots_free_pages_and_the_null_page_changes_no_bit(back
     same_bits(build(case, fill=fill).call(backend), build(case).call(backend))
 
 
+UNSEEN = {
+    "starts": dict(starts=(5, 3, 13)),
+    "a window": dict(options=dict(sliding_window=3)),
+    "both": dict(starts=(2, 12, 0), options=dict(sliding_window=6)),
+}
+
+
 @pytest.mark.parametrize("fill", [np.nan, np.inf, 1e30])
-def test_poison_in_front_of_starts_changes_no_bit(backend, fill):
-    inputs = build(Case((9, 14, 16), starts=(5, 3, 13)))
+@pytest.mark.parametrize("tokens", [None, 3], ids=["one query", "T=3"])
+@pytest.mark.parametrize("name", UNSEEN)
+def test_poison_in_front_of_what_is_seen_changes_no_bit(backend, name, tokens, fill):
+    inputs = build(Case((9, 14, 16), tokens=tokens, **UNSEEN[name]))
     clean = inputs.call(backend)
-    for row, start in enumerate(inputs.options["starts"]):
-        for token in range(start):
-            page, slot = inputs.page_table[row, token // 4], token % 4
-            inputs.k_pages[page, :, slot] = inputs.v_pages[page, :, slot] = fill
+    window = inputs.options.get("sliding_window", 16)
+    for row, start in enumerate(inputs.options.get("starts", (0, 0, 0))):
+        first = max(start, inputs.seq_lens[row] - (tokens or 1) - window + 1)
+        inputs.poison(row, range(first), fill)
     same_bits(inputs.call(backend), clean)
 
 
