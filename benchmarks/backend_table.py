@@ -29,6 +29,8 @@ PLAIN: dict[str, Any] = dict(
 ASKS: dict[str, dict[str, Any]] = {
     "one new token a row (T = 1)": {},
     "several (T = 5): prefill, drafts": dict(tokens=5),
+    "ragged T (`query_lens`)": dict(tokens=5, query_lens=True),
+    "trees of drafts (`tail_mask`)": dict(tokens=5, tail_mask=True),
     "float32": dict(dtype="float32"),
     "bfloat16": {},
     "float16": dict(dtype="float16"),

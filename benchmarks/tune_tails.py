@@ -93,7 +93,8 @@ def compile_one(job: tuple[Case, TailConfig]) -> str:
 
     made = launch_of(*job)
     wide, whole, real = torch.bfloat16, torch.int32, torch.float32
-    kinds = [wide, wide, wide, whole, whole, whole, whole, wide, whole, wide, real, real, real]
+    kinds = [wide, wide, wide, whole, whole, whole, whole, wide, whole, whole, whole, whole]
+    kinds += [wide, real, real, real]
     kernel: Any = tail_kernel
     try:
         kernel.warmup(*kinds, grid=(1,), **made.constants, **_options(made))
@@ -118,7 +119,7 @@ def bind(case: Case, config: TailConfig, arrays: tuple[Any, ...]) -> Any:
     kernel: Any = tail_kernel
 
     def call() -> Any:
-        args = (q, k, v, layer, table, lens, lens, q, counters, *outs)
+        args = (q, k, v, layer, table, lens, lens, q, counters, lens, lens, lens, *outs)
         kernel[(made.grid,)](*args, **made.constants, **_options(made))
         return outs[0]
 

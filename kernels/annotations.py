@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias, TypedDict
 
-from jaxtyping import Float, Int, Num
+from jaxtyping import Bool, Float, Int, Num
 
 from .checks import AnyArray
 
@@ -21,6 +21,7 @@ __all__ = [
     "Queries",
     "Sinks",
     "Slots",
+    "TailMask",
     "Window",
 ]
 
@@ -31,6 +32,7 @@ PageTable: TypeAlias = Int[AnyArray, "B P"]
 Lengths: TypeAlias = Int[AnyArray, " B"]
 Slots: TypeAlias = Int[AnyArray, " B"] | Int[AnyArray, "B T"]
 PageIds: TypeAlias = Int[AnyArray, " C"]
+TailMask: TypeAlias = Bool[AnyArray, "B T T"]
 Sinks: TypeAlias = Float[AnyArray, "*heads K"]
 Layer: TypeAlias = int | Int[AnyArray, ""]
 """Which layer of a stacked pool: a Python int, or an int32 scalar, which may be traced."""
@@ -63,4 +65,6 @@ class AttentionOptions(TypedDict, total=False):
     sliding_window: Window | None
     soft_cap: float | None
     sinks: Sinks | None
+    query_lens: Lengths | None
+    tail_mask: TailMask | None
     implementation: Backends | None

@@ -39,7 +39,7 @@ def new_slots(slots: Any, axes: str, sizes: dict[str, int]) -> Any:
         raise ValueError(
             f"slots must say which of the T = {sizes['T']} tokens of each row are new: a row that "
             "brings fewer would have older tokens overwritten; pass slots [B, T], such as those of "
-            'a DecodeBatch, or slots="all" where every row brings T new tokens'
+            'a DecodeBatch, or query_lens [B], or slots="all" where every row brings T new tokens'
         )
     if slots is None or (isinstance(slots, str) and slots == "all"):
         return None
@@ -110,6 +110,8 @@ def check_call(
     layer: Any,
     starts: Any,
     sinks: Any,
+    query_lens: Any,
+    tail_mask: Any,
     placement: Placement | None,
 ) -> None:
     """Raise unless the arrays of a call keep the contract."""
@@ -121,6 +123,26 @@ def check_call(
     _check_values(page_table, seq_lens, starts, pages, page_size)
     if sinks is not None:
         check_sinks(sinks, q.shape[-2], kv_heads)
+    _check_new(query_lens, tail_mask, q.shape[0], q.shape[1] if q.ndim == 4 else 1)
+
+
+def _check_new(query_lens: Any, tail_mask: Any, rows: int, tokens: int) -> None:
+    """Raise unless what is said of the T new tokens of a row keeps the contract."""
+    if query_lens is not None:
+        check_index("query_lens", query_lens)
+        check_axes("query_lens", query_lens, "B", B=rows)
+        values = concrete(query_lens)
+        if values is not None and values.size and not 0 <= values.min() <= values.max() <= tokens:
+            row = int(((values < 0) | (values > tokens)).argmax())
+            raise ValueError(
+                f"query_lens must be in 0 .. T = {tokens}; got {values[row]} in row {row}"
+            )
+    if tail_mask is not None:
+        dtype = getattr(tail_mask, "dtype", None)
+        if dtype != np.bool:
+            came = type(tail_mask).__name__ if dtype is None else f"dtype {dtype}"
+            raise TypeError(f"tail_mask must be an array of bool; got {came}")
+        check_axes("tail_mask", tail_mask, "B, T, U", B=rows, T=tokens, U=tokens)
 
 
 def _check_arrays(

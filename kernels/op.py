@@ -22,6 +22,7 @@ from .annotations import (
     Queries,
     Sinks,
     Slots,
+    TailMask,
     Window,
 )
 from .arguments import check_call, check_order, known_layer, new_slots, static_options
@@ -64,6 +65,8 @@ def paged_attention(
     sliding_window: Window | None = None,
     soft_cap: float | None = None,
     sinks: Sinks | None = None,
+    query_lens: Lengths | None = None,
+    tail_mask: TailMask | None = None,
     return_lse: bool = False,
     implementation: Implementation | Sequence[str] | None = None,
     placement: Placement | None = None,
@@ -94,6 +97,11 @@ def paged_attention(
       sinks: extra logits of the denominator, neither scaled nor capped: `[K]` for all heads,
         `[Hk, K]` or `[Hq, K]`. One axis of length Hq > 1 is refused: checkpoints with one sink for
         each head (gpt-oss) have it, and mean `[Hq, 1]`.
+      query_lens: int32 `[B]`, `0 .. T`: how many of the T queries of a row are its own, the last
+        ones. Those in front are padding: they cost no work, and give zeros and lse -inf. None: T.
+      tail_mask: bool `[B, T, T]`, for trees of drafts: `tail_mask[b, t, u]` says whether new token
+        t sees new token u of its row, where `u <= t`. The tokens in front of the row's own new
+        ones stay visible; and a window counts along the branch (docs/attention.md). None: all are.
       return_lse: also return the natural log of the softmax denominator **without sinks**, so
         that parts over disjoint tokens merge exactly (`merge_attention`).
       implementation: a backend name, or several to try in order; None: the platform's own list.
@@ -119,7 +127,7 @@ def paged_attention(
       >>> paged_attention(jnp.ones((1, 2, 8)), pages, pages, table, lens).shape
       (1, 2, 8)
     """
-    tables = (page_table, seq_lens, layer, starts, sinks)
+    tables = (page_table, seq_lens, layer, starts, sinks, query_lens, tail_mask)
     check_call(q, k_pages, v_pages, *tables, placement)
     options = static_options(
         q, page_table, k_pages.shape[-2], scale=scale, sliding_window=sliding_window,
@@ -166,6 +174,8 @@ def append_and_attend(
     sliding_window: Window | None = None,
     soft_cap: float | None = None,
     sinks: Sinks | None = None,
+    query_lens: Lengths | None = None,
+    tail_mask: TailMask | None = None,
     return_lse: bool = False,
     implementation: Implementation | Sequence[str] | None = None,
     placement: Placement | None = None,
@@ -174,10 +184,10 @@ def append_and_attend(
 
     K and V of the newest T tokens of row b go to the positions `seq_lens[b] - T + t`, found through
     the page table; then q attends as in `paged_attention`. With T = 1 on GPU and TPU both are one
-    launch. Padding (a row of length 0, a position in front of its sequence) is written nowhere, nor
-    is a token whose slot lies in the null page: there q attends to what the cache already holds.
-    Inside `jit` it updates in place when the caller donates the pool; outside, the given pages
-    are consumed.
+    launch. Padding (a row of length 0, a position in front of its sequence, a token in front of
+    those that `query_lens` counts) is written nowhere, nor is a token whose slot lies in the null
+    page: there q attends to what the cache already holds. Inside `jit` it updates in place when the
+    caller donates the pool; outside, the given pages are consumed.
 
     Args:
       k_pages: `[N, Hk, S, D]`, or `[L, N, Hk, S, D]` with `layer`.
@@ -188,9 +198,9 @@ def append_and_attend(
       page_table: int32 `[B, P]`. The pages that are written belong to one row only.
       seq_lens: int32 `[B]`, tokens of each row, the new ones included.
       slots: int32 `[B]` or `[B, T]` as for `append_kv`: which of the tokens are new, `slots >= S`;
-        where those lie, the page table says. "all": every one is. None says the same where T = 1;
-        with T > 1 it is refused, because a row that brings fewer than T tokens would have older
-        ones of its own overwritten by its padding.
+        where those lie, the page table says. "all": every one is. None says the same where T = 1 or
+        with `query_lens`, which leave a row's padding out; else it is refused, because a row that
+        brings fewer than T tokens would have older ones of its own overwritten by its padding.
 
     All other arguments are those of `paged_attention`.
 
@@ -210,7 +220,7 @@ def append_and_attend(
       (1.0, 0.809)
     """
     check_order(k_pages, v_pages, q, k, v)
-    tables = (page_table, seq_lens, layer, starts, sinks)
+    tables = (page_table, seq_lens, layer, starts, sinks, query_lens, tail_mask)
     check_call(q, k_pages, v_pages, *tables, placement)
     options = static_options(
         q, page_table, k_pages.shape[-2], scale=scale, sliding_window=sliding_window,
@@ -221,6 +231,8 @@ def append_and_attend(
     for name, new in (("k", k), ("v", v)):
         check_float(name, new)
         check_axes(name, new, axes, **{axis: sizes[axis] for axis in axes.split(", ")})
+    if slots is None and query_lens is not None:
+        slots = "all"  # of a row's own tokens
     slots = new_slots(slots, axes.removesuffix(", Hk, D"), sizes)
     out, lse, *pages = _append_and_attend(k_pages, v_pages, k, v, slots, q, *tables, options)
     return (out, lse, *pages) if return_lse else (out, *pages)
@@ -236,6 +248,8 @@ _AXES = dict(
     seq_lens="B",
     starts="B",
     sink="Hq",
+    query_lens="B",
+    tail_mask="B, T, T",
 )
 # The axes of the new tokens: k, v and which of them are new, if that is given.
 _NEW_AXES = ("B, T, Hk, D", "B, T, Hk, D", "B, T")
@@ -252,9 +266,13 @@ def _attend(
     layer: Array | None,
     starts: Array | None,
     sinks: Array | None,
+    query_lens: Array | None,
+    tail_mask: Array | None,
     options: StaticOptions,
 ) -> tuple[Array, Array]:
-    arrays = _canonical(q, k_pages, v_pages, page_table, seq_lens, layer, starts, sinks)
+    arrays = _canonical(
+        q, k_pages, v_pages, page_table, seq_lens, layer, starts, sinks, query_lens, tail_mask
+    )
 
     # XLA would differentiate its backend without a word, and no kernel can: all refuse alike.
     @jax.custom_jvp
@@ -282,9 +300,13 @@ def _append_and_attend(
     layer: Array | None,
     starts: Array | None,
     sinks: Array | None,
+    query_lens: Array | None,
+    tail_mask: Array | None,
     options: StaticOptions,
 ) -> tuple[Array, Array, Array, Array]:
-    arrays = _canonical(q, k_pages, v_pages, page_table, seq_lens, layer, starts, sinks)
+    arrays = _canonical(
+        q, k_pages, v_pages, page_table, seq_lens, layer, starts, sinks, query_lens, tail_mask
+    )
     shape = (*arrays["q"].shape[:2], *k.shape[-2:])
     new = [x.reshape(shape).astype(k_pages.dtype) for x in (k, v)]
     if slots is not None:
@@ -356,13 +378,15 @@ def _canonical(
     layer: Array | None,
     starts: Array | None,
     sinks: Array | None,
+    query_lens: Array | None,
+    tail_mask: Array | None,
 ) -> dict[str, Array]:
     """The arrays of the record; what is not given is left out, so that no backend computes it.
 
     Numbers of int64 are brought into the range of int32, and outside stays outside. If the layer is
     outside the pool, every length becomes `P * S + 1`: too long for the table, so every backend
-    gives NaN and writes nothing. Arrays of int32 stay as they are; an operation more before a
-    launch of a few microseconds would be felt.
+    gives NaN and writes nothing. With T = 1 a row without a query is an empty row. Arrays of int32
+    stay as they are; an operation more before a launch of a few microseconds would be felt.
     """
     pages, page_size = k_pages.shape[-4], k_pages.shape[-2]
     capacity = page_table.shape[1] * page_size
@@ -371,11 +395,18 @@ def _canonical(
     if layer is not None:
         arrays["layer"], outside = known_layer(layer, k_pages.shape[0])
         lens = jnp.where(outside, capacity + 1, lens)
+    tokens = arrays["q"].shape[1]
+    if query_lens is not None and tokens == 1:
+        lens, query_lens = jnp.where(query_lens > 0, lens, 0), None
     arrays |= dict(page_table=narrow(page_table, pages), seq_lens=lens)
     if starts is not None:
         arrays["starts"] = narrow(starts, capacity + 1)
     if sinks is not None:
         arrays["sink"] = sink_mass(sinks, q.shape[-2])
+    if query_lens is not None:
+        arrays["query_lens"] = narrow(query_lens, tokens + 1)
+    if tail_mask is not None:
+        arrays["tail_mask"] = jnp.asarray(tail_mask)
     return arrays
 
 

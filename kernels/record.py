@@ -66,6 +66,10 @@ class AttentionCall:
       soft_cap: logits become `soft_cap * tanh(logits / soft_cap)`; None: unchanged.
       platform: where it will run, "cpu", "gpu" or "tpu".
       stacked: whether the caller's pages have a layer axis; without, L is 1.
+      query_lens: int32 `[B]`, how many of the T queries of a row are its own, the last ones: any
+        number, taken as the nearest in `0 .. T`. None: all T. The op leaves it out where T = 1.
+      tail_mask: bool `[B, T, T]`, which of its row's own new tokens each of them sees, beside those
+        in front; only `u < t` and the diagonal count. None: all up to itself.
     """
 
     q: Float[Given, "B T Hq D"]
@@ -81,6 +85,8 @@ class AttentionCall:
     soft_cap: float | None
     platform: str
     stacked: bool = True
+    query_lens: Int32[Given, "B"] | None = None
+    tail_mask: Bool[Given, "B T T"] | None = None
 
     @property
     def rows(self) -> int:
@@ -157,6 +163,8 @@ class AttentionCall:
         scale: float = 1.0,
         window: int | None = None,
         soft_cap: float | None = None,
+        query_lens: bool = False,
+        tail_mask: bool = False,
         platform: str = "gpu",
     ) -> "AttentionCall":
         """A call without its arrays: for refusals, and for plans of a card that is not here."""
@@ -172,40 +180,89 @@ class AttentionCall:
             seq_lens=lens,
             starts=lens if starts else None,
             sink=array((kv_heads * group,), jnp.float32) if sinks else None,
+            query_lens=lens if query_lens else None,
+            tail_mask=array((rows, tokens, tokens), jnp.bool) if tail_mask else None,
         )
         return cls(**arrays, scale=scale, window=window, soft_cap=soft_cap, platform=platform)
 
+    @property
+    def one_token(self) -> bool:
+        """Whether each row has one query token, T = 1, and no mask: what the fastest kernels do."""
+        return self.tokens == 1 and self.tail_mask is None
+
     def visible(self) -> tuple[Int32[Array, "B T"], Int32[Array, "B T"]]:
-        """The tokens that each query sees, as a half-open range `first, end`.
+        """The tokens that each query may see, as a half-open range `first, end`.
 
         ```
-        token      0 . . . first . . . . . position | end ...
-        seen by t          [================== = =====)
-        first = max(starts, position - window + 1, 0)       end = position + 1
+        token      0 . . . first . . . . . place | end ...      place = seq_lens - T + t
+        seen by t          [============== = =====)
+        first = max(starts, position - window + 1, 0)           end = place + 1
         ```
-        A query in front of its sequence (position < 0) has `end <= 0 <= first`: it sees nothing.
+        Place and position are one but for a `tail_mask`, which also hides some of the new tokens in
+        the range: `sees` tells which. A query in front of its sequence (place < 0), or of the row's
+        own, has `end <= 0 <= first`: it sees nothing. No query begins before the row's first does.
         """
-        position = self.positions()
         starts = jnp.int32(0) if self.starts is None else jnp.maximum(self.starts, 0)[:, None]
-        first = jnp.broadcast_to(starts, position.shape)
+        first = jnp.broadcast_to(starts, (self.rows, self.tokens))
         if self.window is not None:
-            first = jnp.maximum(first, position - (self.window - 1))
-        return first, position + 1
+            first = jnp.maximum(first, self.positions() - (self.window - 1))
+        end = self.places() + 1
+        return first, end if self.query_lens is None else jnp.where(self.own(), end, 0)
 
-    def positions(self) -> Int32[Array, "B T"]:
-        """Where each query sits in its sequence; below 0 in front of it. A length below 0 is 0."""
+    def sees(self, token: Int32[Array, "B C"]) -> Bool[Array, "B T C"]:
+        """Whether each query sees the tokens at these places of its row."""
+        first, end = (edge[..., None] for edge in self.visible())
+        seen = (first <= token[:, None]) & (token[:, None] < end)
+        if self.tail_mask is None:
+            return seen
+        mask = self.tail_mask
+        if self.window is not None:
+            position = self.positions()
+            mask &= position[:, :, None] - position[:, None, :] < self.window
+        new = token[:, None] - self.places()[:, :1, None]  # which of the T tokens it is
+        picked = jnp.take_along_axis(mask, jnp.clip(new, 0, self.tokens - 1), axis=2)
+        return seen & (picked | (new < self._padding()[..., None]))
+
+    def places(self) -> Int32[Array, "B T"]:
+        """Where each query's token lies in its sequence; below 0 in front of it. A length below 0
+        is 0."""
         lens = jnp.maximum(self.seq_lens, 0)[:, None]
         return lens - self.tokens + jnp.arange(self.tokens, dtype=jnp.int32)
 
-    def broken_rows(self) -> Bool[Array, "B"]:
-        """Rows whose table breaks the contract: a page id outside the pool, or too few columns.
+    def positions(self) -> Int32[Array, "B T"]:
+        """Where each query stands, as windows count: its place, or with a `tail_mask` the number of
+        tokens in front of it on its own branch. Padding stands where the row's own begin."""
+        places = self.places()
+        begin = places[:, :1] + self._padding()
+        if self.tail_mask is None:
+            return jnp.maximum(places, begin)
+        t = jnp.arange(self.tokens, dtype=jnp.int32)
+        new = self.own() & (places >= 0)
+        before = self.tail_mask & (t < t[:, None]) & new[:, None]
+        depth = jnp.sum(before, axis=2, dtype=jnp.int32)
+        return jnp.maximum(begin, 0) + jnp.where(new, depth, 0)
+
+    def own(self) -> Bool[Array, "B T"]:
+        """Which queries are their row's own: not those that `query_lens` leaves in front."""
+        return jnp.arange(self.tokens, dtype=jnp.int32) >= self._padding()
+
+    def _padding(self) -> Int32[Array, "B 1"]:
+        """How many queries in front of a row's own."""
+        if self.query_lens is None:
+            return jnp.zeros((self.rows, 1), jnp.int32)
+        return self.tokens - jnp.clip(self.query_lens, 0, self.tokens)[:, None]
+
+    def broken(self) -> Bool[Array, "B T"]:
+        """The queries of rows that break the contract: a page id outside the pool, or too few
+        columns.
 
         Values cannot raise under `jit`. Such a row must come out as NaN, never as the data of
         another sequence, which is what clamped or wrapped indices would read.
         """
         used = jnp.arange(self.columns, dtype=jnp.int32) * self.page_size < self.seq_lens[:, None]
         outside = (self.page_table < 0) | (self.page_table >= self.pages)
-        return jnp.any(used & outside, axis=1) | (self.seq_lens > self.capacity)
+        rows = jnp.any(used & outside, axis=1) | (self.seq_lens > self.capacity)
+        return rows[:, None] & self.own()
 
     def with_newest(
         self,
@@ -215,17 +272,17 @@ class AttentionCall:
     ) -> "AttentionCall":
         """This call over pages in which row b's tokens `seq_lens[b] - T + t` are k and v.
 
-        A token in front of its sequence, beyond its table or with its slot in the null page is
-        written nowhere.
+        A token in front of its sequence or of the row's own, beyond its table or with its slot in
+        the null page is written nowhere.
         """
-        page_size, position = self.page_size, self.positions()
-        column = jnp.clip(position // page_size, 0, self.columns - 1)
+        page_size, place = self.page_size, self.places()
+        column = jnp.clip(place // page_size, 0, self.columns - 1)
         page = jnp.take_along_axis(self.page_table, column, axis=1)
-        nowhere = (position < 0) | (self.seq_lens[:, None] > self.capacity)
+        nowhere = (place < 0) | ~self.own() | (self.seq_lens[:, None] > self.capacity)
         nowhere |= (page < 0) | (page >= self.pages)
         if slots is not None:
             nowhere |= slots < page_size
-        where = jnp.where(nowhere, -1, page * page_size + position % page_size)
+        where = jnp.where(nowhere, -1, page * page_size + place % page_size)
         shape = self.k_pages.shape if self.stacked else self.k_pages.shape[1:]
         written = write_tokens(
             self.k_pages.reshape(shape),
@@ -246,6 +303,8 @@ class AttentionCall:
         """
         if self.tokens != 1:
             return f"it serves one query token a row, T = 1; got T = {self.tokens}"
+        if self.tail_mask is not None:
+            return "it does not serve tail_mask (draft trees)"
         return self.pages_refusal(mixed=mixed)
 
     def pages_refusal(self, *, mixed: bool = False) -> str | None:

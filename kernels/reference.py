@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 from jax.nn import logsumexp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from .record import AttentionCall
 
@@ -22,10 +22,7 @@ def attend(call: AttentionCall) -> tuple[Float[Array, "B T Hq D"], Float[Array, 
     q = call.q.astype(jnp.float32)
     k, v = _tokens(call, call.k_pages), _tokens(call, call.v_pages)  # [B, tokens, Hq, D]
 
-    first, end = call.visible()
-    token = jnp.arange(k.shape[1], dtype=jnp.int32)
-    seen = (first[..., None] <= token) & (token < end[..., None])  # [B, T, tokens]
-    seen = seen[:, :, None, :]  # [B, T, 1, tokens]: the same for every head
+    seen = _seen(call)[:, :, None, :]  # [B, T, 1, tokens]: the same for every head
 
     logits = call.scale * jnp.einsum("bthd,bnhd->bthn", q, k, precision="highest")
     if call.soft_cap is not None:
@@ -38,9 +35,14 @@ def attend(call: AttentionCall) -> tuple[Float[Array, "B T Hq D"], Float[Array, 
     weights = jnp.exp(logits - mass[..., None])
     out = jnp.einsum("bthn,bnhd->bthd", weights, v, precision="highest")
 
-    broken = call.broken_rows()[:, None, None]
+    broken = call.broken()[..., None]
     out = jnp.where(broken[..., None], jnp.nan, out)
     return out.astype(call.q.dtype), jnp.where(broken, jnp.nan, lse)
+
+
+def _seen(call: AttentionCall) -> Bool[Array, "B T tokens"]:
+    token = jnp.arange(call.capacity, dtype=jnp.int32)
+    return call.sees(jnp.broadcast_to(token, (call.rows, call.capacity)))
 
 
 def _tokens(call: AttentionCall, pages: Array) -> Float[Array, "B tokens Hq D"]:
@@ -50,7 +52,6 @@ def _tokens(call: AttentionCall, pages: Array) -> Float[Array, "B tokens Hq D"]:
     tokens = jnp.moveaxis(pages[call.layer, ids], 2, 3)  # [B, P, S, Hk, D]
     tokens = tokens.reshape(call.rows, call.capacity, *tokens.shape[3:])
     # Slots that no query sees may hold NaN, and 0 * NaN is NaN: mask the values too.
-    token, first = jnp.arange(tokens.shape[1], dtype=jnp.int32), call.visible()[0][:, :1]
-    held = (first <= token) & (token < call.seq_lens[:, None])
+    held = jnp.any(_seen(call), axis=1)
     tokens = jnp.where(held[..., None, None], tokens.astype(jnp.float32), 0.0)
     return jnp.repeat(tokens, call.group, axis=2)

@@ -37,18 +37,17 @@ def _kernel(call: AttentionCall, chunk_pages: int) -> tuple[Array, Array, Array]
     k_rows, v_rows = _head_rows(call.k_pages), _head_rows(call.v_pages)
     first, end = call.visible()
     first_page = first[:, 0] // page_size
-    end_page = (call.seq_lens + (page_size - 1)) // page_size
+    end_page = (end[:, -1] + (page_size - 1)) // page_size
     steps = jnp.max((end_page - first_page + (chunk_pages - 1)) // chunk_pages)
 
     def step(i: Int32[Array, ""], carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         column = first_page[:, None] + i * chunk_pages + jnp.arange(chunk_pages, dtype=jnp.int32)
         token = column[..., None] * page_size + jnp.arange(page_size, dtype=jnp.int32)
-        token = token.reshape(batch, 1, -1)
-        seen = (first[..., None] <= token) & (token < end[..., None])
+        seen = call.sees(token.reshape(batch, -1))
+        # What no query sees may hold NaN, and 0 * NaN is NaN. For K, -inf over its logits is
+        # enough: every logit depends on one token alone.
+        held = jnp.any(seen, axis=1, keepdims=True)
         seen = jnp.repeat(seen, call.group, axis=1)
-        # Unused slots may hold NaN, and 0 * NaN is NaN. For K, -inf over its logits is enough:
-        # every logit depends on one token alone.
-        held = (first[:, :1, None] <= token) & (token < call.seq_lens[:, None, None])
         ids = _page_ids(call, column, column < end_page[:, None])
         k = _gather(k_rows, ids, kv_heads, dim)
         v = jnp.where(held[..., None], _gather(v_rows, ids, kv_heads, dim), 0.0)
@@ -140,7 +139,7 @@ def attend(call: AttentionCall) -> tuple[Float[Array, "B T Hq D"], Float[Array, 
     sink = None if call.sink is None else call.sink.reshape(-1, 1, call.group)
     out, lse = finished(acc, top, total, sink)
 
-    broken = call.broken_rows()[:, None, None, None]
+    broken = call.broken()[:, None, :, None]
     out = jnp.where(broken[..., None], jnp.nan, out).swapaxes(1, 2).astype(call.q.dtype)
     lse = jnp.where(broken, jnp.nan, lse).swapaxes(1, 2)
     return out.reshape(call.q.shape), lse.reshape(call.q.shape[:-1])

@@ -53,7 +53,7 @@ def append_and_attend(
 
     One launch where T = 1; else a scatter goes before it.
     """
-    if call.tokens > 1:
+    if not call.one_token:
         written = call.with_newest(k, v, slots)
         return *attend(written), written.k_pages, written.v_pages
     out, lse, _, _, k_pages, v_pages = run(call, Card.here(), (k, v, slots))
@@ -67,7 +67,8 @@ def run(
     append, (k, v, slots) = newest is not None, newest or (None, None, None)
     plan = Plan.of(call, card, append=append, slots=slots is not None)
     inputs = _inputs(call, plan)
-    if call.tokens > 1:
+    if not call.one_token:
+        inputs += _new_tokens(call, plan)
         return _launched(tail_kernel, inputs, plan, "paged_tail", {})
     inputs += (
         call.q if k is None else k,
@@ -93,6 +94,16 @@ def _inputs(call: AttentionCall, plan: Plan) -> tuple[Array, ...]:
         call.seq_lens if call.starts is None else call.starts,
         call.q if call.sink is None else call.sink,
         zero_counters(plan.counters),
+    )
+
+
+def _new_tokens(call: AttentionCall, plan: Plan) -> tuple[Array, ...]:
+    """What the kernel of T > 1 is told beside: as `_inputs`."""
+    windowed_tree = call.tail_mask is not None and plan.constants["WINDOW"] > 0
+    return (
+        call.seq_lens if call.query_lens is None else call.query_lens,
+        call.seq_lens if call.tail_mask is None else call.tail_mask,
+        call.positions() if windowed_tree else call.seq_lens,
     )
 
 

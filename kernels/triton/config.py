@@ -174,7 +174,7 @@ _WARPGROUPS = (90, 100, 103)  # and those whose matrix unit takes operands from 
 
 def choose_config(call: AttentionCall, card: Card) -> DecodeConfig | TailConfig:
     """The config of a call: from the tables, or a small tiling that fits every card."""
-    return _decode_config(call, card) if call.tokens == 1 else _tail_config(call, card)
+    return _decode_config(call, card) if call.one_token else _tail_config(call, card)
 
 
 def _decode_config(call: AttentionCall, card: Card) -> DecodeConfig:

@@ -121,6 +121,8 @@ def _tail(call: AttentionCall, config: TailConfig) -> Plan:
         BLOCK_ITEMS=power(items) if split else 1,
         AIM=max(config.aim, 1),
         SPLIT=split,
+        QUERY_LENS=call.query_lens is not None,
+        TREE=call.tail_mask is not None,
         REGISTERS=config.registers,
     )
     # One that no row fills is none: a position less it stays within int32.

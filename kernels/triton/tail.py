@@ -11,7 +11,11 @@ tokens of a row (speculative drafts) fill a tile as a chunk of a prompt fills ma
 the T = 1 kernel calls rows: every program reads the lengths of the batch, counts the work of all
 tiles and finds its own place, the longest first. A tile with more than its share of the work is cut
 along its keys, and the last program to arrive merges the parts in their order. The grid depends on
-shapes alone. Queries in front of their row belong to no tile that reads anything.
+shapes alone. A tile of nothing but padding, in front of the row or of its own queries, reads
+nothing and is no work.
+
+The blocks of keys of a tile are of three kinds: those that all its queries see, which take no mask;
+those that some see, at either end; and with a `tail_mask` those that hold new tokens of the row.
 """
 
 import triton
@@ -19,7 +23,7 @@ import triton.language as tl
 
 from .merge import arrive, merge_parts, store_result
 from .tiles import LOG2E, page_ids, scaled
-from .work import place_of_tile, visible_of_tile
+from .work import padding_of, place_of_tile, visible_of_tile
 
 __all__ = ["tail_kernel"]
 
@@ -42,7 +46,9 @@ def _attend_blocks(
     top,
     total,
     wrong,
+    tree,
     MASKED: tl.constexpr,
+    TREE: tl.constexpr,
     LOW: tl.constexpr,
     PAGES: tl.constexpr,
     PAGE: tl.constexpr,
@@ -50,16 +56,18 @@ def _attend_blocks(
     PAGE_STRIDE: tl.constexpr,
     SCALE: tl.constexpr,
     SOFT_CAP: tl.constexpr,
+    WINDOW: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TOKENS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Online softmax over the blocks of keys at `begin, begin + step, ...` below `stop`.
 
-    Query m sees the tokens `first[m] .. last[m]`; without MASKED all of a block's tokens, which
-    leaves only products and exponentials. With LOW there may be tokens in front of `low`, the least
-    `first`, which nobody may read: a weight of 0 does not hide a NaN. Page ids are carried as in the T = 1 kernel. Returns
-    where the next block begins, its page ids, the sums and which ids lay outside the pool.
+    Query m sees the tokens `first[m] .. last[m]`, with TREE those of them that `tree` lets it see;
+    without MASKED all of a block's tokens, which leaves only products and exponentials. With LOW
+    there may be tokens in front of `low`, the least `first`. Nobody may see those, and a weight of
+    0 does not hide a NaN, so they are not read. Page ids are carried as in the T = 1 kernel.
+    Returns where the next block begins, its page ids, the sums and which ids lay outside the pool.
     """
     column = tl.arange(0, TOKENS)
     dim = tl.arange(0, BLOCK_D)
@@ -76,6 +84,10 @@ def _attend_blocks(
             mask = token < end
             if LOW:
                 mask = mask & (token >= low)
+            if TREE:
+                live = (token[None, :] >= first[:, None]) & (token[None, :] <= last[:, None])
+                live = live & _branch(token, end, tree, WINDOW)
+                mask = mask & (tl.max(live.to(tl.int32), 0) > 0)
             mask = mask[:, None]
             if D < BLOCK_D:
                 mask = mask & (dim < D)[None, :]
@@ -97,7 +109,8 @@ def _attend_blocks(
         if not FOLDED:
             logits = scaled(logits, SCALE, SOFT_CAP)
         if MASKED:
-            live = (token[None, :] >= first[:, None]) & (token[None, :] <= last[:, None])
+            if not TREE:
+                live = (token[None, :] >= first[:, None]) & (token[None, :] <= last[:, None])
             logits = tl.where(live, logits, -float("inf"))
         new_top = tl.maximum(top, tl.max(logits, 1) * FACTOR)
         base = new_top
@@ -111,6 +124,25 @@ def _attend_blocks(
         top = new_top
     begin += tl.maximum(tl.cdiv(stop - begin, step), 0) * step
     return begin, ids, acc, top, total, wrong
+
+
+@triton.jit
+def _branch(token, end, tree, WINDOW: tl.constexpr):
+    """Which of these tokens each query sees, as far as its row's `tail_mask` says.
+
+    `tree` is, for each query, where its line of the mask begins, where it stands and whether it is
+    its row's own; and for the row where the positions of its queries lie, which of its tokens is
+    the first of the T, and how many of those are padding.
+    """
+    line, stand, own, stands, tail, padding = tree
+    new = token - tail
+    fresh = (new >= padding) & (token < end)
+    seen = own[:, None] & fresh[None, :]
+    seen = seen & (tl.load(line[:, None] + new[None, :], mask=seen, other=0) != 0)
+    if WINDOW > 0:
+        theirs = tl.load(stands + new, mask=fresh, other=0)
+        seen = seen & (stand[:, None] - theirs[None, :] < WINDOW)
+    return seen | (new < padding)[None, :]
 
 
 @triton.jit
@@ -136,6 +168,9 @@ def tail_kernel(
     starts,
     sink,
     counters,
+    query_lens,
+    tail_mask,
+    positions,
     out,
     lse,
     part_acc,
@@ -162,13 +197,16 @@ def tail_kernel(
     SPLIT: tl.constexpr,
     STARTS: tl.constexpr,
     SINKS: tl.constexpr,
+    QUERY_LENS: tl.constexpr,
+    TREE: tl.constexpr,
     REGISTERS: tl.constexpr,
 ):
     """One call of one layer over pages that hold the new tokens already.
 
     Pointers: q, out `[ROWS, T, Hq, D]`; pages `[L, PAGES, KV_HEADS, PAGE, D]`; layer `[]`;
-    page_table `[ROWS, COLUMNS]`; seq_lens, starts `[ROWS]`; sink `[Hq]`; counters, one for each
-    row, tile and KV head, zeros before and after; lse `[ROWS, T, Hq]`; part_acc `[slots, M, D]` and
+    page_table `[ROWS, COLUMNS]`; seq_lens, starts, query_lens `[ROWS]`; sink `[Hq]`; counters, one
+    for each row, tile and KV head, zeros before and after; tail_mask `[ROWS, T, T]`, and positions
+    `[ROWS, T]` for its windows; lse `[ROWS, T, Hq]`; part_acc `[slots, M, D]` and
     part_lse `[slots, M]`, anything before and after. REGISTERS is for `launch.py` alone.
     """
     HEADS: tl.constexpr = KV_HEADS * GROUP
@@ -184,8 +222,8 @@ def tail_kernel(
     parts = 1
     if SPLIT:
         item, base, parts = place_of_tile(
-            place, seq_lens, starts, ROWS, TILES, T, GROUP, M, KV_HEADS, CAPACITY, WINDOW, TOKENS,
-            BLOCK_ITEMS, AIM, STARTS,
+            place, seq_lens, starts, query_lens, ROWS, TILES, T, GROUP, M, KV_HEADS, CAPACITY,
+            WINDOW, TOKENS, BLOCK_ITEMS, AIM, STARTS, QUERY_LENS, TREE,
         )  # fmt: skip
     if parts > 0:
         row = item % ROWS
@@ -195,26 +233,39 @@ def tail_kernel(
         start = row * 0
         if STARTS:
             start = tl.minimum(tl.maximum(tl.load(starts + row), 0), CAPACITY)
+        padding = row * 0
+        if QUERY_LENS:
+            padding = padding_of(query_lens + row, row < ROWS, T)
         begin, end, lowest, highest = visible_of_tile(
-            tile, length, start, T, GROUP, M, WINDOW, CAPACITY
+            tile, length, start, padding, T, GROUP, M, WINDOW, CAPACITY, QUERY_LENS, TREE
         )
         table = page_table + row.to(tl.int64) * COLUMNS
         broken = length > CAPACITY
         if TILES > 1:  # a single tile looks at every page that its row sees
-            broken = broken | _any_outside(table, tl.minimum(length, CAPACITY), PAGES, PAGE, 512)
+            held = tl.minimum(length, CAPACITY)
+            if QUERY_LENS:
+                held = tl.where(end > 0, held, 0)
+            broken = broken | _any_outside(table, held, PAGES, PAGE, 512)
 
         query = tile * M + tl.arange(0, M)
         position = length - T + query // GROUP
         real = query < T * GROUP
-        last = tl.where(real, position, -1)
+        own = real
+        if QUERY_LENS:
+            own = real & (query // GROUP >= padding)
+        last = tl.where(own, position, -1)
         first = last * 0 + start
         clear = start  # all queries see the tokens from here to `lowest`
+        stand = position
         if WINDOW > 0:
-            first = tl.maximum(first, position - WINDOW + 1)
+            if TREE:
+                stands = positions + row.to(tl.int64) * T
+                stand = tl.load(stands + query // GROUP, mask=own, other=0)
+            first = tl.maximum(first, stand - WINDOW + 1)
             clear = tl.maximum(clear, highest - WINDOW + 1)
         dim = tl.arange(0, BLOCK_D)
         at = (row.to(tl.int64) * T + query // GROUP) * HEADS + kv_head * GROUP + query % GROUP
-        q_mask = real[:, None] & (dim < D)[None, :]
+        q_mask = own[:, None] & (dim < D)[None, :]
         q_tile = tl.load(q + at[:, None] * D + dim[None, :], mask=q_mask, other=0.0)
 
         step = parts * TOKENS
@@ -229,26 +280,43 @@ def tail_kernel(
         top = tl.full([M], -float("inf"), tl.float32)
         total = tl.zeros([M], tl.float32)
         wrong = tl.zeros([TOKENS], tl.int32)
+        tree = (tail_mask, stand, own, positions, length, padding)
+        fresh = end  # from here on blocks hold new tokens of the row
+        if TREE:
+            tail = length - T
+            fresh = tl.maximum(tail + padding, 0) // TOKENS * TOKENS
+            line = tail_mask + (row.to(tl.int64) * T + query // GROUP) * T
+            tree = (line, stand, own, positions + row.to(tl.int64) * T, tail, padding)
         if LOW:
             stop = tl.minimum(tl.cdiv(clear, TOKENS) * TOKENS, end)
+            if TREE:
+                stop = tl.minimum(stop, fresh)
             begin, ids, acc, top, total, wrong = _attend_blocks(
-                begin, stop, step, q_tile, k_head, v_head, table, ids, first, last, low,
-                end, acc, top, total, wrong, True, LOW, PAGES, PAGE, D, PAGE_STRIDE, SCALE, SOFT_CAP, BLOCK_D, TOKENS,
-                STAGES,
+                begin, stop, step, q_tile, k_head, v_head, table, ids, first, last, low, end, acc,
+                top, total, wrong, tree, True, False, LOW, PAGES, PAGE, D, PAGE_STRIDE, SCALE,
+                SOFT_CAP, WINDOW, BLOCK_D, TOKENS, STAGES,
             )  # fmt: skip
         stop = tl.minimum(tl.maximum(lowest + 1, 0), end) // TOKENS * TOKENS
+        if TREE:
+            stop = tl.minimum(stop, fresh)
         begin, ids, acc, top, total, wrong = _attend_blocks(
-            begin, stop, step, q_tile, k_head, v_head, table, ids, first, last, low, end,
-            acc, top, total, wrong, False, LOW, PAGES, PAGE, D, PAGE_STRIDE, SCALE, SOFT_CAP, BLOCK_D, TOKENS,
-            STAGES,
+            begin, stop, step, q_tile, k_head, v_head, table, ids, first, last, low, end, acc, top,
+            total, wrong, tree, False, False, LOW, PAGES, PAGE, D, PAGE_STRIDE, SCALE, SOFT_CAP,
+            WINDOW, BLOCK_D, TOKENS, STAGES,
         )  # fmt: skip
+        # Those with new tokens are few, and their mask decides what is read: nothing to pipeline.
+        LAST_STAGES: tl.constexpr = 1 if TREE else STAGES
         begin, ids, acc, top, total, wrong = _attend_blocks(
-            begin, end, step, q_tile, k_head, v_head, table, ids, first, last, low, end,
-            acc, top, total, wrong, True, LOW, PAGES, PAGE, D, PAGE_STRIDE, SCALE, SOFT_CAP, BLOCK_D, TOKENS,
-            STAGES,
+            begin, end, step, q_tile, k_head, v_head, table, ids, first, last, low, end, acc, top,
+            total, wrong, tree, True, TREE, LOW, PAGES, PAGE, D, PAGE_STRIDE, SCALE, SOFT_CAP,
+            WINDOW, BLOCK_D, TOKENS, LAST_STAGES,
         )  # fmt: skip
         broken = broken | (tl.max(wrong, 0) > 0)
         total = tl.where(broken, float("nan"), total)
+        if QUERY_LENS:  # padding in a tile beside own queries; it has seen what all of these see
+            acc = tl.where(own[:, None], acc, 0.0)
+            top = tl.where(own, top, -float("inf"))
+            total = tl.where(own, total, 0.0)
 
         if parts == 1:
             sinks = tl.full([M], -float("inf"), tl.float32)

@@ -13,7 +13,7 @@ at once. Here a unit is a row (T = 1) or a tile of the queries of a row (T > 1).
 import triton
 import triton.language as tl
 
-__all__ = ["place_of_row", "place_of_tile", "visible_of_row", "visible_of_tile"]
+__all__ = ["padding_of", "place_of_row", "place_of_tile", "visible_of_row", "visible_of_tile"]
 
 
 @triton.jit
@@ -133,23 +133,43 @@ def place_of_row(
 
 
 @triton.jit
+def padding_of(query_len, real, T: tl.constexpr):
+    """How many of the T queries of a row are in front of its own."""
+    own = tl.load(query_len, mask=real, other=0)
+    return T - tl.minimum(tl.maximum(own, 0), T)
+
+
+@triton.jit
 def visible_of_tile(
     tile,
     length,
     start,
+    padding,
     T: tl.constexpr,
     GROUP: tl.constexpr,
     M: tl.constexpr,
     WINDOW: tl.constexpr,
     CAPACITY: tl.constexpr,
+    QUERY_LENS: tl.constexpr,
+    TREE: tl.constexpr,
 ):
-    """`first, end` of what the queries of a tile see together; where its first and last one sit."""
+    """`first, end` of what the queries of a tile see together; where its first and last one sit.
+
+    `padding` queries of the row are in front of its own; a tile of nothing else has `end` 0.
+    """
     lowest = length - T + tile * M // GROUP
     highest = length - T + tl.minimum((tile * M + M - 1) // GROUP, T - 1)
+    if QUERY_LENS:
+        lowest = tl.maximum(lowest, length - T + padding)
     first = start
     if WINDOW > 0:
-        first = tl.maximum(first, lowest - WINDOW + 1)
+        nearest = lowest
+        if TREE:  # any query may stand where the row's own begin
+            nearest = tl.maximum(length - T + padding, 0)
+        first = tl.maximum(first, nearest - WINDOW + 1)
     end = tl.minimum(tl.maximum(highest + 1, 0), CAPACITY)
+    if QUERY_LENS:
+        end = tl.where(highest >= lowest, end, 0)
     return tl.minimum(first, CAPACITY), end, lowest, highest
 
 
@@ -158,6 +178,7 @@ def place_of_tile(
     place,
     seq_lens,
     starts,
+    query_lens,
     ROWS: tl.constexpr,
     TILES: tl.constexpr,
     T: tl.constexpr,
@@ -170,6 +191,8 @@ def place_of_tile(
     BLOCK_ITEMS: tl.constexpr,
     AIM: tl.constexpr,
     STARTS: tl.constexpr,
+    QUERY_LENS: tl.constexpr,
+    TREE: tl.constexpr,
 ):
     """`item, place of its first program, programs of it` for one program of a KV head.
 
@@ -185,9 +208,13 @@ def place_of_tile(
     if STARTS:
         start = tl.load(starts + row, mask=real, other=0)
         start = tl.minimum(tl.maximum(start, 0), CAPACITY)
+    padding = row * 0
+    if QUERY_LENS:
+        padding = padding_of(query_lens + row, real, T)
     first, end, _, _ = visible_of_tile(
-        TILES - 1 - item // ROWS, length, start, T, GROUP, M, WINDOW, CAPACITY
-    )
+        TILES - 1 - item // ROWS, length, start, padding, T, GROUP, M, WINDOW, CAPACITY,
+        QUERY_LENS, TREE,
+    )  # fmt: skip
     blocks = tl.maximum(tl.cdiv(end, TOKENS) - first // TOKENS, 0)
     blocks = tl.where(real, blocks, 0)
     total = tl.sum(blocks.to(tl.int64), 0)

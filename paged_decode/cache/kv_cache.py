@@ -216,8 +216,9 @@ class KVCache(PageArrays):
           batch: whose slots say which of the T tokens of a row are new.
           group: the number of the group of layers that `layer` counts in; None: in all of them.
           return_lse: also return the log of the softmax denominator, without sinks.
-          options: starts, scale, sliding_window, soft_cap, sinks and implementation, as in
-            `paged_attention`. Window and starts of a group of layers need not be passed.
+          options: starts, scale, sliding_window, soft_cap, sinks, query_lens, tail_mask and
+            implementation, as in `paged_attention`. Window and starts of a group of layers need
+            not be passed.
 
         Returns:
           `(out, cache)`, where out is `(out, lse)` with `return_lse`.

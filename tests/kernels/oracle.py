@@ -104,15 +104,15 @@ class Inputs:
 
     def call(self, backend: str) -> tuple[np.ndarray, np.ndarray]:
         """`(out, lse)` of one backend."""
-        return attend(
-            backend,
-            jnp.asarray(self.q),
-            jnp.asarray(self.k_pages),
-            jnp.asarray(self.v_pages),
-            self.page_table,
-            self.seq_lens,
-            **self.options,
-        )
+        out, lse = self.call_traced(backend)
+        return np.asarray(out), np.asarray(lse)
+
+    def call_traced(self, backend: str) -> tuple[jax.Array, jax.Array]:
+        """The same where some of the arguments are traced."""
+        arrays = map(jnp.asarray, (self.q, self.k_pages, self.v_pages))
+        tables = self.page_table, self.seq_lens
+        options = dict(return_lse=True, implementation=backend)
+        return paged_attention(*arrays, *tables, **options, **self.options)
 
 
 def build(case: Case, *, fill: float = 0.0, order: int = 0) -> Inputs:
@@ -164,17 +164,16 @@ def expected(inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
     group = heads // inputs.k_pages.shape[1]
     options = inputs.options
     scale = options.get("scale", dim**-0.5)
-    cap, window = options.get("soft_cap"), options.get("sliding_window")
-    width = window[0] + 1 if isinstance(window, tuple) else window
+    cap = options.get("soft_cap")
     starts = options.get("starts", np.zeros(rows, int))
     sinks = _sinks_per_head(options.get("sinks"), heads)
     out, lse = np.zeros(q.shape), np.full(q.shape[:-1], -np.inf)
     for row, query in np.ndindex(rows, tokens):
-        seen = _seen(inputs, row, query, tokens, width)
-        seen = seen[seen >= starts[row]]
-        if not seen.size:
+        places = seen(inputs, row, query)
+        places = places[places >= starts[row]]
+        if not places.size:
             continue
-        k, v = (_tokens(pages, inputs, row, seen) for pages in (inputs.k_pages, inputs.v_pages))
+        k, v = (_tokens(pages, inputs, row, places) for pages in (inputs.k_pages, inputs.v_pages))
         for head in range(heads):
             logits = scale * (k[:, head // group] @ q[row, query, head])
             logits = logits if cap is None else cap * np.tanh(logits / cap)
@@ -185,9 +184,11 @@ def expected(inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
     return out.reshape(inputs.q.shape), lse.reshape(inputs.q.shape[:-1])
 
 
-def _seen(inputs: Inputs, row: int, query: int, tokens: int, width: int | None) -> np.ndarray:
+def seen(inputs: Inputs, row: int, query: int) -> np.ndarray:
     """The places of the tokens that a query sees, but for `starts`."""
     length, options = int(inputs.seq_lens[row]), inputs.options
+    tokens, window = inputs.q.shape[1] if inputs.q.ndim == 4 else 1, options.get("sliding_window")
+    width = window[0] + 1 if isinstance(window, tuple) else window
     own = min(int(options.get("query_lens", inputs.seq_lens * 0 + tokens)[row]), length)
     mask = options.get("tail_mask", np.ones((len(inputs.seq_lens), tokens, tokens), bool))[row]
     if query < tokens - own:

@@ -39,6 +39,20 @@ CASES = {
         options=dict(sliding_window=7, soft_cap=1.5, scale=0.3),
     ),
     "starts past the end": Case((3, 1, 16), 1, 2, 64, 16, 2, starts=(3, 1, 0)),
+    "ragged T": Case((0, 2, 3, 17, 48), 2, 3, 64, 16, 3, tokens=3, query_lens=(0, 1, 3, 2, 0)),
+    "one token of some rows": Case((1, 15, 33), 2, 3, 64, 16, 3, query_lens=(1, 0, 1)),
+    "a tree in a window": Case(
+        (3, 20, 17),
+        2,
+        3,
+        64,
+        16,
+        3,
+        tokens=3,
+        query_lens=(3, 2, 3),
+        tail_mask=0.6,
+        options=dict(sliding_window=4),
+    ),
     "three tokens": Case((0, 2, 3, 17, 48), 2, 3, 64, 16, 3, tokens=3),
 }
 
@@ -50,8 +64,12 @@ def take_newest(inputs: Inputs) -> tuple[np.ndarray, np.ndarray, Inputs]:
     heads, size, dim = inputs.k_pages.shape[1:]
     new = [np.zeros((len(q), tokens, heads, dim), inputs.k_pages.dtype) for _ in range(2)]
     pages = [inputs.k_pages.copy(), inputs.v_pages.copy()]
+    own = inputs.options.get("query_lens", lens * 0 + tokens)
     for row, t in np.ndindex(len(q), tokens):
-        if (position := int(lens[row]) - tokens + t) >= 0:
+        if t < tokens - own[row]:
+            for n in new:
+                n[row, t] = 7  # it is written nowhere
+        elif (position := int(lens[row]) - tokens + t) >= 0:
             at = (inputs.page_table[row, position // size], slice(None), position % size)
             for n, p in zip(new, pages, strict=True):
                 n[row, t] = p[at]
@@ -61,9 +79,9 @@ def take_newest(inputs: Inputs) -> tuple[np.ndarray, np.ndarray, Inputs]:
 
 
 def run(backend, k, v, inputs: Inputs, **more):
-    """All tokens are new, unless `slots` say more."""
+    """All tokens are new, unless `slots` or `query_lens` say more."""
     pages = (jnp.array(inputs.k_pages), jnp.array(inputs.v_pages))
-    more = dict(slots="all") | more
+    more = dict(slots=None if "query_lens" in inputs.options else "all") | more
     return append_and_attend(
         *pages,
         inputs.q,

@@ -157,6 +157,13 @@ def check_tail(card_name: str, call: dict) -> None:
         assert 2 * need.shared_bytes <= card.processor_bytes
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["bfloat16 D64 T=8", "bfloat16 D128 T=2", "bfloat16 D128 T=8"])
+@pytest.mark.parametrize("card", ["sm_80", "sm_90", "sm_100"])
+def test_a_tiling_of_drafts_fits_its_card_with_trees_in_windows_too(card, name):
+    check_tail(card, TAILS[name] | dict(query_lens=True, tail_mask=True, window=100))
+
+
 @pytest.mark.parametrize("name", ["bfloat16 D128 T=8", "bfloat16 D128 T=512"])
 def test_a_tiling_of_several_queries_fits_its_card(name):
     check_tail("sm_90", TAILS[name])

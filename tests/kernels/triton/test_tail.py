@@ -28,6 +28,17 @@ CASES = {
         (70, 0, 3, 140), 2, 5, 80, 16, 9, tokens=13, dtype="float16", starts=(0, 0, 2, 90),
         sinks=(10, 2), options=dict(sliding_window=60, soft_cap=2.0, scale=0.4),
     ),
+    "ragged T over several tiles": Case(
+        (75, 64, 40, 80, 9), 2, 3, 16, 16, 5, tokens=20, query_lens=(20, 3, 0, 11, 1),
+        options=dict(sliding_window=30),
+    ),
+    "trees of drafts, all options, cut along their keys": Case(
+        (150, 40, 7), 2, 4, 64, 16, 10, tokens=7, dtype="float16", query_lens=(7, 5, 3),
+        tail_mask=0.5, starts=(70, 0, 2), sinks=(8, 2), options=dict(sliding_window=60),
+    ),
+    "a mask over several tiles and blocks": Case(
+        (75, 50), 1, 2, 16, 8, 10, tokens=40, tail_mask=0.5
+    ),
     "a scale below 0": Case((50, 20), 1, 2, 16, 16, 4, tokens=9, options=dict(scale=-0.7)),
     "bfloat16, a prompt from its first token": Case(
         (40, 33), 1, 4, 64, 8, 5, tokens=40, dtype="bfloat16"
@@ -40,7 +51,10 @@ def test_tiles_of_queries_match_the_oracle(name):
     check(SPLIT, CASES[name])
 
 
-@pytest.mark.parametrize("name", ["one tile cut along its keys", "all options, float16"])
+ORDERS = ["one tile cut along its keys", "all options, float16", "ragged T over several tiles"]
+
+
+@pytest.mark.parametrize("name", ORDERS)
 def test_no_bit_depends_on_which_program_comes_last(name):
     inputs = build(CASES[name])
     same_bits(inputs.call(f"{SPLIT}-other-order"), inputs.call(SPLIT))
