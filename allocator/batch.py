@@ -55,12 +55,15 @@ class DecodeBatch:
       seq_lens: int32 `[B]`, valid tokens including the newest one of this step; 0 pads the batch.
       positions: int32 `[B, T]`, place of each query token in its sequence, never negative.
       groups: one for each group of layers.
+      query_lens: int32 `[B]`, how many of the T tokens are the row's own, the last ones; None: all,
+        as in every batch of an allocator with T = 1. `KVCache` gives no work to the others.
     """
 
     tokens: BatchArray
     seq_lens: BatchArray
     positions: BatchArray
     groups: tuple[GroupBatch, ...]
+    query_lens: BatchArray | None = None
 
     @classmethod
     def of(
@@ -72,6 +75,7 @@ class DecodeBatch:
         *,
         tokens: Any = None,
         starts: Any = None,
+        query_lens: Any = None,
         page_size: int | None = None,
         num_pages: int | None = None,
         window: int | None = None,
@@ -88,7 +92,7 @@ class DecodeBatch:
         if num_pages is not None:
             num_pages = as_count("num_pages", num_pages, 1)
         group = GroupBatch(page_table, slots, starts, page_size, num_pages, window)
-        return cls(tokens, seq_lens, positions, (group,))
+        return cls(tokens, seq_lens, positions, (group,), query_lens)
 
     @property
     def page_table(self) -> BatchArray:

@@ -27,6 +27,7 @@ class Frame(NamedTuple):
     positions: np.ndarray
     seq_lens: np.ndarray
     groups: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]]
+    query_lens: np.ndarray | None
 
     @classmethod
     def empty(
@@ -65,7 +66,8 @@ class Frame(NamedTuple):
             )
             for group in groups
         ]
-        return cls(np.zeros(shape, np.int32), np.zeros(shape, np.int32), lens, tables)
+        own = lens.copy() if num_tokens > 1 else None
+        return cls(np.zeros(shape, np.int32), np.zeros(shape, np.int32), lens, tables, own)
 
     def put(self, number: int, group: PageGroup, at: slice | np.ndarray, row: np.ndarray) -> None:
         """Fill in the rows of the page table of one group, and what they hold of it."""
@@ -84,7 +86,8 @@ class Frame(NamedTuple):
             GroupBatch(*arrays, group.pool.page_size, group.num_pages, group.window)
             for group, arrays in zip(groups, self.groups, strict=True)
         ]
-        return DecodeBatch(self.tokens, self.seq_lens, self.positions, tuple(framed))
+        common = self.tokens, self.seq_lens, self.positions
+        return DecodeBatch(*common, tuple(framed), self.query_lens)
 
 
 def fill_span(
@@ -112,6 +115,8 @@ def fill_span(
         frame.put(number, group, at, row)
         frame.groups[number][1][at] = group.whole(slots, group.pool.page_size)
     frame.tokens[at], frame.seq_lens[at], frame.positions[at] = tokens, end, positions.clip(0)
+    if frame.query_lens is not None:
+        frame.query_lens[at] = end - begin
 
 
 def check_span(

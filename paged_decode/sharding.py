@@ -101,6 +101,7 @@ def split_batch(
         seq_lens=batch.seq_lens[living],
         positions=batch.positions[living],
         groups=tuple(groups),
+        query_lens=None if batch.query_lens is None else batch.query_lens[living],
     )
     return here.put(local), spread
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ..allocator import DecodeBatch, GroupBatch
-from ..kernels.annotations import AttentionOptions, Lengths
+from ..kernels.annotations import AttentionOptions, Lengths, Queries
 
 __all__ = ["DecodeBatch", "GroupBatch", "one_token_batch", "seen"]
 
@@ -19,12 +19,18 @@ jax.tree_util.register_dataclass(
     meta_fields=["page_size", "num_pages", "window"],
 )
 jax.tree_util.register_dataclass(
-    DecodeBatch, data_fields=["tokens", "seq_lens", "positions", "groups"], meta_fields=[]
+    DecodeBatch,
+    data_fields=["tokens", "seq_lens", "positions", "groups", "query_lens"],
+    meta_fields=[],
 )
 
 
-def seen(group: GroupBatch, options: AttentionOptions) -> AttentionOptions:
-    """Options of attention, with what a batch says about the tokens that its rows see.
+def seen(
+    batch: DecodeBatch, group: GroupBatch, q: Queries, options: AttentionOptions
+) -> AttentionOptions:
+    """Options of attention, with what a batch says about its queries and the tokens they see.
+
+    Of its `query_lens` only where q has the T queries that they count.
 
     Raises:
       ValueError: `sliding_window` is wider than that of the group, which has given back the rest.
@@ -43,6 +49,10 @@ def seen(group: GroupBatch, options: AttentionOptions) -> AttentionOptions:
     if group.starts is not None:
         given = options.get("starts")
         own["starts"] = group.starts if given is None else jnp.maximum(given, group.starts)
+    if batch.query_lens is not None and q.shape[1:-2] == group.slots.shape[1:]:
+        own["query_lens"] = batch.query_lens
+        if options.get("query_lens") is not None:
+            own["query_lens"] = options["query_lens"]
     return options | own
 
 
@@ -75,4 +85,4 @@ def one_token_batch(batch: DecodeBatch, tokens: Lengths, seq_lens: Lengths) -> D
 
     groups = tuple(place(group) for group in batch.groups)
     new = tokens[:, None]
-    return replace(batch, tokens=new, seq_lens=seq_lens, positions=positions, groups=groups)
+    return DecodeBatch(new, seq_lens, positions, groups)

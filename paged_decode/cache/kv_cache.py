@@ -172,7 +172,7 @@ class KVCache(PageArrays):
             layer=at.layer,
             placement=self.placement,
             return_lse=return_lse,
-            **seen(own, options),
+            **seen(batch, own, q, options),
         )
 
     @overload
@@ -237,7 +237,7 @@ class KVCache(PageArrays):
             layer=at.layer,
             placement=self.placement,
             return_lse=True,
-            **seen(own, options),
+            **seen(batch, own, q, options),
         )
         return (out, lse) if return_lse else out, self._with_leaf(at.leaf, k_pages, v_pages)
 

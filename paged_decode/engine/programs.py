@@ -351,7 +351,8 @@ def _tail(
         starts = jnp.maximum(begin - group.window + 1, 0)  # what is before may be another's
         return replace(group, slots=slots, starts=starts)
 
-    return DecodeBatch(tokens, end, positions, tuple(place(group) for group in groups))
+    own = None if width == 1 else end - begin
+    return DecodeBatch(tokens, end, positions, tuple(place(group) for group in groups), own)
 
 
 def _groups(cache: KVCache, table: Array, where: Array) -> tuple[GroupBatch, ...]:
