@@ -33,6 +33,8 @@ def shape_refusal(call: AttentionCall) -> str | None:
     """Why no kernel can be built for the shapes and dtypes of `call`, or None."""
     if (reason := call.pages_refusal()) is not None:
         return reason
+    if call.tail_mask is not None:
+        return "it does not serve tail_mask (draft trees)"
     if call.q.dtype == jnp.float32:
         return "float32 is not served: the matrix unit of Hopper would round it to tf32"
     dims = DECODE_DIMS if call.tokens == 1 else tuple(config.TAIL_KEYS)
@@ -110,7 +112,8 @@ def _tail(call: AttentionCall, plan: Plan, arrays: dict[str, Any], interpret: ob
     def launched(*inputs: Array) -> tuple[Array, Array]:
         return launch_tail(plan, Inputs(*inputs), interpret)
 
-    out, lse = launched(*Inputs(q=q, **arrays))
+    query_lens = call.seq_lens if call.query_lens is None else call.query_lens
+    out, lse = launched(*Inputs(q=q, query_lens=query_lens, **arrays))
     return out[:, before:], jnp.swapaxes(lse, 1, 2)[:, before:]
 
 

@@ -16,7 +16,7 @@ class Plan:
     Attributes:
       rows, columns, pages, page_size, kv_heads, group, dim: the sizes of the call.
       scale, soft_cap, window: of the call; 0 for no cap and for no window.
-      starts, sinks: whether the call has them.
+      starts, sinks, query_lens: whether the call has them.
       new: T of the call.
       tokens: 1, or T rounded up to whole units: so many are in front of the first one of the call.
       tile: keys of a tile; pages smaller than it are gathered, larger ones are cut.
@@ -38,6 +38,7 @@ class Plan:
     window: int
     starts: bool
     sinks: bool
+    query_lens: bool
     new: int
     tokens: int
     tile: int
@@ -65,6 +66,7 @@ class Plan:
             window=0 if call.window is None or call.window >= call.capacity else call.window,
             starts=call.starts is not None,
             sinks=call.sink is not None,
+            query_lens=call.query_lens is not None,
             new=call.tokens,
             tokens=-(-call.tokens // unit) * unit,
             tile=TAIL_KEYS[call.dim] if tail else QUERIES,

@@ -11,8 +11,8 @@ queries: two heads of the same 64 tokens, or, where the heads of a KV head are a
 tokens of one. While one of them has the matrix unit, the other takes exponentials. A block of the
 grid has one such unit (work.py), and no part of a result is ever merged.
 
-T is filled up to whole units in front, with queries that nobody asked for. A unit that sees no key
-reads none, and writes its zeros.
+T is filled up to whole units in front, with queries that nobody asked for. A unit without a query
+of its row's own, or that sees no key, reads none and writes its zeros.
 """
 
 from functools import partial
@@ -47,6 +47,7 @@ class Inputs(NamedTuple):
     seq_lens: Any  # int32 [B]
     starts: Any  # int32 [B]
     sink: Any  # float32 [Hq]
+    query_lens: Any  # int32 [B]
 
 
 class Ring(NamedTuple):
@@ -93,7 +94,8 @@ def tail_body(plan: Plan, inputs: Inputs, out: Any, lse: Any, ring: Ring) -> Non
     thread = lax.axis_index("thread")
 
     def unit() -> Unit:
-        return work.unit_of(plan, inputs.seq_lens, inputs.starts, lax.axis_index("unit"))
+        index = lax.axis_index("unit")
+        return work.unit_of(plan, inputs.seq_lens, inputs.starts, inputs.query_lens, index)
 
     @pl.when(thread < 2)
     def _():
@@ -171,6 +173,8 @@ def _consume(
 
     sink = inputs.sink[head] if plan.sinks else None
     out_tile, lse_tile = _result(sums, sink, broken)
+    if plan.query_lens:
+        out_tile, lse_tile = _without_padding(out_tile, lse_tile, unit.padding - t0)
     ring.q[mine] = out_tile.astype(ring.q.dtype)
     ring.lse[mine] = lse_tile
     plgpu.commit_smem()
@@ -315,3 +319,13 @@ def _result(sums: Any, sink: Any, broken: Any) -> tuple[Any, Any]:
         mass = total * share + jnp.exp2(extra - base)
     share = share / jnp.where(mass == 0.0, 1.0, mass)
     return acc * lax.broadcast_in_dim(share, acc.shape, [0]), lse
+
+
+def _without_padding(out: Any, lse: Any, padding: Any) -> tuple[Any, Any]:
+    """The result with zeros, and lse -inf, for so many queries in front."""
+
+    def query(like: Any, layout: Any) -> Any:
+        return plgpu.broadcasted_iota(jnp.int32, like.shape, 0, layout=layout)
+
+    out = jnp.where(query(out, plgpu.Layout.WGMMA) >= padding, out, 0.0)
+    return out, jnp.where(query(lse, plgpu.Layout.WGMMA.reduce(1)) >= padding, lse, -jnp.inf)

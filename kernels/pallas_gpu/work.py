@@ -198,17 +198,18 @@ class Unit(NamedTuple):
     head: Scalar  # the first of its query heads
     kv_head: Scalar
     t0: Scalar  # the first of its tokens
+    padding: Scalar  # tokens in front of the row's own
     length: Scalar
     start: Scalar
-    lowest: Scalar  # position of its first query that is one of the call
+    lowest: Scalar  # position of its first query that is the row's own
     first: Scalar
     end: Scalar
     block0: Scalar
     blocks: Scalar
 
 
-def unit_of(plan: Plan, lens: Any, starts: Any, index: Scalar) -> Unit:
-    """The unit of this block."""
+def unit_of(plan: Plan, lens: Any, starts: Any, query_lens: Any, index: Scalar) -> Unit:
+    """The unit of this block; one without a query of the row's own sees nothing."""
     heads = 2 if plan.paired else 1
     head = lax.rem(index, jnp.int32(plan.lanes)) * heads
     place = lax.div(index, jnp.int32(plan.lanes))
@@ -216,16 +217,19 @@ def unit_of(plan: Plan, lens: Any, starts: Any, index: Scalar) -> Unit:
     t0 = (plan.units - 1 - lax.rem(place, jnp.int32(plan.units))) * plan.unit_tokens
     length = jnp.clip(lens[row], 0, plan.capacity + 1)
     start = jnp.clip(starts[row], 0, plan.capacity) if plan.starts else jnp.int32(0)
-    before = plan.tokens - plan.new  # in front of the first token of the call
-    lowest = length - plan.tokens + jnp.maximum(t0, before)
+    own = jnp.clip(query_lens[row], 0, plan.new) if plan.query_lens else plan.new
+    padding = jnp.int32(plan.tokens - own)
+    lowest = length - plan.tokens + jnp.maximum(t0, padding)
     end = jnp.clip(length - plan.tokens + t0 + plan.unit_tokens, 0, plan.capacity)
+    end = jnp.where(t0 + plan.unit_tokens > padding, end, 0)
     first = jnp.maximum(start, lowest - plan.window + 1) if plan.window else start
     first = jnp.minimum(first, end)
     block0 = lax.div(first, jnp.int32(plan.tile))
     blocks = lax.div(end + (plan.tile - 1), jnp.int32(plan.tile)) - block0
     blocks = jnp.where(first < end, blocks, 0)
     kv_head = lax.div(head, jnp.int32(plan.group))
-    return Unit(row, head, kv_head, t0, length, start, lowest, first, end, block0, blocks)
+    place = (row, head, kv_head, t0, padding)
+    return Unit(*place, length, start, lowest, first, end, block0, blocks)
 
 
 def _row_in_order(plan: Plan, lens: Any, rank: Scalar) -> Scalar:

@@ -34,11 +34,26 @@ CASES = {
         sinks=(2, 2),
         options=dict(sliding_window=77, soft_cap=2.0, scale=0.4),
     ),
+    "padding in front": Case(
+        (200, 90, 3, 60),
+        1,
+        2,
+        64,
+        32,
+        7,
+        130,
+        "float16",
+        query_lens=(130, 70, 0, 1),
+        options=dict(sliding_window=40),
+    ),
     "a scale below zero": Case((90,), 1, 2, 64, 32, 3, 2, "float16", options=dict(scale=-0.2)),
     "a scale of zero": Case((90,), 1, 1, 64, 32, 3, 2, "float16", options=dict(scale=0.0)),
 }
 LARGE = {
     "a long prompt": Case((3000,), 8, 4, 128, 16, 188, tokens=3000, dtype="bfloat16"),
+    "short chunks in a wide program": Case(
+        (2000, 700, 65, 9), 8, 4, 128, 16, 125, 512, "bfloat16", query_lens=(512, 100, 65, 0)
+    ),
     "chunks on a prefix": Case((4000, 700, 65), 8, 4, 128, 64, 63, 512, "bfloat16"),
     "600 rows, in the order they come": Case((90,) * 600, 1, 2, 64, 32, 3, 2, "float16"),
     "an odd group, windows": Case(
@@ -64,8 +79,9 @@ def test_large_cases_match_the_oracle_and_repeat_to_the_bit(name):
 
 
 @pytest.mark.parametrize("fill", [np.nan, np.inf])
-def test_poison_and_page_order_change_no_bit(fill):
-    case = CASES["window, starts, cap and sinks"]
+@pytest.mark.parametrize("name", ["window, starts, cap and sinks", "padding in front"])
+def test_poison_and_page_order_change_no_bit(fill, name):
+    case = CASES[name]
     same_bits(build(case, fill=fill, order=3).call(KERNEL), build(case).call(KERNEL))
 
 
