@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -130,8 +130,10 @@ def _answer(generation: str, case: Case) -> dict[str, Any]:
     )
 
 
-# The program; pages of a block, pages of a tile and copies of a page; passes over a row's pages.
-Built = tuple[Any, tuple[int, int, int] | None, int]
+# Pages of a block, pages of a tile, copies of a page, loops over the heads of a tile, and queries.
+Block = tuple[int, int, int, int, int]
+# The program, its block, and passes over a row's pages.
+Built = tuple[Any, Block | None, int]
 
 
 @contextlib.contextmanager
@@ -190,8 +192,7 @@ def _arguments(devices: Any, case: Case) -> SimpleNamespace:
     return SimpleNamespace(
         mesh=mesh,
         pool=array(pool, case.dtype, 2),
-        q=array((rows, heads, case.dim), case.q_dtype or case.dtype, 1),
-        new=array((rows, case.kv_heads, case.dim), case.dtype, 1),
+        q=array((rows, case.tokens, heads, case.dim), case.q_dtype or case.dtype, 2),
         chunk=array((rows, case.tokens, case.kv_heads, case.dim), case.dtype, 2),
         slots=array((rows, case.tokens), "int32"),
         table=array((rows, case.columns), "int32"),
@@ -239,23 +240,24 @@ def _program(case: Case, placement: Any) -> tuple[Callable[..., Any], list[str]]
     scanned = (scan, "pool pool q chunk slots table lens")
     program, names = {
         "ours": (read, "q pool pool table lens layer more"),
-        "ours/append": (append, "pool pool q new table lens layer more"),
+        "ours/append": (append, "pool pool q chunk table lens layer more"),
         "ours/write": (write, "pool pool chunk slots layer"),
     }.get(case.system, scanned)
     return program, names.split()
 
 
-def _block(case: Case) -> tuple[int, int, int]:
-    import numpy as np
+def _block(case: Case) -> Block:
+    """That of ours on one core."""
+    from paged_decode.kernels.pallas_tpu.config import choose_config
+    from paged_decode.kernels.record import AttentionCall
 
-    from paged_decode.kernels.pallas_tpu.config import Shape, choose_config
-
-    shape = Shape(
-        case.rows, case.kv_heads // case.shards, case.group, case.dim, case.page_size, case.columns,
-        np.dtype(case.dtype).itemsize,
-    )  # fmt: skip
-    config = choose_config(shape)
-    return config.fetch, config.tile, 2
+    sizes = "rows group dim page_size columns tokens dtype q_dtype".split()
+    kv_heads = case.kv_heads // case.shards
+    call = AttentionCall.of_sizes(
+        kv_heads=kv_heads, **{name: getattr(case, name) for name in sizes}
+    )
+    config = choose_config(call, 1)
+    return config.fetch, config.tile, 2, kv_heads // config.heads, config.queries
 
 
 def _paged(devices: Any, case: Case) -> Built:
@@ -274,14 +276,14 @@ def _paged(devices: Any, case: Case) -> Built:
     def call(*args: Any) -> Any:
         return paged_attention(*args, pages_per_compute_block=pages)
 
-    return _compile(devices, call, shapes), (pages, pages, 2), case.kv_heads  # head by head
+    return _compile(devices, call, shapes), (pages, pages, 2, 1, 1), case.kv_heads  # head by head
 
 
 def _ragged(devices: Any, case: Case) -> Built:
     from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
     shapes = [
-        ((case.rows, case.kv_heads * case.group, case.dim), case.dtype),
+        ((case.rows * case.tokens, case.kv_heads * case.group, case.dim), case.dtype),
         ((case.pages, case.page_size, 2 * case.kv_heads, case.dim), case.dtype),
         ((case.rows,), "int32"),
         ((case.rows, case.columns), "int32"),
@@ -298,8 +300,8 @@ def _ragged(devices: Any, case: Case) -> Built:
             vmem_limit_bytes=64 << 20,
         )
 
-    pages = case.block["pages"]
-    return _compile(devices, call, shapes), (pages, pages, 1), max(case.kv_heads // 8, 1)
+    block = (case.block["pages"], case.block["pages"], 1, 1, case.block["queries"])
+    return _compile(devices, call, shapes), block, max(case.kv_heads // 8, 1)
 
 
 def _compile(devices: Any, call: Any, shapes: list[tuple[tuple[int, ...], str]]) -> Any:
@@ -347,7 +349,7 @@ def _listing(files: set[Path], case: Case, answer: dict[str, Any]) -> dict[str, 
     found = dict(bundles=len(used) - 1, spills=spills)
     if answer["block"]:
         listing = Listing(only("-final_bundles.txt"))
-        per_block = listing.steady(*answer["block"])
+        per_block = listing.steady(*answer["block"][:4])
         if per_block is not None:
             found["bundles_per_page"] = per_block * answer["passes"] / answer["block"][0]
     return found
@@ -365,6 +367,28 @@ class Part:
     loop: bool
 
 
+def _nested(parts: list[Part]) -> list[Part]:
+    """The parts, one within another or apart.
+
+    What comes first in a region may move up into the delay slots of the branch before it, and with
+    it the mark of where the region begins: such a mark goes back to where the slots end.
+    """
+    while crossing := next(
+        ((a, b) for a in parts for b in parts if a.begin < b.begin < a.end < b.end), None
+    ):
+        a, b = crossing
+        if a.loop and b.begin - a.begin < DELAY_SLOTS:
+            old, new = a, replace(a, begin=b.begin)
+        elif b.end - a.end < DELAY_SLOTS:
+            old, new = a, replace(a, end=b.end)
+        elif a.end - b.begin < DELAY_SLOTS:
+            old, new = b, replace(b, begin=a.end)
+        else:
+            raise RuntimeError(f"branches that do not nest: {a}, {b}")
+        parts = [new if part == old else part for part in parts]
+    return parts
+
+
 class Listing:
     """The bundles of one kernel in the order of their addresses, and the branches between them."""
 
@@ -379,7 +403,7 @@ class Listing:
         for at, bundle in enumerate(self.bundles):
             for region in re.findall(r"Start(?:/End empty)? region (\d+)", bundle):
                 starts.setdefault(region, at)
-        self.parts = []
+        parts = []
         for at, bundle in enumerate(self.bundles):
             for region in re.findall(r"sbr\.rel (?:\(!?%\w+\) )?target = \$region(\d+)", bundle):
                 if region not in starts:  # a branch of the frame around the kernel
@@ -387,7 +411,8 @@ class Listing:
                 to, behind = starts[region], at + DELAY_SLOTS + 1
                 loop = to <= at
                 if loop or behind < to:
-                    self.parts.append(Part(to, behind, True) if loop else Part(behind, to, False))
+                    parts.append(Part(to, behind, True) if loop else Part(behind, to, False))
+        self.parts = _nested(parts)
 
     def count(self, pattern: str, begin: int, end: int) -> int:
         return sum(bool(re.search(pattern, bundle)) for bundle in self.bundles[begin:end])
@@ -398,14 +423,15 @@ class Listing:
     def products(self, begin: int, end: int) -> int:
         return self.count(r"vmatmul|vmatpush|vmatprep|matmul", begin, end)
 
-    def steady(self, pages: int, tile: int, copies: int) -> float | None:
+    def steady(self, pages: int, tile: int, copies: int, heads: int = 1) -> float | None:
         """Bundles for a block of `pages` pages, in the middle of a row.
 
         The loop over blocks is the innermost one that both starts copies and multiplies. What it
         skips in the middle of a row is not counted: whatever neither starts copies nor multiplies
-        (waits for single pages, masks of a row's ends). Of alternative starts the cheapest counts.
-        Inner loops count as often as they run: once for `tile` pages where they multiply, once for
-        the pages that they start, of `copies` copies each.
+        (waits for single pages, masks of a row's ends). Of alternative starts, and of alternative
+        products (with a mask and without), the cheapest counts. Inner loops count as often as they
+        run: once for `tile` pages where they multiply, a loop in that one `heads` times, and once
+        for the pages that they start, of `copies` copies each.
         """
         both = [
             p
@@ -415,22 +441,24 @@ class Listing:
         if not both:  # a kernel in which branches cannot be told apart from the listing
             return None
         block = min(both, key=lambda part: part.end - part.begin)
-        return self._cost(block, frozenset([block]), pages / tile, pages * copies)
+        return self._cost(block, frozenset([block]), (pages / tile, heads), pages * copies)
 
-    def _cost(self, part: Part, done: frozenset[Part], tiles: float, copies: int) -> float:
-        """Bundles of one pass through a part."""
-        total, starts = float(part.end - part.begin), []
+    def _cost(
+        self, part: Part, done: frozenset[Part], times: tuple[float, ...], copies: int
+    ) -> float:
+        """Bundles of one pass through a part; loops that multiply run `times`, outer ones first."""
+        total, starts, products = float(part.end - part.begin), [], []
         for inner in self._outermost(part, done):
             total -= inner.end - inner.begin
             started = self.copies(inner.begin, inner.end)
-            multiplies = self.products(inner.begin, inner.end) > 0
-            if started or multiplies:
-                once = self._cost(inner, done | {inner}, tiles, copies)
-                if multiplies:
-                    total += once * tiles if inner.loop else once
-                else:
-                    starts.append(once * copies / started if inner.loop else once)
-        return total + min(starts, default=0.0)
+            if self.products(inner.begin, inner.end):
+                deeper = times[1:] if inner.loop else times
+                once = self._cost(inner, done | {inner}, deeper, copies)
+                products.append(once * times[0] if inner.loop else once)
+            elif started:
+                once = self._cost(inner, done | {inner}, times, copies)
+                starts.append(once * copies / started if inner.loop else once)
+        return total + min(starts, default=0.0) + min(products, default=0.0)
 
     def _outermost(self, part: Part, done: frozenset[Part]) -> list[Part]:
         inside = [p for p in self.parts if part.begin <= p.begin and p.end <= part.end]

@@ -74,7 +74,7 @@ def finished(
 
     `sink` is the log of a mass, and broadcasts to the queries. The kernels do the same in their
     own languages, in base 2: `store_result` of triton/merge.py, `finish` of pallas_gpu/merge.py
-    and `_finish` of pallas_tpu/kernel.py; what changes here changes there.
+    and `_finish` of pallas_tpu/decode_tail.py; what changes here changes there.
     """
     # The sink may dwarf the tokens: the sums are scaled to the larger of the two, but lse comes
     # from the tokens' own maximum, where nothing of it is lost.

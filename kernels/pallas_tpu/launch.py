@@ -4,43 +4,48 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from .kernel import LANES, Refs, Static, decode_kernel
+from .config import LANES
+from .decode_tail import attention_kernel
+from .pages import Refs
+from .plan import Plan
 
 __all__ = ["launch", "like"]
 
 
 def launch(
-    scalars: dict[str, Array], arrays: dict[str, Array], static: Static, cores: int, interpret: Any
+    scalars: dict[str, Array], arrays: dict[str, Array], plan: Plan, interpret: Any
 ) -> tuple[Array, ...]:
-    """out `[B, Hq, D]`, lse float32 `[B, Hq, 1]`, and with `static.append` the pages written.
+    """out `[items, rows, D]`, lse float32 `[items, 1, rows]`; with `plan.append` the pages written.
 
     `scalars` and `arrays` are named as the fields of `Refs`; to be written, pages come in as `k_in`
     and `v_in`. What is not given is not there for the kernel either.
     """
-    specs, out = _specs(static), like(arrays["q"])
-    outputs = dict(out=out, lse=out.update(shape=(*out.shape[:2], 1), dtype=jnp.float32))
+    specs, out = _specs(plan), like(arrays["q"])
+    lse = out.update(shape=(out.shape[0], 1, plan.rows), dtype=jnp.float32)
+    outputs = dict(out=out, lse=lse)
     inputs, aliases = [*scalars, *arrays], {}
-    if static.append:
+    if plan.append:
         for name, source in (("k_pages", "k_in"), ("v_pages", "v_in")):
             aliases[inputs.index(source)] = len(outputs)
             outputs[name] = like(arrays[source])
-    scratch = _scratch(static, arrays["k_in" if static.append else "k_pages"].dtype)
+    scratch = _scratch(plan, arrays["k_in" if plan.append else "k_pages"].dtype)
     names = [*inputs, *outputs, *scratch]
 
     def body(*refs: Any) -> None:
         given = dict(zip(names, refs, strict=True))
         fields = Refs.__dataclass_fields__
-        decode_kernel(Refs(**{name: given.get(name) for name in fields}), static)
+        attention_kernel(Refs(**{name: given.get(name) for name in fields}), plan)
 
     call = pl.pallas_call(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            grid=(cores, static.steps),
+            grid=(plan.config.cores, plan.steps),
             in_specs=[specs[name] for name in arrays],
             out_specs=[specs[name] for name in outputs],
             scratch_shapes=list(scratch.values()),
@@ -64,43 +69,49 @@ def like(array: Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype, manual_axis_type=kind)
 
 
-def _specs(static: Static) -> dict[str, Any]:
-    def row(core: Any, step: Any, rows: Any, *_: Any) -> tuple[Any, int, int]:
-        return rows[core * static.steps + step], 0, 0
+def _specs(plan: Plan) -> dict[str, Any]:
+    def item(core: Any, step: Any, items: Any, *_: Any) -> tuple[Any, int, int]:
+        return items[core * plan.steps + step], 0, 0
 
-    def position(core: Any, step: Any, *_: Any) -> tuple[Any, int, int]:
-        return core * static.steps + step, 0, 0
+    def row(core: Any, step: Any, items: Any, *_: Any) -> tuple[Any, int, int]:
+        return lax.div(items[core * plan.steps + step], plan.tiles), 0, 0
 
-    heads = pl.BlockSpec((None, static.heads, static.dim), row)
-    new = pl.BlockSpec((None, static.kv_heads, 1, static.dim), lambda *at: (*row(*at), 0))
+    def next_row(core: Any, step: Any, _: Any, following: Any, *__: Any) -> tuple[Any, int, int]:
+        return lax.div(jnp.maximum(following[core * plan.steps + step], 0), plan.tiles), 0, 0
+
+    queries = pl.BlockSpec((None, plan.rows, plan.dim), item)
+    new = pl.BlockSpec((None, plan.kv_heads, 1, plan.dim), lambda *at: (*row(*at), 0))
     hbm = pl.BlockSpec(memory_space=pl.ANY)
+    table = (None, 1, plan.columns)
     return dict(
-        tables=pl.BlockSpec((None, 1, 2 * static.columns), position, memory_space=pltpu.SMEM),
-        q=heads,
-        sink=pl.BlockSpec((static.heads, 1), lambda *_: (0, 0)),
+        table=pl.BlockSpec(table, row, memory_space=pltpu.SMEM),
+        next_table=pl.BlockSpec(table, next_row, memory_space=pltpu.SMEM),
+        q=queries,
+        sink=pl.BlockSpec((plan.rows, 1), lambda *_: (0, 0)),
         new_k=new,
         new_v=new,
-        out=heads,
-        lse=pl.BlockSpec((None, static.heads, 1), row),
+        out=queries,
+        lse=pl.BlockSpec((None, 1, plan.rows), item),
         **dict.fromkeys(("k_pages", "v_pages", "k_in", "v_in"), hbm),
     )
 
 
-def _scratch(static: Static, dtype: Any) -> dict[str, Any]:
-    page = (static.kv_heads, static.page_size, static.dim)
-    heads, f32 = static.heads, jnp.float32
+def _scratch(plan: Plan, dtype: Any) -> dict[str, Any]:
+    buffer = (2, plan.config.fetch, plan.kv_heads, plan.page_size, plan.dim)
+    logits, f32 = (plan.config.heads * plan.head_rows, plan.tile_tokens), jnp.float32
     scratch = dict(
-        k_buf=pltpu.VMEM((2, static.fetch, *page), dtype),
-        v_buf=pltpu.VMEM((2, static.fetch, *page), dtype),
+        k_buf=pltpu.VMEM(buffer, dtype),
+        v_buf=pltpu.VMEM(buffer, dtype),
         sems=pltpu.SemaphoreType.DMA((2, 2)),
         state=pltpu.SMEM((3,), jnp.int32),
-        q32=pltpu.VMEM((heads, static.dim), f32),
-        logits=pltpu.VMEM((heads, static.tokens), f32),
-        acc=pltpu.VMEM((heads, static.dim), f32),
-        top=pltpu.VMEM((heads, LANES), f32),
-        total=pltpu.VMEM((heads, LANES), f32),
+        logits=pltpu.VMEM(logits, f32),
+        acc=pltpu.VMEM((plan.rows, plan.dim), f32),
+        top=pltpu.VMEM((plan.rows, LANES), f32),
+        total=pltpu.VMEM((plan.rows, LANES), f32),
     )
-    if static.append:
-        strips = (2, static.kv_heads, static.strip, static.dim)
-        scratch |= dict(strips=pltpu.VMEM(strips, dtype), write_sems=pltpu.SemaphoreType.DMA((2,)))
+    if not plan.aligned:
+        scratch |= dict(q32=pltpu.VMEM((plan.rows, plan.dim), f32))
+    if plan.append:
+        tile = (2, plan.kv_heads, plan.strip, plan.dim)
+        scratch |= dict(strips=pltpu.VMEM(tile, dtype), write_sems=pltpu.SemaphoreType.DMA((2,)))
     return scratch

@@ -15,8 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32, Num
 
-from .kernel import Scalar
 from .launch import like
+from .work import Scalar
 
 __all__ = ["serves", "write_tokens"]
 

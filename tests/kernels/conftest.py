@@ -33,8 +33,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave to CI what the op does around a kernel that XLA compiles for seconds in every test."""
     for item in items:
         backend = getattr(getattr(item, "callspec", None), "params", {}).get("backend")
-        if backend == tpu.NAME and item.path.name in AROUND:
+        if backend == tpu.NAME and (item.path.name in AROUND or _one_of_many(item)):
             item.add_marker(pytest.mark.long)
+
+
+def _one_of_many(item: pytest.Item) -> bool:
+    """Whether it tries one option with several queries, where another tries all at once."""
+    params = item.callspec.params  # pyright: ignore[reportAttributeAccessIssue]
+    return params.get("tokens") == 5 and params.get("name") not in (None, "all at once")
 
 
 @pytest.hookimpl(wrapper=True)

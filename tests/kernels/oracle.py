@@ -38,10 +38,9 @@ NAMES = [
 ]
 # What a backend may refuse in this suite, by its own words; `conftest.py` counts those calls apart,
 # as neither passed nor skipped. Any other refusal fails. `xla` and `reference` serve everything.
-_ONE_TOKEN = "serves one query token a row, T = 1"
 _TRITON = ("q of dtype float32 over pages of dtype",)
 _TREES = "does not serve tail_mask"
-_TPU = (_ONE_TOKEN, _TREES, "a TPU has no float16", "the interpreter of Pallas needs shard_map")
+_TPU = (_TREES, "a TPU has no float16", "the interpreter of Pallas needs shard_map")
 MAY_REFUSE = {
     "triton": _TRITON,
     INTERPRETED: _TRITON,

@@ -26,23 +26,28 @@ class Variant:
     """One way to run the kernel.
 
     Attributes:
-      fetch, tile: pages of a block and of a tile; None: as shipped.
+      fetch, tile: pages of a block and of a tile; None: all as shipped.
+      queries: new tokens of a tile, at most.
+      heads: KV heads that are multiplied together.
       unroll: copies started in one go. More of them say nothing new, and take long to compile.
       cores: tensor cores of the chip.
       interpret: what `pallas_call` is given.
     """
 
     fetch: int | None = None
-    tile: int | None = None
+    tile: int = 1
+    queries: int = 2
+    heads: int = 1
     unroll: int = 1
     cores: int = 1
     interpret: Any = True
 
 
-# Small blocks cut even the short rows of the common suite into several, with a rest of pages.
+# Small blocks cut even the short rows of the common suite into several, with a rest of pages, and
+# small tiles their new tokens.
 VARIANTS = {
     NAME: Variant(),
-    f"{NAME}-blocks": Variant(fetch=3, tile=1, unroll=2),
+    f"{NAME}-blocks": Variant(fetch=3, unroll=2),
     f"{NAME}-cores": Variant(fetch=2, tile=2, cores=2),
 }
 
@@ -50,19 +55,25 @@ VARIANTS = {
 def module(name: str, variant: Variant) -> ModuleType:
     """A backend that serves what the library's serves on a TPU, in the way of `variant`."""
     from paged_decode.kernels.pallas_tpu import call as library
+    from paged_decode.kernels.pallas_tpu import plan
 
-    chosen = library.choose_config
+    chosen = plan.choose_config
 
-    def config(shape: Any) -> Any:
-        config = chosen(replace(shape, cores=variant.cores))
-        config = replace(config, unroll=variant.unroll)
+    def config(call: Any, cores: int) -> Any:
+        config = replace(chosen(call, variant.cores), unroll=variant.unroll)
         if variant.fetch is None:
             return config
-        return replace(config, fetch=variant.fetch, tile=variant.tile)
+        return replace(
+            config,
+            queries=min(variant.queries, config.queries),
+            fetch=variant.fetch,
+            tile=variant.tile,
+            heads=variant.heads,
+        )
 
     def interpreted(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
-            with mock.patch.object(library, "choose_config", config):
+            with mock.patch.object(plan, "choose_config", config):
                 return function(*args, interpret=variant.interpret)
 
         return call

@@ -25,7 +25,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from paged_decode.kernels import dispatch
 from paged_decode.kernels.dispatch import Backend
-from paged_decode.kernels.pallas_tpu import kernel
+from paged_decode.kernels.pallas_tpu import decode_tail
+from paged_decode.kernels.pallas_tpu import pages as library_pages
 from paged_decode.kernels.pallas_tpu.write import write_tokens
 
 from ..oracle import Case, Inputs, build, expected
@@ -34,6 +35,7 @@ from ..test_append_and_attend import take_newest
 from .interpret import Variant, module
 
 RAGGED = Case((9, 0, 33, 16), 2, 2, 64, 8, 5, starts=(0, 0, 3, 0))
+TAIL = Case((9, 0, 33, 2), 2, 2, 64, 8, 5, tokens=3, starts=(0, 0, 3, 0))
 WINDOW = Case((40, 0, 7, 25), 1, 3, 128, 8, 5, sinks=(3, 1), options=dict(sliding_window=9))
 
 
@@ -70,14 +72,14 @@ def write(interpret: Any) -> float:
 
 
 def without_waits(interpret: Any) -> float:
-    with mock.patch.object(kernel, "_wait", lambda *_: None):
+    with mock.patch.object(decode_tail, "wait", lambda *_: None):
         return attend(interpret, RAGGED)
 
 
 def without_bounds(interpret: Any) -> float:
     inputs = build(RAGGED)
     inputs.page_table[2, 1] = len(inputs.k_pages)
-    with mock.patch.object(kernel, "_known", lambda page, static: page):
+    with mock.patch.object(library_pages, "_known", lambda page, plan: page):
         # Traced values cannot be checked before.
         with _named(interpret, 1):
             call = jax.jit(lambda table: replace_table(inputs, table).call_traced("tpu"))
@@ -101,6 +103,7 @@ def replace_table(inputs: Inputs, table: Any) -> Any:
 RUNS: dict[str, Callable[[Any], float]] = {
     "ragged": lambda interpret: attend(interpret, RAGGED),
     "window": lambda interpret: attend(interpret, WINDOW),
+    "tail": lambda interpret: attend(interpret, TAIL),
     "append": append,
     "write": write,
     "without waits": without_waits,

@@ -28,6 +28,13 @@ FEW = {
     "append on 4 devices": Case(system="ours/append", shards=4),
     "a table larger than SMEM": Case(rows=256, columns=1024),
     "D 64": Case(dim=64, kv_heads=8, group=8),
+    "8 drafts": Case(tokens=8),
+    "append of a chunk, stacked": Case(
+        system="ours/append", layers=4, pages=1024, rows=2, tokens=256, **OPTIONS
+    ),
+    "a chunk, every option, float32": Case(
+        dtype="float32", page_size=8, rows=2, tokens=64, **OPTIONS
+    ),
 }
 MANY = {
     **{f"G {group}": Case(group=group, kv_heads=2) for group in (1, 3, 5, 7, 16, 128)},
@@ -44,6 +51,21 @@ MANY = {
     "one row": Case(rows=1),
     "the widest table": Case(rows=4, columns=49000),
     "an odd number of rows": Case(rows=7),
+    "a chunk": Case(rows=2, tokens=256),
+    "a chunk of MHA": Case(kv_heads=32, group=1, pages=1024, rows=2, tokens=256),
+    "a chunk of one head": Case(kv_heads=1, group=8, rows=2, tokens=256),
+    "a chunk on 4 devices": Case(rows=2, tokens=256, shards=4),
+    "a chunk, float32 queries over bfloat16": Case(q_dtype="float32", rows=2, tokens=64),
+    **{f"T {tokens}": Case(rows=2, tokens=tokens, group=3, kv_heads=2) for tokens in (2, 3, 5, 17)},
+    **{f"T 16, D {dim}": Case(rows=2, dim=dim, kv_heads=4, tokens=16) for dim in (64, 80, 96, 256)},
+    **{
+        f"T 16, page {size}": Case(rows=2, page_size=size, kv_heads=2, tokens=16)
+        for size in (1, 4, 24, 256)
+    },
+    **{
+        f"T 16, G {group}": Case(rows=2, group=group, kv_heads=2, tokens=16)
+        for group in (1, 5, 16, 128)
+    },
 }
 
 
@@ -61,11 +83,14 @@ def check(generation: str, cases: dict[str, Case]) -> None:
         assert answer["temp_bytes"] < pool_bytes / 32, where
         assert answer["alias_bytes"] == (0 if case.system == "ours" else pool_bytes), where
         assert answer["collectives"] == 0, where
-        assert answer.get("spills", 0) == 0 or _may_spill(generation, case), where
+        allowed = answer.get("bundles", 0) // 2 if _may_spill(generation, case) else 0
+        assert answer.get("spills", 0) <= allowed, (where, answer["spills"])
 
 
 def _may_spill(generation: str, case: Case) -> bool:
     """What is known to spill, and told in docs/backends.md."""
+    if case.tokens > 1:  # a head's tile at a time, scheduled as a whole: fewer bundles all the same
+        return True
     small_pages = case.page_size < 8  # gathered into registers, some by way of memory
     exact = "float32" in (case.dtype, case.q_dtype)
     return small_pages or case.group > 64 or (generation == "v4" and exact)
@@ -97,4 +122,4 @@ def test_a_kernel_that_spills_and_a_pool_that_is_copied_are_caught():
 
 def test_a_refusal_is_an_answer():
     (answer,) = compile_all("v5e", [Case(rows=10**5)])
-    assert "B = 100000 rows with P = 256 columns need" in answer["error"]
+    assert "B = 100000 rows of T = 1 with P = 256 columns need" in answer["error"]
