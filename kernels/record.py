@@ -296,17 +296,6 @@ class AttentionCall:
         k_pages, v_pages = (pages.reshape(self.k_pages.shape) for pages in written)
         return replace(self, k_pages=k_pages, v_pages=v_pages)
 
-    def decode_refusal(self, *, mixed: bool = False) -> str | None:
-        """Why a kernel of one query token a row, of the pages' dtype unless `mixed`, cannot serve.
-
-        None if it can, as far as that goes.
-        """
-        if self.tokens != 1:
-            return f"it serves one query token a row, T = 1; got T = {self.tokens}"
-        if self.tail_mask is not None:
-            return "it does not serve tail_mask (draft trees)"
-        return self.pages_refusal(mixed=mixed)
-
     def pages_refusal(self, *, mixed: bool = False) -> str | None:
         """Why a kernel over pages of the dtype of q, unless `mixed`, cannot serve; None if not."""
         if (reason := self.pool_refusal()) is not None:

@@ -26,6 +26,8 @@ def refusal(call: AttentionCall) -> str | None:
         return f"it runs on TPUs, not on {call.platform}"
     if (reason := call.pages_refusal(mixed=True)) is not None:
         return reason
+    if call.tail_mask is not None:
+        return "it does not serve tail_mask (draft trees)"
     if jnp.float16 in (call.q.dtype, call.k_pages.dtype):
         return "a TPU has no float16; use bfloat16 or float32"
     if call.dim > MAX_DIM:
@@ -87,6 +89,8 @@ def _run(
     scalars = dict(items=items, following=following, seq_lens=call.seq_lens)
     if call.starts is not None:
         scalars["starts"] = call.starts
+    if call.query_lens is not None:
+        scalars["query_lens"] = call.query_lens
     if newest is not None:
         new = call.seq_lens > 0
         if slots is not None:
@@ -106,6 +110,9 @@ def _run(
     with jax.enable_x64(False):  # the kernel has no 64-bit number, and Mosaic no 64-bit integer
         out, lse, *written = launch(scalars, arrays, plan, interpret)
     out, lse = (_unpacked(x, call, plan) for x in (out, lse))
+    if call.query_lens is not None:  # some padding shares a tile with queries of its row
+        own = call.own()[:, :, None, None]
+        out, lse = jnp.where(own, out, jnp.zeros_like(out)), jnp.where(own, lse, -jnp.inf)
     return out, lse[..., 0], *written
 
 

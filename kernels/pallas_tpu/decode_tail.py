@@ -56,7 +56,8 @@ def _row(plan: Plan, item: Scalar) -> Scalar:
 def _span(refs: Refs, plan: Plan, item: Scalar) -> Span:
     row = _row(plan, item)
     given = refs.starts[row] if plan.starts else jnp.int32(0)
-    return span_of(plan, refs.seq_lens[row], given, item - row * plan.tiles)
+    own = refs.query_lens[row] if plan.query_lens else jnp.int32(plan.tokens)
+    return span_of(plan, refs.seq_lens[row], given, own, item - row * plan.tiles)
 
 
 def _clean(refs: Refs, plan: Plan, rows: pl.Slice) -> None:

@@ -27,6 +27,7 @@ class Refs:
     following: Any  # SMEM int32 [cores * steps], the next item of that core with pages, or -1
     seq_lens: Any  # SMEM int32 [B]
     starts: Any  # SMEM int32 [B]
+    query_lens: Any  # SMEM int32 [B]
     writes: Any  # SMEM int32 [B], whether the newest token is to be written
     layer: Any  # SMEM int32 [1]
     table: Any  # SMEM int32 [1, P]: the page table of this item's row

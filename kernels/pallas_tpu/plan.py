@@ -43,6 +43,7 @@ class Plan:
     soft_cap: float | None
     starts: bool
     sinks: bool
+    query_lens: bool
     append: bool
     aligned: bool
     compute: Any
@@ -81,6 +82,7 @@ class Plan:
             soft_cap=call.soft_cap,
             starts=call.starts is not None,
             sinks=call.sink is not None,
+            query_lens=call.query_lens is not None,
             append=append,
             aligned=group * config.queries % (32 // call.q.dtype.itemsize) == 0,
             compute=compute_dtype(call),

@@ -35,18 +35,22 @@ class Span(NamedTuple):
     too_long: Numbers  # 1 if the row is longer than its table
 
 
-def span_of(plan: Plan, length: Numbers, start: Numbers, tile: Numbers) -> Span:
-    """The tokens that are visible to tile `tile` of a row, for scalars and for arrays."""
+def span_of(plan: Plan, length: Numbers, start: Numbers, own: Numbers, tile: Numbers) -> Span:
+    """The tokens that are visible to tile `tile` of a row, for scalars and for arrays.
+
+    `own` of its T tokens are the row's own: a tile with none of them sees nothing.
+    """
     size, queries = plan.page_size, plan.config.queries
     too_long = length > plan.columns * size
     length = jnp.where(too_long, 0, jnp.maximum(length, 0))
     end = jnp.maximum(length - (plan.tiles - 1 - tile) * queries, 0)
     lowest = end - queries
+    real = length - jnp.clip(own, 0, plan.tokens)  # what is in front is padding
     first = jnp.maximum(start, 0)
     if plan.window is not None:
-        # Of the queries that are real: those in front of the T newest tokens are padding.
-        real = jnp.maximum(lowest, length - plan.tokens)
-        first = jnp.maximum(first, real - (plan.window - 1))
+        first = jnp.maximum(first, jnp.maximum(lowest, real) - (plan.window - 1))
+    if plan.query_lens:
+        end = jnp.where(end > real, end, 0)
     first_page, end_page = _div(first, size), _div(end + (size - 1), size)
     if plan.append:  # the page of the newest token is needed even if nothing in it is visible
         first_page = jnp.minimum(first_page, jnp.maximum(end_page - 1, 0))
@@ -73,7 +77,8 @@ def deal(call: AttentionCall, plan: Plan) -> tuple[Int32[Array, "G"], Int32[Arra
     items, cores, steps = call.rows * plan.tiles, plan.config.cores, plan.steps
     tile = jnp.arange(plan.tiles, dtype=jnp.int32)[None]
     starts = jnp.int32(0) if call.starts is None else call.starts[:, None]
-    span = span_of(plan, call.seq_lens[:, None], starts, tile)
+    own = jnp.int32(call.tokens) if call.query_lens is None else call.query_lens[:, None]
+    span = span_of(plan, call.seq_lens[:, None], starts, own, tile)
     length, live = (x.reshape(-1) for x in (span.end - span.first, span.count > 0))
     dealt = order = jnp.arange(items, dtype=jnp.int32).reshape(1, -1)
     if cores > 1:
