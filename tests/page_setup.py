@@ -52,7 +52,17 @@ def allocator() -> Names:
 
 
 def attention() -> Names:
+    cache, allocator = pair()
+    batch = allocator.extend([allocator.allocate([8])], [[1, 2, 3, 4, 5, 6]])
     return dict(
+        cache=cache,
+        batch=batch,
+        layer=0,
+        queries=jnp.ones((1, 6, 2, 8)),
+        keys=jnp.ones((1, 6, 2, 8)),
+        values=jnp.ones((1, 6, 2, 8)),
+        tail_mask=jnp.tri(6, dtype=bool)[None],
+        nodes=jnp.array([6]),
         k_pages=jnp.zeros((4, 2, 4, 8)),
         v_pages=jnp.zeros((4, 2, 4, 8)),
         k=jnp.ones((1, 2, 8)),
