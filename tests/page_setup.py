@@ -53,7 +53,7 @@ def allocator() -> Names:
 
 def attention() -> Names:
     cache, allocator = pair()
-    batch = allocator.extend([allocator.allocate([8])], [[1, 2, 3, 4, 5, 6]])
+    batch, _ = allocator.extend([allocator.allocate([8])], [[1, 2, 3, 4, 5, 6]])
     return dict(
         cache=cache,
         batch=batch,

@@ -50,9 +50,8 @@ def seen(
         given = options.get("starts")
         own["starts"] = group.starts if given is None else jnp.maximum(given, group.starts)
     if batch.query_lens is not None and q.shape[1:-2] == group.slots.shape[1:]:
-        own["query_lens"] = batch.query_lens
-        if options.get("query_lens") is not None:
-            own["query_lens"] = options["query_lens"]
+        given = options.get("query_lens")
+        own["query_lens"] = batch.query_lens if given is None else given
     return options | own
 
 
@@ -85,4 +84,5 @@ def one_token_batch(batch: DecodeBatch, tokens: Lengths, seq_lens: Lengths) -> D
 
     groups = tuple(place(group) for group in batch.groups)
     new = tokens[:, None]
-    return DecodeBatch(new, seq_lens, positions, groups)
+    new_batch = dict(tokens=new, seq_lens=seq_lens, positions=positions, groups=groups)
+    return replace(batch, **new_batch, query_lens=None)
