@@ -28,8 +28,8 @@ def look_up(text, k):
 def speculate(check, params, cache, allocator, handles, texts, goals, k, columns, draft=look_up):
     """Grow texts to their goals; all but the newest token of each must be in the cache."""
     steps = 0
-    while any(left := [goal - len(text) for text, goal in zip(texts, goals, strict=True)]):
-        asked = [(text[-1:] + draft(text, k))[:n] for text, n in zip(texts, left, strict=True)]
+    while any(left := [max(g - len(t), 0) for t, g in zip(texts, goals, strict=True)]):
+        asked = [(t[-1:] + draft(t, k)[:k])[:n] for t, n in zip(texts, left, strict=True)]
         width = 1 + k * any(a[1:] for a in asked)  # one of two, so two programs are compiled
         tokens, counts = [a + [0] * (width - len(a)) for a in asked], [len(a) for a in asked]
         cache, batch = cache.extend(allocator, handles, tokens, counts, columns=columns)

@@ -141,8 +141,12 @@ def _check_new(query_lens: Any, tail_mask: Any, rows: int, tokens: int) -> None:
         dtype = getattr(tail_mask, "dtype", None)
         if dtype != np.bool:
             came = type(tail_mask).__name__ if dtype is None else f"dtype {dtype}"
-            raise TypeError(f"tail_mask must be an array of bool; got {came}")
-        check_axes("tail_mask", tail_mask, "B, T, U", B=rows, T=tokens, U=tokens)
+            raise TypeError(
+                f"tail_mask must be an array of bool; got {came}: convert it with "
+                "np.asarray(x, bool)"
+            )
+        if tuple(tail_mask.shape) != (want := (rows, tokens, tokens)):
+            raise ValueError(f"tail_mask must be [B, T, T] = {want}; got shape {tail_mask.shape}")
 
 
 def _check_arrays(

@@ -30,12 +30,13 @@ class Drafter(Protocol):
           length: int32 `[B]`, how many there are; 0 for a row that nobody has.
 
         Returns:
-          int32 `[B, k]`; the drafts of a row end before the first that is negative.
+          int32 `[B, k]`, ids of the vocabulary; the drafts of a row end before the first that is
+          negative, so a row without any has -1.
         """
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)  # `jax.jit` refers to it weakly
 class PromptLookup:
     """Looks for the newest tokens earlier in the text, and guesses what followed them there.
 
@@ -87,15 +88,20 @@ def check_drafter(drafter: Drafter, places: int) -> None:
     """Refuse what cannot draft for texts of so many places.
 
     Raises:
-      TypeError: it is no hashable function, or does not return int32.
+      TypeError: it is no hashable function, or a class, or does not return int32.
       ValueError: it returns another shape than `[B, k]` with k at least 1.
     """
     if not callable(drafter) or getattr(drafter, "__hash__", None) is None:
         raise TypeError(f"drafter must be a hashable function of (text, length), got {drafter!r}")
+    if isinstance(drafter, type):
+        raise TypeError(
+            f"drafter must be a function; {drafter.__name__} is a class, make one of it"
+        )
     text, length = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2, places), (2,)))
     out = jax.eval_shape(lambda *given: drafter(*given), text, length)
     shape, dtype = getattr(out, "shape", None), getattr(out, "dtype", None)
     if shape is None or dtype != jnp.int32:
-        raise TypeError(f"the drafter must return int32 [B, k], got {dtype or type(out).__name__}")
+        came = dtype or type(out).__name__
+        raise TypeError(f"the drafter must return int32 [B, k], got {came}; use .astype(jnp.int32)")
     if len(shape) != 2 or shape[0] != 2 or shape[1] < 1:
         raise ValueError(f"the drafter must return [B, k] with B = 2 and k >= 1, got {shape}")

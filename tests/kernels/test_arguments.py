@@ -58,7 +58,11 @@ WRONG = [
         r"tail_mask must be an array of bool; got",
     ),
     (dict(tail_mask=[[[True]]]), TypeError, r"tail_mask must be an array of bool; got list"),
-    (dict(tail_mask=np.ones((2, 1, 2), bool)), ValueError, r"tail_mask must be .* with U = 1; got"),
+    (
+        dict(tail_mask=np.ones((2, 1, 2), bool)),
+        ValueError,
+        r"tail_mask must be \[B, T, T\] = .*; got shape",
+    ),
     (dict(k_pages=None), TypeError, r"k_pages must be an array; got NoneType"),
     (dict(k_pages=np.zeros((5, 2, 8))), ValueError, r"k_pages must be \[N, Hk, S, D\]; got shape"),
     (STACK, ValueError, r"k_pages must be \[N, Hk, S, D\]; got shape \(3, 5, 2, 4, 8\)"),

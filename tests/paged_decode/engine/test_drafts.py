@@ -199,6 +199,7 @@ def test_prompt_lookup_takes_the_longest_run_that_is_nearest_and_goes_round():
     ("drafter", "error", "words"),
     [
         (4, TypeError, "hashable function of .text, length., got 4"),
+        (PromptLookup, TypeError, "PromptLookup is a class"),
         (lambda text, length: text[:, :2].astype(float), TypeError, "int32 .*got float32"),
         (lambda text, length: text[:, 0], ValueError, r"\[B, k\] .* got \(2,\)"),
         (lambda text, length: text[:, :0], ValueError, r"k >= 1, got \(2, 0\)"),
