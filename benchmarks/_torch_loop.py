@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["measure_torch_loop", "torch_loop"]
+__all__ = ["Sizes", "Weights", "measure_torch_loop", "run_alone", "torch_loop"]
 
 SETTLE = 8  # steps before the clock starts, in every repeat
 PAGE = 16
@@ -319,8 +319,12 @@ def torch_loop(rows: int, context: int, steps: int, repeats: int = 5) -> dict[st
 
 def measure_torch_loop(rows: int, context: int, steps: int) -> dict[str, Any]:
     """`torch_loop` in a process of its own; {"error": ...} where it cannot run."""
-    sizes = [f"--{k}={v}" for k, v in dict(rows=rows, context=context, steps=steps).items()]
-    command = [sys.executable, __file__, *sizes, "--json"]
+    return run_alone(__file__, rows=rows, context=context, steps=steps)
+
+
+def run_alone(script: str, **sizes: int) -> dict[str, Any]:
+    """What a script prints with `--json` in a process of its own; {"error": ...} if it fails."""
+    command = [sys.executable, script, *(f"--{k}={v}" for k, v in sizes.items()), "--json"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["it printed nothing"]

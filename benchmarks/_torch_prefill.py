@@ -16,14 +16,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import time
 from importlib import metadata
 from typing import Any
 
 import numpy as np
-from _torch_loop import EPS, PAGE, THETA, Sizes, Weights
+from _torch_loop import EPS, PAGE, THETA, Sizes, Weights, run_alone
 
 __all__ = ["measure_torch_prefill", "torch_prefill"]
 
@@ -150,13 +148,7 @@ def torch_prefill(
 
 def measure_torch_prefill(prompts: int, length: int, rows: int, chunk: int) -> dict[str, Any]:
     """`torch_prefill` in a process of its own; {"error": ...} where it cannot run."""
-    sizes = dict(prompts=prompts, length=length, rows=rows, chunk=chunk)
-    command = [sys.executable, __file__, *(f"--{k}={v}" for k, v in sizes.items()), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["it printed nothing"]
-        return {"error": lines[-1][:300]}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return run_alone(__file__, prompts=prompts, length=length, rows=rows, chunk=chunk)
 
 
 def main() -> None:

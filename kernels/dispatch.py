@@ -8,7 +8,7 @@ A backend is a module with two functions, imported only when it is asked for:
 
 Two more are optional. `append_and_attend(call, k, v, slots) -> (out, lse, k_pages, v_pages)` writes
 the newest tokens, k and v `[B, T, Hk, D]` of the pages' dtype, in the same launch, but for those
-with a slot in the null page; without it they are scattered before the call. `prefers(call) -> bool`
+with a slot in the null page; without it they are written before the call. `prefers(call) -> bool`
 says that this backend serves the call and is the fastest that does, by what was measured: where
 nobody named another, it comes first.
 """

@@ -73,7 +73,7 @@ def finished(
     """The end of a softmax: out with sinks and lse without, from sums relative to exp(top).
 
     `sink` is the log of a mass, and broadcasts to the queries. The kernels do the same in their
-    own languages, in base 2: `store_result` of triton/merge.py, `finish` of pallas_gpu/merge.py
+    own languages, in base 2: `store_result` of triton/merge.py, `finished` of pallas_gpu/tiles.py
     and `_finish` of pallas_tpu/decode_tail.py; what changes here changes there.
     """
     # The sink may dwarf the tokens: the sums are scaled to the larger of the two, but lse comes

@@ -24,8 +24,7 @@ def write_tokens(
 
     The pages come with the axes that the caller's have. Through a view with one axis more or less
     XLA for CPU copies the whole pool where Hk, S or D is 1. XLA for TPU copies every stacked pool
-    before it scatters; there a kernel writes it, and on GPU one that takes a fifth of the time of
-    the two scatters.
+    before it scatters; there a kernel writes it, as on GPU one does for K and V together.
     """
     pages, page_size = k_pages.shape[-4], k_pages.shape[-2]
     if platform == "tpu" and layer is not None:

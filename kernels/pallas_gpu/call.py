@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..cards import Card, compute_capability, zero_counters
+from ..cards import Card, compute_capability, processors, zero_counters
 from ..record import AttentionCall
 from . import config
 from .plan import Plan
@@ -56,8 +56,9 @@ def shape_refusal(call: AttentionCall) -> str | None:
 
 
 def prefers(call: AttentionCall) -> bool:
-    """Whether this backend serves `call`, and faster than Triton."""
-    return refusal(call) is None and config.prefers(call, Card.here())
+    """Whether this backend serves `call`, and is to come before Triton."""
+    # The shape first: whether Mosaic GPU is there costs an import that most calls need not pay for.
+    return config.prefers(call, processors()) and refusal(call) is None
 
 
 def attend(call: AttentionCall) -> tuple[Float[Array, "B T Hq D"], Float[Array, "B T Hq"]]:

@@ -1,6 +1,5 @@
 """Tilings for Hopper, and the calls that this kernel serves faster than Triton's."""
 
-from ..cards import Card
 from ..record import AttentionCall
 
 __all__ = ["QUERIES", "TAIL_KEYS", "TAIL_STAGES", "prefers", "ring_stages"]
@@ -12,7 +11,7 @@ QUERIES = 64  # rows of a product of the matrix unit: of a warpgroup's queries, 
 _RING_BYTES = 48 * 1024
 
 # T > 1: keys of a block by D, and blocks of K and of V in shared memory. What a warpgroup holds in
-# registers is its sums, 64 x D, and the logits of a block; 128 keys are 15 % faster than 64.
+# registers is its sums, 64 x D, and the logits of a block, so D 256 leaves room for 64 keys.
 TAIL_KEYS = {64: 128, 128: 128, 256: 64}
 TAIL_STAGES = 2
 
@@ -25,8 +24,10 @@ def ring_stages(dim: int, itemsize: int) -> int:
     return max(_RING_BYTES // (2 * QUERIES * dim * itemsize), 2)
 
 
-def prefers(call: AttentionCall, card: Card) -> bool:
-    """Whether this kernel serves `call` faster than Triton's, by `results/tails.json`.
+def prefers(call: AttentionCall, processors: int) -> bool:
+    """Whether this kernel is to serve `call` before Triton's on so many multiprocessors.
+
+    `benchmarks/tails.py` times both on either side of this rule.
 
     Its blocks are units of queries, and no row is cut along its keys. So one row must have enough
     of them for the card, or half of that beside other rows; or it must be short.
@@ -34,6 +35,6 @@ def prefers(call: AttentionCall, card: Card) -> bool:
     if call.tokens < QUERIES:
         return False
     blocks = -(-call.tokens // QUERIES) * call.heads // 2  # of one row
-    enough = _FULL * card.processors
+    enough = _FULL * processors
     several = blocks >= enough / 2 and blocks * call.rows >= enough
     return blocks >= enough or several or call.capacity <= _SHORT

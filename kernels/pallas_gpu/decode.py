@@ -25,7 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from . import merge, work
 from .config import QUERIES
 from .plan import Plan
-from .tiles import capped, copy_pages, live_pieces, page_ids, softmax, zero_hidden
+from .tiles import capped, copy_pages, live_pieces, no_sums, page_ids, softmax, zero_hidden
 from .work import Place, Row
 
 __all__ = ["Ring", "decode_body", "scratch"]
@@ -211,13 +211,6 @@ def _consume(
 
 def _attend(plan: Plan, ring: Ring, place: Place, first_step: Any, tiles: Any) -> Any:
     """`acc, top, total, bad` over some tiles of one row and head."""
-    rows = plgpu.Layout.WGMMA.reduce(1)
-    empty = (
-        plgpu.layout_cast(jnp.zeros((QUERIES, plan.dim), jnp.float32), plgpu.Layout.WGMMA),
-        plgpu.layout_cast(jnp.full((QUERIES,), -jnp.inf, jnp.float32), rows),
-        plgpu.layout_cast(jnp.zeros((QUERIES,), jnp.float32), rows),
-        jnp.int32(0),
-    )
 
     def tile(i: Any, carry: Any) -> Any:
         acc, top, total, bad = carry
@@ -247,7 +240,7 @@ def _attend(plan: Plan, ring: Ring, place: Place, first_step: Any, tiles: Any) -
         acc = acc * lax.broadcast_in_dim(share, acc.shape, [0]) + mix
         return acc, top, total, bad
 
-    return lax.fori_loop(0, tiles, tile, empty)
+    return lax.fori_loop(0, tiles, tile, (*no_sums(plan), jnp.int32(0)))
 
 
 def _multiply(left: Any, right: Any) -> Any:

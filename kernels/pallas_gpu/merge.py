@@ -7,10 +7,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ..record import HUGE, LN2, LOG2E
 from . import work
 from .config import QUERIES
 from .plan import Plan
+from .tiles import finished
 from .work import Place
 
 __all__ = ["Inputs", "Outputs", "Staged", "finish", "merge_body", "staged"]
@@ -196,16 +196,11 @@ def _store(
     """The result of a row and head, from its sums and its sinks."""
     acc, top, total = sums
     heads = pl.ds(kv_head * plan.group, plan.lines)
-    extra = jnp.full_like(top, -jnp.inf)
+    sink = None
     if plan.sinks:
         sink = plgpu.load(inputs.sink.at[heads], layout=_layout(plan).reduce(1), optimized=False)
-        extra = jnp.minimum(sink * LOG2E, HUGE)
-    base = jnp.maximum(top, extra)
-    base = jnp.where(base == -jnp.inf, 0.0, base)
-    share = jnp.exp2(top - base)
-    mass = total * share + jnp.exp2(extra - base)
-    result = acc * _wide(plan, share / jnp.where(mass == 0.0, 1.0, mass))
-    lse = (top + jnp.log2(total)) * LN2
+    share, lse = finished(top, total, sink)
+    result = acc * _wide(plan, share)
     if plan.lines == plan.group:
         outputs.out[row, heads] = result.astype(outputs.out.dtype)
         _put(outputs.lse.at[row, heads], lse)

@@ -23,11 +23,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ..record import HUGE, LN2, LOG2E
 from . import work
 from .config import QUERIES
 from .plan import Plan
-from .tiles import capped, copy_pages, live_pieces, page_ids, softmax, zero_hidden
+from .tiles import (
+    capped,
+    copy_pages,
+    finished,
+    live_pieces,
+    no_sums,
+    page_ids,
+    softmax,
+    zero_hidden,
+)
 from .work import Unit
 
 __all__ = ["Inputs", "Ring", "scratch", "tail_body"]
@@ -161,7 +169,7 @@ def _consume(
     plgpu.barrier_wait(ring.q_full.at[mine])
 
     attend = partial(_tile, plan, ring, unit, mine, unit.length - plan.tokens + t0)
-    sums = _nothing(plan)
+    sums = no_sums(plan)
     pl.when(unit.blocks > 0)(lambda: plgpu.barrier_wait(ring.k_full.at[0]))
     pl.when(mine == 1)(lambda: _pass(ring))  # the matrix unit is consumer 0's first
     hidden, whole = _phases(plan, unit)
@@ -171,8 +179,10 @@ def _consume(
     sums = lax.fori_loop(whole, unit.blocks, partial(attend, True), sums)
     pl.when(mine == 0)(lambda: _pass(ring))
 
-    sink = inputs.sink[head] if plan.sinks else None
-    out_tile, lse_tile = _result(sums, sink, broken)
+    acc, top, total = sums
+    total = total * jnp.where(broken != 0, jnp.float32(jnp.nan), jnp.float32(1))
+    share, lse_tile = finished(top, total, inputs.sink[head] if plan.sinks else None)
+    out_tile = acc * lax.broadcast_in_dim(share, acc.shape, [0])
     if plan.query_lens:
         out_tile, lse_tile = _without_padding(out_tile, lse_tile, unit.padding - t0)
     ring.q[mine] = out_tile.astype(ring.q.dtype)
@@ -181,16 +191,6 @@ def _consume(
     plgpu.copy_smem_to_gmem(ring.q.at[mine], out.at[where])
     plgpu.copy_smem_to_gmem(ring.lse.at[mine], lse.at[unit.row, head, where[1]])
     plgpu.wait_smem_to_gmem(0)
-
-
-def _nothing(plan: Plan) -> tuple[Any, Any, Any]:
-    """`acc, top, total` of no keys."""
-    rows = plgpu.Layout.WGMMA.reduce(1)
-    return (
-        plgpu.layout_cast(jnp.zeros((QUERIES, plan.dim), jnp.float32), plgpu.Layout.WGMMA),
-        plgpu.layout_cast(jnp.full((QUERIES,), -jnp.inf, jnp.float32), rows),
-        plgpu.layout_cast(jnp.zeros((QUERIES,), jnp.float32), rows),
-    )
 
 
 def _phases(plan: Plan, unit: Unit) -> tuple[Any, Any]:
@@ -303,22 +303,6 @@ def _add_values(
         return sums[...]
 
     return acc + pl.run_scoped(of_shared_memory, plgpu.ACC(acc.shape, jnp.float32))
-
-
-def _result(sums: Any, sink: Any, broken: Any) -> tuple[Any, Any]:
-    """`out, lse` of the queries from their sums; NaN of a row that breaks the contract."""
-    acc, top, total = sums
-    total = total * jnp.where(broken != 0, jnp.float32(jnp.nan), jnp.float32(1))
-    lse = (top + jnp.log2(total)) * LN2
-    mass, share = total, jnp.ones_like(total)
-    if sink is not None:
-        extra = jnp.minimum(sink * LOG2E, HUGE)
-        base = jnp.maximum(top, extra)
-        base = jnp.where(base == -jnp.inf, 0.0, base)
-        share = jnp.exp2(top - base)
-        mass = total * share + jnp.exp2(extra - base)
-    share = share / jnp.where(mass == 0.0, 1.0, mass)
-    return acc * lax.broadcast_in_dim(share, acc.shape, [0]), lse
 
 
 def _without_padding(out: Any, lse: Any, padding: Any) -> tuple[Any, Any]:

@@ -7,11 +7,21 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ..record import LOG2E
+from ..record import HUGE, LN2, LOG2E
 from .config import QUERIES
 from .plan import Plan
 
-__all__ = ["capped", "copy_pages", "live_pieces", "page_ids", "softmax", "tokens_of", "zero_hidden"]
+__all__ = [
+    "capped",
+    "copy_pages",
+    "finished",
+    "live_pieces",
+    "no_sums",
+    "page_ids",
+    "softmax",
+    "tokens_of",
+    "zero_hidden",
+]
 
 
 def tokens_of(plan: Plan, tile: Any) -> list[Any]:
@@ -69,6 +79,29 @@ def capped(plan: Plan, products: Any) -> tuple[Any, float]:
     # tanh(x) = 1 - 2 / (1 + e^2x), which is right at both ends
     grown = jnp.exp2(products * (2 * plan.scale / plan.soft_cap * LOG2E))
     return 1.0 - 2.0 / (1.0 + grown), plan.soft_cap * LOG2E
+
+
+def no_sums(plan: Plan) -> tuple[Any, Any, Any]:
+    """`acc, top, total` of no keys, for as many queries as a product has rows."""
+    rows = plgpu.Layout.WGMMA.reduce(1)
+    return (
+        plgpu.layout_cast(jnp.zeros((QUERIES, plan.dim), jnp.float32), plgpu.Layout.WGMMA),
+        plgpu.layout_cast(jnp.full((QUERIES,), -jnp.inf, jnp.float32), rows),
+        plgpu.layout_cast(jnp.zeros((QUERIES,), jnp.float32), rows),
+    )
+
+
+def finished(top: Any, total: Any, sink: Any) -> tuple[Any, Any]:
+    """`share, lse`: what sums of weighted values are multiplied by; `sink` is None without one."""
+    lse = (top + jnp.log2(total)) * LN2
+    mass, share = total, jnp.ones_like(total)
+    if sink is not None:
+        extra = jnp.minimum(sink * LOG2E, HUGE)
+        base = jnp.maximum(top, extra)
+        base = jnp.where(base == -jnp.inf, 0.0, base)
+        share = jnp.exp2(top - base)
+        mass = total * share + jnp.exp2(extra - base)
+    return share / jnp.where(mass == 0.0, 1.0, mass), lse
 
 
 def softmax(logits: Any, factor: float, top: Any, empty: bool = True) -> tuple[Any, Any, Any]:

@@ -51,7 +51,7 @@ def append_and_attend(
 ) -> tuple[Array, Array, Array, Array]:
     """Write k and v at the newest positions of every row and serve `call`.
 
-    One launch where T = 1; else a scatter goes before it.
+    One launch where T = 1; else one that writes goes before it.
     """
     if not call.one_token:
         written = call.with_newest(k, v, slots)
@@ -110,21 +110,14 @@ def _new_tokens(call: AttentionCall, plan: Plan) -> tuple[Array, ...]:
 def _launched(
     kernel: Any, inputs: Sequence[Array], plan: Plan, name: str, written: dict[str, Any]
 ) -> list[Array]:
-    launch_one = launch.launch  # taken now: under `vmap` the call below is traced later
-
-    # A batch of launches would count arrivals in the same counters: one after the other.
-    @jax.custom_batching.sequential_vmap
-    def launched(*arrays: Array) -> list[Array]:
-        return launch_one(
-            kernel,
-            arrays,
-            [jax.ShapeDtypeStruct(size, jnp.dtype(dtype)) for size, dtype in plan.outputs],
-            grid=plan.grid,
-            warps=plan.config.warps,
-            stages=plan.config.stages,
-            name=name,
-            constants=plan.constants,
-            **written,
-        )
-
-    return launched(*inputs)
+    return launch.looped(
+        kernel,
+        inputs,
+        [jax.ShapeDtypeStruct(size, jnp.dtype(dtype)) for size, dtype in plan.outputs],
+        grid=plan.grid,
+        warps=plan.config.warps,
+        stages=plan.config.stages,
+        name=name,
+        constants=plan.constants,
+        **written,
+    )

@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from jax.interpreters import mlir
 
-__all__ = ["launch", "limits", "problem"]
+__all__ = ["launch", "limits", "looped", "problem"]
 
 CURE = "install the set that works: pip install 'paged-decode[cuda]' (jax-triton 0.3.1, triton 3.6)"
 
@@ -105,6 +105,25 @@ def launch(
         **options,
         **constants,
     )
+
+
+def looped(
+    kernel: Any,
+    inputs: Sequence[jax.Array],
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    **options: Any,
+) -> list[jax.Array]:
+    """`launch`, which `vmap` makes a loop of.
+
+    A batch of launches would count arrivals in the same counters, or write in the same pages.
+    """
+    launch_one = launch  # taken now: under `vmap` the call below is traced later
+
+    @jax.custom_batching.sequential_vmap
+    def launched(*arrays: jax.Array) -> list[jax.Array]:
+        return launch_one(kernel, arrays, outputs, **options)
+
+    return launched(*inputs)
 
 
 def limits(constants: dict[str, Any]) -> dict[str, Any]:

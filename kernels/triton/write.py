@@ -4,7 +4,6 @@ XLA's scatter works out the place of every number by itself; here a program has 
 and moves whole vectors.
 """
 
-import jax
 import triton
 import triton.language as tl
 from jaxtyping import Array, Float, Int32
@@ -79,31 +78,25 @@ def write_tokens(
     _, pages, heads, size, dim = k_pages.shape
     vectors, block_d = slots.shape[0] * heads, power(dim)
     block = max(BLOCK // block_d, 1)
-    launch_one = launch.launch  # taken now: under `vmap` the call below is traced later
-
-    @jax.custom_batching.sequential_vmap
-    def launched(*arrays: Array) -> list[Array]:
-        return launch_one(
-            write_kernel,
-            arrays,
-            [],
-            rewritten=("k_written", "v_written"),
-            aliases=(4, 5),
-            grid=-(-vectors // block),
-            warps=WARPS,
-            stages=1,
-            name="paged_write",
-            constants=dict(
-                VECTORS=vectors,
-                SLOTS=pages * size,
-                PAGE=size,
-                KV_HEADS=heads,
-                D=dim,
-                BLOCK_D=block_d,
-                BLOCK_V=block,
-            ),
-        )
-
     k, v = (new.astype(k_pages.dtype) for new in (k, v))
-    k_pages, v_pages = launched(k, v, slots, layer, k_pages, v_pages)
+    k_pages, v_pages = launch.looped(
+        write_kernel,
+        (k, v, slots, layer, k_pages, v_pages),
+        [],
+        rewritten=("k_written", "v_written"),
+        aliases=(4, 5),
+        grid=-(-vectors // block),
+        warps=WARPS,
+        stages=1,
+        name="paged_write",
+        constants=dict(
+            VECTORS=vectors,
+            SLOTS=pages * size,
+            PAGE=size,
+            KV_HEADS=heads,
+            D=dim,
+            BLOCK_D=block_d,
+            BLOCK_V=block,
+        ),
+    )
     return k_pages, v_pages

@@ -44,6 +44,33 @@ CASES = {
     ),
 }
 
+FAULTS = ["page id -1", "page id N", "length past the table"]
+
+
+def check_repeats(case: Case) -> None:
+    """The case matches the oracle, and is the same to the bit however often it runs."""
+    inputs = build(case)
+    check(KERNEL, case)
+    first = inputs.call(KERNEL)
+    for _ in range(5):
+        same_bits(inputs.call(KERNEL), first)
+
+
+def check_broken(case: Case, fault: str) -> None:
+    """Row 0 of two with one of FAULTS is NaN, and row 1 keeps its bits."""
+    inputs = build(case)
+    arrays = (inputs.q, inputs.k_pages, inputs.v_pages, inputs.page_table, inputs.seq_lens)
+    # Values cannot be checked under `jit`.
+    call = jax.jit(lambda *arrays: paged_attention(*arrays, return_lse=True, implementation=KERNEL))
+    want, want_lse = call(*arrays)
+    if "id" in fault:
+        inputs.page_table[0, 1] = -1 if "-1" in fault else len(inputs.k_pages)
+    else:
+        inputs.seq_lens[0] = case.columns * case.page_size + 1
+    out, lse = call(*arrays)
+    assert np.isnan(out[0]).all() and np.isnan(lse[0]).all()
+    same_bits((out[1], lse[1]), (want[1], want_lse[1]))
+
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_case_matches_the_oracle(name):
@@ -82,11 +109,7 @@ LARGE = {
 @pytest.mark.skipif(not ON_CARD, reason="needs a Hopper GPU: the interpreter would take minutes")
 @pytest.mark.parametrize("name", LARGE)
 def test_large_cases_match_the_oracle_and_repeat_to_the_bit(name):
-    inputs = build(LARGE[name])
-    check(KERNEL, LARGE[name])
-    first = inputs.call(KERNEL)
-    for _ in range(5):
-        same_bits(inputs.call(KERNEL), first)
+    check_repeats(LARGE[name])
 
 
 @only_interpreted
@@ -111,20 +134,9 @@ def test_the_number_of_blocks_changes_a_result_by_rounding_only():
     np.testing.assert_allclose(lse, other_lse, rtol=1e-6)
 
 
-@pytest.mark.parametrize("fault", ["page id -1", "page id N", "length past the table"])
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_row_that_breaks_the_contract_is_nan_and_the_others_keep_their_bits(fault):
-    inputs = build(Case((70, 40), 1, 2, 64, 16, 5, dtype="float16"))
-    arrays = (inputs.q, inputs.k_pages, inputs.v_pages, inputs.page_table, inputs.seq_lens)
-    # Values cannot be checked under `jit`.
-    call = jax.jit(lambda *arrays: paged_attention(*arrays, return_lse=True, implementation=KERNEL))
-    want, want_lse = call(*arrays)
-    if "id" in fault:
-        inputs.page_table[0, 1] = -1 if "-1" in fault else len(inputs.k_pages)
-    else:
-        inputs.seq_lens[0] = 81
-    out, lse = call(*arrays)
-    assert np.isnan(out[0]).all() and np.isnan(lse[0]).all()
-    same_bits((out[1], lse[1]), (want[1], want_lse[1]))
+    check_broken(Case((70, 40), 1, 2, 64, 16, 5, dtype="float16"), fault)
 
 
 @only_interpreted

@@ -7,12 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from paged_decode.kernels import paged_attention
 from paged_decode.kernels.pallas_gpu import work
 
 from ..oracle import Case, build, check, same_bits
 from .interpret import NAME
-from .test_kernel import KERNEL, ON_CARD, only_interpreted
+from .test_kernel import FAULTS, KERNEL, ON_CARD, check_broken, check_repeats, only_interpreted
 from .test_kernel import pytestmark as pytestmark
 
 CASES = {
@@ -71,11 +70,7 @@ def test_every_case_matches_the_oracle(name):
 @pytest.mark.skipif(not ON_CARD, reason="needs a Hopper GPU: the interpreter would take minutes")
 @pytest.mark.parametrize("name", LARGE)
 def test_large_cases_match_the_oracle_and_repeat_to_the_bit(name):
-    inputs = build(LARGE[name])
-    check(KERNEL, LARGE[name])
-    first = inputs.call(KERNEL)
-    for _ in range(5):
-        same_bits(inputs.call(KERNEL), first)
+    check_repeats(LARGE[name])
 
 
 @pytest.mark.parametrize("fill", [np.nan, np.inf])
@@ -94,20 +89,9 @@ def test_the_order_of_rows_changes_no_bit(monkeypatch):
     same_bits(inputs.call(NAME), want)
 
 
-@pytest.mark.parametrize("fault", ["page id -1", "page id N", "length past the table"])
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_row_that_breaks_the_contract_is_nan_and_the_others_keep_their_bits(fault):
-    inputs = build(Case((140, 40), 1, 2, 64, 16, 9, tokens=2, dtype="float16"))
-    arrays = (inputs.q, inputs.k_pages, inputs.v_pages, inputs.page_table, inputs.seq_lens)
-    # Values cannot be checked under `jit`.
-    call = jax.jit(lambda *arrays: paged_attention(*arrays, return_lse=True, implementation=KERNEL))
-    want, want_lse = call(*arrays)
-    if "id" in fault:
-        inputs.page_table[0, 1] = -1 if "-1" in fault else len(inputs.k_pages)
-    else:
-        inputs.seq_lens[0] = 145
-    out, lse = call(*arrays)
-    assert np.isnan(out[0]).all() and np.isnan(lse[0]).all()
-    same_bits((out[1], lse[1]), (want[1], want_lse[1]))
+    check_broken(Case((140, 40), 1, 2, 64, 16, 9, tokens=2, dtype="float16"), fault)
 
 
 @only_interpreted
