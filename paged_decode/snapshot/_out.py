@@ -211,7 +211,10 @@ class _Piece:
         if self.pinned is None:
             return None
         ids, ends = rows.on(self.local.device)
-        gathered = _gather(self.local, ids, ends, self.layer, page_size=rows.page_size)
+        layer = self.layer
+        if layer is not None:
+            layer = jax.device_put(np.int32(layer), self.local.device)
+        gathered = _gather(self.local, ids, ends, layer, page_size=rows.page_size)
         try:
             return jax.device_put(gathered, self.pinned)
         except jax.errors.JaxRuntimeError:  # none of it is left: NumPy takes the slow way
