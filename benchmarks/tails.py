@@ -1,10 +1,10 @@
 """Attention of T > 1 new tokens over pages on one GPU: chunks of prompts, and checks of drafts.
 
-python benchmarks/tails.py                 # every case, about 4 minutes on 16 cores
+python benchmarks/tails.py                 # every case, about 5 minutes on 16 cores
 python benchmarks/tails.py --quick --name tails_quick
 
-Ours are both GPU kernels, called through JAX; `default` marks the one that the dispatch takes. The
-cases of `CHOICE` are for that choice, and no peer runs them. The time is device time with a cold L2
+Ours are both GPU kernels, called through JAX. The cases of `CHOICE` are for the choice of the
+dispatch between them, and no peer runs them. The time is device time with a cold L2
 (`_gpu_timing.py`); FlashInfer's `plan` on the host is not in it. Every result is compared with
 float32 first. `paged-decode/T = 1` is one token of each row over the same pages: the least that
 reading the keys and values takes us.
@@ -24,8 +24,6 @@ from _gpu_timing import Timer
 from _result import spread, write_result
 
 from paged_decode import paged_attention
-from paged_decode.kernels import pallas_gpu
-from paged_decode.kernels.record import AttentionCall
 
 HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 16
 TOLERANCE = 1e-2  # relative error in bfloat16
@@ -182,16 +180,6 @@ PEERS: dict[str, Callable[[Arrays], Call]] = {
 }
 
 
-def default(arrays: Arrays) -> str:
-    """Which of ours the dispatch takes."""
-    sizes: dict[str, Any] = dict(
-        rows=len(arrays.lens), tokens=arrays.tokens, kv_heads=KV_HEADS, dim=DIM
-    )
-    sizes |= dict(pages=len(arrays.k), columns=arrays.table.shape[1], group=HEADS // KV_HEADS)
-    call = AttentionCall.of_sizes(**sizes, page_size=PAGE, dtype="bfloat16", platform="gpu")
-    return "paged-decode/pallas_gpu" if pallas_gpu.prefers(call) else "paged-decode/triton"
-
-
 def measure(
     timer: Timer, tokens: int, lens: list[int], systems: dict[str, Callable[[Arrays], Call]]
 ) -> Iterator[dict[str, Any]]:
@@ -200,7 +188,6 @@ def measure(
     short = [*lens[:2], "...", lens[-1]] if len(lens) > 4 else lens
     case = dict(tokens=tokens, rows=len(lens), lengths=str(short), heads=HEADS, kv_heads=KV_HEADS)
     case |= dict(longest=max(lens), columns=arrays.table.shape[1])
-    taken = default(arrays)
     calls: dict[str, Call] = {"paged-decode/T = 1": one_token(arrays)}
     errors: dict[str, float] = {}
     for name, make in systems.items():
@@ -221,8 +208,6 @@ def measure(
         record = dict(case=case, system=name, bytes=arrays.kv_bytes, **spread(seconds))
         if name in errors:
             record |= dict(flops=arrays.flops, relative_error=errors[name])
-        if name in OURS:
-            record["default"] = name == taken
         yield record
 
 
@@ -234,8 +219,8 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault("FLASHINFER_CUDA_ARCH_LIST", "9.0a")
     records, timer = [], Timer()
-    run = [(case, OURS | PEERS) for case in (QUICK if args.quick else CASES)]
-    run += [] if args.quick else [(case, OURS) for case in CHOICE]
+    run = [] if args.quick else [(case, OURS) for case in CHOICE]
+    run += [(case, OURS | PEERS) for case in (QUICK if args.quick else CASES)]
     for (tokens, lens), systems in run:
         for record in measure(timer, tokens, lens, systems):
             records.append(record)

@@ -15,7 +15,8 @@ _RING_BYTES = 48 * 1024
 TAIL_KEYS = {64: 128, 128: 128, 256: 64}
 TAIL_STAGES = 2
 
-# What one row needs of a multiprocessor each, and tokens that one block attends with in no time.
+# What the rows need of a multiprocessor each, and tokens of a row that one block attends with in no
+# time: twice as many where all rows have blocks enough.
 _FULL, _SHORT = 0.7, 1024
 
 
@@ -27,14 +28,15 @@ def ring_stages(dim: int, itemsize: int) -> int:
 def prefers(call: AttentionCall, processors: int) -> bool:
     """Whether this kernel is to serve `call` before Triton's on so many multiprocessors.
 
-    `benchmarks/tails.py` times both on either side of this rule.
+    `benchmarks/tails.py` times both on either side of this rule, and a test holds it to the result.
 
-    Its blocks are units of queries, and no row is cut along its keys. So one row must have enough
-    of them for the card, or half of that beside other rows; or it must be short.
+    Its blocks are units of queries, and no row is cut along its keys: where one row is long among
+    short ones, its blocks work alone. So one row must have enough of them for the card, or half of
+    that beside other rows; or it must be short.
     """
     if call.tokens < QUERIES:
         return False
     blocks = -(-call.tokens // QUERIES) * call.heads // 2  # of one row
     enough = _FULL * processors
-    several = blocks >= enough / 2 and blocks * call.rows >= enough
+    several = blocks * call.rows >= enough and (blocks >= enough / 2 or call.capacity <= 2 * _SHORT)
     return blocks >= enough or several or call.capacity <= _SHORT
