@@ -149,10 +149,17 @@ class _FaultyPlans:
         self._engine, self._faults, self._plans = engine, faults, engine.loop.scheduler
         self.prefilled, self.plan_decode = self._plans.prefilled, self._plans.plan_decode
         self.book, self.drop = self._plans.book, self._plans.drop
-        self.release, self.reset = self._plans.release, self._plans.reset
+        self.reset = self._plans.reset
+        self._forced = False  # in this visit
+
+    def release(self) -> None:
+        self._forced = False
+        self._plans.release()
 
     def plan_prefill(self) -> Prefill | None:
-        self._faults.before_visit(self._engine)
+        if not self._forced:
+            self._faults.before_visit(self._engine)
+            self._forced = True
         return self._plans.plan_prefill()
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -31,7 +31,7 @@ class Plans(Protocol):
     """The scheduler, as a loop uses it."""
 
     def plan_prefill(self) -> Prefill | None: ...
-    def prefilled(self, plan: Prefill) -> None: ...
+    def prefilled(self, plans: Sequence[Prefill]) -> None: ...
     def plan_decode(self) -> Decode | None: ...
     def book(self, ticket: Ticket, result: Result) -> None: ...
     def drop(self, ticket: Ticket) -> None: ...
@@ -140,10 +140,12 @@ class Loop:
         """Plan and launch a visit; whether a decode program runs."""
         self._call = sys._getframe()
         self.scheduler.release()
-        over = None
-        if (prefill := self._planned(self.scheduler.plan_prefill)) is not None:
+        over, launched = None, []
+        while (prefill := self._planned(self.scheduler.plan_prefill)) is not None:
             over = self.runner.prefill(prefill)
-            self.scheduler.prefilled(prefill)
+            launched.append(prefill)
+        if launched:
+            self.scheduler.prefilled(launched)
         plan = self._planned(self.scheduler.plan_decode)
         if plan is not None:
             self._open.append(self.runner.decode(plan))

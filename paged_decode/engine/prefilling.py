@@ -17,59 +17,118 @@ from .room import Allocator
 
 __all__ = ["Chunks", "Prefilling"]
 
-Programs = tuple[tuple[int, tuple[Chunk, ...]], ...]
-
 
 class Chunks(NamedTuple):
-    """What one visit computes, for whom, and what that took from the pools of windows."""
+    """What one program computes, for whom, and what that took from the pools of windows."""
 
-    programs: Programs
+    width: int
+    chunks: tuple[Chunk, ...]
     samples: list[Sample]
     taken: Taken
 
 
 class Prefilling:
-    """Samples whose prompts are computed, in turn.
+    """Samples whose prompts are computed: in a visit, each has a turn as far as tokens last.
 
     Attributes:
-      samples: whose turn is next comes first.
+      samples: who can still have a turn in this visit; whose is next comes first.
+      under_way: whether this visit has a program.
+      closed: whether nobody may join in this visit: somebody was preempted for who is here.
     """
 
     def __init__(self, allocator: Allocator, config: EngineConfig):
         self._allocator, self._config = allocator, config
         self.samples: list[Sample] = []
+        self._short: list[Sample] = []  # who found no pages in this visit
+        self._served: list[Sample] = []  # who has a turn in it
         self._nothing = Taken.total([], len(allocator.pools))
         self._windows = any(window is not None for _, window in allocator.pools)
+        self.end_visit()
 
-    def next_chunks(self) -> Chunks | OutOfPages:
-        """Take pages for the chunks of this visit; if nobody can have any, what the first lacks.
+    def end_visit(self) -> None:
+        """The next visit begins: everybody can have a turn again."""
+        self.samples, self._short = self._short + self.samples, []
+        self.under_way = self.closed = False
+        self._budget = self._config.prefill_tokens
+
+    @property
+    def any(self) -> bool:
+        """Whether there is a prompt to compute."""
+        return bool(self.samples or self._short or self._served)
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether the next program has a prompt for each of its rows."""
+        return len(self.samples) >= self._config.prefill_rows
+
+    def leave(self, sample: Sample) -> bool:
+        """A sample gives up its row; whether it was here."""
+        here = sample in self.samples
+        if here:
+            self.samples.remove(sample)
+        return here
+
+    def next_chunks(self) -> Chunks | OutOfPages | None:
+        """Take pages for the chunks of a program; if nobody can have any, what the first lacks.
 
         Where there are not enough for all, one chunk of each prompt that can have them, in turn.
+        None: a visit has one program, and more as long as its tokens last.
         """
-        programs, served = _programs(self.samples, self._config, self._config.prefill_rows)
-        samples, ends = self.samples[:served], _ends_of(programs)
-        if not self._windows:  # other groups have had pages for the whole prompt from the start
-            return Chunks(programs, samples, self._nothing)
-        taken = self._prepare(samples, [ends[slot_of(sample)] for sample in samples])
+        rows = self._config.prefill_rows
+        samples = self.samples[:rows]
+        chunks = _chunks(samples, self._config, rows)
+        width = self._width(chunks)
+        if self.under_way and self._budget is not None and self._budget < width * rows:
+            return None
+        taken: Taken | OutOfPages = self._nothing
+        if self._windows:  # other groups have had pages for the whole prompt from the start
+            ends = _ends_of(chunks)
+            taken = self._prepare(samples, [ends[slot_of(sample)] for sample in samples])
         if isinstance(taken, Taken):
-            return Chunks(programs, samples, taken)
-        each = [self._prepare([sample], [self._end(sample)]) for sample in self.samples]
-        able = [s for s, one in zip(self.samples, each, strict=True) if isinstance(one, Taken)]
-        if isinstance(each[0], OutOfPages) and not able:
-            return each[0]
-        programs, served = _programs(able, self._config, 1)
-        parts = (one for one in each if isinstance(one, Taken))
-        return Chunks(programs, able[:served], Taken.total(parts, len(self._allocator.pools)))
+            return self._given(Chunks(width, chunks, samples, taken))
+        able: list[tuple[Sample, Taken]] = []
+        lacking: list[tuple[Sample, OutOfPages]] = []
+        for sample in self.samples:
+            one = self._prepare([sample], [self._end(sample)])
+            if isinstance(one, OutOfPages):
+                lacking.append((sample, one))
+            else:
+                able.append((sample, one))
+                if len(able) == rows:
+                    break
+        if not able:
+            return lacking[0][1]
+        for sample, _ in lacking:
+            self.samples.remove(sample)
+            self._short.append(sample)
+        samples = [sample for sample, _ in able]
+        chunks = _chunks(samples, self._config, 1)
+        total = Taken.total((one for _, one in able), len(self._allocator.pools))
+        return self._given(Chunks(self._width(chunks), chunks, samples, total))
 
-    def turn(self, plan: Prefill) -> list[int]:
-        """The plan is launched: how many tokens its samples have computed now, in their order;
+    def _given(self, found: Chunks) -> Chunks:
+        """A program more of this visit."""
+        for sample in found.samples:
+            self.samples.remove(sample)
+        self._served += found.samples
+        self.under_way = True
+        if self._budget is not None:
+            self._budget -= found.width * self._config.prefill_rows
+        return found
+
+    def turn(self, plans: Sequence[Prefill]) -> list[int]:
+        """The plans are launched: how many tokens their samples have computed now, in their order;
         who has more to compute goes behind the others."""
-        ends = _ends_of(plan.programs)
-        computed = [ends[slot_of(sample)] for sample in plan.samples]
-        rest = [sample for sample in self.samples if slot_of(sample) not in ends]
-        pairs = zip(plan.samples, computed, strict=True)
-        self.samples = rest + [s for s, end in pairs if end < len(s.tokens) - 1]
+        ends = _ends_of([chunk for plan in plans for chunk in plan.chunks])
+        computed = [ends[slot_of(sample)] for sample in self._served]
+        pairs = zip(self._served, computed, strict=True)
+        self.samples += [s for s, end in pairs if end < len(s.tokens) - 1]
+        self._served = []
         return computed
+
+    def _width(self, chunks: Sequence[Chunk]) -> int:
+        widest = max(len(chunk.tokens) for chunk in chunks)
+        return next(size for size in self._config.chunk_buckets if size >= widest)
 
     def _end(self, sample: Sample) -> int:
         """That of its next chunk."""
@@ -84,37 +143,17 @@ class Prefilling:
         return Taken.of(np.array([slot_of(sample) for sample in samples], np.int64), done)
 
 
-def _ends_of(programs: Programs) -> dict[int, int]:
+def _ends_of(chunks: Sequence[Chunk]) -> dict[int, int]:
     """Up to where each slot is computed by them."""
-    chunks = (chunk for _, chunks in programs for chunk in chunks)
     return {chunk.slot: chunk.begin + len(chunk.tokens) for chunk in chunks}
 
 
-def _programs(samples: Sequence[Sample], config: EngineConfig, chunks: int) -> tuple[Programs, int]:
-    """As many programs as the budget of tokens has room for, one at least; who comes first in
-    `samples` is served first.
-
-    Where there are fewer prompts than rows, a prompt has several rows, up to `chunks`, one behind
-    the other: in every layer all rows write their keys and values before one is read.
-
-    Returns:
-      The programs, and how many of the samples are in them.
-    """
-    programs: list[tuple[int, tuple[Chunk, ...]]] = []
-    budget = config.prefill_tokens
-    for first in range(0, len(samples), config.prefill_rows):
-        part = _chunks(samples[first : first + config.prefill_rows], config, chunks)
-        widest = max(len(chunk.tokens) for chunk in part)
-        width = next(size for size in config.chunk_buckets if size >= widest)
-        if budget is not None:
-            budget -= width * config.prefill_rows
-            if budget < 0 and programs:
-                return tuple(programs), first
-        programs.append((width, part))
-    return tuple(programs), len(samples)
-
-
 def _chunks(samples: Sequence[Sample], config: EngineConfig, most: int) -> tuple[Chunk, ...]:
+    """The rows of a program; who comes first in `samples` is served first.
+
+    Where there are fewer prompts than rows, a prompt has several rows, up to `most`, one behind
+    the other: in every layer all rows write their keys and values before one is read.
+    """
     turn = deque((sample, sample.computed) for sample in samples)
     chunks: list[Chunk] = []
     rows = min(config.prefill_rows, most * len(samples))

@@ -61,21 +61,22 @@ class Chunk(NamedTuple):
 
 
 class Prefill(NamedTuple):
-    """Chunks to compute, in programs of up to `prefill_rows` rows.
+    """Chunks to compute, in one program of up to `prefill_rows` rows.
 
     Attributes:
       copies: pages to copy before anything is written, of each group of layers.
       tables: one for each group.
       enter: rows that begin; their tables are in `tables` as a whole.
-      programs: how many tokens wide each is, and its rows. Chunks of one prompt may be rows of
-        one program, in their order.
+      width: tokens of a row of the program.
+      chunks: its rows. Several may be of one prompt, in their order.
       samples: whose chunks these are: the scheduler's own.
     """
 
     copies: tuple[PageCopies, ...]
     tables: tuple[TableDelta, ...]
     enter: tuple[Enter, ...]
-    programs: tuple[tuple[int, tuple[Chunk, ...]], ...]
+    width: int
+    chunks: tuple[Chunk, ...]
     samples: tuple[Sample, ...]
 
 

@@ -26,7 +26,7 @@ from .sampling import Kind
 __all__ = ["DeviceRunner", "Progress"]
 
 Progress = Callable[[int, int], object]
-_KIND = ("shape", "dtype", "weak_type", "sharding")
+_KIND = ("shape", "dtype", "weak_type", "format")  # what a program is compiled for
 
 
 class Launched:
@@ -230,21 +230,17 @@ class DeviceRunner:
     # ---- plans
 
     def prefill(self, plan: Prefill) -> Launched:
-        """Launch the programs; nothing is read."""
+        """Launch the program; nothing is read."""
         told = self._told(plan.enter, plan.tables)
-        given = [
-            (self._executable("prefill", width), self._prefill_message(width, chunks))
-            for width, chunks in plan.programs
-        ]
+        program = self._executable("prefill", plan.width)
+        message = self._prefill_message(plan.width, plan.chunks)
 
         def job(launched: Launched) -> Any:
             self._checked(plan)
             self._cache = self._cache.copy_pages(plan.copies)
             self._tell(told)
-            over = None
-            for program, message in given:
-                args = self._cache, self._table, self.params, self._put(message)
-                self._cache, over = program(*args)
+            args = self._cache, self._table, self.params, self._put(message)
+            self._cache, over = program(*args)
             return over
 
         return self._launch(job)
@@ -433,7 +429,7 @@ class DeviceRunner:
         self._launch(lambda _: self._tell(told))
         nothing = Taken.total([], len(self._pages))
         for width in config.chunk_buckets:
-            self.wait(self.prefill(Prefill(*nothing, (), ((width, ()),), ())))
+            self.wait(self.prefill(Prefill(*nothing, (), width, (), ())))
         for size in decode:
             given = self._executable("decode", size), self._put(self._idle_rows(size[0]))
             self.wait(self._launch(lambda _, given=given: self._run_decode(*given)))

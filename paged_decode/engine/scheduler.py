@@ -27,7 +27,7 @@ from ..errors import OutOfPages
 from .config import EngineConfig, EngineStats
 from .journal import Journal, Outcome, Outcomes, outcomes_of
 from .plans import Growth, decode_plan, growing
-from .prefilling import Prefilling
+from .prefilling import Chunks, Prefilling
 from .queue import WaitingQueue
 from .records import Decode, Prefill, Result, Ticket
 from .requests import Sample
@@ -176,9 +176,9 @@ class Scheduler:
 
     # ---- admission
 
-    def _admit(self) -> None:
-        """Take waiting samples in order while rows and pages last."""
-        while (sample := self.waiting.head) and not self._seats.full:
+    def _admit(self, enough: Callable[[], bool] = lambda: False) -> None:
+        """Take waiting samples in order while rows and pages last, until there are enough."""
+        while (sample := self.waiting.head) and not self._seats.full and not enough():
             if self.waiting.is_blocked(self.room.available(), len(self.running)):
                 return
             digests = self.digests_of(sample)
@@ -272,7 +272,7 @@ class Scheduler:
         """There are not enough pages: whether the sample was ended, for there never will be."""
         available = self.room.available()
         if self.running or self.ending or self.flights or self.room.passes(error):
-            if not self._prefilling.samples:  # which may publish what it waits for
+            if not self._prefilling.any:  # which may publish what it waits for
                 self.waiting.block(sample, available, len(self.running))
             return False
         detail = self.room.shortage(error)
@@ -311,37 +311,47 @@ class Scheduler:
     # ---- prefill
 
     def plan_prefill(self) -> Prefill | None:
-        """Admit who fits, and choose the chunks of this visit.
+        """Admit who fits, and choose the chunks of this visit's next program; None: it has no more.
+
+        Only who is to be in the program is admitted first: the device begins with the prompts that
+        came first while the host admits the others.
 
         Raises:
           NeedsTruth: as `plan_decode`.
         """
-        if self.swapping is not None:
+        prefilling = self._prefilling
+        if self.swapping is not None and not prefilling.under_way:
             self.swapping.settle()
-        self._admit()
-        while self._prefilling.samples:
-            found = self._prefilling.next_chunks()
-            if not isinstance(found, OutOfPages):
-                programs, samples, taken = found
-                enter, tables = self._seats.enter(self.allocator, taken.tables)
+        if not prefilling.closed:
+            self._admit(lambda: prefilling.has_rows)
+        while prefilling.samples:
+            found = prefilling.next_chunks()
+            if isinstance(found, Chunks):
+                enter, tables = self._seats.enter(self.allocator, found.taken.tables)
                 self.stats.note_usage(self.allocator.num_used)
-                return Prefill(taken.copies, tables, enter, programs, tuple(samples))
-            if growing(self.running):
-                return None  # those end, and give pages back
+                samples = tuple(found.samples)
+                return Prefill(found.taken.copies, tables, enter, *found[:2], samples)
+            if found is None or prefilling.under_way or growing(self.running):
+                break  # those that grow end, and give pages back
             if self.flights:
                 raise NeedsTruth
-            if not self._make_way(self._seats.shard_of(self._prefilling.samples[0]), found):
-                return None
+            prefilling.closed = True
+            if not self._make_way(self._seats.shard_of(prefilling.samples[0]), found):
+                break
+        if not prefilling.closed:
+            self._admit()
+        prefilling.end_visit()
         return None
 
-    def prefilled(self, plan: Prefill) -> None:
-        """The programs are launched: whoever reads what they write comes after them."""
-        computed = self._prefilling.turn(plan)
-        self.stats.prefill_tokens += sum(computed) - sum(s.computed for s in plan.samples)
-        self.allocator.commit([s.handle for s in plan.samples], computed)
-        for sample, end in zip(plan.samples, computed, strict=True):
+    def prefilled(self, plans: Sequence[Prefill]) -> None:
+        """The visit's programs are launched: whoever reads what they write comes after them."""
+        samples = [sample for plan in plans for sample in plan.samples]
+        computed = self._prefilling.turn(plans)
+        self.stats.prefill_tokens += sum(computed) - sum(s.computed for s in samples)
+        self.allocator.commit([s.handle for s in samples], computed)
+        for sample, end in zip(samples, computed, strict=True):
             sample.computed = end
-        for sample in plan.samples:
+        for sample in samples:
             self.waiting.progress(sample, over=sample.decoding)
             if sample.decoding:
                 self._fork_siblings(sample)
@@ -495,6 +505,5 @@ class Scheduler:
             self._seats.leave([sample])
         else:
             self.ending.remove(sample)
-        if sample in self._prefilling.samples:
-            self._prefilling.samples.remove(sample)
+        if self._prefilling.leave(sample):
             self.waiting.progress(sample, over=True)

@@ -14,7 +14,6 @@ import numpy as np
 from ..allocator import BlockAllocator
 from ..engine import Engine, EngineConfig, EngineStats
 from ..engine.loop import Plans
-from ..engine.plans import Taken
 from ..engine.records import Decode, Prefill, Result, Runner, Ticket
 from ..engine.requests import TokenEvent
 from ..engine.sampling import SamplingParams
@@ -102,15 +101,12 @@ class _TimedRunner:
         return self._runner.is_lost
 
     def prefill(self, plan: Prefill) -> None:
-        for width, chunks in plan.programs:
-            self._runner.prefill(plan._replace(programs=((width, chunks),)))
-            nothing = Taken.total([], len(plan.tables))
-            plan = plan._replace(copies=nothing.copies, tables=nothing.tables, enter=())
-            jax.block_until_ready(self._holder.cache)
-            tokens = sum(len(chunk.tokens) for chunk in chunks)
-            context = sum(chunk.begin for chunk in chunks)
-            rows = self._config.prefill_rows
-            self._timer.note(Program("prefill", rows, width, tokens, context))
+        self._runner.prefill(plan)
+        jax.block_until_ready(self._holder.cache)
+        tokens = sum(len(chunk.tokens) for chunk in plan.chunks)
+        context = sum(chunk.begin for chunk in plan.chunks)
+        rows = self._config.prefill_rows
+        self._timer.note(Program("prefill", rows, plan.width, tokens, context))
 
     def decode(self, plan: Decode) -> Ticket:
         ticket = self._runner.decode(plan)

@@ -89,12 +89,11 @@ class _ModelledRunner:
         self.cache = change(self.cache)
 
     def prefill(self, plan: Prefill) -> None:
-        rows = self._config.prefill_rows
-        for width, chunks in plan.programs:
-            tokens = sum(len(chunk.tokens) for chunk in chunks)
-            context = sum(chunk.begin for chunk in chunks)
-            seen = tuple(sum(min(c.begin, window) for c in chunks) for window in self._windows)
-            self._spend(Program("prefill", rows, width, tokens, context, seen))
+        rows, chunks = self._config.prefill_rows, plan.chunks
+        tokens = sum(len(chunk.tokens) for chunk in chunks)
+        context = sum(chunk.begin for chunk in chunks)
+        seen = tuple(sum(min(c.begin, window) for c in chunks) for window in self._windows)
+        self._spend(Program("prefill", rows, plan.width, tokens, context, seen))
 
     def decode(self, plan: Decode) -> Ticket:
         if copied := sum(len(each.src) for each in plan.copies):

@@ -458,7 +458,7 @@ def test_rows_that_decode_get_tokens_in_every_visit_while_long_prompts_take_turn
         visits += 1
         assert visits < 15
         (plan,) = plans
-        assert len(plan.programs) == 1
+        assert len(plan.chunks) == 1
         served += [sample.request_id for sample in plan.samples]
         got = [e.request_id for e in events if e.token is not None]
         assert all(got.count(request) == 4 for request in short)

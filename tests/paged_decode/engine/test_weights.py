@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental.layout import Format, Layout
 
 from paged_decode import (
     BlockAllocator,
@@ -75,6 +77,20 @@ def test_requests_in_flight_go_on_with_the_new_weights_on_the_text_so_far(update
         assert tuple(text[begin:]) == dense_greedy(prompt + text[:begin], 6 - begin, OTHER)
     assert not compiled and engine.stats.preemptions == 0
     assert engine.allocator.num_used == 0
+
+
+def test_weights_that_lie_otherwise_in_memory_are_weights():
+    """A matrix by columns, as a checkpoint has it: the program is compiled for how it lies."""
+    engine = make_engine()
+    engine.params = jax.device_put(PARAMS)
+    assert tokens(engine) == OLD
+
+    def by_columns(leaf: jax.Array) -> jax.Array:
+        return jax.device_put(leaf, Format(Layout(tuple(range(leaf.ndim))[::-1]), leaf.sharding))
+
+    for weights, expected in ((PARAMS, OLD), (OTHER, NEW)):
+        engine.params = jax.tree.map(by_columns, jax.device_put(weights))
+        assert tokens(engine) == expected
 
 
 def test_an_update_in_a_callback_holds_from_the_next_token_on():
