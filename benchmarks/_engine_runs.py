@@ -21,6 +21,7 @@ __all__ = [
     "Watch",
     "decode_until",
     "device_gaps",
+    "device_spans",
     "drain",
     "make_engine",
     "middle",
@@ -153,6 +154,22 @@ def middle(visits: Iterable[Visit], what: str) -> float:
     return statistics.median(getattr(visit, what) for visit in visits)
 
 
+def device_spans(folder: str) -> list[tuple[float, float, str]]:
+    """Begin, end and name of all that ran on a GPU, in microseconds, of a `jax.profiler` trace."""
+    (path,) = Path(folder).glob("**/*.trace.json.gz")
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    names = {e["pid"]: e["args"]["name"] for e in events if e.get("name") == "process_name"}
+    devices = {pid for pid, name in names.items() if "/device:GPU" in name}
+    spans = sorted(
+        (e["ts"], e["ts"] + e["dur"], e["name"])
+        for e in events
+        if e.get("ph") == "X" and e["pid"] in devices
+    )
+    if not spans:
+        raise RuntimeError(f"{path.name} has no events of a GPU, only {sorted(names.values())}")
+    return spans
+
+
 def device_gaps(folder: str, seconds: float) -> list[float]:
     """When an accelerator did nothing: seconds of every gap between its programs.
 
@@ -160,20 +177,11 @@ def device_gaps(folder: str, seconds: float) -> list[float]:
       folder: of a trace by `jax.profiler`.
       seconds: of its end that are looked at.
     """
-    (path,) = Path(folder).glob("**/*.trace.json.gz")
-    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
-    names = {e["pid"]: e["args"]["name"] for e in events if e.get("name") == "process_name"}
-    devices = {pid for pid, name in names.items() if "/device:GPU" in name}
-    spans = sorted(
-        (e["ts"], e["ts"] + e["dur"]) for e in events if e.get("ph") == "X" and e["pid"] in devices
-    )
-    gaps, end = [], None
-    for begin, after in spans:
-        if end is not None and begin > end:
+    gaps, end = [], float("inf")
+    for begin, after, _ in device_spans(folder):
+        if begin > end:
             gaps.append((begin * 1e-6, (begin - end) * 1e-6))
-        end = after if end is None else max(end, after)
-    if end is None:
-        raise RuntimeError(f"{path.name} has no events of a GPU, only {sorted(names.values())}")
+        end = after if end == float("inf") else max(end, after)
     return [gap for begin, gap in gaps if begin > end * 1e-6 - seconds]
 
 

@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Format, Layout
+from jax.sharding import SingleDeviceSharding
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "examples")]
 from models.config import ModelConfig  # noqa: E402
@@ -70,20 +72,27 @@ class LlamaShapes:
         }
 
 
-def llama_shapes(layers: int | None = None, *, small: bool = False) -> LlamaShapes:
-    """Weights and model; `layers` makes it shallower, with all else as in the 8B model."""
+def llama_shapes(
+    layers: int | None = None, *, small: bool = False, by_columns: bool = False
+) -> LlamaShapes:
+    """Weights and model; `layers` makes it shallower, with all else as in the 8B model.
+
+    With `by_columns` a matrix `[in, out]` lies in memory as checkpoints have it: out times in.
+    """
     config = SMALL if small else LARGE
     config = replace(config, num_layers=layers or config.num_layers)
     dtype = jnp.float32 if small else jnp.bfloat16
-    return LlamaShapes(config, _params(config, dtype), make_model(config), dtype)
+    return LlamaShapes(config, _params(config, dtype, by_columns), make_model(config), dtype)
 
 
-def _params(config: ModelConfig, dtype: Any) -> dict[str, Any]:
+def _params(config: ModelConfig, dtype: Any, by_columns: bool) -> dict[str, Any]:
     """Normal numbers of deviation 0.02, drawn on the device one matrix at a time."""
     key, drawn = jax.random.key(0), 0
+    device = SingleDeviceSharding(jax.devices()[0])
     draw = jax.jit(
         lambda key, shape: jax.random.normal(key, shape, dtype) * jnp.asarray(0.02, dtype),
         static_argnums=1,
+        out_shardings=Format(Layout((1, 0)), device) if by_columns else None,
     )
 
     def matrix(*shape: int) -> jax.Array:

@@ -144,7 +144,7 @@ def _end_norm(config: ModelConfig, layer: Params, name: str, x: Array) -> Array:
 def _rms_norm(x: Float[Array, "*M E"], weight: Float[Array, "*H E"], eps: float) -> Array:
     wide = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (wide * scale).astype(x.dtype) * weight
+    return (wide * scale * weight.astype(jnp.float32)).astype(x.dtype)
 
 
 def _ropes(
@@ -171,5 +171,6 @@ def _rope_angles(
 
 def _rotate(x: Float[Array, "B T H D"], cos: Array, sin: Array) -> Float[Array, "B T H D"]:
     """Rotate the pairs (i, i + D/2)."""
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
+    cos, sin = cos[..., None, :], jnp.stack([-sin, sin], axis=-2)
+    return (pairs * cos + pairs[..., ::-1, :] * sin).reshape(x.shape).astype(x.dtype)
