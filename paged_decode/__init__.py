@@ -25,7 +25,7 @@ from .engine import (
     PromptLookup,
     TokenEvent,
 )
-from .engine.sampling import SamplingParams
+from .engine.params import SamplingParams
 from .errors import (
     CorruptState,
     MissingExtra,

@@ -11,10 +11,12 @@ scheduler.py  who runs, on which pages, who gives them up          host only
   room.py       the policies, and what the pool has left
   journal.py    what has become of samples
   plans.py      from samples to the records of a plan
+params.py     what a request asks for
 records.py    what goes between the two: plans, tickets, results; the Runner protocol
 runner.py     launches, their shapes, warm-up                      device
   rows.py       the state of the rows, and messages to it
   programs.py   what is compiled
+  sampling.py   the choice of a token
   drafting.py   tokens that are guessed, for a step to check
 swapping.py   the host tier of an engine
 saving.py     requests to a snapshot and back

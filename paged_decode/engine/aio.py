@@ -10,8 +10,8 @@ from typing import SupportsIndex, TypeAlias
 
 from ..allocator.arguments import Ints
 from .engine import Engine
+from .params import SamplingParams
 from .requests import TokenEvent
-from .sampling import SamplingParams
 
 __all__ = ["AsyncEngine", "EventStream"]
 

@@ -18,6 +18,7 @@ _LEAST = dict(
     prefill_tokens=1,
     max_sequence_tokens=2,
     top_logits=0,
+    named_tokens=0,
     vocab_size=1,
     max_preemptions=0,
 )
@@ -45,7 +46,11 @@ class EngineConfig:
         (prefill_chunk,).
       max_sequence_tokens: longest sequence, prompt and output; sets the width of the page table.
         None: all that the pool can hold.
-      top_logits: how many of the largest logits to report with every token.
+      top_logits: how many of the largest logits to report with every token, and alternatives that
+        `SamplingParams.logprobs` may ask for.
+      named_tokens: how many tokens a request may name at most in `logit_bias`, `allowed_tokens`,
+        `bad_tokens`, and as stop tokens with `min_new_tokens`; 12 bytes each for every row.
+      stop_tokens: those of every request that has not `ignore_eos`, such as the end of a text.
       vocab_size: prompts with ids from here on are refused; None: not checked.
       max_preemptions: how often a sample may lose its pages; after that it waits until all that
         it can grow to is free, and keeps them.
@@ -62,6 +67,8 @@ class EngineConfig:
     chunk_buckets: tuple[int, ...] = ()
     max_sequence_tokens: int | None = None
     top_logits: int = 0
+    named_tokens: int = 64
+    stop_tokens: tuple[int, ...] = ()
     vocab_size: int | None = None
     max_preemptions: int = 8
     collect_at_once: bool = False
@@ -79,6 +86,8 @@ class EngineConfig:
             if sizes[0] < 1 or sizes[-1] != last:
                 raise ValueError(f"{name} must be positive and end with {last}, got {sizes}")
             object.__setattr__(self, name, sizes)
+        stops = tuple(as_counts("stop_tokens", self.stop_tokens, 0, 2**31 - 1))
+        object.__setattr__(self, "stop_tokens", stops)
         if not isinstance(self.collect_at_once, bool):
             raise TypeError(f"collect_at_once must be a bool, got {self.collect_at_once!r}")
 

@@ -35,6 +35,7 @@ from .config import EngineConfig, EngineStats, sequence_limit
 from .drafting import Drafter
 from .loop import Loop
 from .outbox import Outbox
+from .params import SamplingParams
 from .plans import choose_decoding
 from .programs import Model
 from .requests import (
@@ -49,7 +50,6 @@ from .requests import (
 )
 from .room import Room, forget_prefixes
 from .runner import DeviceRunner, Progress
-from .sampling import SamplingParams
 from .saving import EngineSaveOptions, RestoredRequests
 from .scheduler import Scheduler
 from .swapping import TierSwapping
@@ -191,8 +191,7 @@ class Engine:
         Sample i uses seed + i, and n is at most 2**16. The samples share the prompt's pages.
         `on_token` is called with every event of the request after the visit that read it; if it
         raises, its request is cancelled, `step` raises what it raised, and the next `step` returns
-        the events. `priority` is for policies, such as `LowestPriority`; a snapshot does not keep
-        it.
+        the events. `priority` is for policies, such as `LowestPriority`; no snapshot keeps it.
 
         Raises:
           SequenceTooLong: the prompt and one token can never fit.
@@ -205,7 +204,7 @@ class Engine:
             n=n,
             cache_salt=cache_salt,
             priority=priority,
-            vocab_size=self.config.vocab_size,
+            config=self.config,
             limit=self.max_sequence_tokens,
         )
         self.scheduler.digests_of(first)  # the sample keeps them: here, and not in a visit
@@ -237,7 +236,8 @@ class Engine:
           KeyError: no such request or sample is decoding.
           ValueError: all rows are taken, or it is not said which sample.
         """
-        request_id, sampling = as_int("request_id", request_id), check_sampling(sampling)
+        request_id = as_int("request_id", request_id)
+        sampling = check_sampling(sampling, self.config)
         check_callback(on_token)
         with self._alone():
             rows = (*self.scheduler.running, *self.scheduler.ending)
@@ -443,12 +443,12 @@ class Engine:
           before (and those of the file are below 2**52). What else the file holds are attributes.
 
         Raises:
-          SnapshotMismatch: the file is not of an engine, or does not fit; else as
-            `load_snapshot`. Nothing has changed.
+          SnapshotMismatch: the file is not of an engine, or does not fit, or a request asks for
+            what this engine's config cannot serve; else as `load_snapshot`. Nothing has changed.
           SequenceTooLong: a request does not fit this engine's `max_sequence_tokens`.
         """
         terms = Terms(accept_fingerprint, cache_salt, prefix_cache)
-        limits = self.max_sequence_tokens, self.config.vocab_size
+        limits = self.max_sequence_tokens, self.config
         with self._settled():
             try:
                 loaded = saving.load(path, self.cache, self.allocator, terms, *limits, progress)

@@ -10,6 +10,7 @@ import numpy as np
 
 from .records import Decode, Result
 from .requests import Sample
+from .sampling import Broken
 
 __all__ = ["Journal", "Outcome", "Outcomes", "outcomes_of"]
 
@@ -23,6 +24,10 @@ class Outcome(NamedTuple):
     reason: str | None = None
     tops: tuple[np.ndarray, np.ndarray] | None = None
     detail: str = ""
+    logprobs: np.ndarray | None = None  # [3, tokens], as `Result` has them
+
+
+_REASONS = {Broken.MODEL: "invalid_logits", Broken.FORBIDDEN: "no_allowed_token"}
 
 
 @runtime_checkable
@@ -72,24 +77,31 @@ class Journal:
         self._open = None
 
 
-def outcomes_of(plan: Decode, result: Result) -> list[Outcome]:
-    """What each row got, and its end, if it has come to it; ends without a token come last.
+def outcomes_of(plan: Decode, result: Result) -> tuple[list[Outcome], np.ndarray]:
+    """What each row got, and its end, if it has come to it; ends without a token come last. And how
+    many tokens each row of the plan got, int64 `[n]`.
 
     None of the rows had ended. They are read: what is in flight of them is less by this visit.
     """
     steps = len(result.tokens)
-    columns = (a.tolist() for a in (result.tokens.T, result.counts, result.invalid, plan.budgets))
-    outcomes, last = [], []
+    columns = (a.tolist() for a in (result.tokens.T, result.counts, result.broken, plan.budgets))
+    outcomes, last, counts = [], [], []
     rows = enumerate(zip(plan.samples, *columns, strict=True))
-    for i, (sample, tokens, count, invalid, budget) in rows:
+    for i, (sample, tokens, count, broken, budget) in rows:
         sample.in_flight -= budget
-        at, tops = len(sample.tokens), None
-        if invalid:
-            last.append(Outcome(sample, at + count, (), "invalid_logits"))
+        at, tops, logprobs, reason = len(sample.tokens), None, None, None
         if count:
-            if result.top_ids is not None and result.top_logits is not None:
-                tops = result.top_ids[:count, i], result.top_logits[:count, i]
             if count < steps:
                 tokens = tokens[:count]
-            outcomes.append(Outcome(sample, at, tokens, sample.ending(tokens), tops))
-    return outcomes + last
+            count, reason = sample.ending(tokens)
+            if count < len(tokens):
+                tokens = tokens[:count]
+            if result.top_ids is not None and result.top_logits is not None:
+                tops = result.top_ids[:count, i], result.top_logits[:count, i]
+            if sample.sampling.logprobs is not None and result.logprobs is not None:
+                logprobs = result.logprobs[:, :count, i]
+            outcomes.append(Outcome(sample, at, tokens, reason, tops, logprobs=logprobs))
+        counts.append(count)
+        if broken and reason is None:
+            last.append(Outcome(sample, at + count, (), _REASONS[Broken(broken)]))
+    return outcomes + last, np.array(counts, np.int64)

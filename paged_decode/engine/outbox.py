@@ -163,23 +163,33 @@ def _events(outcomes: Iterable[Outcome]) -> Events:
     request_ids, samples, indices, tokens, total = [], [], [], [], 0
     special: list[tuple[int, Outcome]] = []  # with the place behind its last event
     for outcome in outcomes:
-        sample, at, new, reason, tops, _ = outcome
+        sample, at, new, reason, tops, _, logprobs = outcome
         count, first = len(new) or 1, at - sample.prompt_len
         request_ids += [sample.request_id] * count
         samples += [sample.index] * count
         indices += range(first, first + count)
         tokens += new or (None,)
         total += count
-        if reason is not None or tops is not None:
+        if reason is not None or tops is not None or logprobs is not None:
             special.append((total, outcome))
     reasons: list[str | None] = [None] * total
     pairs: list[tuple[tuple[int, float], ...]] = [()] * total
     details = [""] * total
-    for end, (_, _, new, reason, tops, detail) in special:
+    own: list[float | None] = [None] * total
+    processed: list[float | None] = [None] * total
+    likeliest: list[tuple[tuple[int, float], ...]] = [()] * total
+    for end, (sample, _, new, reason, tops, detail, logprobs) in special:
         reasons[end - 1], details[end - 1] = reason, detail
         if tops is not None:
             pairs[end - len(new) : end] = _pairs(*tops)
-    return Events([request_ids, samples, indices, tokens, reasons, pairs, details])
+        if logprobs is not None:
+            own[end - len(new) : end] = logprobs[0].tolist()
+            processed[end - len(new) : end] = logprobs[1].tolist()
+            if tops is not None and (asked := sample.sampling.logprobs):
+                ids, logits = (each[:, :asked] for each in tops)
+                likeliest[end - len(new) : end] = _pairs(ids, logits - logprobs[2][:, None])
+    columns = [request_ids, samples, indices, tokens, reasons, pairs, details]
+    return Events([*columns, own, processed, likeliest])
 
 
 def _pairs(ids: Any, logits: Any) -> list[tuple[tuple[int, float], ...]]:

@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import OutOfPages
 from .config import EngineConfig
 from .plans import Taken, slot_of
-from .records import Chunk, Prefill
+from .records import Chunk, Enter, Prefill, TableDelta
 from .requests import Sample
 from .room import Allocator
 
@@ -25,6 +25,11 @@ class Chunks(NamedTuple):
     chunks: tuple[Chunk, ...]
     samples: list[Sample]
     taken: Taken
+
+    def plan(self, enter: tuple[Enter, ...], tables: tuple[TableDelta, ...]) -> Prefill:
+        """The plan, with the rows that begin and what changes in tables."""
+        samples = tuple(self.samples)
+        return Prefill(self.taken.copies, tables, enter, self.width, self.chunks, samples)
 
 
 class Prefilling:
@@ -116,15 +121,14 @@ class Prefilling:
             self._budget -= found.width * self._config.prefill_rows
         return found
 
-    def turn(self, plans: Sequence[Prefill]) -> list[int]:
-        """The plans are launched: how many tokens their samples have computed now, in their order;
-        who has more to compute goes behind the others."""
+    def turn(self, plans: Sequence[Prefill]) -> list[tuple[Sample, int]]:
+        """The plans are launched: their samples, and how many tokens each has computed now; who has
+        more to compute goes behind the others."""
         ends = _ends_of([chunk for plan in plans for chunk in plan.chunks])
-        computed = [ends[slot_of(sample)] for sample in self._served]
-        pairs = zip(self._served, computed, strict=True)
-        self.samples += [s for s, end in pairs if end < len(s.tokens) - 1]
+        served = [(sample, ends[slot_of(sample)]) for sample in self._served]
+        self.samples += [sample for sample, end in served if end < len(sample.tokens) - 1]
         self._served = []
-        return computed
+        return served
 
     def _width(self, chunks: Sequence[Chunk]) -> int:
         widest = max(len(chunk.tokens) for chunk in chunks)

@@ -21,10 +21,11 @@ from jaxtyping import Array, Bool, Int
 
 from ..cache import DecodeBatch, GroupBatch, KVCache
 from .drafting import Drafter
-from .rows import MessageSizes, RowState, apply_message, take_rows
-from .sampling import Kind, SamplingRows, draw
+from .params import Kind
+from .rows import MessageSizes, RowState, apply_detail, apply_message, take_rows
+from .sampling import IN_PROMPT, Broken, Drawn, draw
 
-__all__ = ["DecodeOut", "Model", "Programs", "update", "write_text"]
+__all__ = ["DecodeOut", "Model", "Programs", "detail", "update"]
 
 
 @runtime_checkable
@@ -57,8 +58,9 @@ class DecodeOut(NamedTuple):
     """What k steps produced, for B rows.
 
     Attributes:
-      packed: int32 `[K + 3, B]`: the tokens, how many of them are real, whether the logits behind
-        those were such that no token can be chosen, and how many tokens were drafts.
+      packed: int32 `[4 * K + 3, B]`: the tokens, the bits of `Drawn.logprob`, `processed_logprob`
+        and `total`, how many of them are real, why no token could be chosen behind those (a
+        `Broken`), and how many tokens were drafts.
       top_ids, top_logits: the largest logits of every step, `[K, B, top]`; top may be 0.
     """
 
@@ -116,12 +118,11 @@ def update(
 
 
 @partial(jax.jit, donate_argnames=("table", "state"))
-def write_text(
+def detail(
     table: Int[Array, "G B P"], state: RowState, message: Int[Array, " M"]
 ) -> tuple[Array, RowState]:
-    """The tokens of a row, for a drafter, as `text_message` packs them; donates as `update`."""
-    text = state.text.at[message[0]].set(message[1:], mode="drop")
-    return table, replace(state, text=text)
+    """What few rows have, as `detail_message` packs it for one; donates as `update`."""
+    return table, apply_detail(state, message)
 
 
 def _prefill(
@@ -172,15 +173,18 @@ def _decode(
     steps are run, and a launch returns before they are.
     """
     where, budget = message
-    rows, size, every = take_rows(state, where), where.shape[0], drafter is not None
+    size, every = where.shape[0], drafter is not None
+    has_text = every or known is None  # where it is known, nobody has penalties
+    held = state if has_text else replace(state, text=state.text[:, :0])
+    rows = take_rows(held, where)
     groups, function = _groups(cache, table, where), model()
     out = DecodeOut(
-        packed=jnp.zeros((steps, size), jnp.int32),
+        packed=jnp.zeros((4, steps, size), jnp.int32),
         top_ids=jnp.zeros((steps, size, top), jnp.int32),
         top_logits=jnp.zeros((steps, size, top), jnp.float32),
     )
     none = jnp.zeros(size, jnp.int32)
-    begin = jnp.int32(0), cache, rows, _Tally(none, none > 0, none), out
+    begin = jnp.int32(0), cache, rows, _Tally(none, none, none), out
 
     def living(loop: tuple) -> Array:
         return (loop[0] < steps) & jnp.any(loop[2].alive & (loop[3].counts < budget))
@@ -196,10 +200,12 @@ def _decode(
             logits = cache.placement.untyped(logits)
         logits = _left(logits.reshape(*asked.shape, -1), number)
         with jax.named_scope("paged_decode.sample"):
-            chosen, broken = _draw(logits, rows.sampling, known)
-        got, stopped, failed = _accepted(asked, number, chosen, broken, rows.sampling.stop_tokens)
-        out = _written(out, tally.counts, got, chosen, logits)
-        rows, tally = _advanced(rows, got, chosen, stopped | failed), tally.plus(got, failed)
+            drawn = _draw(logits, rows, asked, known)
+        got, stopped, failed = _accepted(asked, number, drawn, rows.sampling.stop_tokens)
+        out = _written(out, tally.counts, got, drawn, logits)
+        over = stopped | (failed != Broken.NO)
+        rows = _advanced(rows, got, drawn.tokens, over)
+        tally = tally.plus(got, failed)
         return i + 1, cache, rows, tally, out
 
     if known is None:
@@ -207,54 +213,69 @@ def _decode(
     else:
         end = lax.fori_loop(0, steps, lambda _, loop: step(loop), begin)
     _, cache, rows, tally, out = end
-    state = jax.tree.map(lambda a, new: a.at[where].set(new, mode="drop"), state, rows)
-    packed = jnp.concatenate([out.packed, *(each[None].astype(jnp.int32) for each in tally)])
+
+    def put(old: Array, new: Array) -> Array:
+        return old.at[where].set(new, mode="drop")
+
+    state = RowState(
+        newest=put(state.newest, rows.newest),
+        length=put(state.length, rows.length),
+        alive=put(state.alive, rows.alive),
+        sampling=replace(state.sampling, index=put(state.sampling.index, rows.sampling.index)),
+        text=put(state.text, rows.text) if has_text else state.text,
+    )
+    packed = jnp.concatenate([*out.packed, *(each[None].astype(jnp.int32) for each in tally)])
     out = out._replace(packed=packed)
     return cache, state, out if cache.placement is None else cache.placement.whole(out)
 
 
 class _Tally(NamedTuple):
-    """Of each row `[B]`: tokens, whether logits were broken, how many tokens were drafts."""
+    """Of each row `[B]`: tokens, why there are no more (a `Broken`), how many were drafts."""
 
     counts: Any
-    invalid: Any
+    broken: Any
     drafted: Any
 
-    def plus(self, got: Bool[Array, "B T"], failed: Bool[Array, " B"]) -> _Tally:
+    def plus(self, got: Bool[Array, "B T"], failed: Int[Array, " B"]) -> _Tally:
         """With those of one more step."""
         more = jnp.sum(got, axis=1, dtype=jnp.int32)
         drafted = self.drafted + jnp.maximum(more - 1, 0)
-        return _Tally(self.counts + more, self.invalid | failed, drafted)
+        return _Tally(self.counts + more, jnp.maximum(self.broken, failed), drafted)
 
 
 def _written(
     out: DecodeOut,
     counts: Int[Array, " B"],
     got: Bool[Array, "B T"],
-    chosen: Int[Array, "B T"],
+    drawn: Drawn,
     logits: Array,
 ) -> DecodeOut:
-    """The tokens that each row got, and the largest logits behind them, after those before."""
+    """What each row got, and the largest logits behind it, after what it had."""
     size, width = got.shape
     steps, _, top = out.top_ids.shape
     values, ids = lax.top_k(logits.astype(jnp.float32), top)
     place = counts[:, None] + jnp.arange(width, dtype=jnp.int32)
     at = jnp.where(got, place, steps), jnp.arange(size, dtype=jnp.int32)[:, None]
+    numbers = (drawn.logprob, drawn.processed_logprob, drawn.total)
+    bits = (lax.bitcast_convert_type(each, jnp.int32) for each in numbers)
     return DecodeOut(
-        packed=out.packed.at[at].set(chosen, mode="drop"),
+        packed=out.packed.at[:, *at].set(jnp.stack([drawn.tokens, *bits]), mode="drop"),
         top_ids=out.top_ids.at[at].set(ids.astype(jnp.int32), mode="drop"),
         top_logits=out.top_logits.at[at].set(values, mode="drop"),
     )
 
 
 def _advanced(
-    rows: RowState, got: Bool[Array, "B T"], chosen: Int[Array, "B T"], over: Bool[Array, " B"]
+    rows: RowState,
+    got: Bool[Array, "B T"],
+    chosen: Int[Array, "B T"],
+    over: Bool[Array, " B"],
 ) -> RowState:
     """The rows with the tokens that they got; some are over with them."""
     more = jnp.sum(got, axis=1, dtype=jnp.int32)
     last = jnp.take_along_axis(chosen, jnp.maximum(more - 1, 0)[:, None], axis=1)[:, 0]
     text = rows.text
-    if places := text.shape[1]:  # somebody drafts
+    if places := text.shape[1]:  # somebody looks at it
         place = rows.length[:, None] + jnp.arange(got.shape[1], dtype=jnp.int32)
         row = jnp.arange(len(more), dtype=jnp.int32)[:, None]
         text = text.at[row, jnp.where(got, place, places)].set(chosen, mode="drop")
@@ -297,37 +318,55 @@ def _left(logits: Array, number: Int[Array, " B"]) -> Array:
     return jnp.take_along_axis(logits, from_[:, :, None], axis=1)
 
 
-def _draw(
-    logits: Array, sampling: SamplingRows, known: Kind | None
-) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
-    """`draw` of logits `[B, T, V]`, each with its own place in the stream of its row."""
+def _draw(logits: Array, rows: RowState, asked: Int[Array, "B T"], known: Kind | None) -> Drawn:
+    """`draw` of logits `[B, T, V]`, each with its own place in the stream of its row: `[B, T]`.
+
+    A token is drawn as behind the drafts before it, if these were right.
+    """
     size, width, vocab = logits.shape
-    each = jax.tree.map(lambda a: jnp.repeat(a, width, axis=0), sampling)
+    each = jax.tree.map(lambda a: jnp.repeat(a, width, axis=0), rows.sampling)
     ahead = jnp.tile(jnp.arange(width, dtype=jnp.int32), size)
     each = replace(each, index=each.index + ahead)
-    chosen, broken = draw(logits.reshape(-1, vocab), each, known)
-    return chosen.reshape(size, width), broken.reshape(size, width)
+    drawn = draw(logits.reshape(-1, vocab), each, known, partial(_counts, rows, asked, vocab))
+    return Drawn(*(a.reshape(size, width) for a in drawn))
+
+
+def _counts(rows: RowState, asked: Int[Array, "B T"], vocab: int) -> Int[Array, "BT V"]:
+    """How often each row has generated each token, and `IN_PROMPT` more if its prompt has it; with
+    the drafts up to each of the tokens asked for."""
+    (size, width), places = asked.shape, rows.text.shape[1]
+    place, prompt = jnp.arange(places, dtype=jnp.int32), rows.length - rows.sampling.index
+    row, in_prompt = jnp.arange(size, dtype=jnp.int32)[:, None], place < prompt[:, None]
+    generated = ~in_prompt & (place < rows.length[:, None])
+    none = jnp.zeros((size, vocab), jnp.int32)
+    seen = none.at[row, jnp.where(in_prompt, rows.text, vocab)].set(IN_PROMPT, mode="drop")
+    seen = seen.at[row, jnp.where(generated, rows.text, vocab)].add(1, mode="drop")
+    each = [seen]
+    for draft in asked[:, 1:].T:
+        each.append(each[-1].at[row[:, 0], draft].add(1, mode="drop"))
+    return jnp.stack(each, axis=1).reshape(size * width, vocab)
 
 
 def _accepted(
     asked: Int[Array, "B T"],
     number: Int[Array, " B"],
-    chosen: Int[Array, "B T"],
-    broken: Bool[Array, "B T"],
+    drawn: Drawn,
     stop_tokens: Int[Array, "B S"],
-) -> tuple[Bool[Array, "B T"], Bool[Array, " B"], Bool[Array, " B"]]:
-    """Which of the chosen tokens are those of decoding one by one; which rows stop, which fail.
+) -> tuple[Bool[Array, "B T"], Bool[Array, " B"], Int[Array, " B"]]:
+    """Which of the chosen tokens are those of decoding one by one; which rows stop, why one fails.
 
     A token counts if all drafts before it are what was chosen in their place, greedily or drawn,
     and none of those is a stop token or could not be chosen.
     """
+    chosen, broken = drawn.tokens, drawn.broken != Broken.NO
     stop = jnp.any(stop_tokens[:, None] == chosen[:, :, None], axis=-1)
     wrong = asked[:, 1:] != chosen[:, :-1]
     over = jnp.cumsum(wrong | (stop | broken)[:, :-1], axis=1, dtype=jnp.int32) > 0
     over = jnp.pad(over, ((0, 0), (1, 0)))
     reached = ~over & (jnp.arange(asked.shape[1], dtype=jnp.int32) < number[:, None])
     got = reached & ~broken
-    return got, jnp.any(got & stop, axis=1), jnp.any(reached & broken, axis=1)
+    failed = jnp.max(jnp.where(reached, drawn.broken, Broken.NO), axis=1)
+    return got, jnp.any(got & stop, axis=1), failed
 
 
 def _tail(

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from ..allocator import PageCopies
+from .params import SamplingParams
 from .requests import Sample
-from .sampling import SamplingParams
 
 __all__ = ["Chunk", "Decode", "Enter", "Prefill", "Result", "Runner", "TableDelta", "Ticket"]
 
@@ -128,25 +128,27 @@ class Result(NamedTuple):
     Attributes:
       tokens: int32 `[K, n]`.
       counts: int `[n]`, how many of them are real.
-      invalid: bool `[n]`, whether the logits behind them were broken.
+      broken: int `[n]`, why no token could be chosen behind them: a `Broken`.
       top_ids, top_logits: `[K, n, top]`; None if the engine keeps none.
       drafted: int `[n]`, how many of the tokens were drafts; None: nobody knows.
+      logprobs: float32 `[3, K, n]`: `Drawn.logprob`, `processed_logprob` and `total`; or None.
     """
 
     tokens: np.ndarray
     counts: np.ndarray
-    invalid: np.ndarray
+    broken: np.ndarray
     top_ids: np.ndarray | None = None
     top_logits: np.ndarray | None = None
     drafted: np.ndarray | None = None
+    logprobs: np.ndarray | None = None
 
     def only(self, rows: list[int]) -> Result:
         """That of some of its rows."""
         tops = (None if a is None else a[:, rows] for a in (self.top_ids, self.top_logits))
         drafted = None if self.drafted is None else self.drafted[rows]
-        return Result(
-            self.tokens[:, rows], self.counts[rows], self.invalid[rows], *tops, drafted=drafted
-        )
+        logprobs = None if self.logprobs is None else self.logprobs[:, :, rows]
+        parts = self.tokens[:, rows], self.counts[rows], self.broken[rows]
+        return Result(*parts, *tops, drafted=drafted, logprobs=logprobs)
 
 
 @runtime_checkable

@@ -15,7 +15,8 @@ from ..allocator import PromptKey
 from ..allocator.arguments import Ints, as_count, as_int, as_prompt
 from ..allocator.prefix import salt_key
 from ..errors import SequenceTooLong
-from .sampling import SamplingParams
+from .config import EngineConfig
+from .params import SamplingParams
 
 __all__ = [
     "Completion",
@@ -28,6 +29,7 @@ __all__ = [
     "gather",
     "new_request",
     "prompt_ids",
+    "unserved",
 ]
 
 MAX_SAMPLES = 2**16  # of one request: each keeps a copy of the prompt on the host
@@ -45,9 +47,15 @@ class TokenEvent(NamedTuple):
       finish_reason: None while it goes on; "stop" (a stop token, which is `token`), "length"
         (max_new_tokens), "capacity" (the pool or the page table cannot hold more of it and
         nothing was left to preempt), "cancelled", "invalid_logits" (the model's logits for the next
-        token had a NaN, or nothing but -inf: its weights or its pages are broken).
+        token had a NaN, or nothing but -inf: its weights or its pages are broken),
+        "no_allowed_token" (what the request allows has no chance in these logits).
       top_logits: the largest logits of this step as (id, logit) pairs, if the engine keeps them.
       detail: of an end at "capacity" without a token: what holds the pages.
+      logprob: of the token by the model's own distribution, if `SamplingParams.logprobs` asks.
+      processed_logprob: by the one that it was drawn from, after penalties, temperature and what
+        top-k and the like leave; 0 of a greedy request.
+      top_logprobs: the likeliest tokens by the model as (id, log-probability) pairs, as many as
+        were asked for; the drawn one need not be among them.
     """
 
     request_id: int
@@ -57,6 +65,9 @@ class TokenEvent(NamedTuple):
     finish_reason: str | None = None
     top_logits: tuple[tuple[int, float], ...] = ()
     detail: str = ""
+    logprob: float | None = None
+    processed_logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
 OnToken = Callable[[TokenEvent], object]
@@ -138,13 +149,19 @@ _make_event = partial(tuple.__new__, TokenEvent)
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """Everything one sample of a request generated; fields as in `TokenEvent`."""
+    """Everything one sample of a request generated; fields as in `TokenEvent`.
+
+    `logprobs` and `processed_logprobs` have a number for each token if the request asked for them.
+    """
 
     request_id: int
     sample: int
     tokens: tuple[int, ...]
     finish_reason: str
     top_logits: tuple[tuple[tuple[int, float], ...], ...] = ()
+    logprobs: tuple[float, ...] = ()
+    processed_logprobs: tuple[float, ...] = ()
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -218,15 +235,32 @@ class Sample:
         """Whether all but its newest token is in the cache."""
         return self.handle is not None and self.computed == len(self.tokens) - 1
 
-    def ending(self, tokens: Sequence[int]) -> str | None:
-        """Why the sample ends with the last of these new tokens, if it does."""
-        if tokens[-1] in self.sampling.stop_tokens:
-            return "stop"
+    def ending(self, tokens: Sequence[int]) -> tuple[int, str | None]:
+        """How many of these new tokens it gets, and why it ends with the last one, if it does."""
+        if self.sampling.searched:
+            if count := self._stop_in(tokens):
+                return count, "stop"
+        elif tokens[-1] in self.sampling.stop_tokens:  # where the device stops
+            return len(tokens), "stop"
         length = len(self.tokens) + len(tokens)
         if length < self.goal:
-            return None
+            return len(tokens), None
         most = self.prompt_len + self.sampling.max_new_tokens
-        return "length" if length >= most else "capacity"
+        return len(tokens), "length" if length >= most else "capacity"
+
+    def _stop_in(self, tokens: Sequence[int]) -> int:
+        """How many of these new tokens there are up to the first end of a stop; 0 without one."""
+        params = self.sampling
+        stops, runs = set(params.stop_tokens), [list(run) for run in params.stop_sequences]
+        reach = max(map(len, runs), default=1) - 1
+        before = self.tokens[max(len(self.tokens) - reach, self.prompt_len) :]
+        text, missing = [*before, *tokens], params.min_new_tokens - self.generated
+        for count, token in enumerate(tokens, 1):
+            end = len(before) + count
+            ended = count >= missing and any(text[max(end - len(r), 0) : end] == r for r in runs)
+            if token in stops or ended:
+                return count
+        return 0
 
     def spawn(self, request_id: int, index: int, sampling: SamplingParams, **fields: Any) -> Sample:
         """A sample with the same tokens and no place in the pool."""
@@ -253,7 +287,7 @@ def new_request(
     n: SupportsIndex,
     cache_salt: str | bytes | None,
     priority: SupportsIndex,
-    vocab_size: int | None,
+    config: EngineConfig,
     limit: int,
 ) -> Sample:
     """The first of n samples of a prompt, with the others; sample i has seed + i, ids are to come.
@@ -262,7 +296,7 @@ def new_request(
       SequenceTooLong: the prompt and one token are more than `limit`.
       TypeError, ValueError: an argument is not what it should be.
     """
-    sampling, tokens = check_sampling(sampling), prompt_ids(prompt, vocab_size)
+    sampling, tokens = check_sampling(sampling, config), prompt_ids(prompt, config.vocab_size)
     salt_key(cache_salt)  # refuses a bad one now
     n, priority = as_count("n", n, 1, MAX_SAMPLES), as_int("priority", priority)
     if len(tokens) + 1 > limit:
@@ -292,11 +326,42 @@ def check_callback(on_token: OnToken | None) -> None:
         raise TypeError(f"on_token must be callable, got {type(on_token).__name__}")
 
 
-def check_sampling(sampling: SamplingParams) -> SamplingParams:
-    """Refuse what is not `SamplingParams`, before it is queued."""
+def check_sampling(sampling: SamplingParams, config: EngineConfig) -> SamplingParams:
+    """Refuse what is no `SamplingParams` or cannot be served, before it is queued.
+
+    Returns:
+      The parameters, with the stop tokens of the engine unless they are ignored.
+
+    Raises:
+      TypeError: it is something else.
+      ValueError: an id is none of the vocabulary, or `config` has not what it asks for.
+    """
     if not isinstance(sampling, SamplingParams):
         raise TypeError(f"sampling must be SamplingParams, got {type(sampling).__name__}")
+    if config.stop_tokens and not sampling.ignore_eos:
+        more = tuple(t for t in config.stop_tokens if t not in sampling.stop_tokens)
+        sampling = replace(sampling, stop_tokens=sampling.stop_tokens + more)
+    if (lack := unserved(sampling, config)) is not None:
+        raise ValueError(lack)
     return sampling
+
+
+def unserved(sampling: SamplingParams, config: EngineConfig) -> str | None:
+    """Why an engine of that config cannot serve these parameters, or None."""
+    vocab_size, highest = config.vocab_size, max(sampling.ids(), default=-1)
+    if vocab_size is not None and highest >= vocab_size:
+        return f"sampling names the id {highest}, but vocab_size is {vocab_size}"
+    if (named := len(sampling.named())) > config.named_tokens:
+        return (
+            f"sampling names {named} tokens in logit_bias, allowed_tokens, bad_tokens and as stop "
+            f"tokens with min_new_tokens, but EngineConfig.named_tokens is {config.named_tokens}"
+        )
+    if (sampling.logprobs or 0) > config.top_logits:
+        return (
+            f"logprobs asks for {sampling.logprobs} alternatives, but EngineConfig.top_logits is "
+            f"{config.top_logits}"
+        )
+    return None
 
 
 def gather(events: Iterable[TokenEvent]) -> list[Completion]:
@@ -311,6 +376,11 @@ def gather(events: Iterable[TokenEvent]) -> list[Completion]:
             tokens=tuple(e.token for e in stream if e.token is not None),
             finish_reason=stream[-1].finish_reason or "unfinished",
             top_logits=tuple(e.top_logits for e in stream if e.top_logits),
+            logprobs=tuple(e.logprob for e in stream if e.logprob is not None),
+            processed_logprobs=tuple(
+                e.processed_logprob for e in stream if e.processed_logprob is not None
+            ),
+            top_logprobs=tuple(e.top_logprobs for e in stream if e.top_logprobs),
         )
         for key, stream in sorted(streams.items())
     ]

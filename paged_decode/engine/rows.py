@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -12,20 +12,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from .params import MAX_STOP_TOKENS, SamplingParams
 from .records import Enter, TableDelta
-from .sampling import MAX_STOP_TOKENS, SamplingRows
+from .sampling import SamplingRows
 
 __all__ = [
     "MessageSizes",
     "RowState",
+    "apply_detail",
     "apply_message",
+    "detail_message",
     "empty_message",
     "messages",
     "take_rows",
-    "text_message",
 ]
 
-_ENTER_FIELDS = 8 + MAX_STOP_TOKENS
+_ENTER_FIELDS = 10 + MAX_STOP_TOKENS
+_DETAIL_FIELDS = 5  # before what is named and the text
 
 
 @jax.tree_util.register_dataclass
@@ -38,7 +41,8 @@ class RowState:
       length: int32 `[B]`, tokens with it.
       alive: bool `[B]`, whether it goes on: it had no stop token and no broken logits.
       sampling: parameters and place in the stream.
-      text: int32 `[B, L]`, their tokens, for a drafter; L is 0 without one.
+      text: int32 `[B, L]`, their tokens, for a drafter and for penalties; of rows that have
+        neither it says nothing.
     """
 
     newest: Any
@@ -48,10 +52,12 @@ class RowState:
     text: Any
 
     @classmethod
-    def empty(cls, rows: int, places: int) -> RowState:
-        """Host arrays of rows that nobody has entered, with so many places for the text of each."""
+    def empty(cls, rows: int, places: int, width: int) -> RowState:
+        """Host arrays of rows that nobody has entered, with so many places for the text of each and
+        for the tokens that it names."""
         newest, length, text = (np.zeros(s, np.int32) for s in (rows, rows, (rows, places)))
-        return cls(newest, length, np.zeros(rows, bool), SamplingRows.create([], [], rows), text)
+        sampling = SamplingRows.create([], [], rows, width)
+        return cls(newest, length, np.zeros(rows, bool), sampling, text)
 
 
 def take_rows(tree: Any, slots: Int[Array, " n"]) -> Any:
@@ -113,18 +119,44 @@ def empty_message(
     return message, head, tail
 
 
-def text_message(slot: int, tokens: np.ndarray, places: int) -> np.ndarray:
-    """int32 `[1 + places]`: what the row in a slot has for text."""
-    message = np.zeros(1 + places, np.int32)
-    message[0], message[1 : 1 + len(tokens)] = slot, tokens
-    return message
+def detail_message(
+    slot: int, tokens: np.ndarray, sampling: SamplingParams, places: int, width: int
+) -> np.ndarray:
+    """int32 `[5 + 3 * width + places]`: what few rows have, the row in this slot among them."""
+    row = SamplingRows.create([sampling], [0], 1, width)
+    text = np.zeros(places, np.int32)
+    text[: len(tokens)] = tokens
+    floats = np.concatenate([row.presence, row.frequency, row.repetition, row.bias[0]])
+    bits = floats.view(np.int32)
+    head = np.concatenate([np.array([slot], np.int32), row.only, bits[:3]])
+    return np.concatenate([head, row.named[0], row.until[0], bits[3:], text]).astype(np.int32)
+
+
+def apply_detail(state: RowState, message: Int[Array, " M"]) -> RowState:
+    """The rows with what such a message says of one."""
+    width, slot = state.sampling.named.shape[1], message[0]
+    begin = _DETAIL_FIELDS
+    named, until, bias = message[begin : begin + 3 * width].reshape(3, width)
+
+    def number(bits: Array) -> Array:
+        return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+    new = dict(only=message[1] != 0, named=named, until=until, bias=number(bias))
+    names = ("presence", "frequency", "repetition")
+    new |= dict(zip(names, number(message[2:begin]), strict=True))
+    put = {
+        name: getattr(state.sampling, name).at[slot].set(value, mode="drop")
+        for name, value in new.items()
+    }
+    text = state.text.at[slot].set(message[begin + 3 * width :], mode="drop")
+    return replace(state, sampling=replace(state.sampling, **put), text=text)
 
 
 def _packed(enter: Iterable[Enter]) -> np.ndarray:
     """int32 `[n, fields]`; floats and the seed by their bits."""
     enter = list(enter)
     rows = SamplingRows.create(
-        [e.sampling for e in enter], [e.generated for e in enter], len(enter)
+        [e.sampling for e in enter], [e.generated for e in enter], len(enter), 0
     )
     columns = (
         np.array([e.slot for e in enter], np.int32),
@@ -134,7 +166,9 @@ def _packed(enter: Iterable[Enter]) -> np.ndarray:
         rows.top_k,
         rows.temperature.view(np.int32),
         rows.top_p.view(np.int32),
+        rows.min_p.view(np.int32),
         rows.seed.view(np.int32),
+        rows.shaped,
     )
     return np.concatenate([np.stack(columns, axis=1), rows.stop_tokens], axis=1)
 
@@ -149,17 +183,24 @@ def apply_message(
     split = size.enters * _ENTER_FIELDS
     rows = message[:split].reshape(size.enters, _ENTER_FIELDS)
     places, pages = message[split:].reshape(size.entries, 2).T
-    slot, newest, length, index, top_k, *rest = (rows[:, i] for i in range(8))
-    temperature, top_p = (jax.lax.bitcast_convert_type(bits, jnp.float32) for bits in rest[:2])
-    seed = jax.lax.bitcast_convert_type(rest[2], jnp.uint32)
-    sampling = SamplingRows(temperature, top_p, top_k, index, seed, rows[:, 8:])
-    text = jnp.zeros((size.enters, state.text.shape[1]), jnp.int32)  # which its own message has
-    entering = RowState(newest, length, jnp.ones(size.enters, bool), sampling, text)
+    slot, newest, length, index, top_k, *rest = (rows[:, i] for i in range(10))
 
     def put(old: Array, new: Array) -> Array:
         return old.at[slot].set(new, mode="drop")
 
-    state = jax.tree.map(put, state, entering)
+    numbers = [jax.lax.bitcast_convert_type(bits, jnp.float32) for bits in rest[:3]]
+    fields = dict(zip(("temperature", "top_p", "min_p"), numbers, strict=True))
+    fields |= dict(top_k=top_k, index=index, stop_tokens=rows[:, 10:], shaped=rest[4] != 0)
+    fields |= dict(seed=jax.lax.bitcast_convert_type(rest[3], jnp.uint32))
+    old = state.sampling  # the rest of it, and the text, has a message of its own
+    sampling = replace(old, **{name: put(getattr(old, name), x) for name, x in fields.items()})
+    state = RowState(
+        put(state.newest, newest),
+        put(state.length, length),
+        put(state.alive, jnp.ones(size.enters, bool)),
+        sampling,
+        state.text,
+    )
     table = table.at[:, slot].set(0, mode="drop")
     flat = table.reshape(-1).at[places].set(pages, mode="drop")
     return flat.reshape(table.shape), state

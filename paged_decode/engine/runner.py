@@ -17,11 +17,11 @@ from ..cache import KVCache
 from ..sharding import rank_within
 from .config import EngineConfig, EngineStats
 from .drafting import Drafter, check_drafter
+from .params import Kind, SamplingParams
 from .plans import Taken
-from .programs import DecodeOut, Model, Programs, update, write_text
+from .programs import DecodeOut, Model, Programs, detail, update
 from .records import Chunk, Decode, Enter, Prefill, Result, TableDelta, Ticket
-from .rows import MessageSizes, RowState, empty_message, messages, text_message
-from .sampling import Kind
+from .rows import MessageSizes, RowState, detail_message, empty_message, messages
 
 __all__ = ["DeviceRunner", "Progress"]
 
@@ -97,9 +97,8 @@ class DeviceRunner:
         self._pages = [pages // self._shards for pages, _ in cache.pools]
         self._slots = self._shards * config.max_rows
         self._shape = len(self._pages), self._slots, columns
-        self._drafter, self._text = drafter, 0  # places for the text of each row
+        self._drafter, self._text = drafter, columns * cache.page_size  # places for a row's text
         if drafter is not None:
-            self._text = columns * cache.page_size
             check_drafter(drafter, self._text)
         few = max(256, 2 * self._slots) * len(self._pages)
         self._sizes = (
@@ -146,8 +145,11 @@ class DeviceRunner:
 
     def _enter_nobody(self) -> None:
         table = np.zeros(self._shape, np.int32)
-        self._table, self._state = self._put((table, RowState.empty(self._slots, self._text)))
+        self._table, self._state = self._put((table, self._nobody()))
         self._kinds = np.zeros(self._slots, np.int8)  # how each row is sampled
+
+    def _nobody(self) -> RowState:
+        return RowState.empty(self._slots, self._text, self._config.named_tokens)
 
     # ---- the launching thread
 
@@ -191,9 +193,9 @@ class DeviceRunner:
         if kind == "update":
             message = self._put(empty_message(size, self._shape)[0])
             lowered = update.lower(self._table, self._state, message, size=size)
-        elif kind == "text":
-            message = self._put(self._no_text())
-            lowered = write_text.lower(self._table, self._state, message)
+        elif kind == "detail":
+            message = self._put(self._no_detail())
+            lowered = detail.lower(self._table, self._state, message)
         elif kind == "prefill":
             message = self._put(self._prefill_message(size, ()))
             lowered = self._programs.prefill.lower(*pages, message, drafter=self._drafter)
@@ -308,7 +310,11 @@ class DeviceRunner:
         if self._last is not None:
             self._last.begun.wait()
         packed = jax.device_get(out.packed)[:, places]
-        result = Result(packed[:-3], packed[-3], packed[-2].astype(bool), drafted=packed[-1])
+        steps = (len(packed) - 3) // 4
+        logprobs = packed[steps:-3].view(np.float32).reshape(3, steps, -1)
+        result = Result(
+            packed[:steps], packed[-3], packed[-2], drafted=packed[-1], logprobs=logprobs
+        )
         if not self._config.top_logits:
             return result
         ids, logits = jax.device_get((out.top_ids, out.top_logits))
@@ -344,9 +350,10 @@ class DeviceRunner:
         own = [self._local(each, pages) for each, pages in zip(tables, self._pages, strict=True)]
         told = messages(enter, own, self._sizes, shape=self._shape)
         out = [(self._executable("update", size), message) for size, message in told]
-        if self._drafter is not None:
-            texts = [text_message(each.slot, each.tokens, self._text) for each in enter]
-            out += [(self._executable("text", self._text), message) for message in texts]
+        for each in enter:
+            if self._drafter is not None or each.sampling.is_shaped:
+                message = self._detail(each.slot, each.tokens, each.sampling)
+                out.append((self._executable("detail", self._text), message))
         return out
 
     def _tell(self, told: Sequence[tuple[Any, Any]]) -> None:
@@ -396,9 +403,12 @@ class DeviceRunner:
         out[0] = self._slots
         return out
 
-    def _no_text(self) -> np.ndarray:
-        """The message of a text of nobody's."""
-        return text_message(self._slots, np.empty(0, np.int32), self._text)
+    def _detail(self, slot: int, tokens: np.ndarray, sampling: SamplingParams) -> np.ndarray:
+        return detail_message(slot, tokens, sampling, self._text, self._config.named_tokens)
+
+    def _no_detail(self) -> np.ndarray:
+        """The message of what nobody has."""
+        return self._detail(self._slots, np.empty(0, np.int32), SamplingParams())
 
     def _run_decode(self, program: Any, message: Any) -> DecodeOut:
         args = self._cache, self._state, self._table, self.params, message
@@ -418,14 +428,14 @@ class DeviceRunner:
         kinds = (None, Kind.GREEDY, Kind.WHOLE) if self.straight else (None,)
         decode = [(rows, known) for rows in config.row_buckets for known in kinds]
         sizes = dict(update=self._sizes, prefill=config.chunk_buckets, decode=decode)
-        sizes |= dict(text=() if self._drafter is None else (self._text,))
+        sizes |= dict(detail=(self._text,))
         keys = [(kind, size) for kind, each in sizes.items() for size in each]
         self._compile([self._lowered(*key) for key in keys], progress)
         told = [
             (self._executable("update", size), empty_message(size, self._shape)[0])
             for size in self._sizes
         ]
-        told += [(self._executable("text", size), self._no_text()) for size in sizes["text"]]
+        told += [(self._executable("detail", size), self._no_detail()) for size in sizes["detail"]]
         self._launch(lambda _: self._tell(told))
         nothing = Taken.total([], len(self._pages))
         for width in config.chunk_buckets:

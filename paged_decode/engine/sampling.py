@@ -1,111 +1,37 @@
-"""Choosing the next token on the device: greedy, temperature, top-k, top-p, one seed a request."""
+"""Choosing the next token on the device, from the logits and what its request asks for.
+
+```
+logits -- named tokens -- penalties -- / heat -- min_p, top_k, top_p -- noise of (seed, i) -> token
+        |<-------- shaped -------->|          |<----- narrow ------>|
+```
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from ..allocator.arguments import as_count, as_counts
+from .params import HUGE, MAX_STOP_TOKENS, TINY, Kind, SamplingParams
 
-__all__ = ["MAX_STOP_TOKENS", "Kind", "SamplingParams", "SamplingRows", "draw", "sample"]
+__all__ = ["IN_PROMPT", "Broken", "Drawn", "SamplingRows", "draw", "sample"]
 
-MAX_STOP_TOKENS = 8  # width of the device's stop table; a wider one would compile anew
-
-_TINY = float(np.finfo(np.float32).tiny)  # devices flush what is smaller to zero
-_HUGE = float(np.finfo(np.float32).max)
+IN_PROMPT = 2**30  # added to how often a token was generated, where the prompt has it
 
 
-Drawn = Callable[[], Array]
+class Broken(IntEnum):
+    """Why a row has no token to choose."""
 
-
-class Kind(IntEnum):
-    """What it takes to draw a token, in order of cost; a batch takes what one of its rows does."""
-
-    GREEDY = 0
-    WHOLE = 1  # from all tokens
-    NARROW = 2  # from those that top_k and top_p leave
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How one request is sampled and when it ends.
-
-    Numbers may be Python's or NumPy's; they are kept as Python ints and floats.
-
-    Attributes:
-      max_new_tokens: upper bound of generated tokens, at least 1.
-      temperature: 0 is greedy; otherwise logits are divided by it. Taken as float32, at least
-        2**-126, which is greedy but for equal logits; its largest makes all but equally likely.
-      top_k: keep the k most likely tokens (ties with the k-th stay in); 0 keeps all.
-      top_p: of those, keep the smallest set of most likely tokens whose probability reaches it, in
-        (0, 1]; of equal ones the lower ids. Taken as float32; 1 keeps all.
-      seed: 0 <= seed < 2**32. Token i of a request depends on (seed, i) and the logits alone,
-        never on what else is in the batch, so preemption and batching change nothing.
-      stop_tokens: at most 8 ids; the request ends with the first of them, which is kept.
-
-    Raises:
-      ValueError: a value is out of its range.
-      TypeError: a value is of the wrong kind.
-
-    Examples:
-      >>> SamplingParams(max_new_tokens=16, temperature=0.8, top_p=0.95, seed=7).top_k
-      0
-    """
-
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    stop_tokens: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        top = 2**31 - 1
-        stops = as_counts("stop_tokens", self.stop_tokens, 0, top)
-        checked = dict(
-            max_new_tokens=as_count("max_new_tokens", self.max_new_tokens, 1, top),
-            temperature=_as_float("temperature", self.temperature),
-            top_k=as_count("top_k", self.top_k, 0, top),
-            top_p=_as_float("top_p", self.top_p),
-            seed=as_count("seed", self.seed, 0, 2**32 - 1),
-            stop_tokens=stops,
-        )
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature must be finite and at least 0, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        if len(stops) > MAX_STOP_TOKENS:
-            raise ValueError(f"stop_tokens must be at most {MAX_STOP_TOKENS} ids, got {len(stops)}")
-
-    @property
-    def kind(self) -> Kind:
-        """What it takes to draw its tokens."""
-        if not self.temperature:
-            return Kind.GREEDY
-        return Kind.NARROW if self.top_k or self.top_p < 1 else Kind.WHOLE
-
-
-def _as_float(name: str, value: Any) -> float:
-    """One Python float, of whatever kind of number; a bool or text is a TypeError."""
-    kind = getattr(value, "dtype", None)
-    several = getattr(value, "ndim", 0) > 0
-    if isinstance(value, bool) or kind == np.bool_ or several or not hasattr(value, "__float__"):
-        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-    try:
-        return float(value)
-    except OverflowError:
-        raise ValueError(f"{name} must fit a float, got an integer beyond it") from None
+    NO = 0
+    MODEL = 1  # a NaN, or nothing but -inf: its weights or its pages are broken
+    FORBIDDEN = 2  # what the request allows has no chance in these logits
 
 
 @jax.tree_util.register_dataclass
@@ -114,38 +40,99 @@ class SamplingRows:
     """`SamplingParams` of B rows as arrays, plus where each row is in its stream.
 
     Attributes:
-      temperature, top_p: float32 `[B]`; 0 or normal numbers.
+      temperature, top_p, min_p: float32 `[B]`; 0 or normal numbers.
       top_k, index: int32 `[B]`; `index` counts the tokens generated so far.
       seed: uint32 `[B]`.
       stop_tokens: int32 `[B, 8]`, padded with -1.
+      shaped: bool `[B]`, whether what follows holds for the row.
+      only: bool `[B]`, whether no token can be drawn that is not named.
+      presence, frequency, repetition: float32 `[B]`, the penalties.
+      named, until: int32 `[B, W]`: ids, and the token from which on each is not named; 0 pads.
+      bias: float32 `[B, W]`, added to the logits of those.
     """
 
     temperature: Any
     top_p: Any
+    min_p: Any
     top_k: Any
     index: Any
     seed: Any
     stop_tokens: Any
+    shaped: Any
+    only: Any
+    presence: Any
+    frequency: Any
+    repetition: Any
+    named: Any
+    until: Any
+    bias: Any
 
     @classmethod
     def create(
-        cls, params: Sequence[SamplingParams], indices: Sequence[int], rows: int
+        cls,
+        params: Sequence[SamplingParams],
+        indices: Sequence[int],
+        rows: int,
+        width: int | None = None,
     ) -> SamplingRows:
-        """Pack parameters into arrays of `rows` rows; the rest pads as greedy."""
+        """Pack parameters into arrays of `rows` rows, with room for `width` named tokens in each
+        (None: as many as there are; others are left out); the rest pads as greedy."""
+        named = [p.named() for p in params]
+        width = max(map(len, named), default=0) if width is None else width
+        floats, ints, flags = (
+            [np.zeros(rows, dtype) for _ in range(count)]
+            for dtype, count in ((np.float32, 6), (np.int32, 2), (bool, 2))
+        )
         out = cls(
-            temperature=np.zeros(rows, np.float32),
-            top_p=np.ones(rows, np.float32),
-            top_k=np.zeros(rows, np.int32),
-            index=np.zeros(rows, np.int32),
+            *floats[:3],
+            *ints,
             seed=np.zeros(rows, np.uint32),
             stop_tokens=np.full((rows, MAX_STOP_TOKENS), -1, np.int32),
+            shaped=flags[0],
+            only=flags[1],
+            presence=floats[3],
+            frequency=floats[4],
+            repetition=floats[5],
+            named=np.zeros((rows, width), np.int32),
+            until=np.zeros((rows, width), np.int32),
+            bias=np.zeros((rows, width), np.float32),
         )
+        out.top_p[:], out.repetition[:] = 1, 1
         for row, (p, index) in enumerate(zip(params, indices, strict=True)):
-            out.temperature[row] = p.temperature and min(max(p.temperature, _TINY), _HUGE)
-            out.top_p[row], out.top_k[row] = max(p.top_p, _TINY), p.top_k
+            out.temperature[row] = p.temperature and min(max(p.temperature, TINY), HUGE)
+            out.top_p[row], out.top_k[row] = max(p.top_p, TINY), p.top_k
+            out.min_p[row] = p.min_p and max(p.min_p, TINY)
             out.seed[row], out.index[row] = p.seed, index
-            out.stop_tokens[row, : len(p.stop_tokens)] = p.stop_tokens
+            stops = p.stop_tokens[:MAX_STOP_TOKENS]
+            out.stop_tokens[row, : len(stops)] = stops
+            out.shaped[row], out.only[row] = p.is_shaped, p.allowed_tokens is not None
+            out.presence[row], out.frequency[row] = p.presence_penalty, p.frequency_penalty
+            out.repetition[row] = p.repetition_penalty
+            for place, (token, bias, until) in enumerate(named[row][:width]):
+                out.named[row, place], out.until[row, place] = token, until
+                out.bias[row, place] = bias
         return out
+
+
+class Drawn(NamedTuple):
+    """One token of each row `[B]`, and how likely it was.
+
+    Attributes:
+      tokens: int32; they mean nothing where `broken`.
+      broken: int32, a `Broken`.
+      logprob: float32, by the model's own distribution.
+      processed_logprob: float32, by the one that it was drawn from; 0 for a greedy row.
+      total: float32, the log of the sum of the exponentials of the model's logits.
+    """
+
+    tokens: Any
+    broken: Any
+    logprob: Any
+    processed_logprob: Any
+    total: Any
+
+
+Counts = Callable[[], Int[Array, "B V"]]
 
 
 def sample(logits: Float[Array, "B V"], rows: SamplingRows) -> Int[Array, " B"]:
@@ -154,43 +141,106 @@ def sample(logits: Float[Array, "B V"], rows: SamplingRows) -> Int[Array, " B"]:
     A logit of -inf is never drawn, one of +inf always is. A row without a choice, which has a NaN
     or nothing but -inf, gets an id that means nothing; `draw` tells which ones these are.
     """
-    return draw(logits, rows)[0]
+    return draw(logits, rows).tokens
 
 
 def draw(
-    logits: Float[Array, "B V"], rows: SamplingRows, most: Kind | None = None
-) -> tuple[Int[Array, " B"], Bool[Array, " B"]]:
-    """`sample`, and which rows have no token to choose: their model or its cache is broken.
+    logits: Float[Array, "B V"],
+    rows: SamplingRows,
+    most: Kind | None = None,
+    counts: Counts | None = None,
+) -> Drawn:
+    """`sample`, with what else is known of the tokens.
 
     Args:
       logits: of the next token.
       rows: how it is drawn.
       most: the greatest kind among the rows, where the caller knows it while it traces. Otherwise
         the device finds out, for which a GPU asks the host at every call.
+      counts: gives int32 `[B, V]`, how often each row has generated a token so far, and `IN_PROMPT`
+        more if its prompt has it; asked for where a row has penalties. None: not once.
     """
-    logits = logits.astype(jnp.float32)
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)  # the place of a NaN, if there is one
-    top = jnp.take_along_axis(logits, greedy[:, None], axis=-1)
-    invalid = (jnp.isnan(top) | (top == -jnp.inf))[:, 0]
-    hot = rows.temperature > 0
-    narrow = hot & ((rows.top_k > 0) | (rows.top_p < 1))
-    heat = jnp.where(hot, rows.temperature, jnp.float32(1))[:, None]
+    own = logits.astype(jnp.float32)  # the model's
 
-    def drawn() -> Array:
-        kept = at_least(Kind.NARROW, jnp.any(narrow), narrowed, lambda: logits)
-        noise = jax.vmap(_gumbel, (0, 0, None))(rows.seed, rows.index, logits.shape[-1])
-        choice = jnp.argmax(_cooled(kept, top, heat) + noise, axis=-1).astype(jnp.int32)
-        return jnp.where(hot, choice, greedy)
-
-    def narrowed() -> Array:
-        return jnp.where(~narrow[:, None] | _kept(logits, top, heat, rows), logits, -jnp.inf)
-
-    def at_least(kind: Kind, found: Array, then: Drawn, otherwise: Drawn) -> Array:
+    def at_least(kind: Kind, found: Array, then: Callable, otherwise: Callable) -> Any:
         if most is None:
             return lax.cond(found, then, otherwise)
         return then() if most >= kind else otherwise()
 
-    return at_least(Kind.WHOLE, jnp.any(hot), drawn, lambda: greedy), invalid
+    def shaped() -> tuple[Array, ...]:
+        logits = _shaped(own, rows, counts)
+        return logits, *_likeliest(logits)
+
+    failed, first, highest = _likeliest(own)
+    logits, without, greedy, top = at_least(
+        Kind.SHAPED, jnp.any(rows.shaped), shaped, lambda: (own, failed, first, highest)
+    )
+    hot = rows.temperature > 0
+    narrow = hot & ((rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0))
+    heat = jnp.where(hot, rows.temperature, jnp.float32(1))[:, None]
+
+    def narrowed() -> Array:
+        return jnp.where(~narrow[:, None] | _kept(logits, top, heat, rows), logits, -jnp.inf)
+
+    def drawn() -> tuple[Array, Array]:
+        kept = at_least(Kind.NARROW, jnp.any(narrow), narrowed, lambda: logits)
+        noise = jax.vmap(_gumbel, (0, 0, None))(rows.seed, rows.index, logits.shape[-1])
+        cooled = _cooled(kept, top, heat)
+        choice = jnp.where(hot, jnp.argmax(cooled + noise, axis=-1).astype(jnp.int32), greedy)
+        logprob, _ = _log_probability(cooled, jnp.zeros_like(top), choice)
+        return choice, jnp.where(hot, logprob, jnp.float32(0))
+
+    tokens, processed = at_least(
+        Kind.WHOLE, jnp.any(hot), drawn, lambda: (greedy, jnp.zeros(len(own), jnp.float32))
+    )
+
+    broken = jnp.where(without, jnp.int32(Broken.FORBIDDEN), jnp.int32(Broken.NO))
+    broken = jnp.where(failed, jnp.int32(Broken.MODEL), broken)
+    logprob, total = _log_probability(own, highest, tokens)
+    return Drawn(tokens, broken, logprob, processed, total)
+
+
+def _likeliest(logits: Array) -> tuple[Array, Array, Array]:
+    """Which rows have no token to choose, and the likeliest token and its logit `[B, 1]`."""
+    first = jnp.argmax(logits, axis=-1).astype(jnp.int32)  # the place of a NaN, if there is one
+    top = jnp.take_along_axis(logits, first[:, None], axis=-1)
+    return (jnp.isnan(top) | (top == -jnp.inf))[:, 0], first, top
+
+
+def _log_probability(logits: Array, highest: Array, tokens: Array) -> tuple[Array, Array]:
+    """Of these tokens, and what was taken from their logits; none is above `highest` `[B, 1]`."""
+
+    def below(logits: Array) -> Array:
+        return jnp.where(logits == highest, 0, logits - highest)  # at infinity, too
+
+    mine = below(jnp.take_along_axis(logits, tokens[:, None], axis=-1))
+    mass = jnp.log(jnp.sum(jnp.exp(below(logits)), axis=-1, keepdims=True))
+    return (mine - mass)[:, 0], (highest + mass)[:, 0]
+
+
+def _shaped(logits: Array, rows: SamplingRows, counts: Counts | None) -> Array:
+    """The logits with what rows name, and with their penalties."""
+    (size, vocab), own = logits.shape, logits
+    row = jnp.arange(size, dtype=jnp.int32)[:, None]
+    named = jnp.where(rows.index[:, None] < rows.until, rows.named, vocab)
+    forbidden = jnp.where(rows.bias == -jnp.inf, named, vocab)
+    allowed = jnp.zeros(logits.shape, bool).at[row, named].set(True, mode="drop")
+    logits = jnp.where(rows.only[:, None] & ~allowed, -jnp.inf, logits)
+    logits = logits.at[row, named].add(jnp.where(rows.bias == -jnp.inf, 0, rows.bias), mode="drop")
+    logits = logits.at[row, forbidden].set(-jnp.inf, mode="drop")
+    penalized = (rows.presence != 0) | (rows.frequency != 0) | (rows.repetition != 1)
+
+    def punished() -> Array:
+        seen = jnp.zeros(logits.shape, jnp.int32) if counts is None else counts()
+        said = seen & (IN_PROMPT - 1)
+        factor = jnp.where(seen > 0, rows.repetition[:, None], jnp.float32(1))
+        part = jnp.where(factor >= 1, jnp.float32(0.25), jnp.float32(1))  # as in `_cooled`
+        out = jnp.where(logits > 0, (logits * part) / (factor * part), logits * factor)
+        out -= rows.frequency[:, None] * said.astype(jnp.float32)
+        return out - jnp.where(said > 0, rows.presence[:, None], 0)
+
+    logits = lax.cond(jnp.any(penalized & rows.shaped), punished, lambda: logits)
+    return jnp.where(rows.shaped[:, None], logits, own)
 
 
 def _gumbel(seed: Array, index: Array, width: int) -> Array:
@@ -210,15 +260,17 @@ def _cooled(logits: Array, top: Array, heat: Array) -> Array:
 
 
 def _kept(logits: Array, top: Array, heat: Array, rows: SamplingRows) -> Array:
-    """Bool `[B, V]`: what top-k and then top-p leave.
+    """Bool `[B, V]`: what min-p and top-k, and then top-p leave.
 
     Ranks are those of the logits, because heat can make different ones equal.
     """
     width = logits.shape[-1]
     ordered = -jnp.sort(-logits, axis=-1)
     last = jnp.where(rows.top_k > 0, jnp.minimum(rows.top_k, width), width) - 1
+    cooled = _cooled(ordered, top, heat)
     within = ordered >= jnp.take_along_axis(ordered, last[:, None], axis=-1)
-    weight = jnp.where(within, jnp.exp(_cooled(ordered, top, heat)), 0)
+    within &= (cooled >= jnp.log(rows.min_p)[:, None]) | (rows.min_p == 0)[:, None]
+    weight = jnp.where(within, jnp.exp(cooled), 0)
     reached = jnp.cumsum(weight, axis=-1)
     before = jnp.pad(reached[:, :-1], ((0, 0), (1, 0)))  # weight of everything likelier
     goal = rows.top_p[:, None] * reached[:, -1:]

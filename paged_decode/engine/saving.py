@@ -22,8 +22,9 @@ from ..snapshot._open import Opened
 from ..snapshot._reader import Progress
 from ..snapshot._save import FileOptions, SaveJob, plan_save
 from .calls import Calls
+from .config import EngineConfig
 from .outbox import Outbox
-from .requests import Sample, TokenEvent
+from .requests import Sample, TokenEvent, unserved
 from .room import Allocator
 from .scheduler import Scheduler
 
@@ -114,14 +115,15 @@ def load(
     allocator: Allocator,
     terms: Terms,
     limit: int,
-    vocab_size: int | None,
+    config: EngineConfig,
     progress: Progress | None,
 ) -> Loaded:
     """Read and check everything, and put the pages into the pool; none without room for them, or
     if they cannot be cut to the groups of layers here.
 
     Raises:
-      SnapshotMismatch: the file is not of an engine, or does not fit.
+      SnapshotMismatch: the file is not of an engine, or does not fit, or a request asks for what
+        `config` does not have.
       SequenceTooLong: a request does not fit `limit`.
     """
     with Opened(path) as opened:
@@ -130,7 +132,7 @@ def load(
             with about(path):
                 raise SnapshotMismatch("it holds no requests; use load_snapshot")
         with about(path):
-            _require_fit(state, limit, vocab_size)
+            _require_fit(state, limit, config)
         metadata, placed = opened.chain.header.metadata, None
         with suppress(OutOfPages, GroupMismatch):
             target = cache, cast(BlockAllocator, allocator)
@@ -144,7 +146,8 @@ def load(
     return Loaded(state, placed.cache, placed.handles, metadata, extra, placed.snapshot)
 
 
-def _require_fit(state: EngineState, limit: int, vocab: int | None) -> None:
+def _require_fit(state: EngineState, limit: int, config: EngineConfig) -> None:
+    vocab = config.vocab_size
     for sample in state.samples:
         if len(sample.tokens) + 1 > limit:
             raise SequenceTooLong(
@@ -156,6 +159,8 @@ def _require_fit(state: EngineState, limit: int, vocab: int | None) -> None:
                 f"request {sample.request_id} has token {max(sample.tokens)}, but vocab_size here "
                 f"is {vocab}: a snapshot of another model"
             )
+        if (lack := unserved(sample.sampling, config)) is not None:
+            raise SnapshotMismatch(f"request {sample.request_id} cannot be served here: {lack}")
 
 
 def adopt(

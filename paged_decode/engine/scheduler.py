@@ -32,6 +32,7 @@ from .queue import WaitingQueue
 from .records import Decode, Prefill, Result, Ticket
 from .requests import Sample
 from .room import Allocator, Room
+from .sampling import Broken
 from .seats import Seats
 from .swapping import Swapping
 
@@ -178,7 +179,8 @@ class Scheduler:
 
     def _admit(self, enough: Callable[[], bool] = lambda: False) -> None:
         """Take waiting samples in order while rows and pages last, until there are enough."""
-        while (sample := self.waiting.head) and not self._seats.full and not enough():
+        seats, closed = self._seats, self._prefilling.closed
+        while (sample := self.waiting.head) and not (closed or seats.full or enough()):
             if self.waiting.is_blocked(self.room.available(), len(self.running)):
                 return
             digests = self.digests_of(sample)
@@ -270,18 +272,13 @@ class Scheduler:
 
     def _refused(self, sample: Sample, error: OutOfPages) -> bool:
         """There are not enough pages: whether the sample was ended, for there never will be."""
-        available = self.room.available()
         if self.running or self.ending or self.flights or self.room.passes(error):
             if not self._prefilling.any:  # which may publish what it waits for
-                self.waiting.block(sample, available, len(self.running))
+                self.waiting.block(sample, self.room.available(), len(self.running))
             return False
         detail = self.room.shortage(error)
-        self._conclude(
-            [
-                Outcome(s, len(s.tokens), (), "capacity", detail=detail)
-                for s in (sample, *sample.siblings)
-            ]
-        )
+        ended = (sample, *sample.siblings)
+        self._conclude([Outcome(s, len(s.tokens), (), "capacity", detail=detail) for s in ended])
         return True
 
     def _fork_siblings(self, sample: Sample) -> None:
@@ -313,8 +310,7 @@ class Scheduler:
     def plan_prefill(self) -> Prefill | None:
         """Admit who fits, and choose the chunks of this visit's next program; None: it has no more.
 
-        Only who is to be in the program is admitted first: the device begins with the prompts that
-        came first while the host admits the others.
+        Who is not to be in it is admitted later, while the device works.
 
         Raises:
           NeedsTruth: as `plan_decode`.
@@ -322,15 +318,12 @@ class Scheduler:
         prefilling = self._prefilling
         if self.swapping is not None and not prefilling.under_way:
             self.swapping.settle()
-        if not prefilling.closed:
-            self._admit(lambda: prefilling.has_rows)
+        self._admit(lambda: prefilling.has_rows)
         while prefilling.samples:
             found = prefilling.next_chunks()
             if isinstance(found, Chunks):
-                enter, tables = self._seats.enter(self.allocator, found.taken.tables)
                 self.stats.note_usage(self.allocator.num_used)
-                samples = tuple(found.samples)
-                return Prefill(found.taken.copies, tables, enter, *found[:2], samples)
+                return found.plan(*self._seats.enter(self.allocator, found.taken.tables))
             if found is None or prefilling.under_way or growing(self.running):
                 break  # those that grow end, and give pages back
             if self.flights:
@@ -338,20 +331,18 @@ class Scheduler:
             prefilling.closed = True
             if not self._make_way(self._seats.shard_of(prefilling.samples[0]), found):
                 break
-        if not prefilling.closed:
-            self._admit()
+        self._admit()
         prefilling.end_visit()
         return None
 
     def prefilled(self, plans: Sequence[Prefill]) -> None:
         """The visit's programs are launched: whoever reads what they write comes after them."""
-        samples = [sample for plan in plans for sample in plan.samples]
-        computed = self._prefilling.turn(plans)
-        self.stats.prefill_tokens += sum(computed) - sum(s.computed for s in samples)
-        self.allocator.commit([s.handle for s in samples], computed)
-        for sample, end in zip(samples, computed, strict=True):
+        ends = self._prefilling.turn(plans)
+        self.stats.prefill_tokens += sum(end - sample.computed for sample, end in ends)
+        self.allocator.commit([s.handle for s, _ in ends], [end for _, end in ends])
+        for sample, end in ends:
             sample.computed = end
-        for sample in samples:
+        for sample, _ in ends:
             self.waiting.progress(sample, over=sample.decoding)
             if sample.decoding:
                 self._fork_siblings(sample)
@@ -455,8 +446,8 @@ class Scheduler:
         """Enter what a visit wrote and generated.
 
         The token that a row with invalid logits had read is not entered: what the device wrote for
-        it may be NaN, as may be what prefill wrote before, so none of its pages stays cached. What
-        a row got that was cancelled meanwhile is dropped.
+        it and before may be NaN, so none of its pages stays cached. What a row got that has ended
+        meanwhile is dropped.
         """
         plan = ticket.plan
         if any(sample.ended for sample in plan.samples):
@@ -465,19 +456,19 @@ class Scheduler:
         handles = np.array([s.handle for s in plan.samples], np.int64)
         newest = np.array([s.tokens[-1] for s in plan.samples], np.int32)
         written = np.concatenate([newest[None], result.tokens[:-1]]).T
-        outcomes = outcomes_of(plan, result)
+        outcomes, counts = outcomes_of(plan, result)
         self.flights -= 1
         self._conclude(outcomes)
-        self.stats.decode_tokens += int(result.counts.sum())
+        self.stats.decode_tokens += int(counts.sum())
         self.stats.draft_tokens += 0 if result.drafted is None else int(result.drafted.sum())
         if not handles.size:
             return
-        self.allocator.append(handles, written, result.counts)
+        self.allocator.append(handles, written, counts)
         try:
             computed = [len(s.tokens) - 1 for s in plan.samples]
             self.allocator.commit(handles, np.array(computed, np.int64))
         finally:  # whatever a digest of the user's raises
-            for handle in map(Handle, handles[result.invalid].tolist()):
+            for handle in map(Handle, handles[result.broken == Broken.MODEL].tolist()):
                 self.allocator.withdraw([handle])
                 if self.swapping is not None:
                     self.swapping.forget(handle)

@@ -14,9 +14,9 @@ import numpy as np
 from ..allocator import BlockAllocator
 from ..engine import Engine, EngineConfig, EngineStats
 from ..engine.loop import Plans
+from ..engine.params import SamplingParams
 from ..engine.records import Decode, Prefill, Result, Runner, Ticket
 from ..engine.requests import TokenEvent
-from ..engine.sampling import SamplingParams
 from ..policies import SampleView
 from ..tiers import CacheHolder, PageMover
 from ._values import as_number, as_whole

@@ -17,10 +17,10 @@ from ..engine import EngineConfig, EngineStats
 from ..engine.config import sequence_limit
 from ..engine.journal import Outcome
 from ..engine.loop import Loop
+from ..engine.params import SamplingParams
 from ..engine.records import Decode, Prefill, Result, Ticket
 from ..engine.requests import Sample
 from ..engine.room import Room
-from ..engine.sampling import SamplingParams
 from ..engine.scheduler import Scheduler
 from ..engine.swapping import TierSwapping
 from ..policies import AdmissionPolicy, PreemptionPolicy, VictimPolicy

@@ -10,16 +10,19 @@ import numpy as np
 
 from ..allocator import AllocatorState
 from ..allocator.prefix import salt_key, salt_of
+from ..engine.params import MAX_STOP_TOKENS, SamplingParams
 from ..engine.requests import Sample, TokenEvent
-from ..engine.sampling import MAX_STOP_TOKENS, SamplingParams
 from ..errors import SnapshotCorrupt
+from ._asked import pack_asked, require_one_form, unpack_asked
+from ._format import ASKED_LENGTH
 from ._state import pack_bytes, require_split, typed, unpack_bytes
 
-__all__ = ["ENGINE", "EngineState", "PendingEvent", "engine_arrays", "engine_from"]
+__all__ = ["ASKED", "ENGINE", "EngineState", "PendingEvent", "engine_arrays", "engine_from"]
 
 MAX_ID = 2**53
 _MAX_COUNT = 2**63 - 1
-REASONS = (None, "stop", "length", "capacity", "cancelled", "invalid_logits")
+_FORBIDDEN = "no_allowed_token"  # of version 4
+REASONS = (None, "stop", "length", "capacity", "cancelled", "invalid_logits", _FORBIDDEN)
 
 ENGINE = {
     "engine/next_id": ("int64", 1),
@@ -51,6 +54,16 @@ ENGINE = {
 }
 """Name, dtype and number of axes of the arrays that a snapshot of an engine has besides `STATE`."""
 
+ASKED = {
+    ASKED_LENGTH: ("int64", 1),
+    "engine/asked_bytes": ("uint8", 1),
+    "engine/event_logprob": ("float32", 2),
+    "engine/event_likely_length": ("int64", 1),
+    "engine/event_likely_ids": ("int32", 1),
+    "engine/event_likely_logprobs": ("float32", 1),
+}
+"""Those that one of version 4 has besides `ENGINE`."""
+
 
 @dataclass(frozen=True, slots=True)
 class PendingEvent:
@@ -58,6 +71,14 @@ class PendingEvent:
 
     event: TokenEvent
     shown: bool
+
+    @property
+    def is_new(self) -> bool:
+        """Whether older versions cannot hold it."""
+        event = self.event
+        numbers = event.logprob, event.processed_logprob
+        known = event.finish_reason != _FORBIDDEN and not event.top_logprobs
+        return not known or any(number is not None for number in numbers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +97,11 @@ class EngineState:
 
 
 def engine_arrays(state: EngineState) -> dict[str, np.ndarray]:
-    """The state under the names and dtypes of `ENGINE`; ValueError if no reader would take it."""
+    """The state under the names and dtypes of `ENGINE`, and of `ASKED` where they are needed.
+
+    Raises:
+      ValueError: no reader would take it.
+    """
     if state.next_id > MAX_ID:
         raise ValueError(
             f"request ids are at most 2**53 in a snapshot, the next is {state.next_id}"
@@ -89,7 +114,8 @@ def engine_arrays(state: EngineState) -> dict[str, np.ndarray]:
             sibling_of[place[id(sibling)]] = place[id(first)]
     stops = np.full((len(samples), MAX_STOP_TOKENS), -1)
     for row, p in enumerate(params):
-        stops[row, : len(p.stop_tokens)] = p.stop_tokens
+        first = p.stop_tokens[:MAX_STOP_TOKENS]
+        stops[row, : len(first)] = first
     salt_lengths, salt_bytes = pack_bytes(tuple(salt_key(s.cache_salt) for s in samples))
     columns = {
         "engine/next_id": [state.next_id],
@@ -110,7 +136,26 @@ def engine_arrays(state: EngineState) -> dict[str, np.ndarray]:
         "engine/salt_length": salt_lengths,
         "engine/salt_bytes": salt_bytes,
     }
-    return typed(columns | _event_columns(state.events), ENGINE)
+    arrays = typed(columns | _event_columns(state.events), ENGINE)
+    asked = tuple(map(pack_asked, params))
+    if any(asked) or any(p.is_new for p in state.events):
+        arrays |= typed(_asked_columns(asked, state.events), ASKED)
+    return arrays
+
+
+def _asked_columns(asked: tuple[bytes, ...], pending: Sequence[PendingEvent]) -> dict[str, Any]:
+    asked_lengths, asked_bytes = pack_bytes(asked)
+    events = [p.event for p in pending]
+    numbers = [(e.logprob, e.processed_logprob) for e in events]
+    likely = [each for e in events for each in e.top_logprobs]
+    return {
+        ASKED_LENGTH: asked_lengths,
+        "engine/asked_bytes": asked_bytes,
+        "engine/event_logprob": np.array(numbers, np.float32).reshape(-1, 2),  # None is NaN
+        "engine/event_likely_length": [len(e.top_logprobs) for e in events],
+        "engine/event_likely_ids": [i for i, _ in likely],
+        "engine/event_likely_logprobs": [x for _, x in likely],
+    }
 
 
 def _event_columns(pending: Sequence[PendingEvent]) -> dict[str, Any]:
@@ -132,11 +177,15 @@ def _event_columns(pending: Sequence[PendingEvent]) -> dict[str, Any]:
 def engine_from(arrays: Mapping[str, np.ndarray], pages: AllocatorState) -> EngineState:
     """The checked state: it agrees with itself, and with the sequences of the allocator.
 
+    Args:
+      arrays: those of `ENGINE`, and of `ASKED` in version 4.
+      pages: what the allocator has.
+
     Raises:
       SnapshotCorrupt: which rule is broken.
     """
     columns = {name.removeprefix("engine/"): array for name, array in arrays.items()}
-    count = len(columns["request"])
+    count, new = len(columns["request"]), ASKED_LENGTH in arrays
     for name in (
         "sample",
         "sibling_of",
@@ -150,6 +199,7 @@ def engine_from(arrays: Mapping[str, np.ndarray], pages: AllocatorState) -> Engi
         "seed",
         "stop_tokens",
         "salt_length",
+        *(["asked_length"] if new else []),
     ):
         _require(len(columns[name]) == count, f"engine/{name} has not one row per request")
     _require(columns["stop_tokens"].shape[1] == MAX_STOP_TOKENS, "stop_tokens has not 8 columns")
@@ -157,7 +207,12 @@ def engine_from(arrays: Mapping[str, np.ndarray], pages: AllocatorState) -> Engi
         _require(len(columns[name]) == 1, f"engine/{name} has not one value")
     running, next_id = int(columns["running"][0]), int(columns["next_id"][0])
     samples = list(_samples(columns))
-    events = list(_events(columns))
+    events = list(_events(columns, new))
+    if new:
+        _require(
+            bool(columns["asked_length"].any()) or any(p.is_new for p in events),
+            "it is of version 4, but nothing in it needs that",
+        )
     ids = [s.request_id for s in samples] + [p.event.request_id for p in events]
     _require(
         0 <= next_id <= MAX_ID and all(0 <= i < next_id for i in ids),
@@ -190,10 +245,13 @@ def _samples(columns: Mapping[str, np.ndarray]) -> Iterator[Sample]:
         "a sample's number or its preemptions are negative",
     )
     salts = unpack_bytes("engine/salt", columns["salt_length"], columns["salt_bytes"])
+    asked = [b""] * len(lengths)
+    if "asked_length" in columns:
+        asked = unpack_bytes("engine/asked", columns["asked_length"], columns["asked_bytes"])
     begins = lengths.cumsum() - lengths
     for row, salt in enumerate(salts):
         tokens = columns["tokens"][begins[row] : begins[row] + lengths[row]].tolist()
-        params = _params(columns, row)
+        params = _params(columns, row, asked[row])
         sample = Sample(
             int(columns["request"][row]),
             int(columns["sample"][row]),
@@ -207,24 +265,28 @@ def _samples(columns: Mapping[str, np.ndarray]) -> Iterator[Sample]:
         yield sample
 
 
-def _params(columns: Mapping[str, np.ndarray], row: int) -> SamplingParams:
+def _params(columns: Mapping[str, np.ndarray], row: int, more: bytes) -> SamplingParams:
     stops = columns["stop_tokens"][row]
     used = int((stops >= 0).sum())
     _require((stops[:used] >= 0).all() and (stops[used:] == -1).all(), "stop tokens have a hole")
+    first, asked = tuple(stops[:used].tolist()), unpack_asked(row, more)
+    fields: dict[str, Any] = {
+        "max_new_tokens": int(columns["max_new_tokens"][row]),
+        "temperature": float(columns["temperature"][row]),
+        "top_k": int(columns["top_k"][row]),
+        "top_p": float(columns["top_p"][row]),
+        "seed": int(columns["seed"][row]),
+        "stop_tokens": first,
+    }
     try:
-        return SamplingParams(
-            max_new_tokens=int(columns["max_new_tokens"][row]),
-            temperature=float(columns["temperature"][row]),
-            top_k=int(columns["top_k"][row]),
-            top_p=float(columns["top_p"][row]),
-            seed=int(columns["seed"][row]),
-            stop_tokens=tuple(stops[:used].tolist()),
-        )
+        params = SamplingParams(**fields | asked)
     except (TypeError, ValueError) as error:
         raise SnapshotCorrupt(f"sampling of request {row}: {error}") from None
+    require_one_form(row, asked, first, params)
+    return params
 
 
-def _events(columns: Mapping[str, np.ndarray]) -> Iterator[PendingEvent]:
+def _events(columns: Mapping[str, np.ndarray], new: bool) -> Iterator[PendingEvent]:
     of_events = ("request", "sample", "index", "token", "reason", "shown", "top_length")
     fields = {name: columns[f"event_{name}"] for name in of_events}
     counts = {len(field) for field in fields.values()}
@@ -232,15 +294,26 @@ def _events(columns: Mapping[str, np.ndarray]) -> Iterator[PendingEvent]:
     ids, values = columns["event_top_ids"], columns["event_top_logits"]
     require_split("engine/event_top", fields["top_length"], len(ids))
     _require(len(ids) == len(values), "the columns of the largest logits differ in length")
+    chances = _chances(columns, len(fields["token"]), new)
+    known = REASONS if new else REASONS[: REASONS.index(_FORBIDDEN)]
     end, rows = 0, zip(*(field.tolist() for field in fields.values()), strict=True)
-    for each in (dict(zip(fields, row, strict=True)) for row in rows):
+    for row, chance in zip(rows, chances, strict=True):
+        each = dict(zip(fields, row, strict=True))
         _require(
-            0 <= each["reason"] < len(REASONS)
+            0 <= each["reason"] < len(known)
             and -1 <= each["token"] < 2**31
             and each["sample"] >= 0
             and each["index"] >= 0
             and each["shown"] in (0, 1),
             "an event has an impossible value",
+        )
+        _require(
+            each["token"] < 0 or known[each["reason"]] != _FORBIDDEN,
+            "an event has a token, and ends because none is allowed",
+        )
+        _require(
+            each["token"] >= 0 or not chance,
+            "an event without a token has log-probabilities",
         )
         begin, end = end, end + each["top_length"]
         event = TokenEvent(
@@ -250,8 +323,48 @@ def _events(columns: Mapping[str, np.ndarray]) -> Iterator[PendingEvent]:
             token=None if each["token"] < 0 else each["token"],
             finish_reason=REASONS[each["reason"]],
             top_logits=tuple(zip(ids[begin:end].tolist(), values[begin:end].tolist(), strict=True)),
+            **chance,
         )
         yield PendingEvent(event, bool(each["shown"]))
+
+
+def _chances(columns: Mapping[str, np.ndarray], count: int, new: bool) -> Iterator[dict[str, Any]]:
+    """The log-probabilities of every event, by the fields of `TokenEvent`."""
+    if not new:
+        yield from ({} for _ in range(count))
+        return
+    both, lengths = columns["event_logprob"], columns["event_likely_length"]
+    ids, values = columns["event_likely_ids"], columns["event_likely_logprobs"]
+    _require(both.shape == (count, 2), "event_logprob has not 2 numbers for every event")
+    _require(len(lengths) == count, "event_likely_length has not one value for every event")
+    require_split("engine/event_likely", lengths, len(ids))
+    _require(len(ids) == len(values), "the columns of the likeliest tokens differ in length")
+    _require((ids >= 0).all(), "engine/event_likely_ids holds a negative token")
+    none = np.isnan(both)
+    _require(
+        (none[:, 0] == none[:, 1]).all(),
+        "of a log-probability and that of the processed logits one is NaN",
+    )
+    _require(
+        not (none[:, 0] & (lengths > 0)).any(),
+        "an event has the likeliest tokens, but no log-probability of its own",
+    )
+    end = 0
+    for (logprob, processed), length, without in zip(
+        both.tolist(), lengths.tolist(), none[:, 0].tolist(), strict=True
+    ):
+        begin, end = end, end + length
+        yield (
+            {}
+            if without
+            else {
+                "logprob": logprob,
+                "processed_logprob": processed,
+                "top_logprobs": tuple(
+                    zip(ids[begin:end].tolist(), values[begin:end].tolist(), strict=True)
+                ),
+            }
+        )
 
 
 def _link_siblings(samples: list[Sample], sibling_of: list[int]) -> list[Sample]:

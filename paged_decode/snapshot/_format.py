@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 MAGIC = b"\x89PGD\r\n\x1a\n"
-VERSIONS = (1, 2, 3)  # of one group of layers, of several, and of either with the user's arrays
+VERSIONS = (1, 2, 3, 4)  # of one group of layers, of several, with the user's arrays, with more
 PREFIX = struct.Struct("<8sIQQI")  # magic, version, header bytes, file bytes, CRC
 ALIGNMENT = 64
 CHUNK_BYTES = 1 << 22  # so few that several wait in memory while one is written
@@ -49,6 +49,7 @@ MAX_PARENTS = 256  # files that are open at once while a chain is read
 MAX_GROUPS = 256
 KEYS = ["arrays", "fingerprint", "metadata", "page_size", "pages", "parent"]
 EXTRA = "extra/"  # how names of the user's arrays begin
+ASKED_LENGTH = "engine/asked_length"  # it is in the files of version 4 and in no others
 
 DTYPES = {
     str(np.dtype(t)): np.dtype(t).newbyteorder("<")
@@ -170,11 +171,15 @@ class Header:
         return tuple(spec for spec in self.arrays if spec.name.startswith(EXTRA))
 
     @property
+    def asks(self) -> bool:
+        """Whether its requests ask for more than the first versions hold, or were told more."""
+        return any(spec.name == ASKED_LENGTH for spec in self.arrays)
+
+    @property
     def version(self) -> int:
         """Of the format: the first one that has what is here."""
-        if self.extra:
-            return 3
-        return 2 if self.groups else 1
+        older = 3 if self.extra else 2 if self.groups else 1
+        return 4 if self.asks else older
 
     def arrays_of_groups(self) -> list[list[ArraySpec]]:
         """The arrays of keys and values of every group."""
@@ -283,7 +288,7 @@ def split_prefix(front: bytes, file_bytes: int) -> int:
     _, version, header_bytes, declared, _ = PREFIX.unpack(front)
     if version not in VERSIONS:
         raise SnapshotVersion(
-            f"the file has format version {version}, this release reads versions 1 to 3; use "
+            f"the file has format version {version}, this release reads versions 1 to 4; use "
             "the release that wrote it, or a newer one"
         )
     _require(
@@ -310,7 +315,7 @@ def decode_header(front: bytes) -> Header:
     _require(found == crc, f"the header's checksum is {found:08x}, it should be {crc:08x}")
     fields = _unpack(body)
     _require(_is(fields, dict), f"the header is no map but {type(fields).__name__}")
-    grouped = version == 2 or (version == 3 and "groups" in fields)
+    grouped = version == 2 or (version >= 3 and "groups" in fields)
     keys = sorted([*KEYS, "groups"]) if grouped else KEYS
     _require(list(fields) == keys, f"the header's keys are {shown(list(fields))}, not {keys}")
     page_size = _integer("page_size", fields["page_size"], 1, MAX_DIMENSION)
@@ -329,8 +334,12 @@ def decode_header(front: bytes) -> Header:
         groups=_groups(fields["groups"]) if grouped else (),
     )
     _require(
-        (version == 3) == bool(header.extra),
-        "arrays of the user are in a file of version 3, and in every one",
+        (version == 4) == header.asks,
+        f"{ASKED_LENGTH} is in a file of version 4, and in every one",
+    )
+    _require(
+        (version == 3) == bool(header.extra) or version == 4,
+        "arrays of the user are in a file of version 3, and in every one, or in one of version 4",
     )
     if header.groups:
         _require_layers(header)

@@ -13,7 +13,7 @@ import numpy as np
 from ..allocator import AllocatorState
 from ..errors import SnapshotCorrupt, SnapshotMismatch
 from ._about import about
-from ._engine import ENGINE, EngineState, engine_from
+from ._engine import ASKED, ENGINE, EngineState, engine_from
 from ._format import EXTRA, ArraySpec, Parent, SavedGroup, Scalar, layer_of
 from ._reader import Chain, Counter, Progress, SnapshotFile
 from ._state import require_shapes, state_from, state_names
@@ -142,16 +142,16 @@ def _bookkeeping(file: SnapshotFile) -> tuple[AllocatorState, EngineState | None
     names, wanted = [s.name for s in file.header.arrays], state_names(len(file.header.counts))
     engine = any(name.startswith("engine/") for name in names)
     require_shapes(file.specs, wanted)
-    if engine:
-        require_shapes(file.specs, ENGINE)
+    requests = (ENGINE | ASKED if file.header.asks else ENGINE) if engine else {}
+    require_shapes(file.specs, requests)
     kv = sum(name.startswith("kv/") for name in names) + len(file.header.extra)
     sources = len(file.header.counts) if file.header.parent else 0
-    if kv + len(wanted) + len(ENGINE) * engine + sources != len(names):
+    if kv + len(wanted) + len(requests) + sources != len(names):
         raise SnapshotCorrupt("there are arrays that the format does not have")
     state = state_from({name: file.array(name) for name in wanted}, file.header)
     if not engine:
         return state, None
-    return state, engine_from({name: file.array(name) for name in ENGINE}, state)
+    return state, engine_from({name: file.array(name) for name in requests}, state)
 
 
 def inspect_snapshot(path: str | os.PathLike[str]) -> SnapshotInfo:

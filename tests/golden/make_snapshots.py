@@ -1,4 +1,4 @@
-"""How the snapshots of format versions 1 to 3 in this folder were made. They are never made
+"""How the snapshots of format versions 1 to 4 in this folder were made. They are never made
 again: a release that cannot read them is broken, whatever it writes itself.
 
     python -m tests.golden.make_snapshots FOLDER
@@ -14,6 +14,8 @@ import numpy as np
 
 from paged_decode import SamplingParams, save_snapshot
 
+from ..paged_decode.engine.test_engine_groups import engine_of
+from ..paged_decode.snapshot.asking import ask, events
 from ..paged_decode.snapshot.grouped import LAYOUTS, lived
 from ..paged_decode.snapshot.small import busy
 from ..paged_decode.tiny import make_engine, prompts
@@ -30,13 +32,26 @@ EXTRA = {
 
 
 def make(folder: Path) -> None:
-    """All files of version 1, then those of version 2, then those of version 3."""
+    """All files of version 1, then those of version 2, and so on."""
     _make_first(folder)
     _make_second(folder)
     cache, allocator, _ = busy(fingerprint=b"golden")
     save_snapshot(folder / "snapshot_v3_one.pgd", cache, allocator, extra=EXTRA)
     life = lived(LAYOUTS["two"], seed=8, fingerprint=b"golden")
     save_snapshot(folder / "snapshot_v3_two.pgd", life.cache, life.allocator, extra=EXTRA)
+    _make_fourth(folder)
+
+
+def _make_fourth(folder: Path) -> None:
+    """In the middle of a visit; and requests that wait, with no number that a device computed."""
+    engine = make_engine(top_logits=2)
+    ask(engine)
+    engine.step()
+    engine.save(folder / "snapshot_v4_engine.pgd")
+    engine = engine_of(top_logits=2)
+    ask(engine)
+    engine._outbox.put_back(events()[:3], events()[3:])
+    engine.save(folder / "snapshot_v4_waiting.pgd", extra=EXTRA)
 
 
 def _make_second(folder: Path) -> None:

@@ -12,7 +12,8 @@ import pytest
 
 from paged_decode import SamplingParams
 from paged_decode.engine import sampling
-from paged_decode.engine.sampling import Kind, SamplingRows, _kept, sample
+from paged_decode.engine.params import Kind
+from paged_decode.engine.sampling import Broken, SamplingRows, _kept, sample
 
 draw = jax.jit(sample)
 kept = jax.jit(_kept)
@@ -240,7 +241,9 @@ def test_a_row_without_a_choice_is_told_and_disturbs_no_other(dtype):
     logits = jnp.asarray(np.tile(batch, (len(params), 1)), jnp.float32).astype(dtype)
     each = [p for p in params for _ in batch]
     rows = SamplingRows.create(each, [0] * len(each), len(each))
-    tokens, invalid = (np.asarray(a) for a in jax.jit(sampling.draw)(logits, rows))
+    drawn = jax.jit(sampling.draw)(logits, rows)
+    tokens, invalid = np.asarray(drawn.tokens), np.asarray(drawn.broken) == Broken.MODEL
+    assert (np.asarray(drawn.broken)[~invalid] == Broken.NO).all()
     assert (invalid == np.tile([True, False], len(invalid) // 2)).all()
     assert ((tokens >= 0) & (tokens < logits.shape[1])).all()  # an id, whatever it means
     assert (tokens == np.asarray(draw(logits, rows))).all()
@@ -256,7 +259,7 @@ def test_only_narrow_rows_sort(params):
     assert text.count(" sort[") == 1 and text.index(" cond[") < text.index(" sort[")
 
 
-@pytest.mark.parametrize("most", Kind)
+@pytest.mark.parametrize("most", [Kind.GREEDY, Kind.WHOLE, Kind.NARROW])
 def test_who_knows_the_kinds_of_its_rows_gets_the_same_without_a_condition(most):
     each = [SamplingParams(), SamplingParams(temperature=0.7)]
     each += [SamplingParams(temperature=1.5, top_k=3), SamplingParams(temperature=0.9, top_p=0.8)]
@@ -297,7 +300,6 @@ def test_who_knows_the_kinds_of_its_rows_gets_the_same_without_a_condition(most)
         ("top_k", 2**31, ValueError),
         ("seed", 2**32, ValueError),
         ("seed", True, TypeError),
-        ("stop_tokens", tuple(range(9)), ValueError),
         ("stop_tokens", (-1,), ValueError),
         ("stop_tokens", (2**31,), ValueError),
         ("stop_tokens", (2.7,), TypeError),
@@ -327,7 +329,8 @@ def test_numbers_of_every_kind_are_kept_as_pythons(unchecked):
         stop_tokens=np.array([1, 2], np.uint16),
     )
     assert params == SamplingParams(5, 0.5, 3, 1.0, 7, (1, 2))
-    kinds = [type(getattr(params, name)) for name in SamplingParams.__slots__]
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop_tokens")
+    kinds = [type(getattr(params, name)) for name in names]
     assert kinds == [int, float, int, float, int, tuple]
     assert all(type(t) is int for t in params.stop_tokens)
     for stops in ([1, 2], {1, 2}, iter((1, 2)), jnp.array([1, 2]), range(1, 3)):

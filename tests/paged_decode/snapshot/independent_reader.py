@@ -17,16 +17,18 @@ def read(path: Path) -> tuple[dict, dict[str, np.ndarray], bytes]:
     """Header, arrays and id."""
     data = path.read_bytes()
     magic, version, header_bytes, file_bytes, checksum = struct.unpack_from("<8sIQQI", data)
-    assert magic == bytes.fromhex("89504744 0d0a1a0a") and version in (1, 2, 3)
+    assert magic == bytes.fromhex("89504744 0d0a1a0a") and version in (1, 2, 3, 4)
     assert file_bytes == len(data) and 1 <= header_bytes <= 1048576
     header = data[32 : 32 + header_bytes]
     assert zlib.crc32(data[:28] + header) == checksum
     fields = msgpack.unpackb(header)
     keys = ["arrays", "fingerprint", "metadata", "page_size", "pages", "parent"]
-    grouped = version == 2 or (version == 3 and "groups" in fields)
+    grouped = version == 2 or (version > 2 and "groups" in fields)
     assert list(fields) == ([*keys[:2], "groups", *keys[2:]] if grouped else keys)
     names = [name for name, *_ in fields["arrays"]]
-    assert any(name.startswith("extra/") for name in names) == (version == 3)
+    own = any(name.startswith("extra/") for name in names)
+    assert version == 4 or own == (version == 3)
+    assert [name in names for name in ASKED] == [version == 4] * len(ASKED)
     arrays, offset = {}, up(32 + header_bytes)
     assert not any(data[32 + header_bytes : offset])
     for name, dtype, shape, checksums in fields["arrays"]:
@@ -48,6 +50,24 @@ def read(path: Path) -> tuple[dict, dict[str, np.ndarray], bytes]:
         offset = up(offset + size)
     assert offset == len(data)
     return fields, arrays, hashlib.blake2b(data[: 32 + header_bytes], digest_size=16).digest()
+
+
+ASKED = ["engine/asked_length", "engine/asked_bytes", "engine/event_logprob"]
+ASKED += [f"engine/event_likely_{name}" for name in ("length", "ids", "logprobs")]
+DEFAULTS = {
+    "allowed_tokens": None,
+    "bad_tokens": [],
+    "frequency_penalty": 0.0,
+    "ignore_eos": False,
+    "logit_bias": [],
+    "logprobs": None,
+    "min_new_tokens": 0,
+    "min_p": 0.0,
+    "presence_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "stop_sequences": [],
+}
+REASONS = [None, "stop", "length", "capacity", "cancelled", "invalid_logits", "no_allowed_token"]
 
 
 def up(size: int) -> int:
@@ -102,4 +122,60 @@ def sequences(path: Path) -> list[tuple[list[int], bytes, list[int]]]:
         begin += len(held)
         tokens = arrays["page/tokens"][held].reshape(-1)[:length]
         out.append((tokens.tolist(), salts[salt], held.tolist()))
+    return out
+
+
+def split(lengths: np.ndarray, values: np.ndarray) -> list[np.ndarray]:
+    """One behind the other, each of its length."""
+    assert sum(lengths) == len(values)
+    ends = np.cumsum(lengths)
+    return [values[end - n : end] for end, n in zip(ends, lengths, strict=True)]
+
+
+def requests(path: Path) -> list[tuple[int, int, list[int], dict]]:
+    """Request, sample, tokens and parameters of every sample."""
+    _, arrays, _ = read(path)
+    own = {n.removeprefix("engine/"): a for n, a in arrays.items() if n.startswith("engine/")}
+    count = len(own["request"])
+    none = {"asked_length": np.zeros(count, np.int64), "asked_bytes": np.zeros(0, np.uint8)}
+    asked = split(*(own.get(name, array) for name, array in none.items()))
+    tokens, out = split(own["length"], own["tokens"]), []
+    for row in range(count):
+        names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+        params = DEFAULTS | {name: own[name][row].item() for name in names}
+        params["stop_tokens"] = [t for t in own["stop_tokens"][row].tolist() if t >= 0]
+        more = msgpack.unpackb(asked[row].tobytes()) if len(asked[row]) else {}
+        assert sorted(more) == list(more) and more.keys() <= params.keys()
+        assert more.get("stop_tokens", params["stop_tokens"])[:8] == params["stop_tokens"]
+        params |= more
+        out.append((own["request"][row], own["sample"][row], tokens[row].tolist(), params))
+    return out
+
+
+def events(path: Path) -> list[tuple]:
+    """Request, sample, index, token, reason, largest logits, both log-probabilities and the
+    likeliest tokens of every event; and whether its callback has seen it."""
+    _, arrays, _ = read(path)
+    own = {n.removeprefix("engine/event_"): a for n, a in arrays.items() if "/event_" in n}
+    count = len(own["token"])
+    if "logprob" not in own:
+        assert not (own["reason"] == 6).any()
+        own |= {"logprob": np.full((count, 2), np.nan), "likely_length": np.zeros(count, int)}
+        own |= {"likely_ids": np.zeros(0, int), "likely_logprobs": np.zeros(0)}
+    pairs = []
+    for length, *columns in (
+        ("top_length", "top_ids", "top_logits"),
+        ("likely_length", "likely_ids", "likely_logprobs"),
+    ):
+        ids, values = (split(own[length], own[name]) for name in columns)
+        both = zip(ids, values, strict=True)
+        pairs.append([tuple(zip(i.tolist(), x.tolist(), strict=True)) for i, x in both])
+    out = []
+    for row in range(count):
+        where = [own[name][row].item() for name in ("request", "sample", "index")]
+        token, reason = own["token"][row].item(), REASONS[own["reason"][row]]
+        numbers = [None if np.isnan(x) else x.item() for x in own["logprob"][row]]
+        token = None if token == -1 else token
+        tops, likely = (each[row] for each in pairs)
+        out.append((*where, token, reason, tops, *numbers, likely, bool(own["shown"][row])))
     return out

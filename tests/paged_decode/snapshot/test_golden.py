@@ -1,4 +1,4 @@
-"""Versions 1 to 3 are read for ever, by the library and by a reader made from the page of docs."""
+"""Versions 1 to 4 are read for ever, by the library and by a reader made from the page of docs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ import pytest
 from paged_decode import SamplingParams, load_snapshot, save_snapshot, verify_snapshot
 
 from ...golden.make_snapshots import EXTRA, make
+from ..engine.test_engine_groups import engine_of
 from ..tiny import make_engine, prompts
 from . import independent_reader
+from .asking import EVERYTHING, ask, events
 from .grouped import LAYOUTS, TWO, allocator_of, cache_of
 from .small import LAYERS, busy, content, make_allocator, make_cache
+from .test_asked import agree
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 DTYPES = ("float32", "bfloat16", "float8_e4m3fn", "int8")
@@ -121,6 +124,36 @@ def test_golden_arrays_of_the_user_are_read_alike_by_a_reader_of_the_page_alone(
         for each in (restored.extra[name], found[name]):
             assert (each.dtype, each.shape) == (array.dtype, array.shape)
             assert each.tobytes() == array.tobytes()
+
+
+@pytest.mark.parametrize("name", ["engine", "waiting"])
+def test_golden_requests_that_ask_for_everything_are_read_alike(name):
+    path, groups = GOLDEN / f"snapshot_v4_{name}.pgd", 1 if name == "engine" else 2
+    info, (fields, _, ident) = verify_snapshot(path), independent_reader.read(path)
+    assert ident == info.id and len(info.groups) == groups and ("groups" in fields) == (groups > 1)
+    assert list(info.extra) == ([] if name == "engine" else list(EXTRA))
+    agree(path)
+    found = independent_reader.events(path)
+    assert any(e[4] == "no_allowed_token" for e in found) and any(len(e[8]) > 1 for e in found)
+    if name == "waiting":
+        again = engine_of(top_logits=2)
+        again.restore(path)
+        assert [*again._outbox.contents()[0], *again._outbox.contents()[1]] == events()
+        assert next(iter(again.scheduler.waiting)).sampling == EVERYTHING
+
+
+def test_the_golden_engine_that_was_asked_for_everything_goes_on_as_an_uninterrupted_one():
+    """But for log-probabilities, which a processor may round anew."""
+    engine, twin = (make_engine(top_logits=2) for _ in range(2))
+    engine.restore(GOLDEN / "snapshot_v4_engine.pgd")
+    ask(twin)
+    assert twin.step() == []
+    rest, whole = (sorted(each.stream(), key=lambda e: e[:3]) for each in (engine, twin))
+    assert [e[:5] for e in rest] == [e[:5] for e in whole]
+    for a, b in zip(rest, whole, strict=True):
+        numbers = [[e.logprob or 0, e.processed_logprob or 0] for e in (a, b)]
+        np.testing.assert_allclose(*numbers, rtol=0, atol=1e-3)
+        assert [i for i, _ in a.top_logprobs] == [i for i, _ in b.top_logprobs]
 
 
 def test_arrays_of_several_chunks_agree_with_the_page_too(tmp_path):

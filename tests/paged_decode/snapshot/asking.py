@@ -1,0 +1,71 @@
+"""Requests that ask for all that `SamplingParams` has, and events that tell all they can."""
+
+from __future__ import annotations
+
+from paged_decode import SamplingParams
+from paged_decode.engine.requests import TokenEvent
+
+from ..tiny import VOCAB
+
+INF = float("inf")
+EVERYTHING = SamplingParams(
+    max_new_tokens=14,
+    temperature=0.8,
+    seed=5,
+    stop_tokens=(58, 3, *range(48, 56)),
+    stop_sequences=((7, 8, 9), (VOCAB - 1,)),
+    min_new_tokens=3,
+    ignore_eos=True,
+    min_p=0.01,
+    presence_penalty=0.5,
+    frequency_penalty=-0.25,
+    repetition_penalty=1.25,
+    logit_bias={9: -INF, 7: 1.5, 4: -3.0},
+    allowed_tokens=tuple(range(0, VOCAB, 2)),
+    bad_tokens=(12, 11),
+    logprobs=2,
+)
+ALONE = {
+    "stop_tokens": tuple(range(9)),
+    "stop_sequences": ((1, 2), (2,)),
+    "min_new_tokens": 1,
+    "ignore_eos": True,
+    "min_p": 0.1,
+    "presence_penalty": -2.0,
+    "frequency_penalty": 1e-300,
+    "repetition_penalty": 0.5,
+    "logit_bias": ((2**31 - 1, 0.0),),
+    "allowed_tokens": (0,),
+    "bad_tokens": (5,),
+    "logprobs": 0,
+}
+"""A value of each new field."""
+NONE_ALLOWED = SamplingParams(max_new_tokens=9, bad_tokens=tuple(range(VOCAB)), logprobs=1)
+
+
+def ask(engine) -> None:
+    """All of it at once, penalties alone, log-probabilities alone, nothing, nothing allowed."""
+    engine.submit([1, 2, 3, 4, 5], EVERYTHING, n=2)
+    engine.submit([3, 2, 1], NONE_ALLOWED)
+    engine.submit([6, 7], SamplingParams(max_new_tokens=10, logprobs=1), cache_salt="s")
+    heated = dict(max_new_tokens=10, temperature=1.0, seed=3)
+    engine.submit([8, 9, 1], SamplingParams(**heated, repetition_penalty=1.5, logprobs=0))
+    engine.submit([8], SamplingParams(**heated, min_p=0.05, stop_sequences=((4,), (5, 6))))
+    engine.submit([8, 7], SamplingParams(**heated))
+
+
+def events() -> list[TokenEvent]:
+    """Of every kind, for requests 0 to 2."""
+    likely = ((4, -0.25), (0, -INF), (60, -1.5))
+    return [
+        TokenEvent(0, 0, 0, 4, None, ((4, 1.5),), "", -0.25, 0.0, likely),
+        TokenEvent(0, 1, 0, 5, "stop", (), "", -2.5, -0.5, ()),
+        TokenEvent(1, 0, 0, None, "no_allowed_token"),
+        TokenEvent(2, 0, 0, 7, None),
+        TokenEvent(0, 0, 1, 9, "length", (), "", -INF, -0.125, ((1, -0.5),)),
+    ]
+
+
+def told(event: TokenEvent) -> tuple:
+    """All of it but `detail`, which no file has."""
+    return event._replace(detail="")
