@@ -170,7 +170,8 @@ def _decode(
     drafts, in fewer steps.
 
     With `known`, the greatest kind of sampling among the rows, the device decides nothing: all
-    steps are run, and a launch returns before they are.
+    steps are run, and a launch returns before they are. `Kind.NARROW` only says that no row is
+    shaped: the device asks for all else, and for the end of the loop.
     """
     where, budget = message
     size, every = where.shape[0], drafter is not None
@@ -208,7 +209,7 @@ def _decode(
         tally = tally.plus(got, failed)
         return i + 1, cache, rows, tally, out
 
-    if known is None:
+    if known is None or known >= Kind.NARROW:
         end = lax.while_loop(living, step, begin)
     else:
         end = lax.fori_loop(0, steps, lambda _, loop: step(loop), begin)
@@ -327,7 +328,11 @@ def _draw(logits: Array, rows: RowState, asked: Int[Array, "B T"], known: Kind |
     each = jax.tree.map(lambda a: jnp.repeat(a, width, axis=0), rows.sampling)
     ahead = jnp.tile(jnp.arange(width, dtype=jnp.int32), size)
     each = replace(each, index=each.index + ahead)
-    drawn = draw(logits.reshape(-1, vocab), each, known, partial(_counts, rows, asked, vocab))
+    counts, most = partial(_counts, rows, asked, vocab), known
+    if known is not None and known >= Kind.NARROW:
+        most = None
+    flat = logits.reshape(-1, vocab)
+    drawn = draw(flat, each, most, counts, plain=known is not None)
     return Drawn(*(a.reshape(size, width) for a in drawn))
 
 

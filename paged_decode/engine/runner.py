@@ -264,10 +264,13 @@ class DeviceRunner:
         return Ticket(plan, (self._launch(job), places))
 
     def _known_kind(self, plan: Decode) -> Kind | None:
-        """For a program that decides nothing: how its rows are sampled. None: it must."""
+        """For a program that decides nothing: how its rows are sampled. None: it must decide all,
+        and with `Kind.NARROW` all but whether a row is shaped."""
         kind = Kind(self._kinds[plan.slots].max())
+        if not self.straight or kind == Kind.SHAPED:
+            return None
         all_steps = plan.budgets.max() == self._config.decode_steps
-        return kind if self.straight and all_steps and kind < Kind.NARROW else None
+        return kind if all_steps and kind < Kind.NARROW else Kind.NARROW
 
     def exchange(self, change: Callable[[KVCache], KVCache]) -> None:
         """Let the cache be what `change` makes of it, and wait until it is launched.
@@ -425,7 +428,7 @@ class DeviceRunner:
         self.exchange(tied)  # as it is after a swap or `restore`
         self._enter_nobody()
         config, self._executables = self._config, {}
-        kinds = (None, Kind.GREEDY, Kind.WHOLE) if self.straight else (None,)
+        kinds = (None, Kind.GREEDY, Kind.WHOLE, Kind.NARROW) if self.straight else (None,)
         decode = [(rows, known) for rows in config.row_buckets for known in kinds]
         sizes = dict(update=self._sizes, prefill=config.chunk_buckets, decode=decode)
         sizes |= dict(detail=(self._text,))

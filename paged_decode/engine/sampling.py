@@ -149,6 +149,8 @@ def draw(
     rows: SamplingRows,
     most: Kind | None = None,
     counts: Counts | None = None,
+    *,
+    plain: bool = False,
 ) -> Drawn:
     """`sample`, with what else is known of the tokens.
 
@@ -159,6 +161,7 @@ def draw(
         the device finds out, for which a GPU asks the host at every call.
       counts: gives int32 `[B, V]`, how often each row has generated a token so far, and `IN_PROMPT`
         more if its prompt has it; asked for where a row has penalties. None: not once.
+      plain: whether the caller knows that no row is shaped: the device is not asked.
     """
     own = logits.astype(jnp.float32)  # the model's
 
@@ -172,8 +175,9 @@ def draw(
         return logits, *_likeliest(logits)
 
     failed, first, highest = _likeliest(own)
-    logits, without, greedy, top = at_least(
-        Kind.SHAPED, jnp.any(rows.shaped), shaped, lambda: (own, failed, first, highest)
+    unshaped = own, failed, first, highest
+    logits, without, greedy, top = (
+        unshaped if plain else at_least(Kind.SHAPED, jnp.any(rows.shaped), shaped, lambda: unshaped)
     )
     hot = rows.temperature > 0
     narrow = hot & ((rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0))

@@ -76,6 +76,7 @@ def submit_all(engine) -> list[int]:
     return [engine.submit(P[i % len(P)], greedy(**asked)) for i, asked in enumerate(ASKED)]
 
 
+@pytest.mark.slow
 def test_requests_get_what_they_ask_for_though_they_lose_their_pages():
     assert len(set(WANT)) == len(ASKED)
     for pages, every in ((64, 0), (64, 3), (12, 0)):
@@ -143,10 +144,14 @@ def mix(rng: np.random.Generator) -> SamplingParams:
     return SamplingParams(**asked)
 
 
-@pytest.mark.parametrize("count", [40, pytest.param(500, marks=pytest.mark.long)])
-def test_a_request_in_any_mix_gets_the_tokens_that_it_gets_alone(count, compiled):
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "count, straight", [(40, False), (40, True), pytest.param(500, False, marks=pytest.mark.long)]
+)
+def test_a_request_in_any_mix_gets_the_tokens_that_it_gets_alone(count, straight, compiled):
     rng = np.random.default_rng(count)
     engine = make_engine(num_pages=11, decode_steps=4, top_logits=2, named_tokens=80)
+    engine.runner.straight = straight
     engine.warmup()
     compiled.clear()
     asked = [(P[int(rng.integers(len(P)))], mix(rng)) for _ in range(count)]
@@ -228,6 +233,7 @@ def test_log_probabilities_stay_through_preemption_prefix_hits_and_forks():
 # ---- how a request ends
 
 
+@pytest.mark.slow
 def test_any_number_of_stop_tokens_and_runs_of_ids_end_a_request_in_the_middle_of_a_visit():
     (free,) = make_engine().generate([P[0]], greedy(max_new_tokens=30))
     text = list(free.tokens)

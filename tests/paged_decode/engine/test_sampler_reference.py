@@ -327,6 +327,7 @@ def differing(batch: Batch, got: Drawn) -> tuple[dict[str, list[int]], int]:
     return found, int((want.open & fine & normal).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocab, seeds", [(VOCABS[0], (0, 1, 2)), (VOCABS[1], (3,))])
 def test_every_row_is_as_defined(unchecked, vocab, seeds):
     """10,000 rows of all that can be asked for, together and in part."""
