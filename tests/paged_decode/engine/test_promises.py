@@ -548,8 +548,8 @@ def test_warmup_says_how_far_it_is_and_compiles_everything(compiled, straight):
     told = []
     engine.warmup(progress=lambda *each: told.append(each))
     assert told == [(i + 1, len(told)) for i in range(len(told))]
-    decoding = 3 if straight else 1  # programs for each number of rows
-    assert len(told) == 2 + 2 + 2 * decoding  # two messages, two chunks, two numbers of rows
+    decoding = 4 if straight else 1  # programs for each number of rows
+    assert len(told) == 3 + 2 + 2 * decoding  # three messages, two chunks, two numbers of rows
     compiled.clear()
     each = [replace(GREEDY, temperature=i % 3 / 2, top_k=i % 2) for i in range(len(P))]
     engine.generate(P, each, n=2)
