@@ -1,7 +1,8 @@
 """Continuous batching: a scheduler on the host, a runner on the device, and what users call.
 
 ```
-engine.py     Engine: submit, fork, cancel, step, stream, generate, save, restore
+engine.py     Engine: submit, fork, cancel, step, stream, generate
+snapshots.py  and its save, restore
 aio.py        AsyncEngine: the same for asyncio
 calls.py      what other threads ask of it
 loop.py       one visit: schedule, launch, read the one before
@@ -19,7 +20,7 @@ runner.py     launches, their shapes, warm-up                      device
   sampling.py   the choice of a token
   drafting.py   tokens that are guessed, for a step to check
 swapping.py   the host tier of an engine
-saving.py     requests to a snapshot and back
+saving.py     requests to a file and back
 outbox.py     events on their way to callbacks and callers
 ```
 """

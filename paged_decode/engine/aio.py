@@ -6,12 +6,12 @@ import asyncio
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import SupportsIndex, TypeAlias
+from typing import TypeAlias, Unpack
 
 from ..allocator.arguments import Ints
 from .engine import Engine
 from .params import SamplingParams
-from .requests import TokenEvent
+from .requests import RequestOptions, TokenEvent
 
 __all__ = ["AsyncEngine", "EventStream"]
 
@@ -86,19 +86,14 @@ class AsyncEngine:
         self,
         prompt: Ints,
         sampling: SamplingParams | None = None,
-        *,
-        n: SupportsIndex = 1,
-        cache_salt: str | bytes | None = None,
-        priority: SupportsIndex = 0,
+        **options: Unpack[RequestOptions],
     ) -> EventStream:
         """Queue a prompt now, and return the stream of the events of all its samples.
 
         Args:
           prompt: as in `Engine.submit`, whose `on_token` has the stream in its place here.
           sampling: as there.
-          n: as there.
-          cache_salt: as there.
-          priority: as there.
+          options: as there.
 
         What a step raises comes from every stream whose request was not over.
         """
@@ -107,13 +102,11 @@ class AsyncEngine:
         def tell(event: TokenEvent) -> None:
             loop.call_soon_threadsafe(queue.put_nowait, event)
 
-        request_id = self.engine.submit(
-            prompt, sampling, n=n, cache_salt=cache_salt, on_token=tell, priority=priority
-        )
+        request_id = self.engine.submit(prompt, sampling, on_token=tell, **options)
         self._queues[request_id] = queue
         if self._stepping is None or self._stepping.done():
             self._stepping = loop.create_task(self._steps())
-        return EventStream(self.engine, request_id, self._queues, int(n))
+        return EventStream(self.engine, request_id, self._queues, int(options.get("n", 1)))
 
     async def _steps(self) -> None:
         """Until nothing is left to do."""

@@ -13,8 +13,7 @@ next step                                 gm        is written, and the next one
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
@@ -24,12 +23,7 @@ from ..allocator import BlockAllocator, ShardedAllocator
 from ..allocator.arguments import Ints, as_count, as_int
 from ..cache import KVCache
 from ..policies import AdmissionPolicy, PreemptionPolicy, VictimPolicy
-from ..snapshot import AS_SAVED, PendingSnapshot, SavedSalt, Snapshot
-from ..snapshot._load import Terms
-from ..snapshot._reader import Progress as BytesProgress
-from ..snapshot._save import SaveJob
 from ..tiers import HostTier
-from . import saving
 from .calls import Calls
 from .config import EngineConfig, EngineStats, sequence_limit
 from .drafting import Drafter
@@ -42,6 +36,7 @@ from .requests import (
     Completion,
     Events,
     OnToken,
+    RequestOptions,
     TokenEvent,
     check_callback,
     check_sampling,
@@ -50,15 +45,15 @@ from .requests import (
 )
 from .room import Room, forget_prefixes
 from .runner import DeviceRunner, Progress
-from .saving import EngineSaveOptions, RestoredRequests
 from .scheduler import Scheduler
+from .snapshots import Saves
 from .swapping import TierSwapping
 from .turn import Turn, refuse_copy
 
 __all__ = ["Engine"]
 
 
-class Engine:
+class Engine(Saves):
     """Generate for many requests at once from one pool of pages.
 
     Args:
@@ -181,32 +176,26 @@ class Engine:
         prompt: Ints,
         sampling: SamplingParams | None = None,
         *,
-        n: SupportsIndex = 1,
-        cache_salt: str | bytes | None = None,
         on_token: OnToken | None = None,
-        priority: SupportsIndex = 0,
+        **options: Unpack[RequestOptions],
     ) -> int:
         """Queue one prompt for n samples and return the request's id; from any thread.
 
-        Sample i uses seed + i, and n is at most 2**16. The samples share the prompt's pages.
-        `on_token` is called with every event of the request after the visit that read it; if it
-        raises, its request is cancelled, `step` raises what it raised, and the next `step` returns
-        the events. `priority` is for policies, such as `LowestPriority`; no snapshot keeps it.
+        Args:
+          prompt: ids of at least one token.
+          sampling: what is asked for; None: 64 greedy tokens.
+          on_token: called with every event of the request after the visit that read it; if it
+            raises, its request is cancelled, `step` raises what it raised, and the next `step`
+            returns the events.
+          options: as `RequestOptions` says.
 
         Raises:
           SequenceTooLong: the prompt and one token can never fit.
-          TypeError, ValueError: the prompt, n or the salt is not what it should be.
+          TypeError, ValueError: the prompt or an option is not what it should be.
         """
         check_callback(on_token)
-        first = new_request(
-            prompt,
-            sampling or SamplingParams(),
-            n=n,
-            cache_salt=cache_salt,
-            priority=priority,
-            config=self.config,
-            limit=self.max_sequence_tokens,
-        )
+        sampling, limit = sampling or SamplingParams(), self.max_sequence_tokens
+        first = new_request(prompt, sampling, config=self.config, limit=limit, **options)
         self.scheduler.digests_of(first)  # the sample keeps them: here, and not in a visit
         request_id = self._calls.submit(first, on_token)
         self._try(self._calls.take_in)
@@ -320,15 +309,13 @@ class Engine:
         self,
         prompts: Iterable[Ints],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        n: SupportsIndex = 1,
-        cache_salt: str | bytes | None = None,
+        **options: Unpack[RequestOptions],
     ) -> list[Completion]:
         """Submit prompts together, run until they have ended, and return their completions.
 
-        The order is that of the prompts, n samples each. Requests submitted before run along, and
-        their events stay for `step` and `stream`. If it is left by an exception, its requests are
-        cancelled.
+        The order is that of the prompts, n samples each; `options` are those of `submit`. Requests
+        submitted before run along, and their events stay for `step` and `stream`. If it is left by
+        an exception, its requests are cancelled.
         """
         prompts = list(prompts)
         each = sampling if isinstance(sampling, Sequence) else [sampling] * len(prompts)
@@ -338,8 +325,8 @@ class Engine:
         got: list[Events] = []
         try:
             for prompt, one in zip(prompts, each, strict=True):
-                ids.add(self.submit(prompt, one, n=n, cache_salt=cache_salt))
-            left = len(ids) * as_count("n", n, 1)
+                ids.add(self.submit(prompt, one, **options))
+            left = len(ids) * as_count("n", options.get("n", 1), 1)
             while left:
                 self._step()
                 got.append(self._outbox.take(ids))
@@ -374,91 +361,6 @@ class Engine:
         if self.tier is not None:
             self.runner.exchange(self.tier.warmup)
         self.runner.warmup(progress)
-
-    # ---- snapshots
-
-    def save(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        requests: Sequence[SupportsIndex] | None = None,
-        **options: Unpack[EngineSaveOptions],
-    ) -> Snapshot:
-        """Write the engine's requests, their pages and the prefix cache; call it between steps.
-
-        A request keeps its tokens, sampling state, stop conditions, place in the queue and what
-        was not delivered yet; callbacks are code and are not saved.
-
-        Args:
-          requests: ids of the requests to save, without cached pages of others; None is all.
-          options: metadata, extra, parent, cached, progress: as in `save_snapshot`.
-
-        Raises:
-          KeyError: no such request is in the engine.
-          OSError: the file could not be written. The engine goes on in any case.
-        """
-        return self._plan_save(False, path, requests, options).write()
-
-    def save_async(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        requests: Sequence[SupportsIndex] | None = None,
-        **options: Unpack[EngineSaveOptions],
-    ) -> PendingSnapshot:
-        """`save`, but return when the pages are copied out: step on while a thread writes."""
-        return self._plan_save(True, path, requests, options).write_behind()
-
-    def _plan_save(self, copy: bool, path: Any, chosen: Any, options: Any) -> SaveJob:
-        parts = self.cache, self.scheduler, self._outbox, self._calls
-        with self._settled():
-            return saving.plan_engine_save(path, *parts, requests=chosen, copy=copy, **options)
-
-    def restore(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        on_token: OnToken | Mapping[int, OnToken] | None = None,
-        accept_fingerprint: bytes | None = None,
-        cache_salt: str | bytes | SavedSalt | None = AS_SAVED,
-        prefix_cache: bool = True,
-        progress: BytesProgress | None = None,
-    ) -> RestoredRequests:
-        """Take up the requests of `save`; those that run here already go on.
-
-        With the same model, params and config, every request continues with the tokens that it
-        would have got. Requests for which there are no rows wait, and compute their pages again; so
-        do all, if the pool has no room for their pages, or a group sees more than the file's did.
-
-        Args:
-          on_token: called with every event; or one per saved request id.
-          accept_fingerprint: as in `load_snapshot`.
-          cache_salt: as there; it is the salt of the requests, too.
-          prefix_cache: as there; without it the requests that run keep their pages for
-            themselves, and what is computed here is found again as ever.
-          progress: as there.
-
-        Returns:
-          The new id of every saved request id, as a dict; equal, if this engine had no request
-          before (and those of the file are below 2**52). What else the file holds are attributes.
-
-        Raises:
-          SnapshotMismatch: the file is not of an engine, or does not fit, or a request asks for
-            what this engine's config cannot serve; else as `load_snapshot`. Nothing has changed.
-          SequenceTooLong: a request does not fit this engine's `max_sequence_tokens`.
-        """
-        terms = Terms(accept_fingerprint, cache_salt, prefix_cache)
-        limits = self.max_sequence_tokens, self.config
-        with self._settled():
-            try:
-                loaded = saving.load(path, self.cache, self.allocator, terms, *limits, progress)
-            except BaseException:
-                if self.runner.is_lost:
-                    self.loop.discard()
-                raise
-            self.runner.cache = loaded.cache
-            listen = saving.callbacks_of(on_token)
-            return saving.adopt(loaded, self.scheduler, self._outbox, self._calls, listen=listen)
 
     __reduce__ = refuse_copy
 

@@ -231,8 +231,9 @@ def _biases(bias: Any) -> tuple[tuple[int, float], ...]:
 def _as_float(name: str, value: Any) -> float:
     """One Python float, of whatever kind of number; a bool or text is a TypeError."""
     kind = getattr(getattr(value, "dtype", None), "kind", "f")  # bfloat16 is a V, as np.void is
-    one = hasattr(value, "__float__") and not isinstance(value, bool | type | np.void)
-    if not one or kind in "bcSUOmM" or getattr(value, "ndim", 0) > 0:
+    number = hasattr(value, "__float__") and kind not in "bcSUOmM"
+    several = not isinstance(value, type) and getattr(value, "ndim", 0) > 0
+    if isinstance(value, bool | type | np.void) or not number or several:
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
     try:
         return float(value)

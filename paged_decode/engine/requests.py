@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, compress
 from operator import eq
-from typing import Any, NamedTuple, SupportsIndex, overload
+from typing import Any, NamedTuple, SupportsIndex, TypedDict, overload
 
 import numpy as np
 
@@ -22,6 +22,7 @@ __all__ = [
     "Completion",
     "Events",
     "OnToken",
+    "RequestOptions",
     "Sample",
     "TokenEvent",
     "check_callback",
@@ -142,6 +143,20 @@ class Events(Sequence[TokenEvent]):
         """Those of these requests, or those of all others."""
         chosen = [(request in requests) != others for request in self.columns[0]]
         return Events(list(compress(column, chosen)) for column in self.columns)
+
+
+class RequestOptions(TypedDict, total=False):
+    """What `submit` takes for a request beside its prompt and its sampling.
+
+    Attributes:
+      n: how many samples, at most 2**16. Sample i uses seed + i; they share the prompt's pages.
+      cache_salt: requests of different salts never share pages.
+      priority: for policies, such as `LowestPriority`; no snapshot keeps it.
+    """
+
+    n: SupportsIndex
+    cache_salt: str | bytes | None
+    priority: SupportsIndex
 
 
 _make_event = partial(tuple.__new__, TokenEvent)
@@ -284,11 +299,11 @@ def new_request(
     prompt: Ints,
     sampling: SamplingParams,
     *,
-    n: SupportsIndex,
-    cache_salt: str | bytes | None,
-    priority: SupportsIndex,
     config: EngineConfig,
     limit: int,
+    n: SupportsIndex = 1,
+    cache_salt: str | bytes | None = None,
+    priority: SupportsIndex = 0,
 ) -> Sample:
     """The first of n samples of a prompt, with the others; sample i has seed + i, ids are to come.
 

@@ -1,0 +1,128 @@
+"""Saving an engine's requests, and taking them up: the part of `Engine` for snapshots."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, SupportsIndex, Unpack
+
+from ..allocator import BlockAllocator, ShardedAllocator
+from ..snapshot import AS_SAVED, PendingSnapshot, SavedSalt, Snapshot
+from ..snapshot._load import Terms
+from ..snapshot._reader import Progress
+from ..snapshot._save import SaveJob
+from . import saving
+from .calls import Calls
+from .config import EngineConfig
+from .loop import Loop
+from .outbox import Outbox
+from .requests import OnToken
+from .runner import DeviceRunner
+from .saving import EngineSaveOptions, RestoredRequests
+from .scheduler import Scheduler
+
+__all__ = ["Saves"]
+
+
+class Saves(ABC):
+    """What an engine can do with files."""
+
+    config: EngineConfig
+    allocator: BlockAllocator | ShardedAllocator
+    max_sequence_tokens: int
+    scheduler: Scheduler
+    runner: DeviceRunner
+    loop: Loop
+    _outbox: Outbox
+    _calls: Calls
+
+    @abstractmethod
+    def _settled(self) -> AbstractContextManager[None]:
+        """Nobody else changes the engine meanwhile, and no visit is in flight."""
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        requests: Sequence[SupportsIndex] | None = None,
+        **options: Unpack[EngineSaveOptions],
+    ) -> Snapshot:
+        """Write the engine's requests, their pages and the prefix cache; call it between steps.
+
+        A request keeps its tokens, sampling state, stop conditions, place in the queue and what
+        was not delivered yet; callbacks are code and are not saved.
+
+        Args:
+          requests: ids of the requests to save, without cached pages of others; None is all.
+          options: metadata, extra, parent, cached, progress: as in `save_snapshot`.
+
+        Raises:
+          KeyError: no such request is in the engine.
+          OSError: the file could not be written. The engine goes on in any case.
+        """
+        return self._plan_save(False, path, requests, options).write()
+
+    def save_async(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        requests: Sequence[SupportsIndex] | None = None,
+        **options: Unpack[EngineSaveOptions],
+    ) -> PendingSnapshot:
+        """`save`, but return when the pages are copied out: step on while a thread writes."""
+        return self._plan_save(True, path, requests, options).write_behind()
+
+    def _plan_save(self, copy: bool, path: Any, chosen: Any, options: Any) -> SaveJob:
+        parts = self.runner.cache, self.scheduler, self._outbox, self._calls
+        with self._settled():
+            return saving.plan_engine_save(path, *parts, requests=chosen, copy=copy, **options)
+
+    def restore(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        on_token: OnToken | Mapping[int, OnToken] | None = None,
+        accept_fingerprint: bytes | None = None,
+        cache_salt: str | bytes | SavedSalt | None = AS_SAVED,
+        prefix_cache: bool = True,
+        progress: Progress | None = None,
+    ) -> RestoredRequests:
+        """Take up the requests of `save`; those that run here already go on.
+
+        With the same model, params and config, every request continues with the tokens that it
+        would have got. Requests for which there are no rows wait, and compute their pages again; so
+        do all, if the pool has no room for their pages, or a group sees more than the file's did.
+
+        Args:
+          on_token: called with every event; or one per saved request id.
+          accept_fingerprint: as in `load_snapshot`.
+          cache_salt: as there; it is the salt of the requests, too.
+          prefix_cache: as there; without it the requests that run keep their pages for
+            themselves, and what is computed here is found again as ever.
+          progress: as there.
+
+        Returns:
+          The new id of every saved request id, as a dict; equal, if this engine had no request
+          before (and those of the file are below 2**52). What else the file holds are attributes.
+
+        Raises:
+          SnapshotMismatch: the file is not of an engine, or does not fit, or a request asks for
+            what this engine's config cannot serve; else as `load_snapshot`. Nothing has changed.
+          SequenceTooLong: a request does not fit this engine's `max_sequence_tokens`.
+        """
+        terms = Terms(accept_fingerprint, cache_salt, prefix_cache)
+        limits = self.max_sequence_tokens, self.config
+        with self._settled():
+            try:
+                loaded = saving.load(
+                    path, self.runner.cache, self.allocator, terms, *limits, progress
+                )
+            except BaseException:
+                if self.runner.is_lost:
+                    self.loop.discard()
+                raise
+            self.runner.cache = loaded.cache
+            listen = saving.callbacks_of(on_token)
+            return saving.adopt(loaded, self.scheduler, self._outbox, self._calls, listen=listen)
