@@ -21,9 +21,12 @@ from .engine import (
     EngineConfig,
     EngineStats,
     Events,
+    LogitsRows,
     Model,
+    ProcessLogits,
     PromptLookup,
     TokenEvent,
+    TokenMask,
 )
 from .engine.params import SamplingParams
 from .errors import (
@@ -82,6 +85,7 @@ __all__ = [
     "Handle",
     "KVCache",
     "MissingExtra",
+    "LogitsRows",
     "Model",
     "OutOfPages",
     "PageCopies",
@@ -91,6 +95,7 @@ __all__ = [
     "PendingSnapshot",
     "Placement",
     "PromptKey",
+    "ProcessLogits",
     "PromptLookup",
     "ReplicaCheck",
     "ReplicaMismatch",
@@ -106,6 +111,7 @@ __all__ = [
     "SnapshotVersion",
     "StaleHandle",
     "TokenEvent",
+    "TokenMask",
     "__version__",
     "append_and_attend",
     "append_kv",

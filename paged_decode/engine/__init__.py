@@ -19,6 +19,8 @@ runner.py     launches, their shapes, warm-up                      device
   programs.py   what is compiled
   sampling.py   the choice of a token
   drafting.py   tokens that are guessed, for a step to check
+  processing.py the user's own change of the logits
+masks.py      which tokens may come next, as the host says
 swapping.py   the host tier of an engine
 saving.py     requests to a file and back
 outbox.py     events on their way to callbacks and callers
@@ -29,6 +31,8 @@ from .aio import AsyncEngine
 from .config import EngineConfig, EngineStats
 from .drafting import Drafter, PromptLookup
 from .engine import Engine
+from .masks import TokenMask
+from .processing import LogitsRows, ProcessLogits
 from .programs import Model
 from .requests import Completion, Events, TokenEvent
 
@@ -40,7 +44,10 @@ __all__ = [
     "EngineConfig",
     "EngineStats",
     "Events",
+    "LogitsRows",
     "Model",
+    "ProcessLogits",
     "PromptLookup",
     "TokenEvent",
+    "TokenMask",
 ]

@@ -19,6 +19,7 @@ _LEAST = dict(
     max_sequence_tokens=2,
     top_logits=0,
     named_tokens=0,
+    logits_args=0,
     vocab_size=1,
     max_preemptions=0,
 )
@@ -50,6 +51,8 @@ class EngineConfig:
         `SamplingParams.logprobs` may ask for.
       named_tokens: how many tokens a request may name at most in `logit_bias`, `allowed_tokens`,
         `bad_tokens`, and as stop tokens with `min_new_tokens`; 12 bytes each for every row.
+      logits_args: how many numbers a request may give to `process_logits`.
+      token_masks: whether requests may have a `mask`; needs `vocab_size`, a bit of it for each row.
       stop_tokens: those of every request that has not `ignore_eos`, such as the end of a text.
       vocab_size: prompts with ids from here on are refused; None: not checked.
       max_preemptions: how often a sample may lose its pages; after that it waits until all that
@@ -68,6 +71,8 @@ class EngineConfig:
     max_sequence_tokens: int | None = None
     top_logits: int = 0
     named_tokens: int = 64
+    logits_args: int = 0
+    token_masks: bool = False
     stop_tokens: tuple[int, ...] = ()
     vocab_size: int | None = None
     max_preemptions: int = 8
@@ -88,8 +93,16 @@ class EngineConfig:
             object.__setattr__(self, name, sizes)
         stops = tuple(as_counts("stop_tokens", self.stop_tokens, 0, 2**31 - 1))
         object.__setattr__(self, "stop_tokens", stops)
-        if not isinstance(self.collect_at_once, bool):
-            raise TypeError(f"collect_at_once must be a bool, got {self.collect_at_once!r}")
+        for name in ("collect_at_once", "token_masks"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise TypeError(f"{name} must be a bool, got {value!r}")
+        if self.token_masks and self.vocab_size is None:
+            raise ValueError("token_masks needs vocab_size: a mask has a bit for each of its ids")
+
+    @property
+    def mask_words(self) -> int:
+        """int32 words of a mask; 0 without masks."""
+        return -(-(self.vocab_size or 0) // 32) if self.token_masks else 0
 
     @property
     def tokens_ahead(self) -> int:

@@ -31,6 +31,7 @@ from .loop import Loop
 from .outbox import Outbox
 from .params import SamplingParams
 from .plans import choose_decoding
+from .processing import ProcessLogits
 from .programs import Model
 from .requests import (
     Completion,
@@ -72,6 +73,8 @@ class Engine(Saves):
         `ReplicaCheck()`; what it raises stops the visit, and comes out of `step`.
       drafter: guesses tokens that a step checks at once, such as `PromptLookup(4)`; the model then
         returns logits `[B, T, V]` of every token.
+      process_logits: `process_logits(logits, rows) -> logits`, which JAX traces: changes what the
+        model says of the next token, before all that the request asks for (`ProcessLogits`).
 
     `submit` and `cancel` are for any thread, the rest for one at a time.
 
@@ -101,6 +104,7 @@ class Engine(Saves):
         admission: AdmissionPolicy | None = None,
         check: Callable[[Any], object] | None = None,
         drafter: Drafter | None = None,
+        process_logits: ProcessLogits | None = None,
     ):
         self.config = config = config or EngineConfig()
         if cache.is_deleted:
@@ -110,7 +114,15 @@ class Engine(Saves):
         self.max_sequence_tokens = limit = sequence_limit(config, allocator)
         self._params, columns = params, -(-limit // allocator.page_size)
         self.runner = DeviceRunner(
-            model, params, cache, config, columns=columns, stats=stats, check=check, drafter=drafter
+            model,
+            params,
+            cache,
+            config,
+            columns=columns,
+            stats=stats,
+            check=check,
+            drafter=drafter,
+            process=process_logits,
         )
         swapping = None if tier is None else TierSwapping(tier, allocator, self.runner)
         self._outbox = Outbox()

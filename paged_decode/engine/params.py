@@ -61,6 +61,8 @@ class SamplingParams:
       logit_bias: `{id: number}` to be added; -inf forbids. Kept as pairs.
       allowed_tokens: no others can be drawn; None: all.
       bad_tokens: these cannot be drawn.
+      logits_args: numbers for the engine's `process_logits`, up to `EngineConfig.logits_args` of
+        them; kept as float32.
       logprobs: report the log-probability of every token, and so many alternatives (up to
         `EngineConfig.top_logits`); None: nothing.
 
@@ -91,6 +93,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
     allowed_tokens: tuple[int, ...] | None = None
     bad_tokens: tuple[int, ...] = ()
+    logits_args: tuple[float, ...] = ()
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
@@ -108,6 +111,7 @@ class SamplingParams:
             logit_bias=_biases(self.logit_bias),
             allowed_tokens=None if allowed is None else _ids("allowed_tokens", allowed),
             bad_tokens=_ids("bad_tokens", self.bad_tokens),
+            logits_args=_numbers("logits_args", self.logits_args),
             logprobs=None if self.logprobs is None else as_count("logprobs", self.logprobs, 0, top),
         )
         for name in ("presence_penalty", "frequency_penalty", "repetition_penalty"):
@@ -226,6 +230,16 @@ def _biases(bias: Any) -> tuple[tuple[int, float], ...]:
         if not (value == -_INF or abs(value) <= HUGE):
             raise ValueError(f"{name} of {token} must be a float32 or -inf, got {value}")
     return tuple(sorted(found.items()))
+
+
+def _numbers(name: str, values: Any) -> tuple[float, ...]:
+    """Numbers as the device has them."""
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be numbers, got {values!r}")
+    found = tuple(_as_float(name, value) for value in values)
+    if not all(abs(value) <= HUGE for value in found):
+        raise ValueError(f"{name} must be finite float32 numbers, got {found}")
+    return tuple(np.array(found, np.float32).tolist())
 
 
 def _as_float(name: str, value: Any) -> float:

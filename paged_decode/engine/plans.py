@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ __all__ = [
     "choose_decoding",
     "decode_plan",
     "entries_of",
+    "filled_masks",
     "growing",
     "slot_of",
 ]
@@ -80,7 +81,8 @@ class Growth(NamedTuple):
         """Pages for up to so many steps of each row; all of them, or OutOfPages."""
         handles = np.array([sample.handle for sample in rows], np.int64)
         lengths = np.array([len(sample.tokens) + sample.in_flight for sample in rows], np.int64)
-        budgets = np.minimum([sample.goal for sample in rows] - lengths, steps)
+        most = [sample.goal if sample.constraint is None else 1 for sample in rows]
+        budgets = np.minimum([sample.goal for sample in rows] - lengths, np.minimum(most, steps))
         prepared = allocator.prepare(handles, lengths - 1 + budgets)
         slots = np.array([slot_of(sample) for sample in rows], np.int64)
         return cls(rows, slots, lengths, budgets, Taken.of(slots, prepared))
@@ -124,7 +126,7 @@ def entries_of(
         return (), grown
     slots = np.array([slot_of(sample) for sample in entering], np.int32)
     enter = tuple(
-        Enter(slot, np.array(s.tokens, np.int32), s.generated, s.sampling)
+        Enter(slot, np.array(s.tokens, np.int32), s.generated, s.sampling, s.constraint is not None)
         for slot, s in zip(slots.tolist(), entering, strict=True)
     )
     groups = zip(grown, zip(*held, strict=True), strict=True)
@@ -146,12 +148,32 @@ def _entered(slots: np.ndarray, held: Sequence[HeldPages], grown: TableDelta) ->
 
 
 def decode_plan(
-    number: int, grown: Growth, enter: tuple[Enter, ...], tables: tuple[TableDelta, ...]
+    number: int,
+    grown: Growth,
+    enter: tuple[Enter, ...],
+    tables: tuple[TableDelta, ...],
+    masks: Mapping[Sample, np.ndarray],
 ) -> Decode:
-    """The steps of the rows that may go on."""
+    """The steps of the rows that may go on, with the masks of those that have any."""
     slots, budgets = grown.slots.astype(np.int32), grown.budgets.astype(np.int32)
     rows = tuple(grown.rows)
-    return Decode(number, grown.taken.copies, tables, enter, slots, budgets, grown.lengths, rows)
+    bits = tuple((slot_of(sample), masks[sample]) for sample in rows if sample in masks)
+    copies, lengths = grown.taken.copies, grown.lengths
+    return Decode(number, copies, tables, enter, slots, budgets, lengths, rows, bits)
+
+
+def filled_masks(
+    samples: Iterable[Sample], words: int
+) -> tuple[dict[Sample, np.ndarray], list[tuple[Sample, str]]]:
+    """The bits of those that have a mask, and whose mask has raised what."""
+    found, failed = {}, []
+    for sample in samples:
+        if (constraint := sample.constraint) is not None:
+            try:
+                found[sample] = constraint.bits(sample.tokens[sample.prompt_len :], words)
+            except Exception as error:  # of the user's object: it concerns that request alone
+                failed.append((sample, f"{type(error).__name__}: {error}"))
+    return found, failed
 
 
 def choose_decoding(samples: Iterable[Sample], request_id: int, index: int | None) -> Sample:

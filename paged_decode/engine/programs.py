@@ -22,10 +22,11 @@ from jaxtyping import Array, Bool, Int
 from ..cache import DecodeBatch, GroupBatch, KVCache
 from .drafting import Drafter
 from .params import Kind
-from .rows import MessageSizes, RowState, apply_detail, apply_message, take_rows
+from .processing import ProcessLogits, processed
+from .rows import MessageSizes, RowState, apply_detail, apply_masks, apply_message, take_rows
 from .sampling import IN_PROMPT, Broken, Drawn, draw
 
-__all__ = ["DecodeOut", "Model", "Programs", "detail", "update"]
+__all__ = ["DecodeOut", "Model", "Programs", "detail", "masks", "update"]
 
 
 @runtime_checkable
@@ -80,7 +81,7 @@ class Programs:
         self.decode = jax.jit(
             partial(_decode, model),
             donate_argnames=("cache", "state"),
-            static_argnames=("steps", "top", "known", "drafter"),
+            static_argnames=("steps", "top", "known", "drafter", "process"),
         )
 
     @classmethod
@@ -125,6 +126,14 @@ def detail(
     return table, apply_detail(state, message)
 
 
+@partial(jax.jit, donate_argnames=("table", "state"))
+def masks(
+    table: Int[Array, "G B P"], state: RowState, message: Int[Array, "8 W"]
+) -> tuple[Array, RowState]:
+    """The masks of a step, as `mask_messages` packs them; donates as `update`."""
+    return table, apply_masks(state, message)
+
+
 def _prefill(
     model: Callable[[], Model],
     cache: KVCache,
@@ -158,6 +167,7 @@ def _decode(
     top: int,
     known: Kind | None = None,
     drafter: Drafter | None = None,
+    process: ProcessLogits | None = None,
 ) -> tuple[KVCache, RowState, DecodeOut]:
     """Run up to `steps` tokens of the rows in some slots without the host. Donates the cache.
 
@@ -175,8 +185,10 @@ def _decode(
     """
     where, budget = message
     size, every = where.shape[0], drafter is not None
-    has_text = every or known is None  # where it is known, nobody has penalties
+    has_text = every or known is None or process is not None  # for nobody else looks at it
     held = state if has_text else replace(state, text=state.text[:, :0])
+    if known is not None:  # nobody has a mask either
+        held = replace(held, sampling=replace(held.sampling, bits=state.sampling.bits[:, :0]))
     rows = take_rows(held, where)
     groups, function = _groups(cache, table, where), model()
     out = DecodeOut(
@@ -201,7 +213,7 @@ def _decode(
             logits = cache.placement.untyped(logits)
         logits = _left(logits.reshape(*asked.shape, -1), number)
         with jax.named_scope("paged_decode.sample"):
-            drawn = _draw(logits, rows, asked, known)
+            drawn = _draw(logits, rows, asked, known, process)
         got, stopped, failed = _accepted(asked, number, drawn, rows.sampling.stop_tokens)
         out = _written(out, tally.counts, got, drawn, logits)
         over = stopped | (failed != Broken.NO)
@@ -319,7 +331,13 @@ def _left(logits: Array, number: Int[Array, " B"]) -> Array:
     return jnp.take_along_axis(logits, from_[:, :, None], axis=1)
 
 
-def _draw(logits: Array, rows: RowState, asked: Int[Array, "B T"], known: Kind | None) -> Drawn:
+def _draw(
+    logits: Array,
+    rows: RowState,
+    asked: Int[Array, "B T"],
+    known: Kind | None,
+    process: ProcessLogits | None,
+) -> Drawn:
     """`draw` of logits `[B, T, V]`, each with its own place in the stream of its row: `[B, T]`.
 
     A token is drawn as behind the drafts before it, if these were right.
@@ -332,7 +350,8 @@ def _draw(logits: Array, rows: RowState, asked: Int[Array, "B T"], known: Kind |
     if known is not None and known >= Kind.NARROW:
         most = None
     flat = logits.reshape(-1, vocab)
-    drawn = draw(flat, each, most, counts, plain=known is not None)
+    change = None if process is None else partial(processed, process, rows=rows, asked=asked)
+    drawn = draw(flat, each, most, counts, plain=known is not None, process=change)
     return Drawn(*(a.reshape(size, width) for a in drawn))
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from ..allocator import PageCopies
-from .params import SamplingParams
+from .params import Kind, SamplingParams
 from .requests import Sample
 
 __all__ = ["Chunk", "Decode", "Enter", "Prefill", "Result", "Runner", "TableDelta", "Ticket"]
@@ -32,12 +32,19 @@ class Enter(NamedTuple):
       tokens: int32 `[n]`, its tokens so far; the newest one is not in the cache.
       generated: how many of them are behind the prompt.
       sampling: how it is sampled, and the tokens at which it stops.
+      masked: whether every step of it has a mask of its own.
     """
 
     slot: int
     tokens: np.ndarray
     generated: int
     sampling: SamplingParams
+    masked: bool = False
+
+    @property
+    def kind(self) -> Kind:
+        """What it takes to draw its tokens."""
+        return Kind.SHAPED if self.masked else self.sampling.kind
 
 
 class TableDelta(NamedTuple):
@@ -89,6 +96,7 @@ class Decode(NamedTuple):
       slots, budgets: int32 `[n]`, the rows and how many tokens each may get; more than 0.
       context: int64 `[n]`, tokens of each row at its first step, for cost models.
       samples: the sample of every row: the scheduler's own.
+      masks: of rows that have one, which then take one step: slot, and int32 words of bits.
     """
 
     number: int
@@ -99,6 +107,7 @@ class Decode(NamedTuple):
     budgets: np.ndarray
     context: np.ndarray
     samples: tuple[Sample, ...]
+    masks: tuple[tuple[int, np.ndarray], ...] = ()
 
     def only(self, rows: list[int]) -> Decode:
         """That of some of its rows."""

@@ -16,6 +16,7 @@ from ..allocator.arguments import Ints, as_count, as_int, as_prompt
 from ..allocator.prefix import salt_key
 from ..errors import SequenceTooLong
 from .config import EngineConfig
+from .masks import Constraint, MakeMask, check_mask
 from .params import SamplingParams
 
 __all__ = [
@@ -49,9 +50,11 @@ class TokenEvent(NamedTuple):
         (max_new_tokens), "capacity" (the pool or the page table cannot hold more of it and
         nothing was left to preempt), "cancelled", "invalid_logits" (the model's logits for the next
         token had a NaN, or nothing but -inf: its weights or its pages are broken),
-        "no_allowed_token" (what the request allows has no chance in these logits).
+        "no_allowed_token" (what the request allows has no chance in these logits), "mask_failed"
+        (its `mask` has raised).
       top_logits: the largest logits of this step as (id, logit) pairs, if the engine keeps them.
-      detail: of an end at "capacity" without a token: what holds the pages.
+      detail: of an end at "capacity" without a token: what holds the pages; at "mask_failed": what
+        was raised.
       logprob: of the token by the model's own distribution, if `SamplingParams.logprobs` asks.
       processed_logprob: by the one that it was drawn from, after penalties, temperature and what
         top-k and the like leave; 0 of a greedy request.
@@ -152,11 +155,16 @@ class RequestOptions(TypedDict, total=False):
       n: how many samples, at most 2**16. Sample i uses seed + i; they share the prompt's pages.
       cache_salt: requests of different salts never share pages.
       priority: for policies, such as `LowestPriority`; no snapshot keeps it.
+      mask: makes a `TokenMask` for every sample, such as that of a grammar: before each token the
+        host is asked which ones may come, so the request gets one token a visit. Called again for a
+        fork, or where a text must be read anew. What the mask raises ends its sample with reason
+        "mask_failed". No snapshot keeps it: `restore` takes it again.
     """
 
     n: SupportsIndex
     cache_salt: str | bytes | None
     priority: SupportsIndex
+    mask: MakeMask | None
 
 
 _make_event = partial(tuple.__new__, TokenEvent)
@@ -198,6 +206,7 @@ class Sample:
       in_flight: tokens that visits were launched for and that are not read yet.
       asked: whether the admission policy was asked for it and its siblings.
       ended: whether its last event is on its way.
+      constraint: its mask, if it has one: every step of it waits for the host.
     """
 
     request_id: int
@@ -217,6 +226,7 @@ class Sample:
     in_flight: int = 0
     asked: bool = True
     ended: bool = False
+    constraint: Constraint | None = None
     goal: int = field(init=False)
     _key: PromptKey | None = None
 
@@ -279,8 +289,10 @@ class Sample:
 
     def spawn(self, request_id: int, index: int, sampling: SamplingParams, **fields: Any) -> Sample:
         """A sample with the same tokens and no place in the pool."""
+        constraint = None if self.constraint is None else self.constraint.again()
         return replace(
             self,
+            constraint=constraint,
             request_id=request_id,
             index=index,
             sampling=sampling,
@@ -304,6 +316,7 @@ def new_request(
     n: SupportsIndex = 1,
     cache_salt: str | bytes | None = None,
     priority: SupportsIndex = 0,
+    mask: MakeMask | None = None,
 ) -> Sample:
     """The first of n samples of a prompt, with the others; sample i has seed + i, ids are to come.
 
@@ -321,6 +334,8 @@ def new_request(
             "max_sequence_tokens); shorten it or enlarge the pool"
         )
     first = Sample(-1, 0, len(tokens), tokens, sampling, cache_salt, priority=priority)
+    if mask is not None:
+        first.constraint = check_mask(mask, config.token_masks)
     for i in range(1, n):
         seeded = replace(sampling, seed=(sampling.seed + i) % 2**32)
         first.siblings.append(first.spawn(-1, i, seeded))
@@ -371,6 +386,9 @@ def unserved(sampling: SamplingParams, config: EngineConfig) -> str | None:
             f"sampling names {named} tokens in logit_bias, allowed_tokens, bad_tokens and as stop "
             f"tokens with min_new_tokens, but EngineConfig.named_tokens is {config.named_tokens}"
         )
+    if (args := len(sampling.logits_args)) > config.logits_args:
+        most = config.logits_args
+        return f"logits_args has {args} numbers, but EngineConfig.logits_args is {most}"
     if (sampling.logprobs or 0) > config.top_logits:
         return (
             f"logprobs asks for {sampling.logprobs} alternatives, but EngineConfig.top_logits is "

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,18 +18,33 @@ from .records import Enter, TableDelta
 from .sampling import SamplingRows
 
 __all__ = [
+    "MASKS",
     "MessageSizes",
+    "RowSizes",
     "RowState",
     "apply_detail",
+    "apply_masks",
     "apply_message",
     "detail_message",
     "empty_message",
+    "mask_messages",
     "messages",
     "take_rows",
 ]
 
-_ENTER_FIELDS = 10 + MAX_STOP_TOKENS
+_ENTER_FIELDS = 11 + MAX_STOP_TOKENS
+MASKS = 8  # of one message
 _DETAIL_FIELDS = 5  # before what is named and the text
+
+
+class RowSizes(NamedTuple):
+    """How much there is of what few rows have: places for a text, for named tokens, for
+    `logits_args`, and words of a mask."""
+
+    text: int
+    named: int
+    args: int
+    words: int
 
 
 @jax.tree_util.register_dataclass
@@ -52,11 +68,11 @@ class RowState:
     text: Any
 
     @classmethod
-    def empty(cls, rows: int, places: int, width: int) -> RowState:
-        """Host arrays of rows that nobody has entered, with so many places for the text of each and
-        for the tokens that it names."""
+    def empty(cls, rows: int, sizes: RowSizes) -> RowState:
+        """Host arrays of rows that nobody has entered."""
+        places = sizes.text
         newest, length, text = (np.zeros(s, np.int32) for s in (rows, rows, (rows, places)))
-        sampling = SamplingRows.create([], [], rows, width)
+        sampling = SamplingRows.create([], [], rows, sizes.named, sizes.args, sizes.words)
         return cls(newest, length, np.zeros(rows, bool), sampling, text)
 
 
@@ -120,13 +136,13 @@ def empty_message(
 
 
 def detail_message(
-    slot: int, tokens: np.ndarray, sampling: SamplingParams, places: int, width: int
+    slot: int, tokens: np.ndarray, sampling: SamplingParams, sizes: RowSizes
 ) -> np.ndarray:
-    """int32 `[5 + 3 * width + places]`: what few rows have, the row in this slot among them."""
-    row = SamplingRows.create([sampling], [0], 1, width)
-    text = np.zeros(places, np.int32)
+    """int32 `[5 + 3 * named + args + text]`: what few rows have, this one among them."""
+    row = SamplingRows.create([sampling], [0], 1, sizes.named, sizes.args)
+    text = np.zeros(sizes.text, np.int32)
     text[: len(tokens)] = tokens
-    floats = np.concatenate([row.presence, row.frequency, row.repetition, row.bias[0]])
+    floats = np.concatenate([row.presence, row.frequency, row.repetition, row.bias[0], row.args[0]])
     bits = floats.view(np.int32)
     head = np.concatenate([np.array([slot], np.int32), row.only, bits[:3]])
     return np.concatenate([head, row.named[0], row.until[0], bits[3:], text]).astype(np.int32)
@@ -134,22 +150,40 @@ def detail_message(
 
 def apply_detail(state: RowState, message: Int[Array, " M"]) -> RowState:
     """The rows with what such a message says of one."""
-    width, slot = state.sampling.named.shape[1], message[0]
-    begin = _DETAIL_FIELDS
-    named, until, bias = message[begin : begin + 3 * width].reshape(3, width)
+    sizes = [state.sampling.named.shape[1]] * 3 + [state.sampling.args.shape[1]]
+    slot, ends = message[0], np.cumsum([_DETAIL_FIELDS, *sizes]).tolist()
+    named, until, bias, args = (message[a:b] for a, b in pairwise(ends))
 
     def number(bits: Array) -> Array:
         return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
     new = dict(only=message[1] != 0, named=named, until=until, bias=number(bias))
     names = ("presence", "frequency", "repetition")
-    new |= dict(zip(names, number(message[2:begin]), strict=True))
+    new |= dict(zip(names, number(message[2:_DETAIL_FIELDS]), strict=True), args=number(args))
     put = {
         name: getattr(state.sampling, name).at[slot].set(value, mode="drop")
         for name, value in new.items()
     }
-    text = state.text.at[slot].set(message[begin + 3 * width :], mode="drop")
+    text = state.text.at[slot].set(message[ends[-1] :], mode="drop")
     return replace(state, sampling=replace(state.sampling, **put), text=text)
+
+
+def mask_messages(
+    masks: Sequence[tuple[int, np.ndarray]], slots: int, words: int
+) -> Iterator[np.ndarray]:
+    """int32 `[8, 1 + words]` each: slots, `slots` for nobody, and the masks of their rows."""
+    for begin in range(0, len(masks), MASKS):
+        message = np.zeros((MASKS, 1 + words), np.int32)
+        message[:, 0] = slots
+        for row, (slot, bits) in zip(message, masks[begin : begin + MASKS], strict=False):
+            row[0], row[1:] = slot, bits
+        yield message
+
+
+def apply_masks(state: RowState, message: Int[Array, "8 W"]) -> RowState:
+    """The rows with the masks of such a message."""
+    bits = state.sampling.bits.at[message[:, 0]].set(message[:, 1:], mode="drop")
+    return replace(state, sampling=replace(state.sampling, bits=bits))
 
 
 def _packed(enter: Iterable[Enter]) -> np.ndarray:
@@ -158,6 +192,7 @@ def _packed(enter: Iterable[Enter]) -> np.ndarray:
     rows = SamplingRows.create(
         [e.sampling for e in enter], [e.generated for e in enter], len(enter), 0
     )
+    masked = np.array([e.masked for e in enter], bool)
     columns = (
         np.array([e.slot for e in enter], np.int32),
         np.array([e.tokens[-1] for e in enter], np.int32),
@@ -168,7 +203,8 @@ def _packed(enter: Iterable[Enter]) -> np.ndarray:
         rows.top_p.view(np.int32),
         rows.min_p.view(np.int32),
         rows.seed.view(np.int32),
-        rows.shaped,
+        rows.shaped | masked,
+        masked,
     )
     return np.concatenate([np.stack(columns, axis=1), rows.stop_tokens], axis=1)
 
@@ -183,14 +219,15 @@ def apply_message(
     split = size.enters * _ENTER_FIELDS
     rows = message[:split].reshape(size.enters, _ENTER_FIELDS)
     places, pages = message[split:].reshape(size.entries, 2).T
-    slot, newest, length, index, top_k, *rest = (rows[:, i] for i in range(10))
+    slot, newest, length, index, top_k, *rest = (rows[:, i] for i in range(11))
 
     def put(old: Array, new: Array) -> Array:
         return old.at[slot].set(new, mode="drop")
 
     numbers = [jax.lax.bitcast_convert_type(bits, jnp.float32) for bits in rest[:3]]
     fields = dict(zip(("temperature", "top_p", "min_p"), numbers, strict=True))
-    fields |= dict(top_k=top_k, index=index, stop_tokens=rows[:, 10:], shaped=rest[4] != 0)
+    fields |= dict(top_k=top_k, index=index, stop_tokens=rows[:, 11:], shaped=rest[4] != 0)
+    fields |= dict(masked=rest[5] != 0)
     fields |= dict(seed=jax.lax.bitcast_convert_type(rest[3], jnp.uint32))
     old = state.sampling  # the rest of it, and the text, has a message of its own
     sampling = replace(old, **{name: put(getattr(old, name), x) for name, x in fields.items()})

@@ -19,9 +19,18 @@ from .config import EngineConfig, EngineStats
 from .drafting import Drafter, check_drafter
 from .params import Kind, SamplingParams
 from .plans import Taken
-from .programs import DecodeOut, Model, Programs, detail, update
+from .processing import ProcessLogits, check_process
+from .programs import DecodeOut, Model, Programs, detail, masks, update
 from .records import Chunk, Decode, Enter, Prefill, Result, TableDelta, Ticket
-from .rows import MessageSizes, RowState, detail_message, empty_message, messages
+from .rows import (
+    MessageSizes,
+    RowSizes,
+    RowState,
+    detail_message,
+    empty_message,
+    mask_messages,
+    messages,
+)
 
 __all__ = ["DeviceRunner", "Progress"]
 
@@ -66,6 +75,7 @@ class DeviceRunner:
       stats: where program shapes are counted.
       check: called with every plan, in the order of the launches, before them.
       drafter: guesses tokens, of which a step checks several; None: a step is one token.
+      process: the user's own change of the logits.
 
     Attributes:
       straight: whether programs that decide nothing are used where they can be.
@@ -82,6 +92,7 @@ class DeviceRunner:
         stats: EngineStats,
         check: Callable[[Any], object] | None = None,
         drafter: Drafter | None = None,
+        process: ProcessLogits | None = None,
     ):
         self._cache, self._config, self._stats, self._check = cache, config, stats, check
         self._thread = ThreadPoolExecutor(1, "paged-decode-launch")
@@ -97,9 +108,16 @@ class DeviceRunner:
         self._pages = [pages // self._shards for pages, _ in cache.pools]
         self._slots = self._shards * config.max_rows
         self._shape = len(self._pages), self._slots, columns
-        self._drafter, self._text = drafter, columns * cache.page_size  # places for a row's text
+        self._drafter, self._process = drafter, process
+        self._text = columns * cache.page_size  # places for a row's text
+        if process is not None:
+            check_process(process)
         if drafter is not None:
             check_drafter(drafter, self._text)
+        self._all_have_text = drafter is not None or process is not None
+        self._widths = RowSizes(
+            self._text, config.named_tokens, config.logits_args, config.mask_words
+        )
         few = max(256, 2 * self._slots) * len(self._pages)
         self._sizes = (
             MessageSizes(min(8, self._slots), few),
@@ -149,7 +167,7 @@ class DeviceRunner:
         self._kinds = np.zeros(self._slots, np.int8)  # how each row is sampled
 
     def _nobody(self) -> RowState:
-        return RowState.empty(self._slots, self._text, self._config.named_tokens)
+        return RowState.empty(self._slots, self._widths)
 
     # ---- the launching thread
 
@@ -196,6 +214,8 @@ class DeviceRunner:
         elif kind == "detail":
             message = self._put(self._no_detail())
             lowered = detail.lower(self._table, self._state, message)
+        elif kind == "masks":
+            lowered = masks.lower(self._table, self._state, self._put(self._no_mask()))
         elif kind == "prefill":
             message = self._put(self._prefill_message(size, ()))
             lowered = self._programs.prefill.lower(*pages, message, drafter=self._drafter)
@@ -204,7 +224,8 @@ class DeviceRunner:
             message = self._put(self._idle_rows(rows))
             static = dict(steps=config.decode_steps, top=config.top_logits, known=known)
             args = self._cache, self._state, self._table, self.params, message
-            lowered = self._programs.decode.lower(*args, **static, drafter=self._drafter)
+            own = dict(drafter=self._drafter, process=self._process)
+            lowered = self._programs.decode.lower(*args, **static, **own)
         return (kind, size), lowered
 
     def _compile(
@@ -249,7 +270,7 @@ class DeviceRunner:
 
     def decode(self, plan: Decode) -> Ticket:
         """Launch one program of up to k steps."""
-        told = self._told(plan.enter, plan.tables)
+        told = self._told(plan.enter, plan.tables) + self._masked(plan)
         size, message, places = self._decode_message(plan.slots, plan.budgets)
         program = self._executable("decode", (size, self._known_kind(plan)))
 
@@ -349,15 +370,28 @@ class DeviceRunner:
     def _told(self, enter: Sequence[Enter], tables: Sequence[TableDelta]) -> list[tuple[Any, Any]]:
         """What the device is to know of rows and tables; nothing, if nothing changed."""
         for each in enter:
-            self._kinds[each.slot] = each.sampling.kind
+            self._kinds[each.slot] = each.kind
         own = [self._local(each, pages) for each, pages in zip(tables, self._pages, strict=True)]
         told = messages(enter, own, self._sizes, shape=self._shape)
         out = [(self._executable("update", size), message) for size, message in told]
         for each in enter:
-            if self._drafter is not None or each.sampling.is_shaped:
+            if self._all_have_text or each.sampling.is_shaped:
                 message = self._detail(each.slot, each.tokens, each.sampling)
                 out.append((self._executable("detail", self._text), message))
         return out
+
+    def _masked(self, plan: Decode) -> list[tuple[Any, Any]]:
+        """The masks of this visit."""
+        if not plan.masks:
+            return []
+        program = self._executable("masks", self._widths.words)
+        told = mask_messages(plan.masks, self._slots, self._widths.words)
+        return [(program, message) for message in told]
+
+    def _no_mask(self) -> np.ndarray:
+        """The message of what nobody has."""
+        nobody = self._slots, np.zeros(self._widths.words, np.int32)
+        return next(mask_messages([nobody], self._slots, self._widths.words))
 
     def _tell(self, told: Sequence[tuple[Any, Any]]) -> None:
         for program, message in told:
@@ -407,7 +441,7 @@ class DeviceRunner:
         return out
 
     def _detail(self, slot: int, tokens: np.ndarray, sampling: SamplingParams) -> np.ndarray:
-        return detail_message(slot, tokens, sampling, self._text, self._config.named_tokens)
+        return detail_message(slot, tokens, sampling, self._widths)
 
     def _no_detail(self) -> np.ndarray:
         """The message of what nobody has."""
@@ -431,7 +465,7 @@ class DeviceRunner:
         kinds = (None, Kind.GREEDY, Kind.WHOLE, Kind.NARROW) if self.straight else (None,)
         decode = [(rows, known) for rows in config.row_buckets for known in kinds]
         sizes = dict(update=self._sizes, prefill=config.chunk_buckets, decode=decode)
-        sizes |= dict(detail=(self._text,))
+        sizes |= dict(detail=(self._text,), masks=(words,) if (words := config.mask_words) else ())
         keys = [(kind, size) for kind, each in sizes.items() for size in each]
         self._compile([self._lowered(*key) for key in keys], progress)
         told = [
@@ -439,6 +473,7 @@ class DeviceRunner:
             for size in self._sizes
         ]
         told += [(self._executable("detail", size), self._no_detail()) for size in sizes["detail"]]
+        told += [(self._executable("masks", size), self._no_mask()) for size in sizes["masks"]]
         self._launch(lambda _: self._tell(told))
         nothing = Taken.total([], len(self._pages))
         for width in config.chunk_buckets:

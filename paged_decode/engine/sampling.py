@@ -49,6 +49,9 @@ class SamplingRows:
       presence, frequency, repetition: float32 `[B]`, the penalties.
       named, until: int32 `[B, W]`: ids, and the token from which on each is not named; 0 pads.
       bias: float32 `[B, W]`, added to the logits of those.
+      args: float32 `[B, A]`, for the user's own function.
+      masked: bool `[B]`, whether no token can be drawn whose bit is not set.
+      bits: int32 `[B, M]`: those, token t at t % 32 of word t // 32; M is 0 without masks.
     """
 
     temperature: Any
@@ -66,6 +69,9 @@ class SamplingRows:
     named: Any
     until: Any
     bias: Any
+    args: Any
+    masked: Any
+    bits: Any
 
     @classmethod
     def create(
@@ -74,9 +80,12 @@ class SamplingRows:
         indices: Sequence[int],
         rows: int,
         width: int | None = None,
+        args: int = 0,
+        words: int = 0,
     ) -> SamplingRows:
         """Pack parameters into arrays of `rows` rows, with room for `width` named tokens in each
-        (None: as many as there are; others are left out); the rest pads as greedy."""
+        (None: as many as there are) and `args` numbers; more are left out. There is room for masks
+        of so many words, but no mask. The rest pads as greedy."""
         named = [p.named() for p in params]
         width = max(map(len, named), default=0) if width is None else width
         floats, ints, flags = (
@@ -96,6 +105,9 @@ class SamplingRows:
             named=np.zeros((rows, width), np.int32),
             until=np.zeros((rows, width), np.int32),
             bias=np.zeros((rows, width), np.float32),
+            args=np.zeros((rows, args), np.float32),
+            masked=np.zeros(rows, bool),
+            bits=np.zeros((rows, words), np.int32),
         )
         out.top_p[:], out.repetition[:] = 1, 1
         for row, (p, index) in enumerate(zip(params, indices, strict=True)):
@@ -108,6 +120,8 @@ class SamplingRows:
             out.shaped[row], out.only[row] = p.is_shaped, p.allowed_tokens is not None
             out.presence[row], out.frequency[row] = p.presence_penalty, p.frequency_penalty
             out.repetition[row] = p.repetition_penalty
+            own = p.logits_args[:args]
+            out.args[row, : len(own)] = own
             for place, (token, bias, until) in enumerate(named[row][:width]):
                 out.named[row, place], out.until[row, place] = token, until
                 out.bias[row, place] = bias
@@ -151,6 +165,7 @@ def draw(
     counts: Counts | None = None,
     *,
     plain: bool = False,
+    process: Callable[[Array], Array] | None = None,
 ) -> Drawn:
     """`sample`, with what else is known of the tokens.
 
@@ -162,8 +177,10 @@ def draw(
       counts: gives int32 `[B, V]`, how often each row has generated a token so far, and `IN_PROMPT`
         more if its prompt has it; asked for where a row has penalties. None: not once.
       plain: whether the caller knows that no row is shaped: the device is not asked.
+      process: changes the logits before all else; they are the model's own no more.
     """
     own = logits.astype(jnp.float32)  # the model's
+    base = own if process is None else process(own)
 
     def at_least(kind: Kind, found: Array, then: Callable, otherwise: Callable) -> Any:
         if most is None:
@@ -171,11 +188,11 @@ def draw(
         return then() if most >= kind else otherwise()
 
     def shaped() -> tuple[Array, ...]:
-        logits = _shaped(own, rows, counts)
+        logits = _shaped(base, rows, counts)
         return logits, *_likeliest(logits)
 
     failed, first, highest = _likeliest(own)
-    unshaped = own, failed, first, highest
+    unshaped = base, *((failed, first, highest) if process is None else _likeliest(base))
     logits, without, greedy, top = (
         unshaped if plain else at_least(Kind.SHAPED, jnp.any(rows.shaped), shaped, lambda: unshaped)
     )
@@ -229,7 +246,10 @@ def _shaped(logits: Array, rows: SamplingRows, counts: Counts | None) -> Array:
     named = jnp.where(rows.index[:, None] < rows.until, rows.named, vocab)
     forbidden = jnp.where(rows.bias == -jnp.inf, named, vocab)
     allowed = jnp.zeros(logits.shape, bool).at[row, named].set(True, mode="drop")
-    logits = jnp.where(rows.only[:, None] & ~allowed, -jnp.inf, logits)
+    allowed |= ~rows.only[:, None]
+    if rows.bits.shape[1]:
+        allowed &= _unpacked(rows.bits, vocab) | ~rows.masked[:, None]
+    logits = jnp.where(allowed, logits, -jnp.inf)
     logits = logits.at[row, named].add(jnp.where(rows.bias == -jnp.inf, 0, rows.bias), mode="drop")
     logits = logits.at[row, forbidden].set(-jnp.inf, mode="drop")
     penalized = (rows.presence != 0) | (rows.frequency != 0) | (rows.repetition != 1)
@@ -245,6 +265,14 @@ def _shaped(logits: Array, rows: SamplingRows, counts: Counts | None) -> Array:
 
     logits = lax.cond(jnp.any(penalized & rows.shaped), punished, lambda: logits)
     return jnp.where(rows.shaped[:, None], logits, own)
+
+
+def _unpacked(bits: Any, vocab: int) -> Array:
+    """Bool `[B, V]`: whether the bit of each token is set in int32 words `[B, M]`; of those behind
+    the words none is."""
+    token = jnp.arange(vocab, dtype=jnp.int32)
+    word = jnp.take(bits, token // 32, axis=1, mode="fill", fill_value=0)
+    return (word >> (token % 32)) & 1 != 0
 
 
 def _gumbel(seed: Array, index: Array, width: int) -> Array:

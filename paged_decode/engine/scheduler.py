@@ -26,7 +26,7 @@ from ..allocator.merging import in_groups
 from ..errors import OutOfPages
 from .config import EngineConfig, EngineStats
 from .journal import Journal, Outcome, Outcomes, outcomes_of
-from .plans import Growth, decode_plan, growing
+from .plans import Growth, decode_plan, filled_masks, growing
 from .prefilling import Chunks, Prefilling
 from .queue import WaitingQueue
 from .records import Decode, Prefill, Result, Ticket
@@ -353,8 +353,14 @@ class Scheduler:
         """Find pages for the next steps, preempting who must be, and plan them.
 
         Raises:
-          NeedsTruth: pages are short, and what is in flight may have ended rows.
+          NeedsTruth: pages are short, and what is in flight may have ended rows; or a mask has to
+            know the token in flight.
         """
+        masks: dict[Sample, np.ndarray] = {}
+        if self.config.token_masks:
+            if self.flights and any(s.constraint and s.in_flight for s in self.running):
+                raise NeedsTruth
+            masks = self._masks()
         if not (rows := growing(self.running)):
             return None
         grown = self._grow(rows, self.config.decode_steps)
@@ -367,10 +373,20 @@ class Scheduler:
         if not grown.rows:
             return None
         enter, tables = self._seats.enter(self.allocator, grown.taken.tables)
-        plan = decode_plan(next(self._visits), grown, enter, tables)
+        plan = decode_plan(next(self._visits), grown, enter, tables, masks)
         self.flights += 1
         self._fly(grown)
         return plan
+
+    def _masks(self) -> dict[Sample, np.ndarray]:
+        """What may come next in rows that have a mask; whose mask fails has ended."""
+        found, failed = filled_masks(growing(self.running), self.config.mask_words)
+        if failed:
+            self._conclude(
+                [Outcome(s, len(s.tokens), (), "mask_failed", detail=why) for s, why in failed]
+            )
+            self.release()
+        return found
 
     def _fly(self, grown: Growth) -> None:
         """Who needs no more steps gives its row to others, though its tokens are still to come."""
