@@ -16,13 +16,16 @@ params.py     what a request asks for
 records.py    what goes between the two: plans, tickets, results; the Runner protocol
 runner.py     launches, their shapes, warm-up                      device
   rows.py       the state of the rows, and messages to it
+  packing.py    from plans to the messages of programs
   programs.py   what is compiled
+  model.py      what is asked of a model
   sampling.py   the choice of a token
   drafting.py   tokens that are guessed, for a step to check
   processing.py the user's own change of the logits
 masks.py      which tokens may come next, as the host says
 swapping.py   the host tier of an engine
 saving.py     requests to a file and back
+scores.py     log-probabilities of prompts
 outbox.py     events on their way to callbacks and callers
 ```
 """
@@ -32,8 +35,8 @@ from .config import EngineConfig, EngineStats
 from .drafting import Drafter, PromptLookup
 from .engine import Engine
 from .masks import TokenMask
+from .model import Model
 from .processing import LogitsRows, ProcessLogits
-from .programs import Model
 from .requests import Completion, Events, TokenEvent
 
 __all__ = [

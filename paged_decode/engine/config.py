@@ -20,6 +20,7 @@ _LEAST = dict(
     top_logits=0,
     named_tokens=0,
     logits_args=0,
+    score_chunk=0,
     vocab_size=1,
     max_preemptions=0,
 )
@@ -52,6 +53,8 @@ class EngineConfig:
       named_tokens: how many tokens a request may name at most in `logit_bias`, `allowed_tokens`,
         `bad_tokens`, and as stop tokens with `min_new_tokens`; 12 bytes each for every row.
       logits_args: how many numbers a request may give to `process_logits`.
+      score_chunk: tokens of the program that computes `SamplingParams.prompt_logprobs`, one prompt
+        at a time, at most prefill_chunk; it holds so many rows of logits. 0: there is none.
       token_masks: whether requests may have a `mask`; needs `vocab_size`, a bit of it for each row.
       stop_tokens: those of every request that has not `ignore_eos`, such as the end of a text.
       vocab_size: prompts with ids from here on are refused; None: not checked.
@@ -72,6 +75,7 @@ class EngineConfig:
     top_logits: int = 0
     named_tokens: int = 64
     logits_args: int = 0
+    score_chunk: int = 0
     token_masks: bool = False
     stop_tokens: tuple[int, ...] = ()
     vocab_size: int | None = None
@@ -96,6 +100,11 @@ class EngineConfig:
         for name in ("collect_at_once", "token_masks"):
             if not isinstance(value := getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, got {value!r}")
+        if self.score_chunk > self.prefill_chunk:
+            raise ValueError(
+                f"score_chunk must be at most prefill_chunk {self.prefill_chunk}, got "
+                f"{self.score_chunk}"
+            )
         if self.token_masks and self.vocab_size is None:
             raise ValueError("token_masks needs vocab_size: a mask has a bit for each of its ids")
 

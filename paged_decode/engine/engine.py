@@ -28,11 +28,11 @@ from .calls import Calls
 from .config import EngineConfig, EngineStats, sequence_limit
 from .drafting import Drafter
 from .loop import Loop
+from .model import Model
 from .outbox import Outbox
 from .params import SamplingParams
 from .plans import choose_decoding
 from .processing import ProcessLogits
-from .programs import Model
 from .requests import (
     Completion,
     Events,
@@ -73,6 +73,8 @@ class Engine(Saves):
         `ReplicaCheck()`; what it raises stops the visit, and comes out of `step`.
       drafter: guesses tokens that a step checks at once, such as `PromptLookup(4)`; the model then
         returns logits `[B, T, V]` of every token.
+      score: a function like `model` that returns logits `[B, T, V]` of every token, for
+        `SamplingParams.prompt_logprobs`; with a drafter the model itself does.
       process_logits: `process_logits(logits, rows) -> logits`, which JAX traces: changes what the
         model says of the next token, before all that the request asks for (`ProcessLogits`).
 
@@ -105,11 +107,16 @@ class Engine(Saves):
         check: Callable[[Any], object] | None = None,
         drafter: Drafter | None = None,
         process_logits: ProcessLogits | None = None,
+        score: Model | None = None,
     ):
         self.config = config = config or EngineConfig()
         if cache.is_deleted:
             raise ValueError("the cache was donated to an earlier call; pass what that returned")
         cache.check_allocator(allocator)
+        if config.score_chunk and score is drafter is None:
+            raise ValueError(
+                "score_chunk needs score: a model with logits [B, T, V] of every token"
+            )
         self.allocator, self.tier, self.stats = allocator, tier, (stats := EngineStats())
         self.max_sequence_tokens = limit = sequence_limit(config, allocator)
         self._params, columns = params, -(-limit // allocator.page_size)
@@ -123,6 +130,7 @@ class Engine(Saves):
             check=check,
             drafter=drafter,
             process=process_logits,
+            score=score,
         )
         swapping = None if tier is None else TierSwapping(tier, allocator, self.runner)
         self._outbox = Outbox()
@@ -239,6 +247,8 @@ class Engine(Saves):
         """
         request_id = as_int("request_id", request_id)
         sampling = check_sampling(sampling, self.config)
+        if sampling.prompt_logprobs is not None:
+            raise ValueError("prompt_logprobs is for submit: the prompt of a fork is computed")
         check_callback(on_token)
         with self._alone():
             rows = (*self.scheduler.running, *self.scheduler.ending)

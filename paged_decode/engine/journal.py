@@ -11,6 +11,7 @@ import numpy as np
 from .records import Decode, Result
 from .requests import Sample
 from .sampling import Broken
+from .scores import PromptLogprobs
 
 __all__ = ["Journal", "Outcome", "Outcomes", "outcomes_of"]
 
@@ -25,6 +26,7 @@ class Outcome(NamedTuple):
     tops: tuple[np.ndarray, np.ndarray] | None = None
     detail: str = ""
     logprobs: np.ndarray | None = None  # [3, tokens], as `Result` has them
+    prompt: PromptLogprobs | None = None  # with the first token
 
 
 _REASONS = {Broken.MODEL: "invalid_logits", Broken.FORBIDDEN: "no_allowed_token"}
@@ -100,7 +102,13 @@ def outcomes_of(plan: Decode, result: Result) -> tuple[list[Outcome], np.ndarray
                 tops = result.top_ids[:count, i], result.top_logits[:count, i]
             if sample.sampling.logprobs is not None and result.logprobs is not None:
                 logprobs = result.logprobs[:, :count, i]
-            outcomes.append(Outcome(sample, at, tokens, reason, tops, logprobs=logprobs))
+            prompt = None
+            asked = sample.sampling.prompt_logprobs
+            if asked is not None and at == sample.prompt_len and sample.scores is not None:
+                prompt = sample.scores.reported(asked)
+            outcomes.append(
+                Outcome(sample, at, tokens, reason, tops, logprobs=logprobs, prompt=prompt)
+            )
         counts.append(count)
         if broken and reason is None:
             last.append(Outcome(sample, at + count, (), _REASONS[Broken(broken)]))

@@ -190,8 +190,8 @@ class Loop:
 
     @staticmethod
     def _is_over(ticket: Ticket) -> bool:
-        """Whether the visit was launched for rows that have all ended by now."""
-        return all(sample.ended for sample in ticket.plan.samples)
+        """Whether the visit was launched for rows that have all ended by now, and nothing else."""
+        return not ticket.plan.scored and all(sample.ended for sample in ticket.plan.samples)
 
     def _waited(self, call: Callable[[Any], Any], what: Any) -> Any:
         start = time.perf_counter()

@@ -63,6 +63,10 @@ class SamplingParams:
       bad_tokens: these cannot be drawn.
       logits_args: numbers for the engine's `process_logits`, up to `EngineConfig.logits_args` of
         them; kept as float32.
+      prompt_logprobs: report, with the first token, the log-probabilities of the prompt's tokens
+        and so many alternatives, by the model's own distribution; needs
+        `EngineConfig.score_chunk`. Nothing of the prompt is taken from the prefix cache, nor found
+        there by others. None: nothing.
       logprobs: report the log-probability of every token, and so many alternatives (up to
         `EngineConfig.top_logits`); None: nothing.
 
@@ -95,6 +99,7 @@ class SamplingParams:
     bad_tokens: tuple[int, ...] = ()
     logits_args: tuple[float, ...] = ()
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         top, allowed = ALWAYS, self.allowed_tokens
@@ -112,10 +117,12 @@ class SamplingParams:
             allowed_tokens=None if allowed is None else _ids("allowed_tokens", allowed),
             bad_tokens=_ids("bad_tokens", self.bad_tokens),
             logits_args=_numbers("logits_args", self.logits_args),
-            logprobs=None if self.logprobs is None else as_count("logprobs", self.logprobs, 0, top),
         )
         for name in ("presence_penalty", "frequency_penalty", "repetition_penalty"):
             checked[name] = _as_float(name, getattr(self, name))
+        for name in ("logprobs", "prompt_logprobs"):
+            if (value := getattr(self, name)) is not None:
+                checked[name] = as_count(name, value, 0, top)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         if not isinstance(self.ignore_eos, bool):

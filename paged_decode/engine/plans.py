@@ -13,6 +13,7 @@ from ..allocator.merging import in_groups
 from .records import Decode, Enter, TableDelta
 from .requests import Sample
 from .room import Allocator
+from .scores import Scores
 
 __all__ = [
     "Growth",
@@ -153,13 +154,15 @@ def decode_plan(
     enter: tuple[Enter, ...],
     tables: tuple[TableDelta, ...],
     masks: Mapping[Sample, np.ndarray],
+    scored: tuple[tuple[Scores, int], ...],
 ) -> Decode:
-    """The steps of the rows that may go on, with the masks of those that have any."""
+    """The steps of the rows that may go on, with the masks of those that have any, and what was
+    scored before them."""
     slots, budgets = grown.slots.astype(np.int32), grown.budgets.astype(np.int32)
     rows = tuple(grown.rows)
     bits = tuple((slot_of(sample), masks[sample]) for sample in rows if sample in masks)
     copies, lengths = grown.taken.copies, grown.lengths
-    return Decode(number, copies, tables, enter, slots, budgets, lengths, rows, bits)
+    return Decode(number, copies, tables, enter, slots, budgets, lengths, rows, bits, scored)
 
 
 def filled_masks(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -14,8 +15,9 @@ from .plans import Taken, slot_of
 from .records import Chunk, Enter, Prefill, TableDelta
 from .requests import Sample
 from .room import Allocator
+from .scores import Scores
 
-__all__ = ["Chunks", "Prefilling"]
+__all__ = ["Chunks", "Prefilling", "scored_by"]
 
 
 class Chunks(NamedTuple):
@@ -25,11 +27,12 @@ class Chunks(NamedTuple):
     chunks: tuple[Chunk, ...]
     samples: list[Sample]
     taken: Taken
+    scored: bool
 
     def plan(self, enter: tuple[Enter, ...], tables: tuple[TableDelta, ...]) -> Prefill:
         """The plan, with the rows that begin and what changes in tables."""
-        samples = tuple(self.samples)
-        return Prefill(self.taken.copies, tables, enter, self.width, self.chunks, samples)
+        copies, own = self.taken.copies, (self.chunks, tuple(self.samples), self.scored)
+        return Prefill(copies, tables, enter, self.width, *own)
 
 
 class Prefilling:
@@ -79,9 +82,11 @@ class Prefilling:
         Where there are not enough for all, one chunk of each prompt that can have them, in turn.
         None: a visit has one program, and more as long as its tokens last.
         """
-        rows = self._config.prefill_rows
-        samples = self.samples[:rows]
-        chunks = _chunks(samples, self._config, rows)
+        scored = self.samples[0].unscored
+        rows = 1 if scored else self._config.prefill_rows
+        alike = [sample for sample in self.samples if sample.unscored == scored]
+        samples = alike[:rows]
+        chunks = self._chunks(samples, rows)
         width = self._width(chunks)
         if self.under_way and self._budget is not None and self._budget < width * rows:
             return None
@@ -90,10 +95,10 @@ class Prefilling:
             ends = _ends_of(chunks)
             taken = self._prepare(samples, [ends[slot_of(sample)] for sample in samples])
         if isinstance(taken, Taken):
-            return self._given(Chunks(width, chunks, samples, taken))
+            return self._given(Chunks(width, chunks, samples, taken, scored))
         able: list[tuple[Sample, Taken]] = []
         lacking: list[tuple[Sample, OutOfPages]] = []
-        for sample in self.samples:
+        for sample in alike:
             one = self._prepare([sample], [self._end(sample)])
             if isinstance(one, OutOfPages):
                 lacking.append((sample, one))
@@ -107,9 +112,9 @@ class Prefilling:
             self.samples.remove(sample)
             self._short.append(sample)
         samples = [sample for sample, _ in able]
-        chunks = _chunks(samples, self._config, 1)
+        chunks = self._chunks(samples, 1)
         total = Taken.total((one for _, one in able), len(self._allocator.pools))
-        return self._given(Chunks(self._width(chunks), chunks, samples, total))
+        return self._given(Chunks(self._width(chunks), chunks, samples, total, scored))
 
     def _given(self, found: Chunks) -> Chunks:
         """A program more of this visit."""
@@ -118,7 +123,7 @@ class Prefilling:
         self._served += found.samples
         self.under_way = True
         if self._budget is not None:
-            self._budget -= found.width * self._config.prefill_rows
+            self._budget -= found.width * (1 if found.scored else self._config.prefill_rows)
         return found
 
     def turn(self, plans: Sequence[Prefill]) -> list[tuple[Sample, int]]:
@@ -130,13 +135,39 @@ class Prefilling:
         self._served = []
         return served
 
+    def _chunks(self, samples: Sequence[Sample], most: int) -> tuple[Chunk, ...]:
+        """The rows of a program; who comes first in `samples` is served first.
+
+        Where there are fewer prompts than rows, a prompt has several rows, up to `most`, one behind
+        the other: in every layer all rows write their keys and values before one is read.
+        """
+        turn = deque((sample, sample.computed) for sample in samples)
+        chunks: list[Chunk] = []
+        rows = min(self._config.prefill_rows, most * len(samples))
+        while turn and len(chunks) < rows:
+            sample, begin = turn.popleft()
+            last = len(sample.tokens) - 1
+            if sample.unscored:
+                end = min(begin + self._config.score_chunk, last)
+                targets = sample.tokens[begin + 1 : end + 1]
+            else:
+                end, targets = min(begin + self._config.prefill_chunk, last), ()
+            chunks.append(Chunk(slot_of(sample), begin, sample.tokens[begin:end], targets))
+            if end < last:
+                turn.append((sample, end))
+        return tuple(chunks)
+
     def _width(self, chunks: Sequence[Chunk]) -> int:
+        if chunks[0].targets:
+            return self._config.score_chunk
         widest = max(len(chunk.tokens) for chunk in chunks)
         return next(size for size in self._config.chunk_buckets if size >= widest)
 
     def _end(self, sample: Sample) -> int:
         """That of its next chunk."""
-        return min(sample.computed + self._config.prefill_chunk, len(sample.tokens) - 1)
+        config = self._config
+        most = config.score_chunk if sample.unscored else config.prefill_chunk
+        return min(sample.computed + most, len(sample.tokens) - 1)
 
     def _prepare(self, samples: Sequence[Sample], ends: Sequence[int]) -> Taken | OutOfPages:
         """Pages for all positions of these rows below their `ends`; all of them or none."""
@@ -147,25 +178,13 @@ class Prefilling:
         return Taken.of(np.array([slot_of(sample) for sample in samples], np.int64), done)
 
 
+def scored_by(plans: Sequence[Prefill]) -> list[tuple[Scores, int]]:
+    """Whose prompts these programs score, and from which position, in the order of the results."""
+    scored = (zip(plan.samples, plan.chunks, strict=True) for plan in plans if plan.scored)
+    pairs = chain.from_iterable(scored)
+    return [(s.scores, chunk.begin) for s, chunk in pairs if s.scores is not None]
+
+
 def _ends_of(chunks: Sequence[Chunk]) -> dict[int, int]:
     """Up to where each slot is computed by them."""
     return {chunk.slot: chunk.begin + len(chunk.tokens) for chunk in chunks}
-
-
-def _chunks(samples: Sequence[Sample], config: EngineConfig, most: int) -> tuple[Chunk, ...]:
-    """The rows of a program; who comes first in `samples` is served first.
-
-    Where there are fewer prompts than rows, a prompt has several rows, up to `most`, one behind
-    the other: in every layer all rows write their keys and values before one is read.
-    """
-    turn = deque((sample, sample.computed) for sample in samples)
-    chunks: list[Chunk] = []
-    rows = min(config.prefill_rows, most * len(samples))
-    while turn and len(chunks) < rows:
-        sample, begin = turn.popleft()
-        last = len(sample.tokens) - 1
-        end = min(begin + config.prefill_chunk, last)
-        chunks.append(Chunk(slot_of(sample), begin, sample.tokens[begin:end]))
-        if end < last:
-            turn.append((sample, end))
-    return tuple(chunks)

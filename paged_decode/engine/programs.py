@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,38 +21,13 @@ from jaxtyping import Array, Bool, Int
 
 from ..cache import DecodeBatch, GroupBatch, KVCache
 from .drafting import Drafter
+from .model import Model, call_model
 from .params import Kind
 from .processing import ProcessLogits, processed
 from .rows import MessageSizes, RowState, apply_detail, apply_masks, apply_message, take_rows
-from .sampling import IN_PROMPT, Broken, Drawn, draw
+from .sampling import IN_PROMPT, Broken, Drawn, draw, log_probability
 
-__all__ = ["DecodeOut", "Model", "Programs", "detail", "masks", "update"]
-
-
-@runtime_checkable
-class Model(Protocol):
-    """What an engine asks of a model: one function, which JAX traces.
-
-    It writes the keys and values of every token and attends, with
-    `cache.append_and_attend(layer, q, k, v, batch)`, and returns the cache that this gave.
-    Arguments are passed by place, so their names are free.
-    """
-
-    def __call__(
-        self, params: Any, cache: KVCache, tokens: Array, batch: DecodeBatch, /
-    ) -> tuple[Array, KVCache]:
-        """Logits `[B, V]` of the last token of each row, and the cache.
-
-        For an engine with a drafter, logits `[B, T, V]` of every token.
-
-        Args:
-          params: a pytree, as the engine was given it.
-          cache: the pool.
-          tokens: int32 `[B, T]`; T is 1 in a decode step, k + 1 with k drafts, and more in a
-            prefill chunk.
-          batch: where they lie, and their positions.
-        """
-        ...
+__all__ = ["DecodeOut", "Programs", "ScoreOut", "detail", "masks", "update"]
 
 
 class DecodeOut(NamedTuple):
@@ -78,6 +53,7 @@ class Programs:
         self.prefill = jax.jit(
             partial(_prefill, model), donate_argnames="cache", static_argnames="drafter"
         )
+        self.score = jax.jit(partial(_score, model), donate_argnames="cache", static_argnames="top")
         self.decode = jax.jit(
             partial(_decode, model),
             donate_argnames=("cache", "state"),
@@ -152,7 +128,48 @@ def _prefill(
     slot, begin, end, tokens = message[:, 0], message[:, 1], message[:, 2], message[:, 3:]
     batch = _tail(_groups(cache, table, slot), cache.page_size, tokens, begin, end)
     with jax.named_scope("paged_decode.prefill"):
-        return _call(model(), params, cache, batch, every=drafter is not None)[1], jnp.int32(0)
+        return call_model(model(), params, cache, batch, every=drafter is not None)[1], jnp.int32(0)
+
+
+class ScoreOut(NamedTuple):
+    """What a program says of the tokens behind T positions of R rows, right-aligned.
+
+    Attributes:
+      logprobs: float32 `[R, T]`.
+      ids, likely: the likeliest tokens and their log-probabilities, `[R, T, top]`.
+    """
+
+    logprobs: Any
+    ids: Any
+    likely: Any
+
+
+def _score(
+    model: Callable[[], Model],
+    cache: KVCache,
+    table: Int[Array, "G B P"],
+    params: Any,
+    message: Int[Array, "R C"],
+    *,
+    top: int,
+) -> tuple[KVCache, ScoreOut]:
+    """`_prefill`, and how likely the token behind each was. Donates the cache.
+
+    `message` has slot, begin and end of each row, its tokens, and as many that are behind them.
+    """
+    slot, begin, end = message[:, :3].T
+    tokens, targets = jnp.split(message[:, 3:], 2, axis=1)
+    batch = _tail(_groups(cache, table, slot), cache.page_size, tokens, begin, end)
+    with jax.named_scope("paged_decode.score"):
+        logits, cache = call_model(model(), params, cache, batch, every=True)
+        if cache.placement is not None:
+            logits = cache.placement.untyped(logits)
+        flat = logits.astype(jnp.float32).reshape(-1, logits.shape[-1])
+        logprobs, total = log_probability(flat, targets.reshape(-1))
+        highest, ids = lax.top_k(flat, top)
+        found = logprobs, ids.astype(jnp.int32), highest - total[:, None]
+        out = ScoreOut(*(each.reshape(*targets.shape, *each.shape[1:]) for each in found))
+    return cache, out if cache.placement is None else cache.placement.whole(out)
 
 
 def _decode(
@@ -208,7 +225,7 @@ def _decode(
         first = jnp.where(number > 0, rows.length - 1, 0)
         now = _tail(groups, cache.page_size, _right(asked, number), first, first + number)
         with jax.named_scope("paged_decode.decode"):
-            logits, cache = _call(function, params, cache, now, every=every)
+            logits, cache = call_model(function, params, cache, now, every=every)
         if cache.placement is not None:
             logits = cache.placement.untyped(logits)
         logits = _left(logits.reshape(*asked.shape, -1), number)
@@ -425,37 +442,3 @@ def _groups(cache: KVCache, table: Array, where: Array) -> tuple[GroupBatch, ...
         GroupBatch(take_rows(ids, where), none, None, cache.page_size, pages // shards, window)
         for ids, (pages, window) in zip(table, cache.pools, strict=True)
     )
-
-
-def _call(
-    model: Model, params: Any, cache: KVCache, batch: DecodeBatch, *, every: bool
-) -> tuple[Array, KVCache]:
-    """What the model returns, checked while it is traced: its slips compile without a word.
-
-    `every`: logits of all tokens are wanted, as with drafts, and not only of the last.
-    """
-    tokens = batch.tokens
-    out = model(params, cache, tokens, batch)
-    if not isinstance(out, tuple | list) or len(out) != 2 or not isinstance(out[1], KVCache):
-        kinds = [type(each).__name__ for each in (out if isinstance(out, tuple | list) else [out])]
-        raise TypeError(f"the model must return (logits, cache); got {', '.join(kinds)}")
-    logits, after = out
-    shape, dtype = getattr(logits, "shape", None), getattr(logits, "dtype", None)
-    if shape is None or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        kind = type(logits).__name__ if dtype is None else f"dtype {dtype}"
-        raise TypeError(f"the model's logits must be a floating-point array [B, V]; got {kind}")
-    if shape[:-1] != (tokens.shape if every else tokens.shape[:1]) or shape[-1] == 0:
-        wanted = f"[B, V] with B = {len(tokens)}; got shape {shape}"
-        wanted += ": return those of column T-1, logits[:, -1]" if len(shape) == 3 else ""
-        if every:
-            wanted = f"[B, T, V] with B, T = {tokens.shape}, for the drafter; got shape {shape}"
-        raise ValueError(f"the model's logits must be {wanted}")
-    old, new = jax.tree.leaves(cache), jax.tree.leaves(after)
-    if [(a.shape, a.dtype) for a in old] != [(a.shape, a.dtype) for a in new]:
-        raise ValueError("the model must return a cache of the shapes and dtypes that it was given")
-    if all(a is b for a, b in zip(old, new, strict=True)):
-        raise ValueError(
-            "the model returned the cache that it was given, without the new keys and values: "
-            "return what cache.append or cache.append_and_attend returned last"
-        )
-    return logits, after

@@ -20,6 +20,7 @@ import numpy as np
 from ..allocator import PageCopies
 from .params import Kind, SamplingParams
 from .requests import Sample
+from .scores import Scored, Scores
 
 __all__ = ["Chunk", "Decode", "Enter", "Prefill", "Result", "Runner", "TableDelta", "Ticket"]
 
@@ -60,11 +61,13 @@ class TableDelta(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Prefill of positions begin to begin + len(tokens) - 1 of one row."""
+    """Prefill of positions begin to begin + len(tokens) - 1 of one row; `targets` are the tokens
+    behind each, where they are to be scored."""
 
     slot: int
     begin: int
     tokens: Sequence[int]
+    targets: Sequence[int] = ()
 
 
 class Prefill(NamedTuple):
@@ -77,6 +80,8 @@ class Prefill(NamedTuple):
       width: tokens of a row of the program.
       chunks: its rows. Several may be of one prompt, in their order.
       samples: whose chunks these are: the scheduler's own.
+      scored: whether the program says how likely the tokens behind were; it has one row, and
+        `Result.scores` of the next decode program says it.
     """
 
     copies: tuple[PageCopies, ...]
@@ -85,6 +90,7 @@ class Prefill(NamedTuple):
     width: int
     chunks: tuple[Chunk, ...]
     samples: tuple[Sample, ...]
+    scored: bool = False
 
 
 class Decode(NamedTuple):
@@ -96,6 +102,7 @@ class Decode(NamedTuple):
       slots, budgets: int32 `[n]`, the rows and how many tokens each may get; more than 0.
       context: int64 `[n]`, tokens of each row at its first step, for cost models.
       samples: the sample of every row: the scheduler's own.
+      scored: what the programs before it have scored, and from which position.
       masks: of rows that have one, which then take one step: slot, and int32 words of bits.
     """
 
@@ -108,6 +115,7 @@ class Decode(NamedTuple):
     context: np.ndarray
     samples: tuple[Sample, ...]
     masks: tuple[tuple[int, np.ndarray], ...] = ()
+    scored: tuple[tuple[Scores, int], ...] = ()
 
     def only(self, rows: list[int]) -> Decode:
         """That of some of its rows."""
@@ -141,6 +149,7 @@ class Result(NamedTuple):
       top_ids, top_logits: `[K, n, top]`; None if the engine keeps none.
       drafted: int `[n]`, how many of the tokens were drafts; None: nobody knows.
       logprobs: float32 `[3, K, n]`: `Drawn.logprob`, `processed_logprob` and `total`; or None.
+      scores: one for each of `Decode.scored`.
     """
 
     tokens: np.ndarray
@@ -150,6 +159,7 @@ class Result(NamedTuple):
     top_logits: np.ndarray | None = None
     drafted: np.ndarray | None = None
     logprobs: np.ndarray | None = None
+    scores: tuple[Scored, ...] = ()
 
     def only(self, rows: list[int]) -> Result:
         """That of some of its rows."""
@@ -157,7 +167,7 @@ class Result(NamedTuple):
         drafted = None if self.drafted is None else self.drafted[rows]
         logprobs = None if self.logprobs is None else self.logprobs[:, :, rows]
         parts = self.tokens[:, rows], self.counts[rows], self.broken[rows]
-        return Result(*parts, *tops, drafted=drafted, logprobs=logprobs)
+        return Result(*parts, *tops, drafted=drafted, logprobs=logprobs, scores=self.scores)
 
 
 @runtime_checkable

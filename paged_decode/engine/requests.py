@@ -18,6 +18,7 @@ from ..errors import SequenceTooLong
 from .config import EngineConfig
 from .masks import Constraint, MakeMask, check_mask
 from .params import SamplingParams
+from .scores import PromptLogprobs, Scores
 
 __all__ = [
     "Completion",
@@ -60,6 +61,7 @@ class TokenEvent(NamedTuple):
         top-k and the like leave; 0 of a greedy request.
       top_logprobs: the likeliest tokens by the model as (id, log-probability) pairs, as many as
         were asked for; the drawn one need not be among them.
+      prompt_logprobs: of the prompt's tokens, with the first token of a sample that asks for them.
     """
 
     request_id: int
@@ -72,6 +74,7 @@ class TokenEvent(NamedTuple):
     logprob: float | None = None
     processed_logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 OnToken = Callable[[TokenEvent], object]
@@ -185,6 +188,7 @@ class Completion:
     logprobs: tuple[float, ...] = ()
     processed_logprobs: tuple[float, ...] = ()
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -206,6 +210,7 @@ class Sample:
       in_flight: tokens that visits were launched for and that are not read yet.
       asked: whether the admission policy was asked for it and its siblings.
       ended: whether its last event is on its way.
+      scores: of its prompt, if it asks for them.
       constraint: its mask, if it has one: every step of it waits for the host.
     """
 
@@ -227,11 +232,15 @@ class Sample:
     asked: bool = True
     ended: bool = False
     constraint: Constraint | None = None
+    scores: Scores | None = None
     goal: int = field(init=False)
     _key: PromptKey | None = None
 
     def __post_init__(self) -> None:
         self.bound(self.limit)
+        asked = self.sampling.prompt_logprobs is not None and not self.generated
+        if asked and self.scores is None:
+            self.scores = Scores(self.prompt_len)
 
     def bound(self, limit: int) -> None:
         """Let it have so many tokens at most."""
@@ -241,9 +250,16 @@ class Sample:
     @property
     def key(self) -> PromptKey:
         """Its tokens, to be looked up visit after visit: their digests are computed once."""
-        if self._key is None or len(self._key) != len(self.tokens):
-            self._key = PromptKey(np.array(self.tokens, np.int32), cache_salt=self.cache_salt)
-        return self._key
+        salt = self.cache_salt if self.scores is None else self.scores.salted(self.cache_salt)
+        key = self._key
+        if key is None or len(key) != len(self.tokens) or key.cache_salt != salt:
+            key = self._key = PromptKey(np.array(self.tokens, np.int32), cache_salt=salt)
+        return key
+
+    @property
+    def unscored(self) -> bool:
+        """Whether its prompt is to be computed by the program that scores it."""
+        return self.scores is not None and not self.scores.complete
 
     @property
     def generated(self) -> int:
@@ -389,6 +405,13 @@ def unserved(sampling: SamplingParams, config: EngineConfig) -> str | None:
     if (args := len(sampling.logits_args)) > config.logits_args:
         most = config.logits_args
         return f"logits_args has {args} numbers, but EngineConfig.logits_args is {most}"
+    if sampling.prompt_logprobs is not None and not config.score_chunk:
+        return "prompt_logprobs needs EngineConfig.score_chunk, which is 0"
+    if (sampling.prompt_logprobs or 0) > config.top_logits:
+        return (
+            f"prompt_logprobs asks for {sampling.prompt_logprobs} alternatives, but "
+            f"EngineConfig.top_logits is {config.top_logits}"
+        )
     if (sampling.logprobs or 0) > config.top_logits:
         return (
             f"logprobs asks for {sampling.logprobs} alternatives, but EngineConfig.top_logits is "
@@ -414,6 +437,7 @@ def gather(events: Iterable[TokenEvent]) -> list[Completion]:
                 e.processed_logprob for e in stream if e.processed_logprob is not None
             ),
             top_logprobs=tuple(e.top_logprobs for e in stream if e.top_logprobs),
+            prompt_logprobs=stream[0].prompt_logprobs,
         )
         for key, stream in sorted(streams.items())
     ]

@@ -14,23 +14,23 @@ import numpy as np
 from .._devices import put_beside, tied
 from ..allocator import PageCopies
 from ..cache import KVCache
-from ..sharding import rank_within
 from .config import EngineConfig, EngineStats
 from .drafting import Drafter, check_drafter
-from .params import Kind, SamplingParams
+from .model import Model
+from .packing import Packing
+from .params import Kind
 from .plans import Taken
 from .processing import ProcessLogits, check_process
-from .programs import DecodeOut, Model, Programs, detail, masks, update
-from .records import Chunk, Decode, Enter, Prefill, Result, TableDelta, Ticket
+from .programs import DecodeOut, Programs, detail, masks, update
+from .records import Decode, Enter, Prefill, Result, TableDelta, Ticket
 from .rows import (
     MessageSizes,
     RowSizes,
     RowState,
-    detail_message,
     empty_message,
-    mask_messages,
     messages,
 )
+from .scores import Scored
 
 __all__ = ["DeviceRunner", "Progress"]
 
@@ -76,6 +76,7 @@ class DeviceRunner:
       check: called with every plan, in the order of the launches, before them.
       drafter: guesses tokens, of which a step checks several; None: a step is one token.
       process: the user's own change of the logits.
+      score: as `Engine` takes it.
 
     Attributes:
       straight: whether programs that decide nothing are used where they can be.
@@ -93,20 +94,23 @@ class DeviceRunner:
         check: Callable[[Any], object] | None = None,
         drafter: Drafter | None = None,
         process: ProcessLogits | None = None,
+        score: Model | None = None,
     ):
         self._cache, self._config, self._stats, self._check = cache, config, stats, check
         self._thread = ThreadPoolExecutor(1, "paged-decode-launch")
         self._last: Launched | None = None
         self._launcher: int | None = None
         self._failure: BaseException | None = None  # of a job: those behind it are not run
-        self._model, self._programs = model, Programs.of(model)
+        self._models = model, score  # kept alive: programs refer to them weakly
+        self._programs = Programs.of(model)
+        self._scoring = self._programs if score is None else Programs.of(score)
+        self._scored: list[tuple[Launched, int, int]] = []  # where, and how many tokens
         self._executables: dict[tuple[str, Any], Any] = {}  # by kind and size
         self._known: set[tuple[str, Any]] = set()
         self._kind: Any = None  # shapes of the weights for which these are
         self.set_params(params)
-        self._shards = cache.data_shards
-        self._pages = [pages // self._shards for pages, _ in cache.pools]
-        self._slots = self._shards * config.max_rows
+        self._pages = [pages // cache.data_shards for pages, _ in cache.pools]
+        self._slots = cache.data_shards * config.max_rows
         self._shape = len(self._pages), self._slots, columns
         self._drafter, self._process = drafter, process
         self._text = columns * cache.page_size  # places for a row's text
@@ -115,9 +119,8 @@ class DeviceRunner:
         if drafter is not None:
             check_drafter(drafter, self._text)
         self._all_have_text = drafter is not None or process is not None
-        self._widths = RowSizes(
-            self._text, config.named_tokens, config.logits_args, config.mask_words
-        )
+        sizes = RowSizes(self._text, config.named_tokens, config.logits_args, config.mask_words)
+        self._pack = Packing(config, cache.data_shards, sizes)
         few = max(256, 2 * self._slots) * len(self._pages)
         self._sizes = (
             MessageSizes(min(8, self._slots), few),
@@ -167,7 +170,7 @@ class DeviceRunner:
         self._kinds = np.zeros(self._slots, np.int8)  # how each row is sampled
 
     def _nobody(self) -> RowState:
-        return RowState.empty(self._slots, self._widths)
+        return RowState.empty(self._slots, self._pack.sizes)
 
     # ---- the launching thread
 
@@ -212,16 +215,19 @@ class DeviceRunner:
             message = self._put(empty_message(size, self._shape)[0])
             lowered = update.lower(self._table, self._state, message, size=size)
         elif kind == "detail":
-            message = self._put(self._no_detail())
+            message = self._put(self._pack.no_detail())
             lowered = detail.lower(self._table, self._state, message)
         elif kind == "masks":
-            lowered = masks.lower(self._table, self._state, self._put(self._no_mask()))
+            lowered = masks.lower(self._table, self._state, self._put(self._pack.no_mask()))
         elif kind == "prefill":
-            message = self._put(self._prefill_message(size, ()))
+            message = self._put(self._pack.prefill(size, (), config.prefill_rows))
             lowered = self._programs.prefill.lower(*pages, message, drafter=self._drafter)
+        elif kind == "score":
+            message = self._put(self._pack.score(()))
+            lowered = self._scoring.score.lower(*pages, message, top=config.top_logits)
         else:
             rows, known = size
-            message = self._put(self._idle_rows(rows))
+            message = self._put(self._pack.idle(rows))
             static = dict(steps=config.decode_steps, top=config.top_logits, known=known)
             args = self._cache, self._state, self._table, self.params, message
             own = dict(drafter=self._drafter, process=self._process)
@@ -255,8 +261,11 @@ class DeviceRunner:
     def prefill(self, plan: Prefill) -> Launched:
         """Launch the program; nothing is read."""
         told = self._told(plan.enter, plan.tables)
-        program = self._executable("prefill", plan.width)
-        message = self._prefill_message(plan.width, plan.chunks)
+        program = self._executable("score" if plan.scored else "prefill", plan.width)
+        if plan.scored:
+            message = self._pack.score(plan.chunks)
+        else:
+            message = self._pack.prefill(plan.width, plan.chunks, self._config.prefill_rows)
 
         def job(launched: Launched) -> Any:
             self._checked(plan)
@@ -266,12 +275,18 @@ class DeviceRunner:
             self._cache, over = program(*args)
             return over
 
-        return self._launch(job)
+        launched = self._launch(job)
+        if plan.scored:
+            slots = np.array([chunk.slot for chunk in plan.chunks], np.int64)
+            counts = [len(chunk.tokens) for chunk in plan.chunks]
+            pairs = zip(self._pack.places(slots, 1).tolist(), counts, strict=True)
+            self._scored += [(launched, *pair) for pair in pairs]
+        return launched
 
     def decode(self, plan: Decode) -> Ticket:
         """Launch one program of up to k steps."""
         told = self._told(plan.enter, plan.tables) + self._masked(plan)
-        size, message, places = self._decode_message(plan.slots, plan.budgets)
+        size, message, places = self._pack.decode(plan.slots, plan.budgets)
         program = self._executable("decode", (size, self._known_kind(plan)))
 
         def job(launched: Launched) -> DecodeOut:
@@ -282,7 +297,8 @@ class DeviceRunner:
             launched.begun.set()
             return self._run_decode(program, given)
 
-        return Ticket(plan, (self._launch(job), places))
+        scored, self._scored = self._scored, []
+        return Ticket(plan, (self._launch(job), places, scored))
 
     def _known_kind(self, plan: Decode) -> Kind | None:
         """For a program that decides nothing: how its rows are sampled. None: it must decide all,
@@ -329,7 +345,7 @@ class DeviceRunner:
         And until the thread has begun to launch what was queued behind it, which is short: if the
         caller went on first, the thread would wait for Python's lock, and the device for both.
         """
-        launched, places = ticket.out
+        launched, places, scored = ticket.out
         out = launched.future.result()
         if self._last is not None:
             self._last.begun.wait()
@@ -339,6 +355,8 @@ class DeviceRunner:
         result = Result(
             packed[:steps], packed[-3], packed[-2], drafted=packed[-1], logprobs=logprobs
         )
+        if scored:
+            result = result._replace(scores=tuple(_scored(*each) for each in scored))
         if not self._config.top_logits:
             return result
         ids, logits = jax.device_get((out.top_ids, out.top_logits))
@@ -353,7 +371,7 @@ class DeviceRunner:
     def restart(self, *, lost: bool) -> None:
         """Begin without rows; with an empty cache, if what it held is lost."""
         self._drain()
-        self._failure = None
+        self._failure, self._scored = None, []
         if lost:
             self._cache = jax.tree.map(
                 lambda a: jnp.zeros(a.shape, a.dtype, device=a.sharding if a.committed else None),
@@ -376,22 +394,15 @@ class DeviceRunner:
         out = [(self._executable("update", size), message) for size, message in told]
         for each in enter:
             if self._all_have_text or each.sampling.is_shaped:
-                message = self._detail(each.slot, each.tokens, each.sampling)
-                out.append((self._executable("detail", self._text), message))
+                out.append((self._executable("detail", self._text), self._pack.detail(each)))
         return out
 
     def _masked(self, plan: Decode) -> list[tuple[Any, Any]]:
         """The masks of this visit."""
         if not plan.masks:
             return []
-        program = self._executable("masks", self._widths.words)
-        told = mask_messages(plan.masks, self._slots, self._widths.words)
-        return [(program, message) for message in told]
-
-    def _no_mask(self) -> np.ndarray:
-        """The message of what nobody has."""
-        nobody = self._slots, np.zeros(self._widths.words, np.int32)
-        return next(mask_messages([nobody], self._slots, self._widths.words))
+        program = self._executable("masks", self._pack.sizes.words)
+        return [(program, message) for message in self._pack.masks(plan)]
 
     def _tell(self, told: Sequence[tuple[Any, Any]]) -> None:
         for program, message in told:
@@ -400,52 +411,10 @@ class DeviceRunner:
 
     def _local(self, delta: TableDelta, num_pages: int) -> TableDelta:
         """The page ids that the shard of each row, of so many pages, has for them."""
-        if self._shards == 1:
+        if self._pack.shards == 1:
             return delta
         shard = delta.slots // self._config.max_rows
         return delta._replace(pages=delta.pages - shard * num_pages)
-
-    def _places(self, slots: np.ndarray, size: int) -> np.ndarray:
-        """Where rows lie among those of a program, which has `size` of every shard."""
-        if self._shards == 1:
-            return np.arange(len(slots))
-        shard = slots // self._config.max_rows
-        return shard * size + rank_within(shard)
-
-    def _prefill_message(self, width: int, chunks: Sequence[Chunk]) -> np.ndarray:
-        size = self._config.prefill_rows
-        out = np.zeros((self._shards * size, 3 + width), np.int32)
-        out[:, 0] = self._slots
-        slots = np.array([chunk.slot for chunk in chunks], np.int64)
-        for place, chunk in zip(self._places(slots, size), chunks, strict=True):
-            count = len(chunk.tokens)
-            out[place, :3] = chunk.slot, chunk.begin, chunk.begin + count
-            out[place, 3 + width - count :] = chunk.tokens
-        return out
-
-    def _decode_message(
-        self, slots: np.ndarray, budgets: np.ndarray
-    ) -> tuple[int, np.ndarray, np.ndarray]:
-        shard = slots // self._config.max_rows
-        most = int(np.bincount(shard).max()) if len(slots) else self._config.max_rows
-        size = next(size for size in self._config.row_buckets if size >= most)
-        out = self._idle_rows(size)
-        places = self._places(slots, size)
-        out[0, places], out[1, places] = slots, budgets
-        return size, out, places
-
-    def _idle_rows(self, size: int) -> np.ndarray:
-        """The message of a program in which no row does anything."""
-        out = np.zeros((2, self._shards * size), np.int32)
-        out[0] = self._slots
-        return out
-
-    def _detail(self, slot: int, tokens: np.ndarray, sampling: SamplingParams) -> np.ndarray:
-        return detail_message(slot, tokens, sampling, self._widths)
-
-    def _no_detail(self) -> np.ndarray:
-        """The message of what nobody has."""
-        return self._detail(self._slots, np.empty(0, np.int32), SamplingParams())
 
     def _run_decode(self, program: Any, message: Any) -> DecodeOut:
         args = self._cache, self._state, self._table, self.params, message
@@ -465,6 +434,7 @@ class DeviceRunner:
         kinds = (None, Kind.GREEDY, Kind.WHOLE, Kind.NARROW) if self.straight else (None,)
         decode = [(rows, known) for rows in config.row_buckets for known in kinds]
         sizes = dict(update=self._sizes, prefill=config.chunk_buckets, decode=decode)
+        sizes |= dict(score=(chunk,) if (chunk := config.score_chunk) else ())
         sizes |= dict(detail=(self._text,), masks=(words,) if (words := config.mask_words) else ())
         keys = [(kind, size) for kind, each in sizes.items() for size in each]
         self._compile([self._lowered(*key) for key in keys], progress)
@@ -472,16 +442,26 @@ class DeviceRunner:
             (self._executable("update", size), empty_message(size, self._shape)[0])
             for size in self._sizes
         ]
-        told += [(self._executable("detail", size), self._no_detail()) for size in sizes["detail"]]
-        told += [(self._executable("masks", size), self._no_mask()) for size in sizes["masks"]]
+        told += [
+            (self._executable("detail", size), self._pack.no_detail()) for size in sizes["detail"]
+        ]
+        told += [(self._executable("masks", size), self._pack.no_mask()) for size in sizes["masks"]]
         self._launch(lambda _: self._tell(told))
         nothing = Taken.total([], len(self._pages))
         for width in config.chunk_buckets:
             self.wait(self.prefill(Prefill(*nothing, (), width, (), ())))
+        if config.score_chunk:
+            self.wait(self.prefill(Prefill(*nothing, (), config.score_chunk, (), (), True)))
         for size in decode:
-            given = self._executable("decode", size), self._put(self._idle_rows(size[0]))
+            given = self._executable("decode", size), self._put(self._pack.idle(size[0]))
             self.wait(self._launch(lambda _, given=given: self._run_decode(*given)))
         width = 1
         while width < 2 * config.max_rows:
             self.copy((PageCopies(*np.zeros((2, width), np.int32)),) * len(self._pages))
             width *= 2
+
+
+def _scored(launched: Launched, place: int, count: int) -> Scored:
+    """What a program has found of the row at a place, which had so many tokens."""
+    out = jax.device_get(launched.future.result())
+    return Scored(*(each[place, each.shape[1] - count :] for each in out))

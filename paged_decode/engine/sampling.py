@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from .params import HUGE, MAX_STOP_TOKENS, TINY, Kind, SamplingParams
 
-__all__ = ["IN_PROMPT", "Broken", "Drawn", "SamplingRows", "draw", "sample"]
+__all__ = ["IN_PROMPT", "Broken", "Drawn", "SamplingRows", "draw", "log_probability", "sample"]
 
 IN_PROMPT = 2**30  # added to how often a token was generated, where the prompt has it
 
@@ -226,6 +226,12 @@ def _likeliest(logits: Array) -> tuple[Array, Array, Array]:
     first = jnp.argmax(logits, axis=-1).astype(jnp.int32)  # the place of a NaN, if there is one
     top = jnp.take_along_axis(logits, first[:, None], axis=-1)
     return (jnp.isnan(top) | (top == -jnp.inf))[:, 0], first, top
+
+
+def log_probability(logits: Array, tokens: Array) -> tuple[Array, Array]:
+    """Of these tokens `[B]` by float32 logits `[B, V]`, and what was taken from their logits; NaN
+    where the logits have one."""
+    return _log_probability(logits, jnp.max(logits, axis=-1, keepdims=True), tokens)
 
 
 def _log_probability(logits: Array, highest: Array, tokens: Array) -> tuple[Array, Array]:

@@ -190,7 +190,9 @@ def adopt(
         sample.handle = handle
         sample.computed = scheduler.allocator.sequence(handle).computed
     alone = {id(s) for s in running if _owns_what_it_writes(scheduler.allocator, s)}
-    scheduler.take_up(state.running, state.waiting, may_run=lambda s: id(s) in alone)
+    scheduler.take_up(
+        state.running, state.waiting, may_run=lambda s: id(s) in alone and not s.unscored
+    )
     events = [(p.event._replace(request_id=ids[p.event.request_id]), p.shown) for p in state.events]
     outbox.put_back([e for e, shown in events if not shown], [e for e, shown in events if shown])
     return RestoredRequests(ids, loaded)

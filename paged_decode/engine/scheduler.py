@@ -27,12 +27,13 @@ from ..errors import OutOfPages
 from .config import EngineConfig, EngineStats
 from .journal import Journal, Outcome, Outcomes, outcomes_of
 from .plans import Growth, decode_plan, filled_masks, growing
-from .prefilling import Chunks, Prefilling
+from .prefilling import Chunks, Prefilling, scored_by
 from .queue import WaitingQueue
 from .records import Decode, Prefill, Result, Ticket
 from .requests import Sample
 from .room import Allocator, Room
 from .sampling import Broken
+from .scores import Scores
 from .seats import Seats
 from .swapping import Swapping
 
@@ -90,6 +91,7 @@ class Scheduler:
         self.ending: list[Sample] = []
         self.flights = 0
         self._leaving: list[Any] = []  # handles to be freed
+        self._scored: list[tuple[Scores, int]] = []  # by programs before the next of decode
         self._prefilling = Prefilling(self.allocator, self.config)
 
     # ---- what comes and what goes
@@ -173,6 +175,8 @@ class Scheduler:
         for sample in sorted(samples, key=lambda s: s.place):
             sample.handle, sample.slot, sample.computed, sample.in_flight = None, None, 0, 0
             sample.siblings = []
+            if sample.scores is not None and not sample.generated:
+                sample.scores.restart()
             self.waiting.put(sample)
 
     # ---- admission
@@ -302,7 +306,7 @@ class Scheduler:
         """Give the child a fork of the parent's pages."""
         self._opening = frozenset(self.allocator.handles)
         (handle,) = self.allocator.fork(parent.handle)
-        child.handle, child.computed = handle, parent.computed
+        child.handle, child.computed, child.scores = handle, parent.computed, parent.scores
         self._opening = None
 
     # ---- prefill
@@ -338,6 +342,7 @@ class Scheduler:
     def prefilled(self, plans: Sequence[Prefill]) -> None:
         """The visit's programs are launched: whoever reads what they write comes after them."""
         ends = self._prefilling.turn(plans)
+        self._scored += scored_by(plans)
         self.stats.prefill_tokens += sum(end - sample.computed for sample, end in ends)
         self.allocator.commit([s.handle for s, _ in ends], [end for _, end in ends])
         for sample, end in ends:
@@ -373,7 +378,8 @@ class Scheduler:
         if not grown.rows:
             return None
         enter, tables = self._seats.enter(self.allocator, grown.taken.tables)
-        plan = decode_plan(next(self._visits), grown, enter, tables, masks)
+        scored, self._scored = tuple(self._scored), []
+        plan = decode_plan(next(self._visits), grown, enter, tables, masks, scored)
         self.flights += 1
         self._fly(grown)
         return plan
@@ -466,6 +472,8 @@ class Scheduler:
         meanwhile is dropped.
         """
         plan = ticket.plan
+        for (scores, begin), found in zip(plan.scored, result.scores, strict=True):
+            scores.put(begin, found)
         if any(sample.ended for sample in plan.samples):
             kept = [i for i, sample in enumerate(plan.samples) if not sample.ended]
             plan, result = plan.only(kept), result.only(kept)

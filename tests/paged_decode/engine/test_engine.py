@@ -316,7 +316,7 @@ def test_no_program_copies_the_pool():
     runner = engine.runner
     given = engine.cache, runner._state, runner._table, runner.params
     steps = dict(steps=engine.config.decode_steps, top=0)
-    idle = runner._put(runner._idle_rows(4)), runner._put(runner._prefill_message(8, ()))
+    idle = runner._put(runner._pack.idle(4)), runner._put(runner._pack.prefill(8, (), 2))
     decoding = runner._programs.decode.lower(*given, idle[0], **steps)
     prefilling = runner._programs.prefill.lower(given[0], *given[2:], idle[1])
     for lowered in (decoding, prefilling):

@@ -200,7 +200,7 @@ def test_the_bits_mean_the_same_for_every_id_and_a_larger_vocabulary_is_forbidde
         (Residues, dict(token_masks=False), ValueError, "EngineConfig.token_masks=True"),
     ],
 )
-def test_what_is_no_mask_is_refused_at_submit(mask, config, error, message):
+def test_what_is_no_mask_is_refused_at_submit(unchecked, mask, config, error, message):
     engine = masked_engine(**config)
     with pytest.raises(error, match=message):
         engine.submit(P[0], params(), mask=mask)
@@ -240,7 +240,7 @@ def test_process_logits_sees_each_row_with_its_text_and_its_arguments(drafts):
     policies = dict(process_logits=toward) | (dict(drafter=PromptLookup(3)) if drafts else {})
     fn = every_token if drafts else model
     engine = make_engine(fn=fn, policies=policies, logits_args=2, num_pages=128, decode_steps=3)
-    meant = [(0.0, 0), (4.0, 3), (2.0, 0), (-3.0, 5)]
+    meant = [(0.0, 0.0), (4.0, 3.0), (2.0, 0.0), (-3.0, 5.0)]
     asked = [(), *meant[1:]]
     ids = [engine.submit(P[i], params(logits_args=a, logprobs=0)) for i, a in enumerate(asked)]
     events, visits = [], 0
@@ -249,7 +249,7 @@ def test_process_logits_sees_each_row_with_its_text_and_its_arguments(drafts):
         visits += 1
         if visits % 2 == 0:
             preempt(engine)
-    want = [toward_one(P[i], force, place) for i, (force, place) in enumerate(meant)]
+    want = [toward_one(P[i], force, int(place)) for i, (force, place) in enumerate(meant)]
     got = texts(events)
     assert [got[i, 0] for i in ids] == want
     event = next(e for e in events if e.request_id == ids[1] and e.index == 0)
@@ -277,6 +277,13 @@ def test_what_a_request_asks_for_comes_behind_process_logits():
     assert {t % 4 for t in done[1].tokens} == {3}
 
 
+class Unhashable:
+    __hash__ = None
+
+    def __call__(self, logits, rows):
+        return logits
+
+
 @pytest.mark.parametrize(
     "process, error, message",
     [
@@ -284,10 +291,10 @@ def test_what_a_request_asks_for_comes_behind_process_logits():
         (lambda logits, rows: None, TypeError, "got NoneType"),
         (lambda logits, rows: logits.astype(int), TypeError, "got int32"),
         (5, TypeError, "process_logits must be a function"),
-        ([].append, TypeError, "hashable"),
+        (Unhashable(), TypeError, "hashable"),
     ],
 )
-def test_a_slip_in_process_logits_is_named(process, error, message):
+def test_a_slip_in_process_logits_is_named(unchecked, process, error, message):
     with pytest.raises(error, match=message):
         make_engine(policies=dict(process_logits=process)).generate([P[0]])
 
@@ -304,7 +311,7 @@ def test_arguments_that_are_no_numbers_are_refused(unchecked, value, error):
 def test_more_arguments_than_the_engine_has_room_for_are_refused_at_submit():
     engine = make_engine(logits_args=1)
     with pytest.raises(ValueError, match="logits_args has 2 numbers.*logits_args is 1"):
-        engine.submit(P[0], params(logits_args=(1, 2)))
+        engine.submit(P[0], params(logits_args=(1.0, 2.0)))
 
 
 def test_after_warmup_masks_and_arguments_compile_nothing():
@@ -312,6 +319,8 @@ def test_after_warmup_masks_and_arguments_compile_nothing():
     engine.warmup()
     before = engine.stats.programs
     for i in range(4):
-        engine.submit(P[i], params(logits_args=(1, i)), mask=Residues if i % 2 else None, n=2)
+        engine.submit(
+            P[i], params(logits_args=(1.0, float(i))), mask=Residues if i % 2 else None, n=2
+        )
     drain(engine)
     assert engine.stats.programs == before
