@@ -221,7 +221,7 @@ def toward(logits, rows):
     force, residue = rows.args[:, :1], rows.args[:, 1:]
     token = jnp.arange(logits.shape[1])
     newest = jnp.take_along_axis(rows.tokens, jnp.maximum(rows.length - 1, 0)[:, None], axis=1)
-    out = logits + jnp.where(token % 7 == residue, force, 0)
+    out = logits + jnp.where(token % 7 == residue.astype(jnp.int32), force, 0)
     return out + jnp.where(token == newest, force / 2, 0)
 
 
