@@ -92,6 +92,11 @@ class Prefill(NamedTuple):
     samples: tuple[Sample, ...]
     scored: bool = False
 
+    @property
+    def shared(self) -> Prefill:
+        """What is the same in every process."""
+        return self._replace(samples=())
+
 
 class Decode(NamedTuple):
     """Up to k steps of some rows.
@@ -116,6 +121,11 @@ class Decode(NamedTuple):
     samples: tuple[Sample, ...]
     masks: tuple[tuple[int, np.ndarray], ...] = ()
     scored: tuple[tuple[Scores, int], ...] = ()
+
+    @property
+    def shared(self) -> Decode:
+        """What is the same in every process."""
+        return self._replace(samples=(), scored=())
 
     def only(self, rows: list[int]) -> Decode:
         """That of some of its rows."""

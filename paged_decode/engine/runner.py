@@ -383,7 +383,7 @@ class DeviceRunner:
 
     def _checked(self, plan: Prefill | Decode) -> None:
         if self._check is not None:
-            self._check(plan._replace(samples=()))  # which are this process's own
+            self._check(plan.shared)
 
     def _told(self, enter: Sequence[Enter], tables: Sequence[TableDelta]) -> list[tuple[Any, Any]]:
         """What the device is to know of rows and tables; nothing, if nothing changed."""

@@ -9,6 +9,7 @@ import pytest
 from paged_decode import PromptLookup, SamplingParams
 from paged_decode.engine.masks import Constraint
 from paged_decode.engine.requests import gather
+from paged_decode.replicas import ReplicaCheck
 
 from ..tiny import VOCAB, dense_logits, every_token, make_engine, model, preempt, prompts
 
@@ -59,6 +60,8 @@ def texts(events) -> dict[tuple[int, int], tuple[int, ...]]:
 
 
 def masked_engine(**config):
+    policies = dict(check=ReplicaCheck()) | config.pop("policies", {})
+    config["policies"] = policies
     return make_engine(**dict(token_masks=True, vocab_size=VOCAB, num_pages=128) | config)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from paged_decode import PromptLookup, SamplingParams
+from paged_decode.replicas import ReplicaCheck
 
 from ..tiny import PARAMS, VOCAB, dense_logits, every_token, make_engine, model, preempt, prompts
 from .test_engine_groups import WINDOWS, layout
@@ -42,6 +43,7 @@ def check(found, prompt: list[int], top: int = TOP, weights=PARAMS) -> None:
 def scoring(**options):
     drafts = options.pop("drafts", False)
     policies = dict(drafter=PromptLookup(2)) if drafts else dict(score=every_token)
+    policies["check"] = ReplicaCheck()
     config = dict(score_chunk=4, top_logits=TOP, num_pages=128, decode_steps=2) | options
     return make_engine(fn=every_token if drafts else model, policies=policies, **config)
 
