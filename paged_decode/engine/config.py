@@ -23,6 +23,7 @@ _LEAST = dict(
     score_chunk=0,
     vocab_size=1,
     max_preemptions=0,
+    priority_ageing=1,
 )
 _OPTIONAL = ("prefill_tokens", "max_sequence_tokens", "vocab_size")  # may be None
 
@@ -60,6 +61,9 @@ class EngineConfig:
       vocab_size: prompts with ids from here on are refused; None: not checked.
       max_preemptions: how often a sample may lose its pages; after that it waits until all that
         it can grow to is free, and keeps them.
+      priority_ageing: how many requests later one may come for each priority that it is above
+        another, and be admitted before it: a request of priority p overtakes one of q < p if it is
+        fewer than `priority_ageing * (p - q)` requests behind. So nobody waits for ever.
       collect_at_once: wait for every visit before the host goes on. Plans, tokens and events are
         the same; it shows what the waiting costs, and in which visit a program failed.
     """
@@ -80,6 +84,7 @@ class EngineConfig:
     stop_tokens: tuple[int, ...] = ()
     vocab_size: int | None = None
     max_preemptions: int = 8
+    priority_ageing: int = 64
     collect_at_once: bool = False
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..allocator import HeldPages, PageCopies, Prepared
 from ..allocator.merging import in_groups
+from ..errors import OutOfPages
 from .records import Decode, Enter, TableDelta
 from .requests import Sample
 from .room import Allocator
@@ -87,6 +88,14 @@ class Growth(NamedTuple):
         prepared = allocator.prepare(handles, lengths - 1 + budgets)
         slots = np.array([slot_of(sample) for sample in rows], np.int64)
         return cls(rows, slots, lengths, budgets, Taken.of(slots, prepared))
+
+    @classmethod
+    def tried(cls, rows: list[Sample], steps: int, allocator: Allocator) -> Growth | OutOfPages:
+        """The same, or what is lacking."""
+        try:
+            return cls.of(rows, steps, allocator)
+        except OutOfPages as error:
+            return error
 
     @classmethod
     def total(cls, parts: Sequence[Growth], groups: int) -> Growth:

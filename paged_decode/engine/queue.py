@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import itertools
 import operator
-from bisect import insort
-from collections.abc import Iterable, Iterator
-from operator import attrgetter
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
 
-from .requests import Sample
+from .requests import MOST_PLACES, Sample
 
 __all__ = ["WaitingQueue"]
 
-_by_place = attrgetter("place")
-
 
 class WaitingQueue:
-    """Samples by their place; a new one goes to the end, one that was preempted to the front.
+    """Samples by their turn: `place - ageing * priority`, then place, sample and request.
 
-    One whose prefix is being computed by another is set aside until then, and has its place again
+    The place is that of arrival, which counts requests, and a sample keeps it whatever becomes of
+    it: who comes back was here before all who have yet to begin. So the turn of two samples never
+    changes, and a sample is overtaken only by requests of higher priority that came less than
+    `ageing` times the difference later: nobody starves.
+
+    One whose prefix is being computed by another is set aside until then, and has its turn again
     afterwards.
     """
 
-    def __init__(self, page_size: int) -> None:
+    def __init__(self, page_size: int, ageing: int) -> None:
+        self._ageing = ageing
         self._ready: list[Sample] = []
         self._prefixes = _PrefixesInFlight(page_size)
-        self._last, self._first = itertools.count(1), itertools.count(0, -1)
+        self._next = 0  # the place of who comes next
         self._blocked: tuple[Sample | None, tuple[int, ...], int] = (None, (), 0)
 
     def __len__(self) -> int:
@@ -33,32 +35,42 @@ class WaitingQueue:
 
     def __iter__(self) -> Iterator[Sample]:
         """In order."""
-        return iter(sorted((*self._ready, *self._prefixes), key=_by_place))
+        return iter(sorted((*self._ready, *self._prefixes), key=self._turn))
+
+    def _turn(self, sample: Sample) -> tuple[int, int, int, int]:
+        place = sample.place
+        return place - self._ageing * sample.priority, place, sample.index, sample.request_id
 
     @property
     def head(self) -> Sample | None:
         """Whose turn it is."""
         return self._ready[0] if self._ready else None
 
-    def add(self, samples: Iterable[Sample]) -> None:
-        """Samples that are new, in this order."""
-        for sample in samples:
-            sample.place = next(self._last)
-            self.put(sample)
+    def welcome(self, firsts: Sequence[Sample]) -> None:
+        """Give samples that have just come their places, and their siblings with them.
 
-    def put_front(self, sample: Sample) -> None:
-        """A sample that comes before all others."""
-        sample.place = next(self._first)
-        self.put(sample)
+        Those of another engine keep their places among each other; where they have none, or too
+        large ones, they came in this order.
+        """
+        places = [sample.place for sample in firsts]
+        if not any(places) or self._next + max(places) > MOST_PLACES:
+            order = sorted(range(len(places)), key=places.__getitem__)
+            for place, at in enumerate(order):
+                places[at] = place
+        first, self._next = self._next, self._next + max(places, default=-1) + 1
+        for sample, place in zip(firsts, places, strict=True):
+            for each in (sample, *sample.siblings):
+                each.place = first + place
 
     def put(self, sample: Sample) -> None:
-        """A sample at the place that it has."""
-        insort(self._ready, sample, key=_by_place)
+        """A sample that has a place waits."""
+        insort(self._ready, sample, key=self._turn)
 
     def take(self, sample: Sample) -> None:
         """It waits no longer, if it did."""
-        if sample in self._ready:
-            self._ready.remove(sample)
+        at = bisect_left(self._ready, self._turn(sample), key=self._turn)
+        if at < len(self._ready) and self._ready[at] is sample:
+            del self._ready[at]
         else:
             self._prefixes.forget(sample)
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, SupportsIndex, TypedDict, overload
 import numpy as np
 
 from ..allocator import PromptKey
-from ..allocator.arguments import Ints, as_count, as_int, as_prompt
+from ..allocator.arguments import Ints, as_count, as_prompt
 from ..allocator.prefix import salt_key
 from ..errors import SequenceTooLong
 from .config import EngineConfig
@@ -36,6 +36,8 @@ __all__ = [
 ]
 
 MAX_SAMPLES = 2**16  # of one request: each keeps a copy of the prompt on the host
+MOST_PRIORITY = 2**31 - 1
+MOST_PLACES = 2**52  # half of what a snapshot holds: no engine counts through the other half
 _UNLIMITED = 2**62
 
 
@@ -157,11 +159,12 @@ class RequestOptions(TypedDict, total=False):
     Attributes:
       n: how many samples, at most 2**16. Sample i uses seed + i; they share the prompt's pages.
       cache_salt: requests of different salts never share pages.
-      priority: for policies, such as `LowestPriority`; no snapshot keeps it.
       mask: makes a `TokenMask` for every sample, such as that of a grammar: before each token the
         host is asked which ones may come, so the request gets one token a visit. Called again for a
         fork, or where a text must be read anew. What the mask raises ends its sample with reason
         "mask_failed". No snapshot keeps it: `restore` takes it again.
+      priority: who is admitted first, as `EngineConfig.priority_ageing` says; and for policies,
+        such as `LowestPriority`. From -2**31 to 2**31 - 1, more is sooner.
     """
 
     n: SupportsIndex
@@ -205,7 +208,7 @@ class Sample:
       siblings: further samples of the prompt, forked when it is in the cache.
       handle: its pages; None while it has none.
       computed: tokens whose keys and values are in the cache, or will be by programs launched.
-      place: its turn among those that wait, the lowest first.
+      priority, place: when it came, and how much sooner its turn is, as `WaitingQueue` says.
       slot: its row on the device from admission to its last visit; None without one.
       in_flight: tokens that visits were launched for and that are not read yet.
       asked: whether the admission policy was asked for it and its siblings.
@@ -342,7 +345,8 @@ def new_request(
     """
     sampling, tokens = check_sampling(sampling, config), prompt_ids(prompt, config.vocab_size)
     salt_key(cache_salt)  # refuses a bad one now
-    n, priority = as_count("n", n, 1, MAX_SAMPLES), as_int("priority", priority)
+    n = as_count("n", n, 1, MAX_SAMPLES)
+    priority = as_count("priority", priority, -MOST_PRIORITY - 1, MOST_PRIORITY)
     if len(tokens) + 1 > limit:
         raise SequenceTooLong(
             f"a prompt of {len(tokens)} tokens and one generated token need {len(tokens) + 1} "

@@ -80,7 +80,7 @@ class Scheduler:
         self.on_admitted: Callable[[Sample], object] | None = None
         self._journal = Journal(outcomes)
         self.living = self._journal.living
-        self.waiting = WaitingQueue(allocator.page_size)
+        self.waiting = WaitingQueue(allocator.page_size, config.priority_ageing)
         self._visits = itertools.count()
         self._opening: frozenset[Any] | None = None  # live handles before one more is opened
         self._clear()
@@ -112,10 +112,10 @@ class Scheduler:
             return  # an interrupt came after the first time
         for sample in (first, *first.siblings):
             sample.bound(self.limit)
+        first.place = 0
+        self.waiting.welcome([first])
         self.living[first.request_id] = [first, *first.siblings]
-        self.waiting.add([first])
-        for sibling in first.siblings:
-            sibling.place = first.place
+        self.waiting.put(first)
 
     def cancel(self, request_id: int) -> None:
         """End what has not ended of a request; pages that programs still use are safe by order."""
@@ -132,7 +132,7 @@ class Scheduler:
         shard, length = self.room.shard_of(parent), len(child.tokens)
         here = self._seats.on(shard)
         if self.room.protected(child) and not self.room.has_fork(child, here, shard):
-            self.waiting.put_front(child)
+            self.waiting.put(child)
             return ()
         self._fork(child, parent)
         self.allocator.truncate(child.handle, length - 1)
@@ -142,7 +142,7 @@ class Scheduler:
         except OutOfPages:
             self._leaving.append(child.handle)
             child.handle, child.computed = None, 0
-            self.waiting.put_front(child)
+            self.waiting.put(child)
             self.release()
             return ()
         self._seat(child, [])
@@ -172,7 +172,7 @@ class Scheduler:
         self._opening = None
         self._clear()
         self.waiting.clear()
-        for sample in sorted(samples, key=lambda s: s.place):
+        for sample in samples:
             sample.handle, sample.slot, sample.computed, sample.in_flight = None, None, 0, 0
             sample.siblings = []
             if sample.scores is not None and not sample.generated:
@@ -244,15 +244,16 @@ class Scheduler:
         Args:
           running: those that had a row, in order of admission. They get one as far as there are
             any and `may_run` says so; the others wait as if they had been preempted.
-          waiting: those that had none, in order.
+          waiting: those that had none, in order. Of both, `place` says who came there when, if
+            it is not 0 of all; here they come behind those that are here.
           may_run: whether a sample has pages, and may compute them.
         """
+        self.waiting.welcome([*running, *waiting])
         for sample in (*running, *waiting):
             for each in (sample, *sample.siblings):
                 each.bound(self.limit)
                 self.living.setdefault(each.request_id, []).append(each)
-        self.waiting.add(waiting)
-        late = []
+        late = list(waiting)
         for sample in running:
             if may_run(sample) and not self._seats.full:
                 private = self.allocator.sequence(sample.handle).private
@@ -261,9 +262,9 @@ class Scheduler:
                 late.append(sample)
         for sample in [s for s in running if s.decoding and s.slot is not None]:
             self._fork_siblings(sample)
-        for sample in reversed(late):
+        for sample in late:
             if sample.handle is None:
-                self.waiting.put_front(sample)
+                self.waiting.put(sample)
             else:
                 self.ending.append(sample)
                 self.preempt(sample)
@@ -296,8 +297,8 @@ class Scheduler:
             here = self._seats.on(shard)
             fits = sample.asked or self.room.has_fork(sibling, here, shard, forked=position)
             if self._seats.full or not fits:
-                for other in reversed(siblings[position:]):
-                    self.waiting.put_front(other)
+                for other in siblings[position:]:
+                    self.waiting.put(other)
                 return
             self._fork(sibling, sample)
             self._seat(sibling, [])
@@ -368,7 +369,7 @@ class Scheduler:
             masks = self._masks()
         if not (rows := growing(self.running)):
             return None
-        grown = self._grow(rows, self.config.decode_steps)
+        grown = Growth.tried(rows, self.config.decode_steps, self.allocator)
         if isinstance(grown, OutOfPages):
             if self.flights:
                 raise NeedsTruth
@@ -405,19 +406,13 @@ class Scheduler:
             self.ending += over
             self._seats.leave(over)
 
-    def _grow(self, rows: list[Sample], steps: int) -> Growth | OutOfPages:
-        """Pages for so many steps of each row, as far as it may go; all of them or none."""
-        try:
-            return Growth.of(rows, steps, self.allocator)
-        except OutOfPages as error:
-            return error
-
     def _squeeze(self, shard: int) -> Growth | None:
         """The same for one shard that may be short: fewer steps, then fewer rows."""
         while rows := growing(self._seats.on(shard)):
             steps = self.config.decode_steps
-            while isinstance(grown := self._grow(rows, steps), OutOfPages) and steps > 1:
-                steps //= 2
+            while isinstance(grown := Growth.tried(rows, steps, self.allocator), OutOfPages):
+                if (steps := steps // 2) == 0:
+                    break
             if isinstance(grown, Growth):
                 return grown
             if not self._make_way(shard, grown):
@@ -451,7 +446,7 @@ class Scheduler:
         return bool(free)
 
     def preempt(self, sample: Sample) -> None:
-        """Take a sample's pages; it waits at the front, and comes back with its tokens."""
+        """Take a sample's pages; it waits where it was, and comes back with its tokens."""
         if self.swapping is not None and sample.computed and self.room.swaps(sample):
             stored = self.swapping.store(sample.handle)
             self.stats.swaps += stored > 0
@@ -459,7 +454,7 @@ class Scheduler:
         self._leave(sample)
         sample.preemptions += 1
         self.stats.preemptions += 1
-        self.waiting.put_front(sample)
+        self.waiting.put(sample)
         self.release()
 
     # ---- what came out

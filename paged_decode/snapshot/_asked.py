@@ -13,21 +13,28 @@ from .._text import shown
 from ..engine.params import MAX_STOP_TOKENS, SamplingParams
 from ..errors import SnapshotCorrupt
 
-__all__ = ["pack_asked", "require_one_form", "unpack_asked"]
+__all__ = ["OWN", "pack_asked", "require_one_form", "unpack_asked"]
 
 _DEFAULTS = {field.name: field.default for field in fields(SamplingParams)}
+OWN = {"place": 0, "priority": 0}
+"""What a sample has beside `SamplingParams`, and its defaults."""
+
 _LONGEST_NAME = max(map(len, _DEFAULTS))
 
 
-def pack_asked(params: SamplingParams) -> bytes:
-    """What is not at its default; no bytes if all of it is."""
-    found = {name: value for name in _KINDS if (value := _asked(params, name)) is not None}
+def pack_asked(params: SamplingParams, own: Mapping[str, Any] = OWN) -> bytes:
+    """What is not at its default; no bytes if all of it is. `own` has what is in `OWN`."""
+    found = {name: value for name, value in own.items() if value != OWN[name]}
+    found |= {name: value for name in _KINDS if (value := _asked(params, name)) is not None}
+    found = dict(sorted(found.items()))
     packed: Any = msgpack.packb(found)
     return packed if found else b""
 
 
 def _asked(params: SamplingParams, name: str) -> Any:
-    """As it is written; None at the default, and where the columns hold it."""
+    """As it is written; None at the default, and where the columns hold it, or the sample."""
+    if name in OWN:
+        return None
     value = getattr(params, name)
     if value == _DEFAULTS[name] or (name == "stop_tokens" and len(value) <= MAX_STOP_TOKENS):
         return None
@@ -37,7 +44,8 @@ def _asked(params: SamplingParams, name: str) -> Any:
 
 
 def unpack_asked(request: int, data: bytes) -> dict[str, Any]:
-    """What was written, with every type checked; the values are for `SamplingParams` to judge.
+    """What was written, with every type checked; the values are for `SamplingParams` to judge,
+    and for whoever reads those of `OWN`.
 
     Raises:
       SnapshotCorrupt: it is no map of that kind, or not in its shortest form.
@@ -158,7 +166,9 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "logprobs": ("an integer", _is(int)),
     "min_new_tokens": ("an integer", _is(int)),
     "min_p": ("a float", _is(float)),
+    "place": ("an integer", _is(int)),
     "presence_penalty": ("a float", _is(float)),
+    "priority": ("an integer", _is(int)),
     "repetition_penalty": ("a float", _is(float)),
     "stop_sequences": ("a list of lists of integers", _is_runs),
     "stop_tokens": ("a list of integers", _is_ids),

@@ -11,9 +11,9 @@ import numpy as np
 from ..allocator import AllocatorState
 from ..allocator.prefix import salt_key, salt_of
 from ..engine.params import MAX_STOP_TOKENS, SamplingParams
-from ..engine.requests import Sample, TokenEvent
+from ..engine.requests import MOST_PRIORITY, Sample, TokenEvent
 from ..errors import SnapshotCorrupt
-from ._asked import pack_asked, require_one_form, unpack_asked
+from ._asked import OWN, pack_asked, require_one_form, unpack_asked
 from ._format import ASKED_LENGTH
 from ._state import pack_bytes, require_split, typed, unpack_bytes
 
@@ -137,10 +137,19 @@ def engine_arrays(state: EngineState) -> dict[str, np.ndarray]:
         "engine/salt_bytes": salt_bytes,
     }
     arrays = typed(columns | _event_columns(state.events), ENGINE)
-    asked = tuple(map(pack_asked, params))
+    asked = tuple(map(pack_asked, params, _own(samples)))
     if any(asked) or any(p.is_new for p in state.events):
         arrays |= typed(_asked_columns(asked, state.events), ASKED)
     return arrays
+
+
+def _own(samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
+    """What samples have beside their parameters. Places count from the first one's, and matter
+    where some priority does."""
+    ordered = any(s.priority for s in samples)
+    first = min((s.place for s in samples), default=0)
+    for sample in samples:
+        yield {"place": sample.place - first if ordered else 0, "priority": sample.priority}
 
 
 def _asked_columns(asked: tuple[bytes, ...], pending: Sequence[PendingEvent]) -> dict[str, Any]:
@@ -218,6 +227,7 @@ def engine_from(arrays: Mapping[str, np.ndarray], pages: AllocatorState) -> Engi
         0 <= next_id <= MAX_ID and all(0 <= i < next_id for i in ids),
         "a request id is not below next_id, or that is above 2**53",
     )
+    _require_places(samples)
     names = {(s.request_id, s.index) for s in samples}
     _require(len(names) == count, "a sample of a request is there twice")
     firsts = _link_siblings(samples, columns["sibling_of"].tolist())
@@ -251,7 +261,10 @@ def _samples(columns: Mapping[str, np.ndarray]) -> Iterator[Sample]:
     begins = lengths.cumsum() - lengths
     for row, salt in enumerate(salts):
         tokens = columns["tokens"][begins[row] : begins[row] + lengths[row]].tolist()
-        params = _params(columns, row, asked[row])
+        more = unpack_asked(row, asked[row])
+        own = {name: more.pop(name) for name in OWN if name in more}
+        _require_own(row, own)
+        params = _params(columns, row, more)
         sample = Sample(
             int(columns["request"][row]),
             int(columns["sample"][row]),
@@ -260,16 +273,36 @@ def _samples(columns: Mapping[str, np.ndarray]) -> Iterator[Sample]:
             params,
             _salt_of(salt),
             preemptions=int(columns["preemptions"][row]),
+            **own,
         )
         _require(sample.left >= 1, f"request {sample.request_id} has ended already")
         yield sample
 
 
-def _params(columns: Mapping[str, np.ndarray], row: int, more: bytes) -> SamplingParams:
+def _require_own(row: int, own: Mapping[str, Any]) -> None:
+    title = f"what request {row} asks for"
+    for name, value in own.items():
+        _require(value != OWN[name], f"{title}: {name} is at its default")
+    _require(0 <= own.get("place", 0) <= MAX_ID, f"{title}: place is not from 1 to 2**53")
+    _require(
+        -MOST_PRIORITY - 1 <= own.get("priority", 0) <= MOST_PRIORITY,
+        f"{title}: priority is not from -2**31 to 2**31 - 1",
+    )
+
+
+def _require_places(samples: Sequence[Sample]) -> None:
+    places = [s.place for s in samples]
+    _require(not any(places) or any(s.priority for s in samples), "places, but no priorities")
+    _require(min(places, default=0) == 0, "places do not begin with 0")
+
+
+def _params(
+    columns: Mapping[str, np.ndarray], row: int, asked: Mapping[str, Any]
+) -> SamplingParams:
     stops = columns["stop_tokens"][row]
     used = int((stops >= 0).sum())
     _require((stops[:used] >= 0).all() and (stops[used:] == -1).all(), "stop tokens have a hole")
-    first, asked = tuple(stops[:used].tolist()), unpack_asked(row, more)
+    first = tuple(stops[:used].tolist())
     fields: dict[str, Any] = {
         "max_new_tokens": int(columns["max_new_tokens"][row]),
         "temperature": float(columns["temperature"][row]),
@@ -384,7 +417,8 @@ def _link_siblings(samples: list[Sample], sibling_of: list[int]) -> list[Sample]
             first.request_id == sibling.request_id
             and first.prompt_len == len(first.tokens) == sibling.prompt_len
             and first.tokens == sibling.tokens
-            and first.cache_salt == sibling.cache_salt,
+            and first.cache_salt == sibling.cache_salt
+            and (first.priority, first.place) == (sibling.priority, sibling.place),
             "a sibling is no further sample of the prompt that it waits for",
         )
         first.siblings.append(sibling)

@@ -67,6 +67,7 @@ DEFAULTS = {
     "repetition_penalty": 1.0,
     "stop_sequences": [],
 }
+OWN = {"place": 0, "priority": 0}
 REASONS = [None, "stop", "length", "capacity", "cancelled", "invalid_logits", "no_allowed_token"]
 
 
@@ -132,20 +133,37 @@ def split(lengths: np.ndarray, values: np.ndarray) -> list[np.ndarray]:
     return [values[end - n : end] for end, n in zip(ends, lengths, strict=True)]
 
 
+def asked_of(arrays: dict[str, np.ndarray]) -> list[dict]:
+    """The map of every sample."""
+    count = len(arrays["engine/request"])
+    none = {"asked_length": np.zeros(count, np.int64), "asked_bytes": np.zeros(0, np.uint8)}
+    asked = split(*(arrays.get(f"engine/{name}", array) for name, array in none.items()))
+    maps = [msgpack.unpackb(each.tobytes()) if len(each) else {} for each in asked]
+    assert all(sorted(each) == list(each) for each in maps)
+    return maps
+
+
+def beside(path: Path) -> list[dict]:
+    """What every sample has beside its parameters."""
+    maps = asked_of(read(path)[1])
+    found = [OWN | {n: v for n, v in each.items() if n in OWN} for each in maps]
+    assert any(own["priority"] for own in found) or not any(own["place"] for own in found)
+    assert min((own["place"] for own in found), default=0) == 0
+    return found
+
+
 def requests(path: Path) -> list[tuple[int, int, list[int], dict]]:
     """Request, sample, tokens and parameters of every sample."""
     _, arrays, _ = read(path)
     own = {n.removeprefix("engine/"): a for n, a in arrays.items() if n.startswith("engine/")}
-    count = len(own["request"])
-    none = {"asked_length": np.zeros(count, np.int64), "asked_bytes": np.zeros(0, np.uint8)}
-    asked = split(*(own.get(name, array) for name, array in none.items()))
+    count, asked = len(own["request"]), asked_of(arrays)
     tokens, out = split(own["length"], own["tokens"]), []
     for row in range(count):
         names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
         params = DEFAULTS | {name: own[name][row].item() for name in names}
         params["stop_tokens"] = [t for t in own["stop_tokens"][row].tolist() if t >= 0]
-        more = msgpack.unpackb(asked[row].tobytes()) if len(asked[row]) else {}
-        assert sorted(more) == list(more) and more.keys() <= params.keys()
+        more = {n: v for n, v in asked[row].items() if n not in OWN}
+        assert more.keys() <= params.keys()
         assert more.get("stop_tokens", params["stop_tokens"])[:8] == params["stop_tokens"]
         params |= more
         out.append((own["request"][row], own["sample"][row], tokens[row].tolist(), params))

@@ -1,0 +1,143 @@
+"""Priorities and places of arrival in a snapshot, and files that contradict themselves there."""
+
+from __future__ import annotations
+
+import msgpack
+import numpy as np
+import pytest
+
+from paged_decode import SamplingParams, SnapshotCorrupt, inspect_snapshot, verify_snapshot
+
+from ..tiny import make_engine
+from . import independent_reader
+from .forge import build
+
+PARAMS = SamplingParams(max_new_tokens=6)
+
+
+def waiting(*priorities: int, n: int = 1, **config):
+    engine = make_engine(**config)
+    for at, priority in enumerate(priorities):
+        engine.submit([at + 1, 2, 3], PARAMS, priority=priority, n=n)
+    return engine
+
+
+def order(engine) -> list[int]:
+    return [s.request_id for s in engine.scheduler.waiting]
+
+
+def own(engine) -> list[tuple[int, int]]:
+    return [(s.priority, s.place) for s in engine.scheduler.waiting]
+
+
+def test_priorities_and_places_come_back_and_are_written_as_the_same_bytes(tmp_path):
+    engine = waiting(0, 2, -1, 1)
+    engine.save(tmp_path / "s")
+    assert (tmp_path / "s").read_bytes()[8] == 4
+    other = make_engine()
+    other.restore(tmp_path / "s")
+    assert order(other) == order(engine) == [1, 3, 0, 2]
+    assert own(other) == own(engine) == [(2, 1), (1, 3), (0, 0), (-1, 2)]
+    other.save(tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "s").read_bytes()
+    found = [
+        (each["priority"], each["place"]) for each in independent_reader.beside(tmp_path / "s")
+    ]
+    assert found == own(engine)
+
+
+def test_without_priorities_a_file_is_what_it_was(tmp_path):
+    waiting(0, 0, 0).save(tmp_path / "s")
+    assert (tmp_path / "s").read_bytes()[8] == 1
+
+
+def test_the_restored_come_behind_those_that_are_here_as_far_apart_as_there(tmp_path):
+    engine = waiting(0, 0, 0, 1, priority_ageing=2)
+    engine.save(tmp_path / "s", requests=[1, 3])
+    other = waiting(0, 0, 1)
+    ids = other.restore(tmp_path / "s")
+    assert own(other) == [(1, 2), (1, 5), (0, 0), (0, 1), (0, 3)]
+    assert order(other) == [2, ids[3], 0, 1, ids[1]]
+    other = waiting(priority_ageing=1)
+    ids = other.restore(tmp_path / "s")  # its own ageing says who comes first
+    assert order(other) == [ids[1], ids[3]]
+
+
+def test_samples_that_run_wait_in_their_order_where_there_is_no_row(tmp_path):
+    """Running ones, siblings and waiting ones, into an engine with one row."""
+    engine = waiting(0, 1, 0, n=2)
+    engine.step()
+    engine.save(tmp_path / "s")
+    other = make_engine(max_rows=1, row_buckets=(1,))
+    other.restore(tmp_path / "s")
+    places = {(s.request_id, s.index): (s.priority, s.place) for s in other.scheduler.waiting}
+    places |= {(s.request_id, s.index): (s.priority, s.place) for s in other.scheduler.running}
+    assert places.items() <= {(r, i): ((0, 1, 0)[r], r) for r in range(3) for i in (0, 1)}.items()
+    tokens = [(e.request_id, e.sample, e.token) for e in other.stream()]
+    again = make_engine()
+    again.restore(tmp_path / "s")
+    assert sorted(tokens) == sorted((e.request_id, e.sample, e.token) for e in again.stream())
+    assert other.allocator.num_used == again.allocator.num_used == 0
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sound") / "s"
+    waiting(3, 0, n=2).save(path)
+    fields, arrays, _ = independent_reader.read(path)
+    assert build(fields, arrays) == path.read_bytes()
+    return fields, arrays
+
+
+def beside(arrays, maps) -> dict:
+    parts = [msgpack.packb(each) if each else b"" for each in maps]
+    return arrays | {
+        "engine/asked_length": np.array([len(each) for each in parts], np.int64),
+        "engine/asked_bytes": np.frombuffer(b"".join(parts), np.uint8),
+    }
+
+
+FIRST, SECOND = {"priority": 3}, {"place": 1}
+WRONG = {
+    "place 0": ([FIRST, FIRST, {"place": 0}, SECOND], "place is at its default"),
+    "priority 0": ([FIRST, FIRST, SECOND, SECOND | {"priority": 0}], "priority is at its default"),
+    "place -1": ([FIRST, FIRST, {"place": -1}, SECOND], "place is not from 1"),
+    "place 2^53 + 1": ([FIRST, FIRST, SECOND, {"place": 2**53 + 1}], "place is not from 1"),
+    "priority 2^31": ([{"priority": 2**31}, *[SECOND] * 3], "priority is not from -2"),
+    "priority 2^63": ([{"priority": 2**63}, *[SECOND] * 3], "priority is not from -2"),
+    "priority -2^31-1": ([{"priority": -(2**31) - 1}, *[SECOND] * 3], "priority is not from"),
+    "place 1.0": ([FIRST, FIRST, SECOND, {"place": 1.0}], "place is not an integer but"),
+    "priority true": ([{"priority": True}, *[SECOND] * 3], "priority is not an integer but"),
+    "places alone": ([{}, {}, SECOND, SECOND], "places, but no priorities"),
+    "no first": ([{"place": 1, "priority": 3}] * 2 + [SECOND] * 2, "do not begin with 0"),
+    "another sibling": ([FIRST, {"priority": 4}, SECOND, SECOND], "no further sample of the"),
+    "a late sibling": ([FIRST, FIRST, SECOND, {"place": 2}], "no further sample of the"),
+    "nothing": ([{}] * 4, "nothing in it needs that"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_an_order_that_nobody_can_have_is_refused(tmp_path, sample, name):
+    fields, arrays = sample
+    maps, text = WRONG[name]
+    path = tmp_path / "hostile"
+    path.write_bytes(build(fields, beside(arrays, maps)))
+    for read in (inspect_snapshot, verify_snapshot):
+        with pytest.raises(SnapshotCorrupt, match=text):
+            read(path)
+
+
+@pytest.mark.parametrize("place", [1, 2**52, 2**53])
+def test_the_largest_places_can_be_restored_and_saved_again(tmp_path, sample, place):
+    fields, arrays = sample
+    path = tmp_path / "far"
+    path.write_bytes(
+        build(fields, beside(arrays, [FIRST, FIRST, {"place": place}, {"place": place}]))
+    )
+    engine = make_engine()
+    for _ in range(3):
+        engine.restore(path)
+    engine.save(tmp_path / "again")
+    other = make_engine()
+    other.restore(tmp_path / "again")
+    assert order(other) == order(engine)
