@@ -21,7 +21,7 @@ from .allocator import BlockAllocator, PageState, ShardedAllocator
 from .cache import KVCache
 from .engine import Engine
 from .engine.records import Prefill
-from .engine.scheduler import NeedsTruth
+from .engine.scheduler import NeedsTruth, Scheduler
 from .errors import OutOfPages
 from .tiers import CopyFailed, CopyPending, PageMover
 
@@ -135,11 +135,19 @@ class Faults:
         if forced and engine.loop.in_flight:
             raise NeedsTruth
         self._counts["visit"] += 1
-        if forced and engine.scheduler.force_preemption():
+        if forced and _force_preemption(engine.scheduler):
             self.log.append(("preemption", number))
         if plan.poison:
             runner = engine.runner
             runner.cache = poison_free_pages(runner.cache, engine.allocator)
+
+
+def _force_preemption(scheduler: Scheduler) -> bool:
+    """Preempt whom the policy names, if there is one that may be; all visits are booked."""
+    free = [s for s in scheduler.running if not scheduler.room.protected(s)]
+    if free:
+        scheduler.preempt(scheduler.room.victim(free))
+    return bool(free)
 
 
 class _FaultyPlans:

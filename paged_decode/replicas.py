@@ -23,6 +23,7 @@ class ReplicaCheck:
     The same calls give the same page ids, so allocators that are driven alike agree without
     talking. A digest of all that was checked so far proves it: every `every` calls the processes
     compare theirs before the call returns, so with `every=1` no step runs on batches that differ.
+    `max_wait` and `timeout` go by the clock of each process: let one decide, and all `cancel`.
 
     Args:
       every: calls between two comparisons. One costs an exchange of 16 bytes.

@@ -13,6 +13,7 @@ next step                                 gm        is written, and the next one
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -77,6 +78,7 @@ class Engine(Saves):
         `SamplingParams.prompt_logprobs`; with a drafter the model itself does.
       process_logits: `process_logits(logits, rows) -> logits`, which JAX traces: changes what the
         model says of the next token, before all that the request asks for (`ProcessLogits`).
+      clock: seconds that `max_wait` and `timeout` of requests are measured by; they never go back.
 
     `submit` and `cancel` are for any thread, the rest for one at a time.
 
@@ -108,6 +110,7 @@ class Engine(Saves):
         drafter: Drafter | None = None,
         process_logits: ProcessLogits | None = None,
         score: Model | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ):
         self.config = config = config or EngineConfig()
         if cache.is_deleted:
@@ -142,6 +145,7 @@ class Engine(Saves):
             Room(allocator, config, victim=victim, preemption=preemption, admission=admission),
             limit=limit,
             swapping=swapping,
+            clock=clock,
         )
         self.loop = Loop(
             self.scheduler,
@@ -215,7 +219,10 @@ class Engine(Saves):
         """
         check_callback(on_token)
         sampling, limit = sampling or SamplingParams(), self.max_sequence_tokens
-        first = new_request(prompt, sampling, config=self.config, limit=limit, **options)
+        clock = self.scheduler.limits.clock
+        first = new_request(
+            prompt, sampling, config=self.config, limit=limit, clock=clock, **options
+        )
         self.scheduler.digests_of(first)  # the sample keeps them: here, and not in a visit
         request_id = self._calls.submit(first, on_token)
         self._try(self._calls.take_in)
@@ -233,7 +240,8 @@ class Engine(Saves):
 
         Those are the tokens of events that `step` has returned or shown. All pages but the last are
         shared; where there is none for a copy of that one, the new request waits. Its
-        `max_new_tokens` counts the tokens before the fork, too; its events begin after them.
+        `max_new_tokens` counts the tokens before the fork, too; its events begin after them. It has
+        the parent's priority, and ends with the parent's timeout.
 
         Args:
           request_id: which request.
@@ -311,6 +319,8 @@ class Engine(Saves):
     def _step(self) -> None:
         with self._alone():
             self._take_calls()
+            if self.scheduler.limits.passed:
+                self.loop.change(self.scheduler.expire)
             self.loop.visit()
             self._outbox.show(self._abandon)
             self._outbox.forget_callbacks(self.scheduler.living.keys())

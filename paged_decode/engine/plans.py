@@ -105,6 +105,15 @@ class Growth(NamedTuple):
         rows, taken = chain.from_iterable(p.rows for p in parts), (p.taken for p in parts)
         return cls(list(rows), slots, lengths, budgets, Taken.total(taken, groups))
 
+    def fly(self) -> list[Sample]:
+        """Its steps are about to be launched; returns who needs no more of them."""
+        over = []
+        for sample, budget in zip(self.rows, self.budgets.tolist(), strict=True):
+            sample.in_flight += budget
+            if len(sample.tokens) + sample.in_flight == sample.goal:
+                over.append(sample)
+        return over
+
 
 def slot_of(sample: Sample) -> int:
     """The row of a sample that has one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from .requests import MOST_PLACES, Sample
 
@@ -120,13 +120,15 @@ class _PrefixesInFlight:
         self._page_size = page_size
         self._computing: dict[bytes, tuple[Sample, int]] = {}  # digest: by whom, which page
         self._digests: dict[int, list[bytes]] = {}  # id(sample): what it has put there
-        self._aside: dict[int, list[tuple[int, Sample]]] = {}  # id(sample): page, who waits
+        # id(sample): by id, for which page who waits; and id(who waits): id(sample)
+        self._aside: dict[int, dict[int, tuple[int, Sample]]] = {}
+        self._behind: dict[int, int] = {}
 
     def __iter__(self) -> Iterator[Sample]:
-        return (sample for aside in self._aside.values() for _, sample in aside)
+        return (sample for aside in self._aside.values() for _, sample in aside.values())
 
     def __len__(self) -> int:
-        return sum(map(len, self._aside.values()))
+        return len(self._behind)
 
     def begin(self, sample: Sample, digests: list[bytes]) -> None:
         """The sample is to compute its pages behind `computed`; `digests` are of all full ones."""
@@ -143,32 +145,36 @@ class _PrefixesInFlight:
         for digest in reversed(digests):
             if (found := self._computing.get(digest)) is not None:
                 other, page = found
-                self._aside.setdefault(id(other), []).append((page, sample))
+                self._aside.setdefault(id(other), {})[id(sample)] = page, sample
+                self._behind[id(sample)] = id(other)
                 return True
         return False
 
     def progress(self, sample: Sample) -> list[Sample]:
         """Who need not wait for the sample any longer, now that it has computed so much."""
         full = sample.computed // self._page_size
-        aside = self._aside.pop(id(sample), [])
-        if later := [(page, other) for page, other in aside if page >= full]:
-            self._aside[id(sample)] = later
-        return [other for page, other in aside if page < full]
+        return self._go_on(sample, lambda page: page < full)
 
     def end(self, sample: Sample) -> list[Sample]:
         """The sample computes no more of its prompt; returns who waited for it."""
         for digest in self._digests.pop(id(sample), []):
             self._computing.pop(digest, None)
-        return [other for _, other in self._aside.pop(id(sample), [])]
+        return self._go_on(sample, lambda page: True)
+
+    def _go_on(self, sample: Sample, there: Callable[[int], bool]) -> list[Sample]:
+        """Who waits for such a page of the sample, and does so no longer."""
+        found = [o for page, o in self._aside.get(id(sample), {}).values() if there(page)]
+        for other in found:
+            self.forget(other)
+        return found
 
     def forget(self, sample: Sample) -> None:
         """The sample waits no longer."""
-        for key, aside in list(self._aside.items()):
-            if left := [pair for pair in aside if pair[1] is not sample]:
-                self._aside[key] = left
-            else:
-                del self._aside[key]
+        if (other := self._behind.pop(id(sample), None)) is not None:
+            del self._aside[other][id(sample)]
+            if not self._aside[other]:
+                del self._aside[other]
 
     def clear(self) -> None:
         """Nobody computes, nobody waits."""
-        self._computing, self._digests, self._aside = {}, {}, {}
+        self._computing, self._digests, self._aside, self._behind = {}, {}, {}, {}

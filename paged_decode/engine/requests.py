@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, MutableSequence, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, compress
 from operator import eq
-from typing import Any, NamedTuple, SupportsIndex, TypedDict, overload
+from typing import Any, NamedTuple, SupportsFloat, SupportsIndex, TypedDict, overload
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from ..allocator.prefix import salt_key
 from ..errors import SequenceTooLong
 from .config import EngineConfig
 from .masks import Constraint, MakeMask, check_mask
-from .params import SamplingParams
+from .params import SamplingParams, _as_float
 from .scores import PromptLogprobs, Scores
 
 __all__ = [
@@ -54,7 +55,8 @@ class TokenEvent(NamedTuple):
         nothing was left to preempt), "cancelled", "invalid_logits" (the model's logits for the next
         token had a NaN, or nothing but -inf: its weights or its pages are broken),
         "no_allowed_token" (what the request allows has no chance in these logits), "mask_failed"
-        (its `mask` has raised).
+        (its `mask` has raised), "waited_too_long" (`max_wait` had passed, and it had not been
+        admitted), "timeout".
       top_logits: the largest logits of this step as (id, logit) pairs, if the engine keeps them.
       detail: of an end at "capacity" without a token: what holds the pages; at "mask_failed": what
         was raised.
@@ -165,12 +167,19 @@ class RequestOptions(TypedDict, total=False):
         "mask_failed". No snapshot keeps it: `restore` takes it again.
       priority: who is admitted first, as `EngineConfig.priority_ageing` says; and for policies,
         such as `LowestPriority`. From -2**31 to 2**31 - 1, more is sooner.
+      max_wait: seconds after which a sample ends with "waited_too_long" if it has not been admitted
+        by then; the samples of a prompt are admitted with the first. None: it waits.
+      timeout: seconds after which it ends with "timeout" wherever it is, with the tokens that were
+        read. None: it goes on. Both count from `submit`, by the engine's clock, and are looked at
+        when a step begins.
     """
 
     n: SupportsIndex
     cache_salt: str | bytes | None
     priority: SupportsIndex
     mask: MakeMask | None
+    max_wait: SupportsFloat | None
+    timeout: SupportsFloat | None
 
 
 _make_event = partial(tuple.__new__, TokenEvent)
@@ -211,6 +220,8 @@ class Sample:
       priority, place: when it came, and how much sooner its turn is, as `WaitingQueue` says.
       slot: its row on the device from admission to its last visit; None without one.
       in_flight: tokens that visits were launched for and that are not read yet.
+      admit_by, end_by: when it ends unless it has been admitted, and in any case; by the clock of
+        the scheduler. Infinity: never.
       asked: whether the admission policy was asked for it and its siblings.
       ended: whether its last event is on its way.
       scores: of its prompt, if it asks for them.
@@ -232,6 +243,8 @@ class Sample:
     place: int = 0
     slot: int | None = None
     in_flight: int = 0
+    admit_by: float = math.inf
+    end_by: float = math.inf
     asked: bool = True
     ended: bool = False
     constraint: Constraint | None = None
@@ -336,8 +349,13 @@ def new_request(
     cache_salt: str | bytes | None = None,
     priority: SupportsIndex = 0,
     mask: MakeMask | None = None,
+    max_wait: SupportsFloat | None = None,
+    timeout: SupportsFloat | None = None,
+    clock: Callable[[], float] = lambda: 0.0,
 ) -> Sample:
     """The first of n samples of a prompt, with the others; sample i has seed + i, ids are to come.
+
+    `clock` says what time it is, if the request has to begin or to end by some time.
 
     Raises:
       SequenceTooLong: the prompt and one token are more than `limit`.
@@ -347,6 +365,7 @@ def new_request(
     salt_key(cache_salt)  # refuses a bad one now
     n = as_count("n", n, 1, MAX_SAMPLES)
     priority = as_count("priority", priority, -MOST_PRIORITY - 1, MOST_PRIORITY)
+    limits = seconds_of("max_wait", max_wait), seconds_of("timeout", timeout)
     if len(tokens) + 1 > limit:
         raise SequenceTooLong(
             f"a prompt of {len(tokens)} tokens and one generated token need {len(tokens) + 1} "
@@ -356,10 +375,23 @@ def new_request(
     first = Sample(-1, 0, len(tokens), tokens, sampling, cache_salt, priority=priority)
     if mask is not None:
         first.constraint = check_mask(mask, config.token_masks)
+    if min(limits) < math.inf:
+        now = clock()
+        first.admit_by, first.end_by = (now + seconds for seconds in limits)
     for i in range(1, n):
         seeded = replace(sampling, seed=(sampling.seed + i) % 2**32)
         first.siblings.append(first.spawn(-1, i, seeded))
     return first
+
+
+def seconds_of(name: str, value: SupportsFloat | None) -> float:
+    """A time that a request is given; infinity for None."""
+    if value is None:
+        return math.inf
+    seconds = _as_float(name, value)
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"{name} must be finite seconds above 0, or None, got {seconds}")
+    return seconds
 
 
 def prompt_ids(prompt: Ints, vocab_size: int | None = None) -> list[int]:

@@ -69,7 +69,8 @@ def plan_engine_save(
     known = {s.request_id for s in (*running, *waiting)} | {p.event.request_id for p in events}
     if missing := (wanted or set()) - known:
         raise KeyError(f"requests {sorted(missing)} are not in the engine")
-    state = EngineState(running, waiting, events, calls.next_id)
+    limits = scheduler.limits
+    state = EngineState(running, waiting, events, calls.next_id, limits.now)
     return plan_save(
         path,
         cache,

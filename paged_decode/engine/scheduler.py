@@ -16,6 +16,8 @@ for. A row that did not stop has got exactly those; one that did is dead on the 
 from __future__ import annotations
 
 import itertools
+import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,6 +28,7 @@ from ..allocator.merging import in_groups
 from ..errors import OutOfPages
 from .config import EngineConfig, EngineStats
 from .journal import Journal, Outcome, Outcomes, outcomes_of
+from .limits import Limits
 from .plans import Growth, decode_plan, filled_masks, growing
 from .prefilling import Chunks, Prefilling, scored_by
 from .queue import WaitingQueue
@@ -57,10 +60,12 @@ class Scheduler:
       room: the policies.
       limit: tokens that a sequence may have.
       swapping: the host tier, if there is one.
+      clock: what `max_wait` and `timeout` are measured by.
 
     Attributes:
       waiting: who has no pages; running: who has a row, in order of admission; ending: whose last
         tokens are in flight, and who needs no row any more.
+      limits: who has to begin or to end by when; `expire` when `limits.passed`.
       on_admitted: called with a sample that has got pages, for whoever watches.
     """
 
@@ -74,6 +79,7 @@ class Scheduler:
         *,
         limit: int,
         swapping: Swapping | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ):
         self.allocator, self.config, self.stats, self.room = allocator, config, stats, room
         self.limit, self.swapping = limit, swapping
@@ -81,7 +87,7 @@ class Scheduler:
         self._journal = Journal(outcomes)
         self.living = self._journal.living
         self.waiting = WaitingQueue(allocator.page_size, config.priority_ageing)
-        self._visits = itertools.count()
+        self.limits, self._visits = Limits(clock), itertools.count()
         self._opening: frozenset[Any] | None = None  # live handles before one more is opened
         self._clear()
 
@@ -114,13 +120,20 @@ class Scheduler:
             sample.bound(self.limit)
         first.place = 0
         self.waiting.welcome([first])
-        self.living[first.request_id] = [first, *first.siblings]
+        self.living[first.request_id] = samples = [first, *first.siblings]
         self.waiting.put(first)
+        self.limits.watch(samples)
 
     def cancel(self, request_id: int) -> None:
         """End what has not ended of a request; pages that programs still use are safe by order."""
         samples = self.living.get(request_id, [])
         self._conclude([Outcome(s, len(s.tokens), (), "cancelled") for s in samples])
+
+    def expire(self) -> None:
+        """End samples whose time is over, as `cancel` does."""
+        over = self.limits.take()
+        self._conclude([Outcome(s, len(s.tokens), (), reason) for s, reason in over])
+        self.release()
 
     def fork(self, parent: Sample, child: Sample) -> tuple[PageCopies, ...]:
         """Let a new sample go on from what is known of one that decodes; there is a free row.
@@ -129,6 +142,7 @@ class Scheduler:
         now, because a visit in flight may be writing to it; without room for that the child waits.
         """
         self.living[child.request_id] = [child]
+        self.limits.watch([child])
         shard, length = self.room.shard_of(parent), len(child.tokens)
         here = self._seats.on(shard)
         if self.room.protected(child) and not self.room.has_fork(child, here, shard):
@@ -178,6 +192,7 @@ class Scheduler:
             if sample.scores is not None and not sample.generated:
                 sample.scores.restart()
             self.waiting.put(sample)
+        self.limits.renew(samples)
 
     # ---- admission
 
@@ -223,6 +238,8 @@ class Scheduler:
         self.allocator.truncate(handle, len(sample.tokens) - 1)
         sample.handle, sample.computed = handle, self.allocator.sequence(handle).computed
         self._opening = None
+        for each in (sample, *sample.siblings):
+            each.admit_by = math.inf
         if self.swapping is not None:
             self.stats.swapped_in_pages += self.swapping.load(handle)
             sample.computed = self.allocator.sequence(handle).computed
@@ -248,9 +265,11 @@ class Scheduler:
             it is not 0 of all; here they come behind those that are here.
           may_run: whether a sample has pages, and may compute them.
         """
-        self.waiting.welcome([*running, *waiting])
-        for sample in (*running, *waiting):
-            for each in (sample, *sample.siblings):
+        firsts = [*running, *waiting]
+        self.waiting.welcome(firsts)
+        self.limits.resume([each for first in firsts for each in (first, *first.siblings)])
+        for first in firsts:
+            for each in (first, *first.siblings):
                 each.bound(self.limit)
                 self.living.setdefault(each.request_id, []).append(each)
         late = list(waiting)
@@ -382,7 +401,9 @@ class Scheduler:
         scored, self._scored = tuple(self._scored), []
         plan = decode_plan(next(self._visits), grown, enter, tables, masks, scored)
         self.flights += 1
-        self._fly(grown)
+        if over := grown.fly():  # they give rows to others, though their tokens are still to come
+            self.ending += over
+            self._seats.leave(over)
         return plan
 
     def _masks(self) -> dict[Sample, np.ndarray]:
@@ -394,17 +415,6 @@ class Scheduler:
             )
             self.release()
         return found
-
-    def _fly(self, grown: Growth) -> None:
-        """Who needs no more steps gives its row to others, though its tokens are still to come."""
-        over = []
-        for sample, budget in zip(grown.rows, grown.budgets.tolist(), strict=True):
-            sample.in_flight += budget
-            if len(sample.tokens) + sample.in_flight == sample.goal:
-                over.append(sample)
-        if over:
-            self.ending += over
-            self._seats.leave(over)
 
     def _squeeze(self, shard: int) -> Growth | None:
         """The same for one shard that may be short: fewer steps, then fewer rows."""
@@ -437,13 +447,6 @@ class Scheduler:
         return True
 
     # ---- preemption
-
-    def force_preemption(self) -> bool:
-        """Preempt whom the policy names, if there is one that may be; all visits are booked."""
-        free = [s for s in self.running if not self.room.protected(s)]
-        if free:
-            self.preempt(self.room.victim(free))
-        return bool(free)
 
     def preempt(self, sample: Sample) -> None:
         """Take a sample's pages; it waits where it was, and comes back with its tokens."""

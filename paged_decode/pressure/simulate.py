@@ -251,6 +251,7 @@ class _Simulation:
             Room(allocator, config, **policies),
             limit=self.limit,
             swapping=swapping,
+            clock=lambda: self.clock.now,
         )
         self.scheduler.on_admitted = self.records.note_admission
         self.loop = Loop(self.scheduler, self.runner, self.stats)

@@ -16,15 +16,16 @@ from ..errors import SnapshotCorrupt
 __all__ = ["OWN", "pack_asked", "require_one_form", "unpack_asked"]
 
 _DEFAULTS = {field.name: field.default for field in fields(SamplingParams)}
-OWN = {"place": 0, "priority": 0}
-"""What a sample has beside `SamplingParams`, and its defaults."""
+_INF = float("inf")
+OWN = {"max_wait": _INF, "place": 0, "priority": 0, "timeout": _INF}
+"""What a sample has beside `SamplingParams`, and its defaults; of times, what is left."""
 
 _LONGEST_NAME = max(map(len, _DEFAULTS))
 
 
 def pack_asked(params: SamplingParams, own: Mapping[str, Any] = OWN) -> bytes:
     """What is not at its default; no bytes if all of it is. `own` has what is in `OWN`."""
-    found = {name: value for name, value in own.items() if value != OWN[name]}
+    found = {name: value + 0 for name, value in own.items() if value != OWN[name]}
     found |= {name: value for name in _KINDS if (value := _asked(params, name)) is not None}
     found = dict(sorted(found.items()))
     packed: Any = msgpack.packb(found)
@@ -164,6 +165,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "ignore_eos": ("a truth value", _is(bool)),
     "logit_bias": ("a list of [integer, float]", _is_biases),
     "logprobs": ("an integer", _is(int)),
+    "max_wait": ("a float", _is(float)),
     "min_new_tokens": ("an integer", _is(int)),
     "min_p": ("a float", _is(float)),
     "place": ("an integer", _is(int)),
@@ -172,5 +174,6 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "repetition_penalty": ("a float", _is(float)),
     "stop_sequences": ("a list of lists of integers", _is_runs),
     "stop_tokens": ("a list of integers", _is_ids),
+    "timeout": ("a float", _is(float)),
 }
 """What may be asked for, in the order in which it is written."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +22,8 @@ __all__ = ["ASKED", "ENGINE", "EngineState", "PendingEvent", "engine_arrays", "e
 
 MAX_ID = 2**53
 _MAX_COUNT = 2**63 - 1
-_FORBIDDEN = "no_allowed_token"  # of version 4
-REASONS = (None, "stop", "length", "capacity", "cancelled", "invalid_logits", _FORBIDDEN)
+_NEW = ("no_allowed_token", "waited_too_long", "timeout")  # of version 4; none has a token
+REASONS = (None, "stop", "length", "capacity", "cancelled", "invalid_logits", *_NEW)
 
 ENGINE = {
     "engine/next_id": ("int64", 1),
@@ -77,18 +78,20 @@ class PendingEvent:
         """Whether older versions cannot hold it."""
         event = self.event
         numbers = event.logprob, event.processed_logprob
-        known = event.finish_reason != _FORBIDDEN and not event.top_logprobs
+        known = event.finish_reason not in _NEW and not event.top_logprobs
         return not known or any(number is not None for number in numbers)
 
 
 @dataclass(frozen=True, slots=True)
 class EngineState:
-    """Samples in order: those with pages by admission, the others as they queue."""
+    """Samples in order: those with pages by admission, the others as they queue; and what time it
+    is by the clock of their limits."""
 
     running: list[Sample]
     waiting: list[Sample]
     events: list[PendingEvent]
     next_id: int
+    now: float = 0.0
 
     @property
     def samples(self) -> list[Sample]:
@@ -137,19 +140,24 @@ def engine_arrays(state: EngineState) -> dict[str, np.ndarray]:
         "engine/salt_bytes": salt_bytes,
     }
     arrays = typed(columns | _event_columns(state.events), ENGINE)
-    asked = tuple(map(pack_asked, params, _own(samples)))
+    asked = tuple(map(pack_asked, params, _own(samples, state.now)))
     if any(asked) or any(p.is_new for p in state.events):
         arrays |= typed(_asked_columns(asked, state.events), ASKED)
     return arrays
 
 
-def _own(samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
+def _own(samples: Sequence[Sample], now: float) -> Iterator[dict[str, Any]]:
     """What samples have beside their parameters. Places count from the first one's, and matter
     where some priority does."""
     ordered = any(s.priority for s in samples)
     first = min((s.place for s in samples), default=0)
     for sample in samples:
-        yield {"place": sample.place - first if ordered else 0, "priority": sample.priority}
+        yield {
+            "max_wait": sample.admit_by - now,
+            "place": sample.place - first if ordered else 0,
+            "priority": sample.priority,
+            "timeout": sample.end_by - now,
+        }
 
 
 def _asked_columns(asked: tuple[bytes, ...], pending: Sequence[PendingEvent]) -> dict[str, Any]:
@@ -233,6 +241,10 @@ def engine_from(arrays: Mapping[str, np.ndarray], pages: AllocatorState) -> Engi
     firsts = _link_siblings(samples, columns["sibling_of"].tolist())
     _require(0 <= running <= len(firsts), f"{running} of {len(firsts)} requests cannot run")
     state = EngineState(firsts[:running], firsts[running:], events, next_id)
+    _require(
+        all(s.admit_by == math.inf for s in state.running),
+        "a request has pages and a max_wait",
+    )
     _require_agreement(state, pages)
     return state
 
@@ -264,6 +276,7 @@ def _samples(columns: Mapping[str, np.ndarray]) -> Iterator[Sample]:
         more = unpack_asked(row, asked[row])
         own = {name: more.pop(name) for name in OWN if name in more}
         _require_own(row, own)
+        own = OWN | own
         params = _params(columns, row, more)
         sample = Sample(
             int(columns["request"][row]),
@@ -273,7 +286,10 @@ def _samples(columns: Mapping[str, np.ndarray]) -> Iterator[Sample]:
             params,
             _salt_of(salt),
             preemptions=int(columns["preemptions"][row]),
-            **own,
+            priority=own["priority"],
+            place=own["place"],
+            admit_by=own["max_wait"],
+            end_by=own["timeout"],
         )
         _require(sample.left >= 1, f"request {sample.request_id} has ended already")
         yield sample
@@ -283,6 +299,9 @@ def _require_own(row: int, own: Mapping[str, Any]) -> None:
     title = f"what request {row} asks for"
     for name, value in own.items():
         _require(value != OWN[name], f"{title}: {name} is at its default")
+        if isinstance(value, float):
+            one = math.isfinite(value) and (value != 0 or math.copysign(1, value) > 0)
+            _require(one, f"{title}: {name} is not finite, or -0")
     _require(0 <= own.get("place", 0) <= MAX_ID, f"{title}: place is not from 1 to 2**53")
     _require(
         -MOST_PRIORITY - 1 <= own.get("priority", 0) <= MOST_PRIORITY,
@@ -328,7 +347,7 @@ def _events(columns: Mapping[str, np.ndarray], new: bool) -> Iterator[PendingEve
     require_split("engine/event_top", fields["top_length"], len(ids))
     _require(len(ids) == len(values), "the columns of the largest logits differ in length")
     chances = _chances(columns, len(fields["token"]), new)
-    known = REASONS if new else REASONS[: REASONS.index(_FORBIDDEN)]
+    known = REASONS if new else REASONS[: -len(_NEW)]
     end, rows = 0, zip(*(field.tolist() for field in fields.values()), strict=True)
     for row, chance in zip(rows, chances, strict=True):
         each = dict(zip(fields, row, strict=True))
@@ -341,8 +360,8 @@ def _events(columns: Mapping[str, np.ndarray], new: bool) -> Iterator[PendingEve
             "an event has an impossible value",
         )
         _require(
-            each["token"] < 0 or known[each["reason"]] != _FORBIDDEN,
-            "an event has a token, and ends because none is allowed",
+            each["token"] < 0 or known[each["reason"]] not in _NEW,
+            f"an event has a token, and ends by {known[each['reason']]}",
         )
         _require(
             each["token"] >= 0 or not chance,
@@ -418,11 +437,15 @@ def _link_siblings(samples: list[Sample], sibling_of: list[int]) -> list[Sample]
             and first.prompt_len == len(first.tokens) == sibling.prompt_len
             and first.tokens == sibling.tokens
             and first.cache_salt == sibling.cache_salt
-            and (first.priority, first.place) == (sibling.priority, sibling.place),
+            and _turn_and_limits(first) == _turn_and_limits(sibling),
             "a sibling is no further sample of the prompt that it waits for",
         )
         first.siblings.append(sibling)
     return firsts
+
+
+def _turn_and_limits(sample: Sample) -> tuple[int, int, float, float]:
+    return sample.priority, sample.place, sample.admit_by, sample.end_by
 
 
 def _require_agreement(state: EngineState, pages: AllocatorState) -> None:

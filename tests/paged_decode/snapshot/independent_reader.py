@@ -67,8 +67,9 @@ DEFAULTS = {
     "repetition_penalty": 1.0,
     "stop_sequences": [],
 }
-OWN = {"place": 0, "priority": 0}
+OWN = {"max_wait": math.inf, "place": 0, "priority": 0, "timeout": math.inf}
 REASONS = [None, "stop", "length", "capacity", "cancelled", "invalid_logits", "no_allowed_token"]
+REASONS += ["waited_too_long", "timeout"]
 
 
 def up(size: int) -> int:
@@ -177,7 +178,7 @@ def events(path: Path) -> list[tuple]:
     own = {n.removeprefix("engine/event_"): a for n, a in arrays.items() if "/event_" in n}
     count = len(own["token"])
     if "logprob" not in own:
-        assert not (own["reason"] == 6).any()
+        assert not (own["reason"] >= 6).any()
         own |= {"logprob": np.full((count, 2), np.nan), "likely_length": np.zeros(count, int)}
         own |= {"likely_ids": np.zeros(0, int), "likely_logprobs": np.zeros(0)}
     pairs = []

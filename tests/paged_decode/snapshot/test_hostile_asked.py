@@ -240,8 +240,9 @@ COLUMNS = {
     "likely id -1": (put(IDS, 0, -1), "holds a negative token"),
     "likely without one": (put(LOGPROB, 0, NAN), "no log-probability of its own"),
     "told of no token": (put(LOGPROB, 2, -1.0), "event without a token has log-probabilities"),
-    "a token that is not allowed": (put("engine/event_token", 2, 5), "because none is allowed"),
-    "reason 7": (put("engine/event_reason", 0, 7), "impossible value"),
+    "a token that is not allowed": (put("engine/event_token", 2, 5), "ends by no_allowed_token"),
+    "a token of a timeout": (put("engine/event_reason", 0, 8), "ends by timeout"),
+    "reason 9": (put("engine/event_reason", 0, 9), "impossible value"),
     "reason -1": (put("engine/event_reason", 0, -1), "impossible value"),
 }
 NEW = {name: name.removeprefix("engine/") for name in independent_reader.ASKED}

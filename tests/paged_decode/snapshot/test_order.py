@@ -141,3 +141,95 @@ def test_the_largest_places_can_be_restored_and_saved_again(tmp_path, sample, pl
     other = make_engine()
     other.restore(tmp_path / "again")
     assert order(other) == order(engine)
+
+
+# ---- limits
+
+
+def limited(now: float = 0.0):
+    engine = make_engine(policies=dict(clock=lambda: now))
+    engine.submit([1, 2, 3], PARAMS, max_wait=5, timeout=9.5, n=2)
+    engine.submit([4, 2, 3], PARAMS, timeout=1)
+    engine.submit([5, 2, 3], PARAMS)
+    return engine
+
+
+def test_the_seconds_that_are_left_go_on_in_another_engine(tmp_path):
+    engine = limited()
+    engine.scheduler.limits.clock = lambda: 2.0  # a request is overdue, and no step has seen it
+    engine.save(tmp_path / "s")
+    found = [(o["max_wait"], o["timeout"]) for o in independent_reader.beside(tmp_path / "s")]
+    inf = float("inf")
+    assert found == [(3, 7.5), (3, 7.5), (inf, -1), (inf, inf)]
+    other = make_engine(policies=dict(clock=lambda: 100.0))
+    other.restore(tmp_path / "s")
+    assert [(s.admit_by, s.end_by) for group in other.scheduler.living.values() for s in group] == [
+        (103, 107.5),
+        (103, 107.5),
+        (inf, 99),
+        (inf, inf),
+    ]
+    ends = {(e.request_id, e.sample): e.finish_reason for e in other.stream() if e.finish_reason}
+    assert ends == {(0, 0): "length", (0, 1): "length", (1, 0): "timeout", (2, 0): "length"}
+    none = make_engine()
+    none.restore(tmp_path / "s", prefix_cache=False)
+    assert none.num_waiting == 3
+
+
+@pytest.mark.parametrize("reason", ["waited_too_long", "timeout"])
+def test_ends_that_were_not_taken_come_back(tmp_path, reason):
+    engine = limited()
+    engine.scheduler.limits.clock = lambda: 5.0 if reason == "waited_too_long" else 9.5
+    engine.submit([9], PARAMS, timeout=100)
+    engine.loop.change(engine.scheduler.expire)
+    engine.save(tmp_path / "s")
+    other = make_engine()
+    other.restore(tmp_path / "s")
+    ends = {e.request_id: e.finish_reason for e in other.stream() if e.finish_reason}
+    assert ends == {0: reason if reason[0] == "w" else "waited_too_long", 1: "timeout"} | {
+        2: "length",
+        3: "length",
+    }
+    assert [e[4] for e in independent_reader.events(tmp_path / "s")].count("timeout") == 1
+
+
+@pytest.fixture(scope="module")
+def limits(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sound") / "s"
+    limited().save(path)
+    fields, arrays, _ = independent_reader.read(path)
+    return fields, arrays
+
+
+TIMES = {"max_wait": 5.0, "timeout": 9.5}
+NO_TIMES = {
+    "nan": ([TIMES, TIMES, {"timeout": float("nan")}, {}], "timeout is not finite, or -0"),
+    "-inf": ([TIMES, TIMES, {"timeout": float("-inf")}, {}], "timeout is not finite, or -0"),
+    "inf": ([TIMES, TIMES, {"timeout": float("inf")}, {}], "timeout is at its default"),
+    "-0": ([TIMES, TIMES, {"max_wait": -0.0}, {}], "max_wait is not finite, or -0"),
+    "an integer": ([TIMES, TIMES, {"max_wait": 1}, {}], "max_wait is not a float but"),
+    "another sibling": ([TIMES, {"timeout": 9.5}, {}, {}], "no further sample of the prompt"),
+}
+
+
+@pytest.mark.parametrize("name", NO_TIMES)
+def test_limits_that_nobody_can_have_are_refused(tmp_path, limits, name):
+    fields, arrays = limits
+    maps, text = NO_TIMES[name]
+    (tmp_path / "hostile").write_bytes(build(fields, beside(arrays, maps)))
+    with pytest.raises(SnapshotCorrupt, match=text):
+        inspect_snapshot(tmp_path / "hostile")
+
+
+def test_a_request_with_pages_has_been_admitted(tmp_path):
+    engine = limited()
+    engine.step()
+    engine.save(tmp_path / "s")
+    fields, arrays, _ = independent_reader.read(tmp_path / "s")
+    maps = independent_reader.asked_of(arrays)
+    assert "max_wait" not in maps[0] and maps[0]["timeout"] == 9.5
+    maps[0]["max_wait"] = 1.0
+    maps[0] = dict(sorted(maps[0].items()))
+    (tmp_path / "hostile").write_bytes(build(fields, beside(arrays, maps)))
+    with pytest.raises(SnapshotCorrupt, match="pages and a max_wait|no further sample"):
+        inspect_snapshot(tmp_path / "hostile")
