@@ -16,6 +16,7 @@ from .cache import KVCache, one_token_batch
 from .engine import (
     AsyncEngine,
     Completion,
+    Detokenizer,
     Drafter,
     Engine,
     EngineConfig,
@@ -77,6 +78,7 @@ __all__ = [
     "Completion",
     "CorruptState",
     "DecodeBatch",
+    "Detokenizer",
     "Drafter",
     "Engine",
     "EngineConfig",

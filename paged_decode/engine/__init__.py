@@ -23,6 +23,7 @@ runner.py     launches, their shapes, warm-up                      device
   drafting.py   tokens that are guessed, for a step to check
   processing.py the user's own change of the logits
 masks.py      which tokens may come next, as the host says
+text.py       the text of samples, and the stop strings in it
 swapping.py   the host tier of an engine
 saving.py     requests to a file and back
 scores.py     log-probabilities of prompts
@@ -38,10 +39,12 @@ from .masks import TokenMask
 from .model import Model
 from .processing import LogitsRows, ProcessLogits
 from .requests import Completion, Events, TokenEvent
+from .text import Detokenizer
 
 __all__ = [
     "AsyncEngine",
     "Completion",
+    "Detokenizer",
     "Drafter",
     "Engine",
     "EngineConfig",

@@ -50,6 +50,7 @@ from .runner import DeviceRunner, Progress
 from .scheduler import Scheduler
 from .snapshots import Saves
 from .swapping import TierSwapping
+from .text import Detokenizer, check_detokenizer
 from .turn import Turn, refuse_copy
 
 __all__ = ["Engine"]
@@ -79,6 +80,8 @@ class Engine(Saves):
       process_logits: `process_logits(logits, rows) -> logits`, which JAX traces: changes what the
         model says of the next token, before all that the request asks for (`ProcessLogits`).
       clock: seconds that `max_wait` and `timeout` of requests are measured by; they never go back.
+      detokenize: the tokenizer's decode of ids to text, such as `tokenizer.decode`: events have
+        their `text` then, and requests may have stop strings.
 
     `submit` and `cancel` are for any thread, the rest for one at a time.
 
@@ -111,6 +114,7 @@ class Engine(Saves):
         process_logits: ProcessLogits | None = None,
         score: Model | None = None,
         clock: Callable[[], float] = time.monotonic,
+        detokenize: Detokenizer | None = None,
     ):
         self.config = config = config or EngineConfig()
         if cache.is_deleted:
@@ -136,7 +140,7 @@ class Engine(Saves):
             score=score,
         )
         swapping = None if tier is None else TierSwapping(tier, allocator, self.runner)
-        self._outbox = Outbox()
+        self._outbox, self._texts = Outbox(), check_detokenizer(detokenize)
         self.scheduler = Scheduler(
             allocator,
             config,
@@ -146,6 +150,7 @@ class Engine(Saves):
             limit=limit,
             swapping=swapping,
             clock=clock,
+            texts=self._texts,
         )
         self.loop = Loop(
             self.scheduler,
@@ -219,9 +224,15 @@ class Engine(Saves):
         """
         check_callback(on_token)
         sampling, limit = sampling or SamplingParams(), self.max_sequence_tokens
-        clock = self.scheduler.limits.clock
+        clock, has_text = self.scheduler.limits.clock, self._texts is not None
         first = new_request(
-            prompt, sampling, config=self.config, limit=limit, clock=clock, **options
+            prompt,
+            sampling,
+            config=self.config,
+            limit=limit,
+            clock=clock,
+            has_text=has_text,
+            **options,
         )
         self.scheduler.digests_of(first)  # the sample keeps them: here, and not in a visit
         request_id = self._calls.submit(first, on_token)
@@ -240,8 +251,9 @@ class Engine(Saves):
 
         Those are the tokens of events that `step` has returned or shown. All pages but the last are
         shared; where there is none for a copy of that one, the new request waits. Its
-        `max_new_tokens` counts the tokens before the fork, too; its events begin after them. It has
-        the parent's priority, and ends with the parent's timeout.
+        `max_new_tokens` counts the tokens before the fork, too; its events begin after them, and
+        its text behind what its own stop strings would have let through of theirs. It has the
+        parent's priority, mask and timeout.
 
         Args:
           request_id: which request.
@@ -254,7 +266,7 @@ class Engine(Saves):
           ValueError: all rows are taken, or it is not said which sample.
         """
         request_id = as_int("request_id", request_id)
-        sampling = check_sampling(sampling, self.config)
+        sampling = check_sampling(sampling, self.config, has_text=self._texts is not None)
         if sampling.prompt_logprobs is not None:
             raise ValueError("prompt_logprobs is for submit: the prompt of a fork is computed")
         check_callback(on_token)

@@ -12,6 +12,7 @@ from .records import Decode, Result
 from .requests import Sample
 from .sampling import Broken
 from .scores import PromptLogprobs
+from .text import Texts, Told
 
 __all__ = ["Journal", "Outcome", "Outcomes", "outcomes_of"]
 
@@ -27,9 +28,11 @@ class Outcome(NamedTuple):
     detail: str = ""
     logprobs: np.ndarray | None = None  # [3, tokens], as `Result` has them
     prompt: PromptLogprobs | None = None  # with the first token
+    told: Told | None = None
 
 
 _REASONS = {Broken.MODEL: "invalid_logits", Broken.FORBIDDEN: "no_allowed_token"}
+_FAILED = "detokenizer_failed"
 
 
 @runtime_checkable
@@ -47,15 +50,22 @@ class Journal:
 
     Attributes:
       living: by request, its samples that have not ended.
+      texts: what reads their text, if there is something.
     """
 
-    def __init__(self, outcomes: Outcomes):
+    def __init__(self, outcomes: Outcomes, texts: Texts | None = None):
         self.living: dict[int, list[Sample]] = {}
+        self.texts = texts
         self._outcomes, self._serials = outcomes, itertools.count()
         self._open: tuple[int, Sequence[Outcome]] | None = None
 
     def enter(self, outcomes: Sequence[Outcome]) -> None:
-        """Let this have happened, whatever comes from here on."""
+        """Let this have happened, whatever comes from here on. An end without a token has the text
+        that was held."""
+        if (texts := self.texts) is not None:
+            outcomes = [
+                o if o.tokens or o.told else o._replace(told=texts.rest(o.sample)) for o in outcomes
+            ]
         self._open = next(self._serials), outcomes
         self.replay()
 
@@ -64,11 +74,12 @@ class Journal:
         if self._open is None:
             return
         serial, outcomes = self._open
-        for sample, at, tokens, reason, *_ in outcomes:
+        for sample, at, tokens, reason, *_, told in outcomes:
             if tokens:
                 del sample.tokens[at:]
                 sample.tokens.extend(tokens)
                 sample.computed = len(sample.tokens) - 1
+                sample.reading = None if told is None else told.reading
             sample.ended = sample.ended or reason is not None
         self._outcomes.put(serial, outcomes)
         for request in {o.sample.request_id for o in outcomes if o.reason is not None}:
@@ -79,7 +90,9 @@ class Journal:
         self._open = None
 
 
-def outcomes_of(plan: Decode, result: Result) -> tuple[list[Outcome], np.ndarray]:
+def outcomes_of(
+    plan: Decode, result: Result, texts: Texts | None = None
+) -> tuple[list[Outcome], np.ndarray]:
     """What each row got, and its end, if it has come to it; ends without a token come last. And how
     many tokens each row of the plan got, int64 `[n]`.
 
@@ -91,25 +104,29 @@ def outcomes_of(plan: Decode, result: Result) -> tuple[list[Outcome], np.ndarray
     rows = enumerate(zip(plan.samples, *columns, strict=True))
     for i, (sample, tokens, count, broken, budget) in rows:
         sample.in_flight -= budget
-        at, tops, logprobs, reason = len(sample.tokens), None, None, None
+        at, tops, logprobs, reason, told = len(sample.tokens), None, None, None, None
         if count:
             if count < steps:
                 tokens = tokens[:count]
             count, reason = sample.ending(tokens)
+            if texts is not None and (told := texts.told(sample, tokens[:count], reason)):
+                count, reason = len(told.pieces), told.reason
             if count < len(tokens):
                 tokens = tokens[:count]
+        if count:
             if result.top_ids is not None and result.top_logits is not None:
                 tops = result.top_ids[:count, i], result.top_logits[:count, i]
             if sample.sampling.logprobs is not None and result.logprobs is not None:
                 logprobs = result.logprobs[:, :count, i]
-            prompt = None
-            asked = sample.sampling.prompt_logprobs
+            prompt, asked = None, sample.sampling.prompt_logprobs
             if asked is not None and at == sample.prompt_len and sample.scores is not None:
                 prompt = sample.scores.reported(asked)
-            outcomes.append(
-                Outcome(sample, at, tokens, reason, tops, logprobs=logprobs, prompt=prompt)
-            )
+            outcomes.append(Outcome(sample, at, tokens, reason, tops, "", logprobs, prompt, told))
         counts.append(count)
-        if broken and reason is None:
-            last.append(Outcome(sample, at + count, (), _REASONS[Broken(broken)]))
+        failure = None if told is None else told.failure
+        if reason is None and (broken or failure is not None):
+            reason = _REASONS[Broken(broken)] if failure is None else _FAILED
+            held = None if texts is None or told is None else texts.rest(sample, told.reading)
+            end = Outcome(sample, at + count, (), reason, detail=failure or "", told=held)
+            last.append(end)
     return outcomes + last, np.array(counts, np.int64)

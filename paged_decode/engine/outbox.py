@@ -164,14 +164,14 @@ def _events(outcomes: Iterable[Outcome]) -> Events:
     request_ids, samples, indices, tokens, total = [], [], [], [], 0
     special: list[tuple[int, Outcome]] = []  # with the place behind its last event
     for outcome in outcomes:
-        sample, at, new, reason, tops, _, logprobs, prompt = outcome
+        sample, at, new, reason, tops, _, logprobs, prompt, told = outcome
         count, first = len(new) or 1, at - sample.prompt_len
         request_ids += [sample.request_id] * count
         samples += [sample.index] * count
         indices += range(first, first + count)
         tokens += new or (None,)
         total += count
-        if any(each is not None for each in (reason, tops, logprobs, prompt)):
+        if told or any(each is not None for each in (reason, tops, logprobs, prompt)):
             special.append((total, outcome))
     reasons: list[str | None] = [None] * total
     pairs: list[tuple[tuple[int, float], ...]] = [()] * total
@@ -180,10 +180,13 @@ def _events(outcomes: Iterable[Outcome]) -> Events:
     processed: list[float | None] = [None] * total
     likeliest: list[tuple[tuple[int, float], ...]] = [()] * total
     prompts: list[PromptLogprobs | None] = [None] * total
-    for end, (sample, _, new, reason, tops, detail, logprobs, prompt) in special:
+    texts = [""] * total
+    for end, (sample, _, new, reason, tops, detail, logprobs, prompt, told) in special:
         reasons[end - 1], details[end - 1] = reason, detail
         if prompt is not None:
             prompts[end - len(new)] = prompt
+        if told is not None:
+            texts[end - len(told.pieces) : end] = told.pieces
         if tops is not None:
             pairs[end - len(new) : end] = _pairs(*tops)
         if logprobs is not None:
@@ -193,7 +196,7 @@ def _events(outcomes: Iterable[Outcome]) -> Events:
                 ids, logits = (each[:, :asked] for each in tops)
                 likeliest[end - len(new) : end] = _pairs(ids, logits - logprobs[2][:, None])
     columns = [request_ids, samples, indices, tokens, reasons, pairs, details]
-    return Events([*columns, own, processed, likeliest, prompts])
+    return Events([*columns, own, processed, likeliest, prompts, texts])
 
 
 def _pairs(ids: Any, logits: Any) -> list[tuple[tuple[int, float], ...]]:

@@ -51,7 +51,8 @@ class SamplingParams:
       stop_tokens: ids, any number; the request ends with the first of them, which is kept.
       stop_sequences: runs of ids; the request ends with the first that its generated tokens have as
         a whole, which is kept.
-      min_new_tokens: before so many tokens no stop token can be drawn, and no run of ids stops.
+      min_new_tokens: before so many tokens no stop token can be drawn, and no run of ids and no
+        string stops.
       ignore_eos: the stop tokens of `EngineConfig` are not those of this request.
       min_p: keep the tokens with at least this part of the probability of the likeliest, in [0, 1].
       presence_penalty: taken from the logits of tokens that were generated, in [-2, 2].
@@ -67,6 +68,11 @@ class SamplingParams:
         and so many alternatives, by the model's own distribution; needs
         `EngineConfig.score_chunk`. Nothing of the prompt is taken from the prefix cache, nor found
         there by others. None: nothing.
+      stop: strings; the request ends with the token that completes the first of them in the text
+        of its generated tokens. One string is taken for a tuple of it. They need
+        `Engine(detokenize=)`.
+      include_stop_str_in_output: the text ends with the stop string, not before it.
+      detokenize: tell the text of tokens, where the engine can.
       logprobs: report the log-probability of every token, and so many alternatives (up to
         `EngineConfig.top_logits`); None: nothing.
 
@@ -100,6 +106,9 @@ class SamplingParams:
     logits_args: tuple[float, ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    stop: str | tuple[str, ...] = ()
+    include_stop_str_in_output: bool = False
+    detokenize: bool = True
 
     def __post_init__(self) -> None:
         top, allowed = ALWAYS, self.allowed_tokens
@@ -117,6 +126,7 @@ class SamplingParams:
             allowed_tokens=None if allowed is None else _ids("allowed_tokens", allowed),
             bad_tokens=_ids("bad_tokens", self.bad_tokens),
             logits_args=_numbers("logits_args", self.logits_args),
+            stop=_strings(self.stop),
         )
         for name in ("presence_penalty", "frequency_penalty", "repetition_penalty"):
             checked[name] = _as_float(name, getattr(self, name))
@@ -125,8 +135,9 @@ class SamplingParams:
                 checked[name] = as_count(name, value, 0, top)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
-        if not isinstance(self.ignore_eos, bool):
-            raise TypeError(f"ignore_eos must be a bool, got {self.ignore_eos!r}")
+        for name in ("ignore_eos", "include_stop_str_in_output", "detokenize"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise TypeError(f"{name} must be a bool, got {value!r}")
         self._check_ranges()
         self._check_choice()
 
@@ -148,6 +159,10 @@ class SamplingParams:
             raise ValueError(
                 f"min_new_tokens must be at most max_new_tokens {self.max_new_tokens}, "
                 f"got {self.min_new_tokens}"
+            )
+        if self.stop and not self.detokenize:
+            raise ValueError(
+                "stop strings are found in the text: detokenize must be True with stop"
             )
 
     def _check_choice(self) -> None:
@@ -221,6 +236,21 @@ def _runs(runs: Any) -> tuple[tuple[int, ...], ...]:
     found = tuple(as_counts(name, run, 0, ALWAYS) for run in runs)
     if not all(found):
         raise ValueError(f"{name} must not be empty: such a run is everywhere")
+    return found
+
+
+def _strings(stop: Any) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else stop
+    if isinstance(strings, bytes | Mapping) or not isinstance(strings, Iterable):
+        raise TypeError(f"stop must be a string or strings, got {stop!r}")
+    found = tuple(strings)
+    for each in found:
+        if not isinstance(each, str):
+            raise TypeError(f"stop must be a string or strings, got {each!r} among them")
+        if not each:
+            raise ValueError("stop must not have an empty string: it is everywhere")
+        if any("\ud800" <= char <= "\udfff" for char in each):
+            raise ValueError(f"stop must be text, got {each!r}, which has half of a surrogate pair")
     return found
 
 

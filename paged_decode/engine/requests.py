@@ -50,15 +50,15 @@ class TokenEvent(NamedTuple):
       sample: 0 <= sample < n.
       index: place of the token among the generated ones, from 0.
       token: its id; None if the sample ended without another token.
-      finish_reason: None while it goes on; "stop" (a stop token, which is `token`), "length"
+      finish_reason: None while it goes on; "stop" (at a stop, which `token` completes), "length"
         (max_new_tokens), "capacity" (the pool or the page table cannot hold more of it and
         nothing was left to preempt), "cancelled", "invalid_logits" (the model's logits for the next
         token had a NaN, or nothing but -inf: its weights or its pages are broken),
         "no_allowed_token" (what the request allows has no chance in these logits), "mask_failed"
-        (its `mask` has raised), "waited_too_long" (`max_wait` had passed, and it had not been
-        admitted), "timeout".
+        (its `mask` has raised), "detokenizer_failed" (the engine's `detokenize` has),
+        "waited_too_long" (`max_wait` had passed, and it had not been admitted), "timeout".
       top_logits: the largest logits of this step as (id, logit) pairs, if the engine keeps them.
-      detail: of an end at "capacity" without a token: what holds the pages; at "mask_failed": what
+      detail: of an end at "capacity" without a token: what holds the pages; of what failed: what
         was raised.
       logprob: of the token by the model's own distribution, if `SamplingParams.logprobs` asks.
       processed_logprob: by the one that it was drawn from, after penalties, temperature and what
@@ -66,6 +66,8 @@ class TokenEvent(NamedTuple):
       top_logprobs: the likeliest tokens by the model as (id, log-probability) pairs, as many as
         were asked for; the drawn one need not be among them.
       prompt_logprobs: of the prompt's tokens, with the first token of a sample that asks for them.
+      text: what has become certain with this token, if the engine has a `detokenize`. All of them
+        joined are the sample's text; what may be half a character or part of a stop string waits.
     """
 
     request_id: int
@@ -79,6 +81,7 @@ class TokenEvent(NamedTuple):
     processed_logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
     prompt_logprobs: PromptLogprobs | None = None
+    text: str = ""
 
 
 OnToken = Callable[[TokenEvent], object]
@@ -187,7 +190,7 @@ _make_event = partial(tuple.__new__, TokenEvent)
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """Everything one sample of a request generated; fields as in `TokenEvent`.
+    """Everything one sample of a request generated; fields as in `TokenEvent`, `text` joined.
 
     `logprobs` and `processed_logprobs` have a number for each token if the request asked for them.
     """
@@ -201,6 +204,7 @@ class Completion:
     processed_logprobs: tuple[float, ...] = ()
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
     prompt_logprobs: PromptLogprobs | None = None
+    text: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -226,6 +230,7 @@ class Sample:
       ended: whether its last event is on its way.
       scores: of its prompt, if it asks for them.
       constraint: its mask, if it has one: every step of it waits for the host.
+      reading: how far its text was read, as the `Texts` of the engine has it.
     """
 
     request_id: int
@@ -249,6 +254,7 @@ class Sample:
     ended: bool = False
     constraint: Constraint | None = None
     scores: Scores | None = None
+    reading: Any = None  # a Reading
     goal: int = field(init=False)
     _key: PromptKey | None = None
 
@@ -335,6 +341,7 @@ class Sample:
             preemptions=0,
             slot=None,
             in_flight=0,
+            reading=None,
             **fields,
         )
 
@@ -352,6 +359,7 @@ def new_request(
     max_wait: SupportsFloat | None = None,
     timeout: SupportsFloat | None = None,
     clock: Callable[[], float] = lambda: 0.0,
+    has_text: bool = False,
 ) -> Sample:
     """The first of n samples of a prompt, with the others; sample i has seed + i, ids are to come.
 
@@ -361,7 +369,8 @@ def new_request(
       SequenceTooLong: the prompt and one token are more than `limit`.
       TypeError, ValueError: an argument is not what it should be.
     """
-    sampling, tokens = check_sampling(sampling, config), prompt_ids(prompt, config.vocab_size)
+    sampling = check_sampling(sampling, config, has_text=has_text)
+    tokens = prompt_ids(prompt, config.vocab_size)
     salt_key(cache_salt)  # refuses a bad one now
     n = as_count("n", n, 1, MAX_SAMPLES)
     priority = as_count("priority", priority, -MOST_PRIORITY - 1, MOST_PRIORITY)
@@ -408,7 +417,9 @@ def check_callback(on_token: OnToken | None) -> None:
         raise TypeError(f"on_token must be callable, got {type(on_token).__name__}")
 
 
-def check_sampling(sampling: SamplingParams, config: EngineConfig) -> SamplingParams:
+def check_sampling(
+    sampling: SamplingParams, config: EngineConfig, *, has_text: bool = False
+) -> SamplingParams:
     """Refuse what is no `SamplingParams` or cannot be served, before it is queued.
 
     Returns:
@@ -416,20 +427,25 @@ def check_sampling(sampling: SamplingParams, config: EngineConfig) -> SamplingPa
 
     Raises:
       TypeError: it is something else.
-      ValueError: an id is none of the vocabulary, or `config` has not what it asks for.
+      ValueError: an id is none of the vocabulary, or `config` has not what it asks for, or it asks
+        for text of an engine without.
     """
     if not isinstance(sampling, SamplingParams):
         raise TypeError(f"sampling must be SamplingParams, got {type(sampling).__name__}")
     if config.stop_tokens and not sampling.ignore_eos:
         more = tuple(t for t in config.stop_tokens if t not in sampling.stop_tokens)
         sampling = replace(sampling, stop_tokens=sampling.stop_tokens + more)
-    if (lack := unserved(sampling, config)) is not None:
+    if (lack := unserved(sampling, config, has_text=has_text)) is not None:
         raise ValueError(lack)
     return sampling
 
 
-def unserved(sampling: SamplingParams, config: EngineConfig) -> str | None:
-    """Why an engine of that config cannot serve these parameters, or None."""
+def unserved(sampling: SamplingParams, config: EngineConfig, *, has_text: bool) -> str | None:
+    """Why an engine of that config cannot serve these parameters, with text or without, or None."""
+    if sampling.stop and not has_text:
+        return (
+            "stop strings are found in the text, but the engine has none; use Engine(detokenize=)"
+        )
     vocab_size, highest = config.vocab_size, max(sampling.ids(), default=-1)
     if vocab_size is not None and highest >= vocab_size:
         return f"sampling names the id {highest}, but vocab_size is {vocab_size}"
@@ -474,6 +490,7 @@ def gather(events: Iterable[TokenEvent]) -> list[Completion]:
             ),
             top_logprobs=tuple(e.top_logprobs for e in stream if e.top_logprobs),
             prompt_logprobs=stream[0].prompt_logprobs,
+            text="".join(e.text for e in stream),
         )
         for key, stream in sorted(streams.items())
     ]

@@ -117,6 +117,7 @@ def load(
     terms: Terms,
     limit: int,
     config: EngineConfig,
+    has_text: bool,
     progress: Progress | None,
 ) -> Loaded:
     """Read and check everything, and put the pages into the pool; none without room for them, or
@@ -124,7 +125,7 @@ def load(
 
     Raises:
       SnapshotMismatch: the file is not of an engine, or does not fit, or a request asks for what
-        `config` does not have.
+        `config` does not have, or for text where there is none.
       SequenceTooLong: a request does not fit `limit`.
     """
     with Opened(path) as opened:
@@ -133,7 +134,7 @@ def load(
             with about(path):
                 raise SnapshotMismatch("it holds no requests; use load_snapshot")
         with about(path):
-            _require_fit(state, limit, config)
+            _require_fit(state, limit, config, has_text)
         metadata, placed = opened.chain.header.metadata, None
         with suppress(OutOfPages, GroupMismatch):
             target = cache, cast(BlockAllocator, allocator)
@@ -147,7 +148,7 @@ def load(
     return Loaded(state, placed.cache, placed.handles, metadata, extra, placed.snapshot)
 
 
-def _require_fit(state: EngineState, limit: int, config: EngineConfig) -> None:
+def _require_fit(state: EngineState, limit: int, config: EngineConfig, has_text: bool) -> None:
     vocab = config.vocab_size
     for sample in state.samples:
         if len(sample.tokens) + 1 > limit:
@@ -160,7 +161,7 @@ def _require_fit(state: EngineState, limit: int, config: EngineConfig) -> None:
                 f"request {sample.request_id} has token {max(sample.tokens)}, but vocab_size here "
                 f"is {vocab}: a snapshot of another model"
             )
-        if (lack := unserved(sample.sampling, config)) is not None:
+        if (lack := unserved(sample.sampling, config, has_text=has_text)) is not None:
             raise SnapshotMismatch(f"request {sample.request_id} cannot be served here: {lack}")
 
 

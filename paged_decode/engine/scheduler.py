@@ -39,6 +39,7 @@ from .sampling import Broken
 from .scores import Scores
 from .seats import Seats
 from .swapping import Swapping
+from .text import Texts
 
 __all__ = ["NeedsTruth", "Scheduler"]
 
@@ -61,6 +62,7 @@ class Scheduler:
       limit: tokens that a sequence may have.
       swapping: the host tier, if there is one.
       clock: what `max_wait` and `timeout` are measured by.
+      texts: what reads the text of samples, if there is something.
 
     Attributes:
       waiting: who has no pages; running: who has a row, in order of admission; ending: whose last
@@ -80,11 +82,12 @@ class Scheduler:
         limit: int,
         swapping: Swapping | None = None,
         clock: Callable[[], float] = time.monotonic,
+        texts: Texts | None = None,
     ):
         self.allocator, self.config, self.stats, self.room = allocator, config, stats, room
         self.limit, self.swapping = limit, swapping
         self.on_admitted: Callable[[Sample], object] | None = None
-        self._journal = Journal(outcomes)
+        self._journal = Journal(outcomes, texts)
         self.living = self._journal.living
         self.waiting = WaitingQueue(allocator.page_size, config.priority_ageing)
         self.limits, self._visits = Limits(clock), itertools.count()
@@ -478,7 +481,7 @@ class Scheduler:
         handles = np.array([s.handle for s in plan.samples], np.int64)
         newest = np.array([s.tokens[-1] for s in plan.samples], np.int32)
         written = np.concatenate([newest[None], result.tokens[:-1]]).T
-        outcomes, counts = outcomes_of(plan, result)
+        outcomes, counts = outcomes_of(plan, result, self._journal.texts)
         self.flights -= 1
         self._conclude(outcomes)
         self.stats.decode_tokens += int(counts.sum())

@@ -22,6 +22,7 @@ from .requests import OnToken
 from .runner import DeviceRunner
 from .saving import EngineSaveOptions, RestoredRequests
 from .scheduler import Scheduler
+from .text import Texts
 
 __all__ = ["Saves"]
 
@@ -37,6 +38,7 @@ class Saves(ABC):
     loop: Loop
     _outbox: Outbox
     _calls: Calls
+    _texts: Texts | None
 
     @abstractmethod
     def _settled(self) -> AbstractContextManager[None]:
@@ -113,7 +115,7 @@ class Saves(ABC):
           SequenceTooLong: a request does not fit this engine's `max_sequence_tokens`.
         """
         terms = Terms(accept_fingerprint, cache_salt, prefix_cache)
-        limits = self.max_sequence_tokens, self.config
+        limits = self.max_sequence_tokens, self.config, self._texts is not None
         with self._settled():
             try:
                 loaded = saving.load(

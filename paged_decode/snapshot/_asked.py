@@ -20,8 +20,6 @@ _INF = float("inf")
 OWN = {"max_wait": _INF, "place": 0, "priority": 0, "timeout": _INF}
 """What a sample has beside `SamplingParams`, and its defaults; of times, what is left."""
 
-_LONGEST_NAME = max(map(len, _DEFAULTS))
-
 
 def pack_asked(params: SamplingParams, own: Mapping[str, Any] = OWN) -> bytes:
     """What is not at its default; no bytes if all of it is. `own` has what is in `OWN`."""
@@ -96,7 +94,7 @@ def _pairs(data: bytes) -> list[tuple[Any, Any]]:
         object_hook=refuse,
         list_hook=require,
         max_buffer_size=limit,
-        max_str_len=_LONGEST_NAME,
+        max_str_len=limit,
         max_bin_len=0,
         max_array_len=limit,
         max_map_len=len(_KINDS),
@@ -147,6 +145,10 @@ def _is_ids(value: Any) -> bool:
     return _is_list(value, int)
 
 
+def _is_strings(value: Any) -> bool:
+    return _is_list(value, str)
+
+
 def _is_runs(value: Any) -> bool:
     return _is_list(value, list) and {*map(type, chain.from_iterable(value))} == {int}
 
@@ -161,8 +163,10 @@ def _is_biases(value: Any) -> bool:
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "allowed_tokens": ("a list of integers", _is_ids),
     "bad_tokens": ("a list of integers", _is_ids),
+    "detokenize": ("a truth value", _is(bool)),
     "frequency_penalty": ("a float", _is(float)),
     "ignore_eos": ("a truth value", _is(bool)),
+    "include_stop_str_in_output": ("a truth value", _is(bool)),
     "logit_bias": ("a list of [integer, float]", _is_biases),
     "logprobs": ("an integer", _is(int)),
     "max_wait": ("a float", _is(float)),
@@ -172,6 +176,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "presence_penalty": ("a float", _is(float)),
     "priority": ("an integer", _is(int)),
     "repetition_penalty": ("a float", _is(float)),
+    "stop": ("a list of strings", _is_strings),
     "stop_sequences": ("a list of lists of integers", _is_runs),
     "stop_tokens": ("a list of integers", _is_ids),
     "timeout": ("a float", _is(float)),

@@ -17,13 +17,16 @@ from ..errors import SnapshotCorrupt
 from ._asked import OWN, pack_asked, require_one_form, unpack_asked
 from ._format import ASKED_LENGTH
 from ._state import pack_bytes, require_split, typed, unpack_bytes
+from ._told import TOLD, told_columns, told_from
 
 __all__ = ["ASKED", "ENGINE", "EngineState", "PendingEvent", "engine_arrays", "engine_from"]
 
 MAX_ID = 2**53
 _MAX_COUNT = 2**63 - 1
-_NEW = ("no_allowed_token", "waited_too_long", "timeout")  # of version 4; none has a token
-REASONS = (None, "stop", "length", "capacity", "cancelled", "invalid_logits", *_NEW)
+_NEW = ("no_allowed_token", "waited_too_long", "timeout", "detokenizer_failed", "mask_failed")
+"""Of version 4; none has a token."""
+_OLD = (None, "stop", "length", "capacity", "cancelled", "invalid_logits")
+REASONS = _OLD + _NEW
 
 ENGINE = {
     "engine/next_id": ("int64", 1),
@@ -62,6 +65,7 @@ ASKED = {
     "engine/event_likely_length": ("int64", 1),
     "engine/event_likely_ids": ("int32", 1),
     "engine/event_likely_logprobs": ("float32", 1),
+    **TOLD,
 }
 """Those that one of version 4 has besides `ENGINE`."""
 
@@ -79,7 +83,7 @@ class PendingEvent:
         event = self.event
         numbers = event.logprob, event.processed_logprob
         known = event.finish_reason not in _NEW and not event.top_logprobs
-        return not known or any(number is not None for number in numbers)
+        return not known or bool(event.text) or any(number is not None for number in numbers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +176,7 @@ def _asked_columns(asked: tuple[bytes, ...], pending: Sequence[PendingEvent]) ->
         "engine/event_likely_length": [len(e.top_logprobs) for e in events],
         "engine/event_likely_ids": [i for i, _ in likely],
         "engine/event_likely_logprobs": [x for _, x in likely],
+        **told_columns(events),
     }
 
 
@@ -331,7 +336,7 @@ def _params(
         "stop_tokens": first,
     }
     try:
-        params = SamplingParams(**fields | asked)
+        params = SamplingParams(**fields | dict(asked))
     except (TypeError, ValueError) as error:
         raise SnapshotCorrupt(f"sampling of request {row}: {error}") from None
     require_one_form(row, asked, first, params)
@@ -347,9 +352,11 @@ def _events(columns: Mapping[str, np.ndarray], new: bool) -> Iterator[PendingEve
     require_split("engine/event_top", fields["top_length"], len(ids))
     _require(len(ids) == len(values), "the columns of the largest logits differ in length")
     chances = _chances(columns, len(fields["token"]), new)
-    known = REASONS if new else REASONS[: -len(_NEW)]
+    count = len(fields["token"])
+    told = told_from(columns, count) if new else ({} for _ in range(count))
+    known = REASONS if new else _OLD
     end, rows = 0, zip(*(field.tolist() for field in fields.values()), strict=True)
-    for row, chance in zip(rows, chances, strict=True):
+    for row, chance, more in zip(rows, chances, told, strict=True):
         each = dict(zip(fields, row, strict=True))
         _require(
             0 <= each["reason"] < len(known)
@@ -376,6 +383,7 @@ def _events(columns: Mapping[str, np.ndarray], new: bool) -> Iterator[PendingEve
             finish_reason=REASONS[each["reason"]],
             top_logits=tuple(zip(ids[begin:end].tolist(), values[begin:end].tolist(), strict=True)),
             **chance,
+            **more,
         )
         yield PendingEvent(event, bool(each["shown"]))
 

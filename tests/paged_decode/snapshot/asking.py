@@ -6,6 +6,7 @@ from paged_decode import SamplingParams
 from paged_decode.engine.requests import TokenEvent
 
 from ..tiny import VOCAB
+from ..toy_text import decode
 
 INF = float("inf")
 EVERYTHING = SamplingParams(
@@ -24,6 +25,8 @@ EVERYTHING = SamplingParams(
     allowed_tokens=tuple(range(0, VOCAB, 2)),
     bad_tokens=(12, 11),
     logprobs=2,
+    stop=("ab", "\u00e9\U0001f600 z"),
+    include_stop_str_in_output=True,
 )
 ALONE = {
     "stop_tokens": tuple(range(9)),
@@ -38,8 +41,12 @@ ALONE = {
     "allowed_tokens": (0,),
     "bad_tokens": (5,),
     "logprobs": 0,
+    "stop": ("\0", "\u00e9"),
+    "include_stop_str_in_output": True,
+    "detokenize": False,
 }
 """A value of each new field."""
+TEXT: dict = dict(detokenize=decode)
 NONE_ALLOWED = SamplingParams(max_new_tokens=9, bad_tokens=tuple(range(VOCAB)), logprobs=1)
 
 
@@ -49,7 +56,9 @@ def ask(engine) -> None:
     engine.submit([3, 2, 1], NONE_ALLOWED)
     engine.submit([6, 7], SamplingParams(max_new_tokens=10, logprobs=1), cache_salt="s")
     heated = dict(max_new_tokens=10, temperature=1.0, seed=3)
-    engine.submit([8, 9, 1], SamplingParams(**heated, repetition_penalty=1.5, logprobs=0))
+    engine.submit(
+        [8, 9, 1], SamplingParams(**heated, repetition_penalty=1.5, logprobs=0, detokenize=False)
+    )
     engine.submit([8], SamplingParams(**heated, min_p=0.05, stop_sequences=((4,), (5, 6))))
     engine.submit([8, 7], SamplingParams(**heated))
 
@@ -58,10 +67,11 @@ def events() -> list[TokenEvent]:
     """Of every kind, for requests 0 to 2."""
     likely = ((4, -0.25), (0, -INF), (60, -1.5))
     return [
-        TokenEvent(0, 0, 0, 4, None, ((4, 1.5),), "", -0.25, 0.0, likely),
+        TokenEvent(0, 0, 0, 4, None, ((4, 1.5),), "", -0.25, 0.0, likely, "a\u00e9\U0001f600"),
         TokenEvent(0, 1, 0, 5, "stop", (), "", -2.5, -0.5, ()),
-        TokenEvent(1, 0, 0, None, "no_allowed_token"),
+        TokenEvent(1, 0, 0, None, "no_allowed_token", text="\ufffd\ud800"),
         TokenEvent(2, 0, 0, 7, None),
+        TokenEvent(2, 0, 1, None, "detokenizer_failed"),
         TokenEvent(0, 0, 1, 9, "length", (), "", -INF, -0.125, ((1, -0.5),)),
     ]
 

@@ -54,22 +54,26 @@ def read(path: Path) -> tuple[dict, dict[str, np.ndarray], bytes]:
 
 ASKED = ["engine/asked_length", "engine/asked_bytes", "engine/event_logprob"]
 ASKED += [f"engine/event_likely_{name}" for name in ("length", "ids", "logprobs")]
+ASKED += ["engine/event_text_length", "engine/event_text_bytes"]
 DEFAULTS = {
     "allowed_tokens": None,
     "bad_tokens": [],
+    "detokenize": True,
     "frequency_penalty": 0.0,
     "ignore_eos": False,
+    "include_stop_str_in_output": False,
     "logit_bias": [],
     "logprobs": None,
     "min_new_tokens": 0,
     "min_p": 0.0,
     "presence_penalty": 0.0,
     "repetition_penalty": 1.0,
+    "stop": [],
     "stop_sequences": [],
 }
 OWN = {"max_wait": math.inf, "place": 0, "priority": 0, "timeout": math.inf}
 REASONS = [None, "stop", "length", "capacity", "cancelled", "invalid_logits", "no_allowed_token"]
-REASONS += ["waited_too_long", "timeout"]
+REASONS += ["waited_too_long", "timeout", "detokenizer_failed", "mask_failed"]
 
 
 def up(size: int) -> int:
@@ -172,15 +176,16 @@ def requests(path: Path) -> list[tuple[int, int, list[int], dict]]:
 
 
 def events(path: Path) -> list[tuple]:
-    """Request, sample, index, token, reason, largest logits, both log-probabilities and the
-    likeliest tokens of every event; and whether its callback has seen it."""
+    """Request, sample, index, token, reason, largest logits, both log-probabilities, the likeliest
+    tokens and the text of every event; and whether its callback has seen it."""
     _, arrays, _ = read(path)
     own = {n.removeprefix("engine/event_"): a for n, a in arrays.items() if "/event_" in n}
     count = len(own["token"])
     if "logprob" not in own:
-        assert not (own["reason"] >= 6).any()
+        assert not (own["reason"] > 5).any()
         own |= {"logprob": np.full((count, 2), np.nan), "likely_length": np.zeros(count, int)}
         own |= {"likely_ids": np.zeros(0, int), "likely_logprobs": np.zeros(0)}
+        own |= {"text_length": np.zeros(count, int), "text_bytes": np.zeros(0, np.uint8)}
     pairs = []
     for length, *columns in (
         ("top_length", "top_ids", "top_logits"),
@@ -189,6 +194,7 @@ def events(path: Path) -> list[tuple]:
         ids, values = (split(own[length], own[name]) for name in columns)
         both = zip(ids, values, strict=True)
         pairs.append([tuple(zip(i.tolist(), x.tolist(), strict=True)) for i, x in both])
+    texts = split(own["text_length"], own["text_bytes"])
     out = []
     for row in range(count):
         where = [own[name][row].item() for name in ("request", "sample", "index")]
@@ -196,5 +202,6 @@ def events(path: Path) -> list[tuple]:
         numbers = [None if np.isnan(x) else x.item() for x in own["logprob"][row]]
         token = None if token == -1 else token
         tops, likely = (each[row] for each in pairs)
-        out.append((*where, token, reason, tops, *numbers, likely, bool(own["shown"][row])))
+        text = texts[row].tobytes().decode("utf-8", "surrogatepass")
+        out.append((*where, token, reason, tops, *numbers, likely, text, bool(own["shown"][row])))
     return out

@@ -12,7 +12,7 @@ from paged_decode import SamplingParams, SnapshotCorrupt, inspect_snapshot, veri
 
 from ..tiny import make_engine
 from . import independent_reader
-from .asking import EVERYTHING, events
+from .asking import EVERYTHING, TEXT, events
 from .forge import build, put, replace
 from .test_extra import with_version
 from .test_hostile import MIB, refused  # noqa: F401  (a fixture)
@@ -24,7 +24,7 @@ ROW = 1  # of the request that asks for everything; request 0 asks for nothing
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory):
     """Requests that wait, and events of every kind."""
-    engine = make_engine(top_logits=2)
+    engine = make_engine(top_logits=2, policies=TEXT)
     for at, params in enumerate((SamplingParams(), EVERYTHING, SamplingParams(min_p=0.5))):
         engine.submit([at + 1, 2, 3], params)
     engine._outbox.put_back(events()[:3], events()[3:])
@@ -53,7 +53,7 @@ def split(arrays) -> list[bytes]:
     return [each.tobytes() for each in independent_reader.split(lengths, data)]
 
 
-def asking(arrays, data: bytes | Mapping, row: int = ROW) -> dict:
+def asking(arrays, data: bytes | Mapping | list, row: int = ROW) -> dict:
     """The arrays, where one request asks for something else."""
     parts = split(arrays)
     parts[row] = data if isinstance(data, bytes) else msgpack.packb(dict(data))
@@ -81,6 +81,8 @@ BYTES = {
     "a time": (lambda old: b"\x81\xa5min_p\xd6\xff\0\0\0\0", "is not a map in msgpack"),
     "an empty list": (lambda old: msgpack.packb({"bad_tokens": []}), "an empty list"),
     "an empty run": (lambda old: msgpack.packb({"stop_sequences": [[]]}), "an empty list"),
+    "no UTF-8": (lambda old: b"\x81\xa4stop\x91\xa1\xff", "is not a map in msgpack"),
+    "half a pair": (lambda old: b"\x81\xa4stop\x91\xa3\xed\xa0\x80", "is not a map in msgpack"),
     "bytes": (lambda old: msgpack.packb({"min_p": b"a"}), "is not a map in msgpack"),
     "5000 deep": (lambda old: b"\x81\xa5min_p" + b"\x91" * 5000, "is not a map in msgpack"),
     "900 deep": (lambda old: b"\x81\xa5min_p" + b"\x91" * 900 + b"\0", "min_p is not a float but"),
@@ -120,8 +122,11 @@ FLOATS = ("frequency_penalty", "min_p", "presence_penalty", "repetition_penalty"
 KINDS = dict.fromkeys(FLOATS, [1, True, None, "1", [0.5]])
 KINDS |= dict.fromkeys(("logprobs", "min_new_tokens"), [1.0, True, None, "1", [1]])
 KINDS |= dict.fromkeys(("allowed_tokens", "bad_tokens"), [1, None, "1", [1.0], [True], [[1]]])
+KINDS |= dict.fromkeys(
+    ("detokenize", "ignore_eos", "include_stop_str_in_output"), [1, None, "true"]
+)
 KINDS |= {
-    "ignore_eos": [1, None, "true"],
+    "stop": [1, None, "ab", [1], [["ab"]], ["ab", 1]],
     "logit_bias": [1, None, [1], [[1]], [[1, 2]], [[1.0, 2.0]], [[1, 2.0, 3]], [[True, 2.0]]],
     "stop_sequences": [1, None, [1], ["1"], [[1.0]], [[True]], [[[1]]]],
     "stop_tokens": [1, None, "123456789", [1.0] * 9, [True] * 9, [[1]] * 9],
@@ -145,6 +150,8 @@ VALUES = {
     "logprobs": [(-1, "logprobs must be from 0"), (2**63, "logprobs must be from 0")],
     "allowed_tokens": [([-1], "from 0"), ([2**31], "from 0"), ([12], "leaves no token")],
     "bad_tokens": [([-1], "from 0"), ([2**64 - 1], "from 0")],
+    "stop": [([""], "empty string"), (["a", ""], "empty string")],
+    "detokenize": [(False, "detokenize must be True with stop")],
     "stop_sequences": [([[-1]], "from 0"), ([[1, 2**31]], "from 0")],
     "stop_tokens": [([-1] * 9, "from 0"), ([2**31] * 9, "from 0")],
     "logit_bias": [
@@ -160,7 +167,7 @@ REFUSED = [(name, *each) for name, values in VALUES.items() for each in values]
 def test_a_value_that_no_request_can_have_is_refused(rejected, sample, name, value, text):
     fields, arrays = sample
     text = f"sampling of request 1: .*{text}"
-    rejected(build(fields, asking(arrays, asked(arrays) | {name: value})), text)
+    rejected(build(fields, asking(arrays, sorted((asked(arrays) | {name: value}).items()))), text)
 
 
 USUAL = [("ignore_eos", False), ("min_new_tokens", 0), ("stop_tokens", [58, 3, *range(48, 54)])]
@@ -204,11 +211,13 @@ def unasked(arrays) -> None:
 
 
 def untold(arrays) -> None:
-    arrays["engine/event_logprob"] = np.full((5, 2), NAN, np.float32)
-    arrays["engine/event_likely_length"] = np.zeros(5, np.int64)
+    arrays["engine/event_logprob"] = np.full((6, 2), NAN, np.float32)
+    arrays["engine/event_likely_length"] = np.zeros(6, np.int64)
     arrays["engine/event_likely_ids"] = np.zeros(0, np.int32)
     arrays["engine/event_likely_logprobs"] = np.zeros(0, np.float32)
-    put("engine/event_reason", 2, 4)(arrays)
+    arrays["engine/event_text_length"] = np.zeros(6, np.int64)
+    arrays["engine/event_text_bytes"] = np.zeros(0, np.uint8)
+    put("engine/event_reason", [2, 4], 4)(arrays)
 
 
 def both(*changes):
@@ -216,6 +225,7 @@ def both(*changes):
 
 
 LOGPROB, LENGTH = "engine/event_logprob", "engine/event_likely_length"
+TEXTS = "engine/event_text_length"
 IDS, LIKELY = "engine/event_likely_ids", "engine/event_likely_logprobs"
 COLUMNS = {
     "nothing needs it": (both(unasked, untold), "version 4, but nothing in it needs that"),
@@ -229,8 +239,8 @@ COLUMNS = {
     ),
     "another first stop": (put("engine/stop_tokens", (ROW, 0), 57), "does not begin with those"),
     "seven first stops": (put("engine/stop_tokens", (ROW, 7), -1), "does not begin with those"),
-    "three columns": (replace(LOGPROB, np.ones((5, 3))), "not 2 numbers for every event"),
-    "an event less": (replace(LOGPROB, np.ones((4, 2))), "not 2 numbers for every event"),
+    "three columns": (replace(LOGPROB, np.ones((6, 3))), "not 2 numbers for every event"),
+    "an event less": (replace(LOGPROB, np.ones((5, 2))), "not 2 numbers for every event"),
     "one NaN": (put(LOGPROB, (0, 0), NAN), "one is NaN"),
     "the other NaN": (put(LOGPROB, (0, 1), NAN), "one is NaN"),
     "likely lengths": (put(LENGTH, 0, 4), "lengths of engine/event_likely do not add up"),
@@ -242,7 +252,12 @@ COLUMNS = {
     "told of no token": (put(LOGPROB, 2, -1.0), "event without a token has log-probabilities"),
     "a token that is not allowed": (put("engine/event_token", 2, 5), "ends by no_allowed_token"),
     "a token of a timeout": (put("engine/event_reason", 0, 8), "ends by timeout"),
-    "reason 9": (put("engine/event_reason", 0, 9), "impossible value"),
+    "a token without text": (put("engine/event_token", 4, 5), "ends by detokenizer_failed"),
+    "text lengths": (put(TEXTS, 0, 8), "lengths of engine/event_text do not add up"),
+    "text length -1": (put(TEXTS, 1, -1), "lengths of engine/event_text do not add up"),
+    "text rows": (replace(TEXTS, [7]), "not one value for every event"),
+    "half a character": (put("engine/event_text_bytes", 2, 97), "an event is not UTF-8"),
+    "reason 11": (put("engine/event_reason", 0, 11), "impossible value"),
     "reason -1": (put("engine/event_reason", 0, -1), "impossible value"),
 }
 NEW = {name: name.removeprefix("engine/") for name in independent_reader.ASKED}
@@ -271,7 +286,7 @@ def test_one_thing_that_needs_it_is_enough(tmp_path, sample, needs):
     arrays = dict(arrays)
     needs(arrays)
     (tmp_path / "s").write_bytes(build(fields, arrays))
-    other = make_engine(top_logits=2)
+    other = make_engine(top_logits=2, policies=TEXT)
     assert len(other.restore(tmp_path / "s")) == 3
 
 
@@ -279,7 +294,7 @@ def test_the_version_says_whether_there_are_these_arrays(rejected, sample):
     """What an older release would misread has a number that it refuses."""
     fields, arrays = sample
     old = {name: array for name, array in arrays.items() if name not in NEW}
-    put("engine/event_reason", 2, 4)(old)
+    put("engine/event_reason", [2, 4], 4)(old)
     text = "asked_length is in a file of version 4, and in every one|keys are"
     for version in (1, 2, 3):
         rejected(with_version(bytearray(build(fields, arrays)), version), text)
