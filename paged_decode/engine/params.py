@@ -47,7 +47,8 @@ class SamplingParams:
       top_p: of those, keep the smallest set of most likely tokens whose probability reaches it, in
         (0, 1]; of equal ones the lower ids. Taken as float32; 1 keeps all.
       seed: 0 <= seed < 2**32. Token i of a request depends on (seed, i) and the logits alone,
-        never on what else is in the batch, so preemption and batching change nothing.
+        never on what else is in the batch, so preemption and batching change nothing. None: the
+        engine draws one for each request, and reports it.
       stop_tokens: ids, any number; the request ends with the first of them, which is kept.
       stop_sequences: runs of ids; the request ends with the first that its generated tokens have as
         a whole, which is kept.
@@ -91,7 +92,7 @@ class SamplingParams:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
-    seed: int = 0
+    seed: int | None = 0
     stop_tokens: tuple[int, ...] = ()
     stop_sequences: tuple[tuple[int, ...], ...] = ()
     min_new_tokens: int = 0
@@ -117,7 +118,7 @@ class SamplingParams:
             temperature=_as_float("temperature", self.temperature),
             top_k=as_count("top_k", self.top_k, 0, top),
             top_p=_as_float("top_p", self.top_p),
-            seed=as_count("seed", self.seed, 0, 2**32 - 1),
+            seed=None if self.seed is None else as_count("seed", self.seed, 0, 2**32 - 1),
             stop_tokens=as_counts("stop_tokens", self.stop_tokens, 0, top),
             stop_sequences=_runs(self.stop_sequences),
             min_new_tokens=as_count("min_new_tokens", self.min_new_tokens, 0, top),

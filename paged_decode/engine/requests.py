@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Callable, Collection, Iterable, MutableSequence, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -388,7 +389,7 @@ def new_request(
         now = clock()
         first.admit_by, first.end_by = (now + seconds for seconds in limits)
     for i in range(1, n):
-        seeded = replace(sampling, seed=(sampling.seed + i) % 2**32)
+        seeded = replace(sampling, seed=((sampling.seed or 0) + i) % 2**32)
         first.siblings.append(first.spawn(-1, i, seeded))
     return first
 
@@ -423,7 +424,7 @@ def check_sampling(
     """Refuse what is no `SamplingParams` or cannot be served, before it is queued.
 
     Returns:
-      The parameters, with the stop tokens of the engine unless they are ignored.
+      The parameters, with the stop tokens of the engine unless they are ignored, and with a seed.
 
     Raises:
       TypeError: it is something else.
@@ -437,6 +438,8 @@ def check_sampling(
         sampling = replace(sampling, stop_tokens=sampling.stop_tokens + more)
     if (lack := unserved(sampling, config, has_text=has_text)) is not None:
         raise ValueError(lack)
+    if sampling.seed is None:
+        sampling = replace(sampling, seed=secrets.randbits(32))
     return sampling
 
 
