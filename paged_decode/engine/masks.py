@@ -46,6 +46,11 @@ class Constraint:
         self.make = make
         self._mask, self._read = mask, list[int]()
 
+    @classmethod
+    def missing(cls) -> Constraint:
+        """That of a sample whose mask is yet to be told."""
+        return cls(_missing)
+
     def again(self) -> Constraint:
         """That of another sample."""
         return Constraint(self.make)
@@ -62,6 +67,10 @@ class Constraint:
         mask.fill(bits)
         self._mask, self._read = mask, tokens
         return bits
+
+
+def _missing() -> TokenMask:
+    raise RuntimeError("nobody has told the mask of this request")
 
 
 def check_mask(make: MakeMask, enabled: bool) -> Constraint:

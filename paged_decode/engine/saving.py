@@ -23,6 +23,7 @@ from ..snapshot._reader import Progress
 from ..snapshot._save import FileOptions, SaveJob, plan_save
 from .calls import Calls
 from .config import EngineConfig
+from .masks import MakeMask, check_mask
 from .outbox import Outbox
 from .requests import Sample, TokenEvent, unserved
 from .room import Allocator
@@ -63,6 +64,9 @@ def plan_engine_save(
 
     running = [s for s in scheduler.running if chosen(s.request_id)]
     waiting = [s for s in scheduler.waiting if chosen(s.request_id)]
+    apart = [s for s in running if s.scores is not None]  # whose pages have a salt of their own
+    running = [s for s in running if s.scores is None]
+    waiting = [*apart, *waiting]
     pending, shown = outbox.contents()
     events = [PendingEvent(e, False) for e in pending if chosen(e.request_id)]
     events += [PendingEvent(e, True) for e in shown if chosen(e.request_id)]
@@ -98,6 +102,45 @@ class RestoredRequests(dict[int, int]):
         self.metadata, self.extra, self.snapshot = loaded.metadata, loaded.extra, loaded.snapshot
 
 
+class Serving(NamedTuple):
+    """What an engine can serve: the longest sequence, its config, whether it has a detokenizer, and
+    what makes the mask of a request, by its id in the file."""
+
+    limit: int
+    config: EngineConfig
+    has_text: bool
+    mask_of: Callable[[int], MakeMask | None]
+
+    def take(self, sample: Sample) -> None:
+        """Refuse a sample that cannot be served; give it the mask that it had.
+
+        Raises:
+          SnapshotMismatch, SequenceTooLong, TypeError: as `load`.
+        """
+        title, vocab = f"request {sample.request_id}", self.config.vocab_size
+        if len(sample.tokens) + 1 > self.limit:
+            raise SequenceTooLong(
+                f"{title} has {len(sample.tokens)} tokens, but a sequence here can have "
+                f"{self.limit}; enlarge max_sequence_tokens or the pool"
+            )
+        if vocab is not None and max(sample.tokens) >= vocab:
+            raise SnapshotMismatch(
+                f"{title} has token {max(sample.tokens)}, but vocab_size here is {vocab}: a "
+                "snapshot of another model"
+            )
+        lack = unserved(sample.sampling, self.config, has_text=self.has_text)
+        make = None if sample.constraint is None else self.mask_of(sample.request_id)
+        if sample.constraint is not None and lack is None:
+            if not self.config.token_masks:
+                lack = "it has a mask, but EngineConfig.token_masks is False"
+            elif make is None:
+                lack = f"it has a mask: say masks={{{sample.request_id}: ...}}"
+        if lack is not None:
+            raise SnapshotMismatch(f"{title} cannot be served here: {lack}")
+        if make is not None:
+            sample.constraint = check_mask(make, self.config.token_masks)
+
+
 class Loaded(NamedTuple):
     """The requests of a snapshot, and the pages of those that ran; None if these are computed
     anew, and so is the snapshot."""
@@ -115,9 +158,7 @@ def load(
     cache: Any,
     allocator: Allocator,
     terms: Terms,
-    limit: int,
-    config: EngineConfig,
-    has_text: bool,
+    serving: Serving,
     progress: Progress | None,
 ) -> Loaded:
     """Read and check everything, and put the pages into the pool; none without room for them, or
@@ -125,8 +166,9 @@ def load(
 
     Raises:
       SnapshotMismatch: the file is not of an engine, or does not fit, or a request asks for what
-        `config` does not have, or for text where there is none.
-      SequenceTooLong: a request does not fit `limit`.
+        is not served.
+      SequenceTooLong: a request does not fit the limit.
+      TypeError: what is to make a mask makes none.
     """
     with Opened(path) as opened:
         state = opened.engine
@@ -134,7 +176,8 @@ def load(
             with about(path):
                 raise SnapshotMismatch("it holds no requests; use load_snapshot")
         with about(path):
-            _require_fit(state, limit, config, has_text)
+            for sample in state.samples:
+                serving.take(sample)
         metadata, placed = opened.chain.header.metadata, None
         with suppress(OutOfPages, GroupMismatch):
             target = cache, cast(BlockAllocator, allocator)
@@ -146,23 +189,6 @@ def load(
     if placed is None:
         return Loaded(state, cache, None, metadata, extra, None)
     return Loaded(state, placed.cache, placed.handles, metadata, extra, placed.snapshot)
-
-
-def _require_fit(state: EngineState, limit: int, config: EngineConfig, has_text: bool) -> None:
-    vocab = config.vocab_size
-    for sample in state.samples:
-        if len(sample.tokens) + 1 > limit:
-            raise SequenceTooLong(
-                f"request {sample.request_id} has {len(sample.tokens)} tokens, but a sequence here "
-                f"can have {limit}; enlarge max_sequence_tokens or the pool"
-            )
-        if vocab is not None and max(sample.tokens) >= vocab:
-            raise SnapshotMismatch(
-                f"request {sample.request_id} has token {max(sample.tokens)}, but vocab_size here "
-                f"is {vocab}: a snapshot of another model"
-            )
-        if (lack := unserved(sample.sampling, config, has_text=has_text)) is not None:
-            raise SnapshotMismatch(f"request {sample.request_id} cannot be served here: {lack}")
 
 
 def adopt(
@@ -226,10 +252,8 @@ def _owns_what_it_writes(allocator: Allocator, sample: Sample) -> bool:
     )
 
 
-def callbacks_of(
-    on_token: Callable[[TokenEvent], object] | Mapping[int, Any] | None,
-) -> Callable[[int], Any]:
-    """The callback of each request: one for all, or one per saved id."""
-    if isinstance(on_token, Mapping):
-        return on_token.get
-    return lambda _: on_token
+def each_of(given: Callable[..., Any] | Mapping[int, Any] | None) -> Callable[[int], Any]:
+    """What each request has of something: one for all, or one per saved id."""
+    if isinstance(given, Mapping):
+        return given.get
+    return lambda _: given

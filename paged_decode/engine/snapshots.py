@@ -17,6 +17,7 @@ from . import saving
 from .calls import Calls
 from .config import EngineConfig
 from .loop import Loop
+from .masks import MakeMask
 from .outbox import Outbox
 from .requests import OnToken
 from .runner import DeviceRunner
@@ -86,6 +87,7 @@ class Saves(ABC):
         path: str | os.PathLike[str],
         *,
         on_token: OnToken | Mapping[int, OnToken] | None = None,
+        masks: MakeMask | Mapping[int, MakeMask] | None = None,
         accept_fingerprint: bytes | None = None,
         cache_salt: str | bytes | SavedSalt | None = AS_SAVED,
         prefix_cache: bool = True,
@@ -99,6 +101,7 @@ class Saves(ABC):
 
         Args:
           on_token: called with every event; or one per saved request id.
+          masks: what makes the masks of requests that had one; or one per saved request id.
           accept_fingerprint: as in `load_snapshot`.
           cache_salt: as there; it is the salt of the requests, too.
           prefix_cache: as there; without it the requests that run keep their pages for
@@ -111,20 +114,22 @@ class Saves(ABC):
 
         Raises:
           SnapshotMismatch: the file is not of an engine, or does not fit, or a request asks for
-            what this engine's config cannot serve; else as `load_snapshot`. Nothing has changed.
+            what this engine cannot serve, or had a mask that is not in `masks`; else as
+            `load_snapshot`. Nothing has changed.
           SequenceTooLong: a request does not fit this engine's `max_sequence_tokens`.
         """
         terms = Terms(accept_fingerprint, cache_salt, prefix_cache)
-        limits = self.max_sequence_tokens, self.config, self._texts is not None
+        serving = saving.Serving(
+            self.max_sequence_tokens, self.config, self._texts is not None, saving.each_of(masks)
+        )
         with self._settled():
             try:
-                loaded = saving.load(
-                    path, self.runner.cache, self.allocator, terms, *limits, progress
-                )
+                target = self.runner.cache, self.allocator
+                loaded = saving.load(path, *target, terms, serving, progress)
             except BaseException:
                 if self.runner.is_lost:
                     self.loop.discard()
                 raise
             self.runner.cache = loaded.cache
-            listen = saving.callbacks_of(on_token)
+            listen = saving.each_of(on_token)
             return saving.adopt(loaded, self.scheduler, self._outbox, self._calls, listen=listen)

@@ -17,13 +17,14 @@ __all__ = ["OWN", "pack_asked", "require_one_form", "unpack_asked"]
 
 _DEFAULTS = {field.name: field.default for field in fields(SamplingParams)}
 _INF = float("inf")
-OWN = {"max_wait": _INF, "place": 0, "priority": 0, "timeout": _INF}
+OWN = {"masked": False, "max_wait": _INF, "place": 0, "priority": 0, "timeout": _INF}
 """What a sample has beside `SamplingParams`, and its defaults; of times, what is left."""
 
 
 def pack_asked(params: SamplingParams, own: Mapping[str, Any] = OWN) -> bytes:
     """What is not at its default; no bytes if all of it is. `own` has what is in `OWN`."""
-    found = {name: value + 0 for name, value in own.items() if value != OWN[name]}
+    found = {name: value for name, value in own.items() if value != OWN[name]}
+    found |= {name: value + 0.0 for name, value in found.items() if type(value) is float}
     found |= {name: value for name in _KINDS if (value := _asked(params, name)) is not None}
     found = dict(sorted(found.items()))
     packed: Any = msgpack.packb(found)
@@ -149,6 +150,10 @@ def _is_strings(value: Any) -> bool:
     return _is_list(value, str)
 
 
+def _is_floats(value: Any) -> bool:
+    return _is_list(value, float)
+
+
 def _is_runs(value: Any) -> bool:
     return _is_list(value, list) and {*map(type, chain.from_iterable(value))} == {int}
 
@@ -168,13 +173,16 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "ignore_eos": ("a truth value", _is(bool)),
     "include_stop_str_in_output": ("a truth value", _is(bool)),
     "logit_bias": ("a list of [integer, float]", _is_biases),
+    "logits_args": ("a list of floats", _is_floats),
     "logprobs": ("an integer", _is(int)),
+    "masked": ("a truth value", _is(bool)),
     "max_wait": ("a float", _is(float)),
     "min_new_tokens": ("an integer", _is(int)),
     "min_p": ("a float", _is(float)),
     "place": ("an integer", _is(int)),
     "presence_penalty": ("a float", _is(float)),
     "priority": ("an integer", _is(int)),
+    "prompt_logprobs": ("an integer", _is(int)),
     "repetition_penalty": ("a float", _is(float)),
     "stop": ("a list of strings", _is_strings),
     "stop_sequences": ("a list of lists of integers", _is_runs),

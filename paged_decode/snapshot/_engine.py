@@ -11,6 +11,7 @@ import numpy as np
 
 from ..allocator import AllocatorState
 from ..allocator.prefix import salt_key, salt_of
+from ..engine.masks import Constraint
 from ..engine.params import MAX_STOP_TOKENS, SamplingParams
 from ..engine.requests import MOST_PRIORITY, Sample, TokenEvent
 from ..errors import SnapshotCorrupt
@@ -83,7 +84,8 @@ class PendingEvent:
         event = self.event
         numbers = event.logprob, event.processed_logprob
         known = event.finish_reason not in _NEW and not event.top_logprobs
-        return not known or bool(event.text) or any(number is not None for number in numbers)
+        known = known and not event.text and event.prompt_logprobs is None
+        return not known or any(number is not None for number in numbers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +159,7 @@ def _own(samples: Sequence[Sample], now: float) -> Iterator[dict[str, Any]]:
     first = min((s.place for s in samples), default=0)
     for sample in samples:
         yield {
+            "masked": sample.constraint is not None,
             "max_wait": sample.admit_by - now,
             "place": sample.place - first if ordered else 0,
             "priority": sample.priority,
@@ -295,6 +298,7 @@ def _samples(columns: Mapping[str, np.ndarray]) -> Iterator[Sample]:
             place=own["place"],
             admit_by=own["max_wait"],
             end_by=own["timeout"],
+            constraint=Constraint.missing() if own["masked"] else None,
         )
         _require(sample.left >= 1, f"request {sample.request_id} has ended already")
         yield sample
@@ -374,6 +378,11 @@ def _events(columns: Mapping[str, np.ndarray], new: bool) -> Iterator[PendingEve
             each["token"] >= 0 or not chance,
             "an event without a token has log-probabilities",
         )
+        first = each["token"] >= 0 and each["index"] == 0
+        _require(
+            first or more.get("prompt_logprobs") is None,
+            "an event without the first token has the log-probabilities of a prompt",
+        )
         begin, end = end, end + each["top_length"]
         event = TokenEvent(
             request_id=each["request"],
@@ -452,8 +461,9 @@ def _link_siblings(samples: list[Sample], sibling_of: list[int]) -> list[Sample]
     return firsts
 
 
-def _turn_and_limits(sample: Sample) -> tuple[int, int, float, float]:
-    return sample.priority, sample.place, sample.admit_by, sample.end_by
+def _turn_and_limits(sample: Sample) -> tuple[int, int, float, float, bool]:
+    limits = sample.admit_by, sample.end_by, sample.constraint is not None
+    return sample.priority, sample.place, *limits
 
 
 def _require_agreement(state: EngineState, pages: AllocatorState) -> None:

@@ -1,4 +1,4 @@
-"""What events tell beside tokens and numbers: text."""
+"""What events tell beside tokens and numbers: text, and the log-probabilities of prompts."""
 
 from __future__ import annotations
 
@@ -8,14 +8,20 @@ from typing import Any
 import numpy as np
 
 from ..engine.requests import TokenEvent
+from ..engine.scores import PromptLogprobs
 from ..errors import SnapshotCorrupt
-from ._state import pack_bytes, unpack_bytes
+from ._state import pack_bytes, require_split, unpack_bytes
 
 __all__ = ["TOLD", "told_columns", "told_from"]
 
 TOLD = {
     "engine/event_text_length": ("int64", 1),
     "engine/event_text_bytes": ("uint8", 1),
+    "engine/event_prompt_length": ("int64", 1),
+    "engine/event_prompt_top": ("int64", 1),
+    "engine/event_prompt_logprobs": ("float32", 1),
+    "engine/event_prompt_ids": ("int32", 1),
+    "engine/event_prompt_likely": ("float32", 1),
 }
 """Name, dtype and number of axes of their arrays, in a file of version 4."""
 
@@ -24,7 +30,20 @@ def told_columns(events: Sequence[TokenEvent]) -> dict[str, Any]:
     """The arrays of these events."""
     texts = tuple(event.text.encode("utf-8", "surrogatepass") for event in events)
     lengths, data = pack_bytes(texts)
-    return {"engine/event_text_length": lengths, "engine/event_text_bytes": data}
+    prompts = [event.prompt_logprobs for event in events]
+    told = [each for each in prompts if each is not None]
+    pairs = [pair for each in told for row in each.top_logprobs for pair in row]
+    return {
+        "engine/event_text_length": lengths,
+        "engine/event_text_bytes": data,
+        "engine/event_prompt_length": [-1 if p is None else len(p.logprobs) for p in prompts],
+        "engine/event_prompt_top": [
+            len(p.top_logprobs[0]) if p is not None and p.top_logprobs else 0 for p in prompts
+        ],
+        "engine/event_prompt_logprobs": [x for each in told for x in each.logprobs],
+        "engine/event_prompt_ids": [i for i, _ in pairs],
+        "engine/event_prompt_likely": [x for _, x in pairs],
+    }
 
 
 def told_from(columns: Mapping[str, np.ndarray], count: int) -> Iterator[dict[str, Any]]:
@@ -40,8 +59,35 @@ def told_from(columns: Mapping[str, np.ndarray], count: int) -> Iterator[dict[st
     lengths = columns["event_text_length"]
     if len(lengths) != count:
         raise SnapshotCorrupt("event_text_length has not one value for every event")
-    for data in unpack_bytes("engine/event_text", lengths, columns["event_text_bytes"]):
+    texts = unpack_bytes("engine/event_text", lengths, columns["event_text_bytes"])
+    for data, prompt in zip(texts, _prompts(columns, count), strict=True):
         try:
-            yield {"text": data.decode("utf-8", "surrogatepass")}
+            text = data.decode("utf-8", "surrogatepass")
         except UnicodeDecodeError as error:
             raise SnapshotCorrupt(f"the text of an event is not UTF-8: {error}") from None
+        yield {"text": text, "prompt_logprobs": prompt}
+
+
+def _prompts(columns: Mapping[str, np.ndarray], count: int) -> list[PromptLogprobs | None]:
+    parts = ("length", "top", "logprobs", "ids", "likely")
+    lengths, tops, own, ids, likely = (columns[f"event_prompt_{part}"] for part in parts)
+    if not len(lengths) == len(tops) == count:
+        raise SnapshotCorrupt("event_prompt_length or event_prompt_top has not a value per event")
+    if (lengths < -1).any() or (tops < 0).any() or (tops[lengths <= 0] != 0).any():
+        raise SnapshotCorrupt("the log-probabilities of a prompt have an impossible length")
+    if (tops > len(ids)).any() or len(ids) != len(likely) or (ids < 0).any():
+        raise SnapshotCorrupt("the likeliest tokens of a prompt are not what they should be")
+    sizes = np.maximum(lengths, 0)
+    require_split("engine/event_prompt", sizes, len(own))
+    require_split("engine/event_prompt_ids", sizes * tops, len(ids))
+    pairs = list(zip(ids.tolist(), likely.tolist(), strict=True))
+    numbers, found, end, used = own.tolist(), [], 0, 0
+    for length, top in zip(lengths.tolist(), tops.tolist(), strict=True):
+        if length < 0:
+            found.append(None)
+            continue
+        begin, end = end, end + length
+        rows = [tuple(pairs[used + i * top : used + (i + 1) * top]) for i in range(length)]
+        used += length * top
+        found.append(PromptLogprobs(tuple(numbers[begin:end]), tuple(rows) if top else ()))
+    return found
