@@ -23,6 +23,7 @@ runner.py     launches, their shapes, warm-up                      device
   drafting.py   tokens that are guessed, for a step to check
   processing.py the user's own change of the logits
 masks.py      which tokens may come next, as the host says
+figures.py    how long samples took, and the gauges of an engine
 text.py       the text of samples, and the stop strings in it
 swapping.py   the host tier of an engine
 saving.py     requests to a file and back
@@ -35,6 +36,7 @@ from .aio import AsyncEngine
 from .config import EngineConfig, EngineStats
 from .drafting import Drafter, PromptLookup
 from .engine import Engine
+from .figures import Figures
 from .masks import TokenMask
 from .model import Model
 from .processing import LogitsRows, ProcessLogits
@@ -50,6 +52,7 @@ __all__ = [
     "EngineConfig",
     "EngineStats",
     "Events",
+    "Figures",
     "LogitsRows",
     "Model",
     "ProcessLogits",

@@ -28,6 +28,7 @@ from ..tiers import HostTier
 from .calls import Calls
 from .config import EngineConfig, EngineStats, sequence_limit
 from .drafting import Drafter
+from .figures import Gauges, check_gauges
 from .loop import Loop
 from .model import Model
 from .outbox import Outbox
@@ -79,9 +80,12 @@ class Engine(Saves):
         `SamplingParams.prompt_logprobs`; with a drafter the model itself does.
       process_logits: `process_logits(logits, rows) -> logits`, which JAX traces: changes what the
         model says of the next token, before all that the request asks for (`ProcessLogits`).
-      clock: seconds that `max_wait` and `timeout` of requests are measured by; they never go back.
       detokenize: the tokenizer's decode of ids to text, such as `tokenizer.decode`: events have
         their `text` then, and requests may have stop strings.
+      on_gauges: called with `gauges()` at the end of a visit, every `gauges_every` seconds; what it
+        raises comes out of `step`, and the next one returns the events.
+      gauges_every: seconds between two calls.
+      clock: seconds, which never go back, of `max_wait` and `timeout`, figures and gauges.
 
     `submit` and `cancel` are for any thread, the rest for one at a time.
 
@@ -113,8 +117,10 @@ class Engine(Saves):
         drafter: Drafter | None = None,
         process_logits: ProcessLogits | None = None,
         score: Model | None = None,
-        clock: Callable[[], float] = time.monotonic,
         detokenize: Detokenizer | None = None,
+        on_gauges: Callable[[dict[str, float | int]], object] | None = None,
+        gauges_every: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
     ):
         self.config = config = config or EngineConfig()
         if cache.is_deleted:
@@ -141,6 +147,8 @@ class Engine(Saves):
         )
         swapping = None if tier is None else TierSwapping(tier, allocator, self.runner)
         self._outbox, self._texts = Outbox(), check_detokenizer(detokenize)
+        check_gauges(on_gauges, gauges_every)
+        self._clock, self._gauges = clock, Gauges(stats, clock, on_gauges, gauges_every)
         self.scheduler = Scheduler(
             allocator,
             config,
@@ -149,8 +157,8 @@ class Engine(Saves):
             Room(allocator, config, victim=victim, preemption=preemption, admission=admission),
             limit=limit,
             swapping=swapping,
-            clock=clock,
             texts=self._texts,
+            clock=clock,
         )
         self.loop = Loop(
             self.scheduler,
@@ -234,6 +242,7 @@ class Engine(Saves):
             has_text=has_text,
             **options,
         )
+        first.begin(self._clock())
         self.scheduler.digests_of(first)  # the sample keeps them: here, and not in a visit
         request_id = self._calls.submit(first, on_token)
         self._try(self._calls.take_in)
@@ -287,6 +296,7 @@ class Engine(Saves):
                 self._outbox.callbacks[new] = on_token
             child = parent.spawn(new, 0, sampling)
             del child.tokens[len(child.tokens) - unseen :]
+            child.begin(self._clock())
             self.loop.change(lambda: self.runner.copy(self.scheduler.fork(parent, child)))
         return new
 
@@ -307,6 +317,22 @@ class Engine(Saves):
     def num_waiting(self) -> int:
         """Requests that wait for pages, and samples of others that do."""
         return len(self._calls) + len(self.scheduler.waiting)
+
+    def gauges(self) -> dict[str, float | int]:
+        """What the engine is doing, for a log or a monitor; between steps, or in a callback.
+
+        - `requests_running`, `requests_waiting`: samples that have a row or whose last tokens are
+          on their way, and `num_waiting`.
+        - `pages_total`, `pages_used`, `pages_cached`, `pages_free`: the second last are used by
+          nobody, but found by their tokens. Where there are several groups of layers these are
+          sums, and `pages_used_group_0` and so on those of each.
+        - `preemptions`; `prefix_hit_rate`, the part of the tokens asked for that the prefix cache
+          had: since the beginning.
+        - `decode_tokens_per_second`, `prefill_tokens_per_second`: over the last 10 seconds.
+        """
+        pools = [self.allocator.stats(group) for group in range(len(self.allocator.pools))]
+        running = len(self.scheduler.running) + len(self.scheduler.ending)
+        return self._gauges.read(pools, running=running, waiting=self.num_waiting)
 
     @property
     def idle(self) -> bool:
@@ -336,6 +362,7 @@ class Engine(Saves):
             self.loop.visit()
             self._outbox.show(self._abandon)
             self._outbox.forget_callbacks(self.scheduler.living.keys())
+            self._gauges.note_visit(self.gauges)
 
     def stream(self) -> Iterator[TokenEvent]:
         """Step until nothing is left, yielding events as they come.

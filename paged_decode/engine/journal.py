@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from .figures import Figures
 from .records import Decode, Result
 from .requests import Sample
 from .sampling import Broken
@@ -29,6 +31,7 @@ class Outcome(NamedTuple):
     logprobs: np.ndarray | None = None  # [3, tokens], as `Result` has them
     prompt: PromptLogprobs | None = None  # with the first token
     told: Told | None = None
+    figures: Figures | None = None
 
 
 _REASONS = {Broken.MODEL: "invalid_logits", Broken.FORBIDDEN: "no_allowed_token"}
@@ -51,13 +54,19 @@ class Journal:
     Attributes:
       living: by request, its samples that have not ended.
       texts: what reads their text, if there is something.
+      clock: says when something is entered.
     """
 
-    def __init__(self, outcomes: Outcomes, texts: Texts | None = None):
+    def __init__(
+        self,
+        outcomes: Outcomes,
+        texts: Texts | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self.living: dict[int, list[Sample]] = {}
-        self.texts = texts
+        self.texts, self.clock = texts, clock
         self._outcomes, self._serials = outcomes, itertools.count()
-        self._open: tuple[int, Sequence[Outcome]] | None = None
+        self._open: tuple[int, Sequence[Outcome], float] | None = None
 
     def enter(self, outcomes: Sequence[Outcome]) -> None:
         """Let this have happened, whatever comes from here on. An end without a token has the text
@@ -66,22 +75,29 @@ class Journal:
             outcomes = [
                 o if o.tokens or o.told else o._replace(told=texts.rest(o.sample)) for o in outcomes
             ]
-        self._open = next(self._serials), outcomes
+        self._open = next(self._serials), outcomes, self.clock()
         self.replay()
 
     def replay(self) -> None:
         """Enter what was written down, if that was cut off."""
         if self._open is None:
             return
-        serial, outcomes = self._open
-        for sample, at, tokens, reason, *_, told in outcomes:
+        serial, outcomes, now = self._open
+        entered = []
+        for outcome in outcomes:
+            sample, tokens, told = outcome.sample, outcome.tokens, outcome.told
+            times = sample.begin(now)
             if tokens:
-                del sample.tokens[at:]
+                del sample.tokens[outcome.at :]
                 sample.tokens.extend(tokens)
                 sample.computed = len(sample.tokens) - 1
                 sample.reading = None if told is None else told.reading
-            sample.ended = sample.ended or reason is not None
-        self._outcomes.put(serial, outcomes)
+                sample.times = times = times.read(now)
+            if outcome.reason is not None:
+                sample.ended = True
+                outcome = outcome._replace(figures=times.figures(now, sample))
+            entered.append(outcome)
+        self._outcomes.put(serial, entered)
         for request in {o.sample.request_id for o in outcomes if o.reason is not None}:
             if group := [s for s in self.living.get(request, ()) if not s.ended]:
                 self.living[request] = group

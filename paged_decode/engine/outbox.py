@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
+from .figures import Figures
 from .journal import Outcome
 from .requests import Events, OnToken, TokenEvent
 from .scores import PromptLogprobs
@@ -164,7 +165,7 @@ def _events(outcomes: Iterable[Outcome]) -> Events:
     request_ids, samples, indices, tokens, total = [], [], [], [], 0
     special: list[tuple[int, Outcome]] = []  # with the place behind its last event
     for outcome in outcomes:
-        sample, at, new, reason, tops, _, logprobs, prompt, told = outcome
+        sample, at, new, reason, tops, _, logprobs, prompt, told, _ = outcome
         count, first = len(new) or 1, at - sample.prompt_len
         request_ids += [sample.request_id] * count
         samples += [sample.index] * count
@@ -181,8 +182,9 @@ def _events(outcomes: Iterable[Outcome]) -> Events:
     likeliest: list[tuple[tuple[int, float], ...]] = [()] * total
     prompts: list[PromptLogprobs | None] = [None] * total
     texts = [""] * total
-    for end, (sample, _, new, reason, tops, detail, logprobs, prompt, told) in special:
-        reasons[end - 1], details[end - 1] = reason, detail
+    all_figures: list[Figures | None] = [None] * total
+    for end, (sample, _, new, reason, tops, detail, logprobs, prompt, told, figures) in special:
+        reasons[end - 1], details[end - 1], all_figures[end - 1] = reason, detail, figures
         if prompt is not None:
             prompts[end - len(new)] = prompt
         if told is not None:
@@ -196,7 +198,7 @@ def _events(outcomes: Iterable[Outcome]) -> Events:
                 ids, logits = (each[:, :asked] for each in tops)
                 likeliest[end - len(new) : end] = _pairs(ids, logits - logprobs[2][:, None])
     columns = [request_ids, samples, indices, tokens, reasons, pairs, details]
-    return Events([*columns, own, processed, likeliest, prompts, texts])
+    return Events([*columns, own, processed, likeliest, prompts, texts, all_figures])
 
 
 def _pairs(ids: Any, logits: Any) -> list[tuple[tuple[int, float], ...]]:

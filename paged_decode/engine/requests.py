@@ -18,6 +18,7 @@ from ..allocator.arguments import Ints, as_count, as_prompt
 from ..allocator.prefix import salt_key
 from ..errors import SequenceTooLong
 from .config import EngineConfig
+from .figures import Figures, Times
 from .masks import Constraint, MakeMask, check_mask
 from .params import SamplingParams, _as_float
 from .scores import PromptLogprobs, Scores
@@ -69,6 +70,7 @@ class TokenEvent(NamedTuple):
       prompt_logprobs: of the prompt's tokens, with the first token of a sample that asks for them.
       text: what has become certain with this token, if the engine has a `detokenize`. All of them
         joined are the sample's text; what may be half a character or part of a stop string waits.
+      figures: of the last event: what became of the sample, and how long it took.
     """
 
     request_id: int
@@ -83,6 +85,7 @@ class TokenEvent(NamedTuple):
     top_logprobs: tuple[tuple[int, float], ...] = ()
     prompt_logprobs: PromptLogprobs | None = None
     text: str = ""
+    figures: Figures | None = None
 
 
 OnToken = Callable[[TokenEvent], object]
@@ -206,6 +209,7 @@ class Completion:
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
     prompt_logprobs: PromptLogprobs | None = None
     text: str = ""
+    figures: Figures | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -232,6 +236,7 @@ class Sample:
       scores: of its prompt, if it asks for them.
       constraint: its mask, if it has one: every step of it waits for the host.
       reading: how far its text was read, as the `Texts` of the engine has it.
+      times: when what happened to it; None before it came into an engine.
     """
 
     request_id: int
@@ -256,6 +261,7 @@ class Sample:
     constraint: Constraint | None = None
     scores: Scores | None = None
     reading: Any = None  # a Reading
+    times: Times | None = None
     goal: int = field(init=False)
     _key: PromptKey | None = None
 
@@ -283,6 +289,17 @@ class Sample:
     def unscored(self) -> bool:
         """Whether its prompt is to be computed by the program that scores it."""
         return self.scores is not None and not self.scores.complete
+
+    def begin(self, now: float) -> Times:
+        """Let it and its siblings be here since then, if they were not before."""
+        for each in self.siblings:
+            each.times = each.times or Times(now, each.generated)
+        self.times = times = self.times or Times(now, self.generated)
+        return times
+
+    def admit(self, now: float, cached: int | None) -> None:
+        """It has pages, so many tokens of which were there already; the first time counts."""
+        self.times = self.begin(now).admit(now, cached)
 
     @property
     def generated(self) -> int:
@@ -343,6 +360,7 @@ class Sample:
             slot=None,
             in_flight=0,
             reading=None,
+            times=None,
             **fields,
         )
 
@@ -494,6 +512,7 @@ def gather(events: Iterable[TokenEvent]) -> list[Completion]:
             top_logprobs=tuple(e.top_logprobs for e in stream if e.top_logprobs),
             prompt_logprobs=stream[0].prompt_logprobs,
             text="".join(e.text for e in stream),
+            figures=stream[-1].figures,
         )
         for key, stream in sorted(streams.items())
     ]

@@ -61,8 +61,8 @@ class Scheduler:
       room: the policies.
       limit: tokens that a sequence may have.
       swapping: the host tier, if there is one.
-      clock: what `max_wait` and `timeout` are measured by.
       texts: what reads the text of samples, if there is something.
+      clock: seconds, for `max_wait`, `timeout` and the figures of samples.
 
     Attributes:
       waiting: who has no pages; running: who has a row, in order of admission; ending: whose last
@@ -81,13 +81,13 @@ class Scheduler:
         *,
         limit: int,
         swapping: Swapping | None = None,
-        clock: Callable[[], float] = time.monotonic,
         texts: Texts | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ):
         self.allocator, self.config, self.stats, self.room = allocator, config, stats, room
-        self.limit, self.swapping = limit, swapping
+        self.limit, self.swapping, self.clock = limit, swapping, clock
         self.on_admitted: Callable[[Sample], object] | None = None
-        self._journal = Journal(outcomes, texts)
+        self._journal = Journal(outcomes, texts, clock)
         self.living = self._journal.living
         self.waiting = WaitingQueue(allocator.page_size, config.priority_ageing)
         self.limits, self._visits = Limits(clock), itertools.count()
@@ -119,6 +119,7 @@ class Scheduler:
         """A new request: its first sample, with the others as its siblings."""
         if first.request_id in self.living:
             return  # an interrupt came after the first time
+        first.begin(self.clock())
         for sample in (first, *first.siblings):
             sample.bound(self.limit)
         first.place = 0
@@ -215,7 +216,7 @@ class Scheduler:
                     return
                 continue
             self.waiting.take(sample)
-            self._seat(sample, digests)
+            self._seat(sample, digests, sample.computed)
             if self.on_admitted is not None:
                 self.on_admitted(sample)
             if sample.decoding:
@@ -272,6 +273,7 @@ class Scheduler:
         self.waiting.welcome(firsts)
         self.limits.resume([each for first in firsts for each in (first, *first.siblings)])
         for first in firsts:
+            first.begin(self.clock())
             for each in (first, *first.siblings):
                 each.bound(self.limit)
                 self.living.setdefault(each.request_id, []).append(each)
@@ -291,7 +293,8 @@ class Scheduler:
                 self.ending.append(sample)
                 self.preempt(sample)
 
-    def _seat(self, sample: Sample, digests: list[bytes]) -> None:
+    def _seat(self, sample: Sample, digests: list[bytes], cached: int | None = None) -> None:
+        sample.admit(self.clock(), cached)
         self._seats.sit(sample, self.room.shard_of(sample))
         if not sample.decoding:
             self._prefilling.samples.append(sample)

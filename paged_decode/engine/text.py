@@ -43,7 +43,7 @@ class Reading(NamedTuple):
     """How far the text of one sample has been read: derived from its tokens.
 
     Attributes:
-      count: tokens that were read, those of the prompt included.
+      length: tokens that were read, those of the prompt included.
       window: the newest of them, which the next one is decoded with.
       complete: how many of the window's ids are known to end with a character.
       known: characters of the window's text that are certain.
@@ -52,7 +52,7 @@ class Reading(NamedTuple):
       prompt: the prompt's text in the window while the end of it is not certain.
     """
 
-    count: int  # pyright: ignore[reportIncompatibleMethodOverride]
+    length: int
     window: tuple[int, ...]
     complete: int
     known: int
@@ -100,7 +100,7 @@ class Texts:
             return None
         reading, missing = sample.reading, params.min_new_tokens - sample.generated
         try:
-            if reading is None or reading.count != len(sample.tokens):
+            if reading is None or reading.length != len(sample.tokens):
                 reading = self._replayed(sample)
             for count, token in enumerate(tokens, 1):
                 seen, reading = len(reading.held), self._further(reading, token)
@@ -126,11 +126,11 @@ class Texts:
             return None
         try:
             reading = reading or sample.reading
-            if reading is None or reading.count < len(sample.tokens):
+            if reading is None or reading.length < len(sample.tokens):
                 reading = self._replayed(sample)
         except Exception:  # it ends as it is
             return None
-        searching = reading.count - sample.prompt_len >= sample.sampling.min_new_tokens
+        searching = reading.length - sample.prompt_len >= sample.sampling.min_new_tokens
         _, piece, _ = _cut(
             reading, len(reading.held), sample.sampling, over=True, searching=searching
         )
@@ -155,7 +155,7 @@ class Texts:
         halves = len(text) - len(text.rstrip(_HALF))
         sure = max(len(text) - min(halves, _UNSURE), known)
         new = Reading(
-            old.count + 1,
+            old.length + 1,
             window,
             old.complete,
             sure,

@@ -83,9 +83,9 @@ class PendingEvent:
         """Whether older versions cannot hold it."""
         event = self.event
         numbers = event.logprob, event.processed_logprob
-        known = event.finish_reason not in _NEW and not event.top_logprobs
-        known = known and not event.text and event.prompt_logprobs is None
-        return not known or any(number is not None for number in numbers)
+        known = event.finish_reason not in _NEW and not event.top_logprobs and not event.text
+        numbers = *numbers, event.prompt_logprobs, event.figures
+        return not known or any(each is not None for each in numbers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,10 +378,14 @@ def _events(columns: Mapping[str, np.ndarray], new: bool) -> Iterator[PendingEve
             each["token"] >= 0 or not chance,
             "an event without a token has log-probabilities",
         )
-        first = each["token"] >= 0 and each["index"] == 0
+        first, last = each["token"] >= 0 and each["index"] == 0, each["reason"] > 0
         _require(
             first or more.get("prompt_logprobs") is None,
             "an event without the first token has the log-probabilities of a prompt",
+        )
+        _require(
+            last or more.get("figures") is None,
+            "an event that is not the last of its sample has figures",
         )
         begin, end = end, end + each["top_length"]
         event = TokenEvent(

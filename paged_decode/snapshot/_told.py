@@ -1,12 +1,15 @@
-"""What events tell beside tokens and numbers: text, and the log-probabilities of prompts."""
+"""What events tell beside tokens and numbers: text, a prompt's log-probabilities, figures."""
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from ..engine.figures import Figures
 from ..engine.requests import TokenEvent
 from ..engine.scores import PromptLogprobs
 from ..errors import SnapshotCorrupt
@@ -22,8 +25,13 @@ TOLD = {
     "engine/event_prompt_logprobs": ("float32", 1),
     "engine/event_prompt_ids": ("int32", 1),
     "engine/event_prompt_likely": ("float32", 1),
+    "engine/event_figures": ("float64", 2),
 }
 """Name, dtype and number of axes of their arrays, in a file of version 4."""
+_WHOLE = dict(seed=2**32 - 1, prompt_tokens=2**31, cached_tokens=2**31, preemptions=2**53)
+"""Which figures are whole numbers, and the largest that they can be."""
+_MOST = sys.float_info.max  # of seconds
+_OPTIONAL = ("cached_tokens", "queued_seconds", "first_token_seconds", "token_seconds")
 
 
 def told_columns(events: Sequence[TokenEvent]) -> dict[str, Any]:
@@ -31,8 +39,13 @@ def told_columns(events: Sequence[TokenEvent]) -> dict[str, Any]:
     texts = tuple(event.text.encode("utf-8", "surrogatepass") for event in events)
     lengths, data = pack_bytes(texts)
     prompts = [event.prompt_logprobs for event in events]
-    told = [each for each in prompts if each is not None]
-    pairs = [pair for each in told for row in each.top_logprobs for pair in row]
+    scored = [each for each in prompts if each is not None]
+    pairs = [pair for each in scored for row in each.top_logprobs for pair in row]
+    none = (None,) * len(Figures._fields)
+    figures = [
+        f._replace(preemptions=min(f.preemptions, _WHOLE["preemptions"])) if f else none
+        for f in (event.figures for event in events)
+    ]
     return {
         "engine/event_text_length": lengths,
         "engine/event_text_bytes": data,
@@ -40,9 +53,10 @@ def told_columns(events: Sequence[TokenEvent]) -> dict[str, Any]:
         "engine/event_prompt_top": [
             len(p.top_logprobs[0]) if p is not None and p.top_logprobs else 0 for p in prompts
         ],
-        "engine/event_prompt_logprobs": [x for each in told for x in each.logprobs],
+        "engine/event_prompt_logprobs": [x for each in scored for x in each.logprobs],
         "engine/event_prompt_ids": [i for i, _ in pairs],
         "engine/event_prompt_likely": [x for _, x in pairs],
+        "engine/event_figures": np.array(figures, np.float64).reshape(-1, len(none)),  # None is NaN
     }
 
 
@@ -56,16 +70,21 @@ def told_from(columns: Mapping[str, np.ndarray], count: int) -> Iterator[dict[st
     Raises:
       SnapshotCorrupt: they are not what `told_columns` gives.
     """
-    lengths = columns["event_text_length"]
+    lengths, figures = columns["event_text_length"], columns["event_figures"]
     if len(lengths) != count:
         raise SnapshotCorrupt("event_text_length has not one value for every event")
+    if figures.shape != (count, len(Figures._fields)):
+        raise SnapshotCorrupt(
+            f"event_figures has not {len(Figures._fields)} values for every event"
+        )
     texts = unpack_bytes("engine/event_text", lengths, columns["event_text_bytes"])
-    for data, prompt in zip(texts, _prompts(columns, count), strict=True):
+    rows = zip(texts, _prompts(columns, count), figures.tolist(), strict=True)
+    for data, prompt, row in rows:
         try:
             text = data.decode("utf-8", "surrogatepass")
         except UnicodeDecodeError as error:
             raise SnapshotCorrupt(f"the text of an event is not UTF-8: {error}") from None
-        yield {"text": text, "prompt_logprobs": prompt}
+        yield {"text": text, "prompt_logprobs": prompt, "figures": _figures(row)}
 
 
 def _prompts(columns: Mapping[str, np.ndarray], count: int) -> list[PromptLogprobs | None]:
@@ -91,3 +110,21 @@ def _prompts(columns: Mapping[str, np.ndarray], count: int) -> list[PromptLogpro
         used += length * top
         found.append(PromptLogprobs(tuple(numbers[begin:end]), tuple(rows) if top else ()))
     return found
+
+
+def _figures(row: list[float]) -> Figures | None:
+    """Those of one event; NaN is None."""
+    if all(map(math.isnan, row)):
+        return None
+    values: list[Any] = []
+    for name, value in zip(Figures._fields, row, strict=True):
+        whole = name in _WHOLE
+        if math.isnan(value):
+            holds = name in _OPTIONAL
+        else:
+            holds = 0 <= value <= _WHOLE.get(name, _MOST) and not (whole and value % 1)
+            holds = holds and math.copysign(1, value) > 0
+        if not holds:
+            raise SnapshotCorrupt(f"{name} of the figures of an event cannot be {value}")
+        values.append(None if math.isnan(value) else int(value) if whole else value)
+    return Figures(*values)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from paged_decode import SamplingParams
+from paged_decode import Figures, SamplingParams
 from paged_decode.engine.requests import TokenEvent
 
 from ..tiny import VOCAB
@@ -50,6 +50,10 @@ TEXT: dict = dict(detokenize=decode)
 NONE_ALLOWED = SamplingParams(max_new_tokens=9, bad_tokens=tuple(range(VOCAB)), logprobs=1)
 
 
+NUMBERS = 2**32 - 1, 5, 4, 2, 0.25, 1.5, 0.0, 2.0
+FEW = 0, 1, None, 0, None, None, None, 0.0
+
+
 def ask(engine) -> None:
     """All of it at once, penalties alone, log-probabilities alone, nothing, nothing allowed."""
     engine.submit([1, 2, 3, 4, 5], EVERYTHING, n=2)
@@ -68,14 +72,14 @@ def events() -> list[TokenEvent]:
     likely = ((4, -0.25), (0, -INF), (60, -1.5))
     return [
         TokenEvent(0, 0, 0, 4, None, ((4, 1.5),), "", -0.25, 0.0, likely, "a\u00e9\U0001f600"),
-        TokenEvent(0, 1, 0, 5, "stop", (), "", -2.5, -0.5, ()),
+        TokenEvent(0, 1, 0, 5, "stop", (), "", -2.5, -0.5, (), figures=Figures(*NUMBERS)),
         TokenEvent(1, 0, 0, None, "no_allowed_token", text="\ufffd\ud800"),
         TokenEvent(2, 0, 0, 7, None),
-        TokenEvent(2, 0, 1, None, "detokenizer_failed"),
+        TokenEvent(2, 0, 1, None, "detokenizer_failed", figures=Figures(*FEW)),
         TokenEvent(0, 0, 1, 9, "length", (), "", -INF, -0.125, ((1, -0.5),)),
     ]
 
 
 def told(event: TokenEvent) -> tuple:
-    """All of it but `detail`, which no file has."""
-    return event._replace(detail="")
+    """All of it but `detail`, which no file has, and figures, which begin anew with a restore."""
+    return event._replace(detail="", figures=None)

@@ -54,7 +54,7 @@ def read(path: Path) -> tuple[dict, dict[str, np.ndarray], bytes]:
 
 ASKED = ["engine/asked_length", "engine/asked_bytes", "engine/event_logprob"]
 ASKED += [f"engine/event_likely_{name}" for name in ("length", "ids", "logprobs")]
-ASKED += ["engine/event_text_length", "engine/event_text_bytes"]
+ASKED += [f"engine/event_{name}" for name in ("text_length", "text_bytes", "figures")]
 DEFAULTS = {
     "allowed_tokens": None,
     "bad_tokens": [],
@@ -177,7 +177,7 @@ def requests(path: Path) -> list[tuple[int, int, list[int], dict]]:
 
 def events(path: Path) -> list[tuple]:
     """Request, sample, index, token, reason, largest logits, both log-probabilities, the likeliest
-    tokens and the text of every event; and whether its callback has seen it."""
+    tokens, the text and the figures of every event; and whether its callback has seen it."""
     _, arrays, _ = read(path)
     own = {n.removeprefix("engine/event_"): a for n, a in arrays.items() if "/event_" in n}
     count = len(own["token"])
@@ -186,6 +186,7 @@ def events(path: Path) -> list[tuple]:
         own |= {"logprob": np.full((count, 2), np.nan), "likely_length": np.zeros(count, int)}
         own |= {"likely_ids": np.zeros(0, int), "likely_logprobs": np.zeros(0)}
         own |= {"text_length": np.zeros(count, int), "text_bytes": np.zeros(0, np.uint8)}
+        own |= {"figures": np.full((count, 8), np.nan)}
     pairs = []
     for length, *columns in (
         ("top_length", "top_ids", "top_logits"),
@@ -203,5 +204,7 @@ def events(path: Path) -> list[tuple]:
         token = None if token == -1 else token
         tops, likely = (each[row] for each in pairs)
         text = texts[row].tobytes().decode("utf-8", "surrogatepass")
-        out.append((*where, token, reason, tops, *numbers, likely, text, bool(own["shown"][row])))
+        figures = tuple(None if np.isnan(x) else x.item() for x in own["figures"][row])
+        told = (*numbers, likely, text, figures if figures[0] is not None else None)
+        out.append((*where, token, reason, tops, *told, bool(own["shown"][row])))
     return out

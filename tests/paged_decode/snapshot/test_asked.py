@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from paged_decode import (
+    Figures,
     SamplingParams,
     SnapshotMismatch,
     compact_snapshot,
@@ -21,7 +22,7 @@ from paged_decode.snapshot._open import Opened
 from ..engine.test_engine_groups import engine_of
 from ..tiny import make_engine
 from . import independent_reader
-from .asking import ALONE, EVERYTHING, TEXT, ask, events, told
+from .asking import ALONE, EVERYTHING, FEW, TEXT, ask, events, told
 
 EIGHT = tuple(range(8))
 COLUMNS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
@@ -150,6 +151,7 @@ TOLD = {
     "a new reason": TokenEvent(0, 0, 0, None, "no_allowed_token"),
     "another": TokenEvent(0, 0, 0, None, "detokenizer_failed"),
     "text": TokenEvent(0, 0, 0, 5, text="\u00e9"),
+    "figures": TokenEvent(0, 0, 0, 5, "length", figures=Figures(*FEW)),
 }
 
 

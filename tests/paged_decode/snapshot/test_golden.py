@@ -14,7 +14,7 @@ from ...golden.make_snapshots import EXTRA, make
 from ..engine.test_engine_groups import engine_of
 from ..tiny import make_engine, prompts
 from . import independent_reader
-from .asking import EVERYTHING, TEXT, ask, events
+from .asking import EVERYTHING, TEXT, ask, events, told
 from .grouped import LAYOUTS, TWO, allocator_of, cache_of
 from .small import LAYERS, busy, content, make_allocator, make_cache
 from .test_asked import agree
@@ -50,7 +50,7 @@ def test_the_golden_engine_continues_with_the_tokens_of_an_uninterrupted_one():
         twin.submit(prompt, SamplingParams(max_new_tokens=12, temperature=0.7, seed=3), n=2)
     whole = {(e.request_id, e.sample, e.index): e for e in twin.stream()}
     rest = list(engine.stream())
-    assert rest and all(whole[e.request_id, e.sample, e.index] == e for e in rest)
+    assert rest and all(told(whole[e.request_id, e.sample, e.index]) == told(e) for e in rest)
     ends = {(e.request_id, e.sample) for e in rest if e.finish_reason == "length"}
     assert ends == {(request, sample) for request in range(3) for sample in range(2)}
 

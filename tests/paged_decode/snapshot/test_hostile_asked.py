@@ -8,7 +8,7 @@ import msgpack
 import numpy as np
 import pytest
 
-from paged_decode import SamplingParams, SnapshotCorrupt, inspect_snapshot, verify_snapshot
+from paged_decode import Figures, SamplingParams, SnapshotCorrupt, inspect_snapshot, verify_snapshot
 
 from ..tiny import make_engine
 from . import independent_reader
@@ -217,6 +217,7 @@ def untold(arrays) -> None:
     arrays["engine/event_likely_logprobs"] = np.zeros(0, np.float32)
     arrays["engine/event_text_length"] = np.zeros(6, np.int64)
     arrays["engine/event_text_bytes"] = np.zeros(0, np.uint8)
+    arrays["engine/event_figures"] = np.full((6, 8), NAN)
     put("engine/event_reason", [2, 4], 4)(arrays)
 
 
@@ -225,6 +226,7 @@ def both(*changes):
 
 
 LOGPROB, LENGTH = "engine/event_logprob", "engine/event_likely_length"
+FIGURES = "engine/event_figures"
 TEXTS = "engine/event_text_length"
 IDS, LIKELY = "engine/event_likely_ids", "engine/event_likely_logprobs"
 COLUMNS = {
@@ -257,6 +259,9 @@ COLUMNS = {
     "text length -1": (put(TEXTS, 1, -1), "lengths of engine/event_text do not add up"),
     "text rows": (replace(TEXTS, [7]), "not one value for every event"),
     "half a character": (put("engine/event_text_bytes", 2, 97), "an event is not UTF-8"),
+    "seven figures": (replace(FIGURES, np.full((6, 7), NAN)), "not 8 values for every event"),
+    "figures rows": (replace(FIGURES, np.full((5, 8), NAN)), "not 8 values for every event"),
+    "figures of a first event": (put(FIGURES, 0, 1.0), "not the last of its sample has figures"),
     "reason 11": (put("engine/event_reason", 0, 11), "impossible value"),
     "reason -1": (put("engine/event_reason", 0, -1), "impossible value"),
 }
@@ -266,7 +271,10 @@ COLUMNS |= {
     for name, short in NEW.items()
 }
 COLUMNS |= {
-    f"{short} of another dtype": (lambda a, n=name: replace(n, a[n], np.float64)(a), f"{name} is")
+    f"{short} of another dtype": (
+        lambda a, n=name: replace(n, a[n], np.float32 if n == FIGURES else np.float64)(a),
+        f"{name} is",
+    )
     for name, short in NEW.items()
 }
 
@@ -278,6 +286,19 @@ def test_arrays_that_contradict_themselves_are_refused(rejected, sample, name):
     change, text = COLUMNS[name]
     change(arrays)
     rejected(build(fields, arrays), text)
+
+
+WRONG_FIGURES = [(at, value) for at in range(8) for value in (-1.0, INF, -INF, -0.0)]
+WRONG_FIGURES += [(at, value) for at in range(4) for value in (0.5, 1e300)]
+WRONG_FIGURES += [(0, 2.0**32), (1, 2.0**31 + 1), (3, 2.0**54)] + [(at, NAN) for at in (0, 1, 3, 7)]
+
+
+@pytest.mark.parametrize(("at", "value"), WRONG_FIGURES)
+def test_figures_that_no_sample_can_have_are_refused(rejected, sample, at, value):
+    fields, arrays = sample
+    arrays = dict(arrays)
+    put(FIGURES, (1, at), value)(arrays)
+    rejected(build(fields, arrays), f"{Figures._fields[at]} of the figures of an event cannot be")
 
 
 @pytest.mark.parametrize("needs", [unasked, untold], ids=["events", "requests"])
