@@ -28,9 +28,10 @@ class Calls:
         self._lock = threading.RLock()
         self._submitted: deque[tuple[Sample, OnToken | None]] = deque()
         self._cancelled: deque[int] = deque()
+        self._unpinned: deque[int] = deque()
 
     def __bool__(self) -> bool:
-        return bool(self._submitted or self._cancelled)
+        return bool(self._submitted or self._cancelled or self._unpinned)
 
     def __len__(self) -> int:
         """Requests that came."""
@@ -59,9 +60,25 @@ class Calls:
         """
         with self._lock:
             lives = request_id in self._scheduler.living or self._outbox.mentions(request_id)
-            if not lives and all(first.request_id != request_id for first, _ in self._submitted):
+            if not lives and not self._comes(request_id, pinned=False):
                 raise KeyError(f"request {request_id} is not in the engine")
             self._cancelled.append(request_id)
+
+    def unpin(self, pin_id: int) -> None:
+        """Let a pin be given up.
+
+        Raises:
+          KeyError: there is none, or it is given up already.
+        """
+        with self._lock:
+            lives = pin_id in self._scheduler.pins.samples or self._comes(pin_id, pinned=True)
+            if not lives or pin_id in self._unpinned:
+                raise KeyError(f"pin {pin_id} is not in the engine")
+            self._unpinned.append(pin_id)
+
+    def _comes(self, number: int, *, pinned: bool) -> bool:
+        coming = [first for first, _ in tuple(self._submitted)]  # another thread takes them in
+        return any(first.request_id == number and first.pinned == pinned for first in coming)
 
     def take_in(self) -> None:
         """Queue the requests that came."""
@@ -69,13 +86,16 @@ class Calls:
             first, on_token = self._submitted[0]
             if on_token is not None:
                 self._outbox.callbacks[first.request_id] = on_token
-            self._scheduler.add(first)
+            (self._scheduler.pin if first.pinned else self._scheduler.add)(first)
             self._submitted.popleft()
 
     def carry_out(self) -> None:
-        """The same, and end those that are to be ended."""
+        """The same, and end those that are to be ended; give up pins."""
         self.take_in()
         while self._cancelled:
             self._scheduler.cancel(self._cancelled[0])
             self._cancelled.popleft()
+        while self._unpinned:
+            self._scheduler.unpin(self._unpinned[0])
+            self._unpinned.popleft()
         self._scheduler.release()

@@ -33,6 +33,7 @@ from .loop import Loop
 from .model import Model
 from .outbox import Outbox
 from .params import SamplingParams
+from .pins import new_pin
 from .plans import choose_decoding
 from .processing import ProcessLogits
 from .requests import (
@@ -87,7 +88,7 @@ class Engine(Saves):
       gauges_every: seconds between two calls.
       clock: seconds, which never go back, of `max_wait` and `timeout`, figures and gauges.
 
-    `submit` and `cancel` are for any thread, the rest for one at a time.
+    `submit`, `cancel`, `pin` and `unpin` are for any thread, the rest for one at a time.
 
     Attributes:
       config, allocator, tier: as given.
@@ -313,9 +314,54 @@ class Engine(Saves):
         self._calls.cancel(as_int("request_id", request_id))
         self._try(self._calls.carry_out)
 
+    def pin(self, tokens: Ints, cache_salt: str | bytes | None = None) -> int:
+        """Keep the full pages of a prefix, such as a system prompt, until `unpin`; from any thread.
+
+        They are computed as the engine steps, unless they are in the prefix cache, and stay there:
+        no page of them is evicted, and no row is preempted for them once they are computed. There
+        is no event. After new weights or a lost cache they are computed again. Where there is no
+        room although nothing runs, the pin waits until there is, and the engine is idle.
+
+        Args:
+          tokens: ids, of which those of full pages count.
+          cache_salt: of the requests that are to find them.
+
+        Returns:
+          The pin's id; request and pin never have the same.
+
+        Raises:
+          NotImplementedError: the pool is split over a data axis.
+          SequenceTooLong: the pages and one token can never fit.
+          ValueError: there is no prefix cache, or not a full page of tokens.
+        """
+        allocator, config, limit = self.allocator, self.config, self.max_sequence_tokens
+        sample = new_pin(tokens, cache_salt, allocator=allocator, config=config, limit=limit)
+        self.scheduler.digests_of(sample)  # here, and not in a visit
+        pin_id = self._calls.submit(sample, None)
+        self._try(self._calls.take_in)
+        return pin_id
+
+    def unpin(self, pin_id: SupportsIndex) -> None:
+        """Let the pages of a pin go, once requests have let go of them, too; from any thread.
+
+        They stay in the prefix cache until they are evicted.
+
+        Raises:
+          KeyError: there is no such pin.
+        """
+        self._calls.unpin(as_int("pin_id", pin_id))
+        self._try(self._calls.carry_out)
+
+    @property
+    def pinned_pages(self) -> int | tuple[int, ...]:
+        """Pages that pins hold; of each group, if there are several groups of layers."""
+        pages = self.scheduler.pins.pages
+        (first, *others) = pages
+        return pages if others else first
+
     @property
     def num_waiting(self) -> int:
-        """Requests that wait for pages, and samples of others that do."""
+        """Requests that wait for pages, samples of others that do, and pins."""
         return len(self._calls) + len(self.scheduler.waiting)
 
     def gauges(self) -> dict[str, float | int]:
@@ -336,7 +382,7 @@ class Engine(Saves):
 
     @property
     def idle(self) -> bool:
-        """Whether nothing waits, runs or is yet to be delivered."""
+        """Whether nothing waits, runs or is yet to be delivered; pins that are computed do not."""
         busy = self._calls or self._outbox or self.loop.in_flight
         return not busy and self.scheduler.idle
 

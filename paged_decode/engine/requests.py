@@ -237,6 +237,7 @@ class Sample:
       constraint: its mask, if it has one: every step of it waits for the host.
       reading: how far its text was read, as the `Texts` of the engine has it.
       times: when what happened to it; None before it came into an engine.
+      pinned: whether it is a prefix that keeps its pages, and no request: never decoded.
     """
 
     request_id: int
@@ -262,6 +263,7 @@ class Sample:
     scores: Scores | None = None
     reading: Any = None  # a Reading
     times: Times | None = None
+    pinned: bool = False
     goal: int = field(init=False)
     _key: PromptKey | None = None
 

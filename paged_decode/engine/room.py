@@ -114,14 +114,18 @@ class Room:
         """Whether the pages are there that were missing: the failure was injected, or passes."""
         return error.needed <= self.available(shard)[error.group]
 
-    def shortage(self, error: OutOfPages, shard: int | None = None) -> str:
-        """Who has the pages, when nothing runs that could give some back."""
+    def shortage(
+        self, error: OutOfPages, shard: int | None = None, *, pinned: Sequence[int] = ()
+    ) -> str:
+        """Who has the pages, when nothing runs that could give some back; so many of each group are
+        pinned."""
         group = error.group
         usable, raw = self._groups[group].usable, self._allocator.stats(group).raw
         where = f" of group {group}" if len(self._groups) > 1 else ""
+        pins = f"{pinned[group]} by pins (unpin), " if any(pinned[group : group + 1]) else ""
         return (
             f"needed {error.needed} pages{where}, but only {self.available(shard)[group]} of "
-            f"{usable} can be had: {raw} are held by number (allocate_pages), the others by "
+            f"{usable} can be had: {raw} are held by number (allocate_pages), {pins}the others by "
             "sequences outside the engine, or by itself; free those, or create a larger pool"
         )
 

@@ -62,8 +62,9 @@ def plan_engine_save(
     def chosen(request_id: int) -> bool:
         return wanted is None or request_id in wanted
 
-    running = [s for s in scheduler.running if chosen(s.request_id)]
-    waiting = [s for s in scheduler.waiting if chosen(s.request_id)]
+    running = [s for s in scheduler.running if chosen(s.request_id) and not s.pinned]
+    waiting = [s for s in scheduler.waiting if chosen(s.request_id) and not s.pinned]
+    pins = list(scheduler.pins.samples.values()) if wanted is None else []
     apart = [s for s in running if s.scores is not None]  # whose pages have a salt of their own
     running = [s for s in running if s.scores is None]
     waiting = [*apart, *waiting]
@@ -74,7 +75,7 @@ def plan_engine_save(
     if missing := (wanted or set()) - known:
         raise KeyError(f"requests {sorted(missing)} are not in the engine")
     limits = scheduler.limits
-    state = EngineState(running, waiting, events, calls.next_id, limits.now)
+    state = EngineState(running, pins + waiting, events, calls.next_id, limits.now)
     return plan_save(
         path,
         cache,
@@ -118,7 +119,7 @@ class Serving(NamedTuple):
           SnapshotMismatch, SequenceTooLong, TypeError: as `load`.
         """
         title, vocab = f"request {sample.request_id}", self.config.vocab_size
-        if len(sample.tokens) + 1 > self.limit:
+        if len(sample.tokens) + (not sample.pinned) > self.limit:
             raise SequenceTooLong(
                 f"{title} has {len(sample.tokens)} tokens, but a sequence here can have "
                 f"{self.limit}; enlarge max_sequence_tokens or the pool"
@@ -178,6 +179,8 @@ def load(
         with about(path):
             for sample in state.samples:
                 serving.take(sample)
+            if any(s.pinned for s in state.samples) and not allocator.prefix_cache:
+                raise SnapshotMismatch("it has pins, which need an allocator with prefix_cache")
         metadata, placed = opened.chain.header.metadata, None
         with suppress(OutOfPages, GroupMismatch):
             target = cache, cast(BlockAllocator, allocator)

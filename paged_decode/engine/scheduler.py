@@ -29,6 +29,7 @@ from ..errors import OutOfPages
 from .config import EngineConfig, EngineStats
 from .journal import Journal, Outcome, Outcomes, outcomes_of
 from .limits import Limits
+from .pins import Pins
 from .plans import Growth, decode_plan, filled_masks, growing
 from .prefilling import Chunks, Prefilling, scored_by
 from .queue import WaitingQueue
@@ -39,6 +40,7 @@ from .sampling import Broken
 from .scores import Scores
 from .seats import Seats
 from .swapping import Swapping
+from .taking_up import TakesUp
 from .text import Texts
 
 __all__ = ["NeedsTruth", "Scheduler"]
@@ -48,7 +50,7 @@ class NeedsTruth(Exception):
     """There is no plan before all visits in flight are booked; nothing has changed."""
 
 
-class Scheduler:
+class Scheduler(TakesUp):
     """The queues of an engine, and the plans that follow: the same calls give the same plans.
 
     Whatever is raised in a call, `reset` makes it whole.
@@ -67,6 +69,7 @@ class Scheduler:
     Attributes:
       waiting: who has no pages; running: who has a row, in order of admission; ending: whose last
         tokens are in flight, and who needs no row any more.
+      pins: prefixes that keep their pages.
       limits: who has to begin or to end by when; `expire` when `limits.passed`.
       on_admitted: called with a sample that has got pages, for whoever watches.
     """
@@ -90,7 +93,8 @@ class Scheduler:
         self._journal = Journal(outcomes, texts, clock)
         self.living = self._journal.living
         self.waiting = WaitingQueue(allocator.page_size, config.priority_ageing)
-        self.limits, self._visits = Limits(clock), itertools.count()
+        self.limits, self.pins = Limits(clock), Pins(allocator, room)
+        self._visits = itertools.count()
         self._opening: frozenset[Any] | None = None  # live handles before one more is opened
         self._clear()
 
@@ -113,7 +117,7 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not (self.living or self._leaving)
+        return not (self.living or self._leaving or self.pins.busy)
 
     def add(self, first: Sample) -> None:
         """A new request: its first sample, with the others as its siblings."""
@@ -132,6 +136,22 @@ class Scheduler:
         """End what has not ended of a request; pages that programs still use are safe by order."""
         samples = self.living.get(request_id, [])
         self._conclude([Outcome(s, len(s.tokens), (), "cancelled") for s in samples])
+
+    def pin(self, sample: Sample) -> None:
+        """Let a prefix be computed, and keep its pages."""
+        if sample.request_id in self.pins.samples:
+            return
+        sample.bound(self.limit)
+        sample.place = 0
+        self.waiting.welcome([sample])
+        self.pins.samples[sample.request_id] = sample
+        self.waiting.put(sample)
+
+    def unpin(self, number: int) -> None:
+        """Give it up, and its pages."""
+        if (sample := self.pins.samples.get(number)) is not None:
+            self._leave(sample)
+            self.pins.forget(number)
 
     def expire(self) -> None:
         """End samples whose time is over, as `cancel` does."""
@@ -180,6 +200,7 @@ class Scheduler:
         """
         self._journal.replay()
         samples = [s for group in self.living.values() for s in group if not s.ended]
+        samples += self.pins.samples.values()
         known = (*samples, *self.running, *self.ending)
         own = {s.handle for s in known if s.handle is not None} | set(self._leaving)
         live = self.allocator.handles
@@ -190,6 +211,7 @@ class Scheduler:
         self._opening = None
         self._clear()
         self.waiting.clear()
+        self.pins.clear()
         for sample in samples:
             sample.handle, sample.slot, sample.computed, sample.in_flight = None, None, 0, 0
             sample.siblings = []
@@ -253,48 +275,10 @@ class Scheduler:
             self.stats.recomputed_tokens += len(sample.tokens) - 1 - sample.computed
         self.stats.note_usage(self.allocator.num_used)
 
-    def take_up(
-        self,
-        running: Sequence[Sample],
-        waiting: Sequence[Sample],
-        *,
-        may_run: Callable[[Sample], bool],
-    ) -> None:
-        """Go on with the requests of another engine; no visit is in flight.
-
-        Args:
-          running: those that had a row, in order of admission. They get one as far as there are
-            any and `may_run` says so; the others wait as if they had been preempted.
-          waiting: those that had none, in order. Of both, `place` says who came there when, if
-            it is not 0 of all; here they come behind those that are here.
-          may_run: whether a sample has pages, and may compute them.
-        """
-        firsts = [*running, *waiting]
-        self.waiting.welcome(firsts)
-        self.limits.resume([each for first in firsts for each in (first, *first.siblings)])
-        for first in firsts:
-            first.begin(self.clock())
-            for each in (first, *first.siblings):
-                each.bound(self.limit)
-                self.living.setdefault(each.request_id, []).append(each)
-        late = list(waiting)
-        for sample in running:
-            if may_run(sample) and not self._seats.full:
-                private = self.allocator.sequence(sample.handle).private
-                self._seat(sample, [] if private else self.digests_of(sample))
-            else:
-                late.append(sample)
-        for sample in [s for s in running if s.decoding and s.slot is not None]:
-            self._fork_siblings(sample)
-        for sample in late:
-            if sample.handle is None:
-                self.waiting.put(sample)
-            else:
-                self.ending.append(sample)
-                self.preempt(sample)
-
     def _seat(self, sample: Sample, digests: list[bytes], cached: int | None = None) -> None:
         sample.admit(self.clock(), cached)
+        if sample.pinned and sample.decoding:
+            return  # all of it was found: it needs no row
         self._seats.sit(sample, self.room.shard_of(sample))
         if not sample.decoding:
             self._prefilling.samples.append(sample)
@@ -306,7 +290,11 @@ class Scheduler:
             if not self._prefilling.any:  # which may publish what it waits for
                 self.waiting.block(sample, self.room.available(), len(self.running))
             return False
-        detail = self.room.shortage(error)
+        if sample.pinned:
+            self.waiting.take(sample)
+            self.pins.put_off(sample)
+            return True
+        detail = self.room.shortage(error, pinned=self.pins.pages)
         ended = (sample, *sample.siblings)
         self._conclude([Outcome(s, len(s.tokens), (), "capacity", detail=detail) for s in ended])
         return True
@@ -346,6 +334,8 @@ class Scheduler:
           NeedsTruth: as `plan_decode`.
         """
         prefilling = self._prefilling
+        for pin in self.pins.back():
+            self.waiting.put(pin)
         if self.swapping is not None and not prefilling.under_way:
             self.swapping.settle()
         self._admit(lambda: prefilling.has_rows)
@@ -375,7 +365,9 @@ class Scheduler:
             sample.computed = end
         for sample, _ in ends:
             self.waiting.progress(sample, over=sample.decoding)
-            if sample.decoding:
+            if sample.decoding and sample.pinned:
+                self._seats.leave([sample])
+            elif sample.decoding:
                 self._fork_siblings(sample)
 
     # ---- growth
@@ -447,8 +439,13 @@ class Scheduler:
         if len(here) > 1:
             self.preempt(self.room.victim(here))
             return True
-        detail = self.room.shortage(error, shard)
-        self._conclude([Outcome(here[0], len(here[0].tokens), (), "capacity", detail=detail)])
+        if (last := here[0]).pinned:
+            self._leave(last)
+            self.release()
+            self.pins.put_off(last)
+            return True
+        detail = self.room.shortage(error, shard, pinned=self.pins.pages)
+        self._conclude([Outcome(last, len(last.tokens), (), "capacity", detail=detail)])
         self.release()
         return True
 
@@ -500,6 +497,10 @@ class Scheduler:
                 self.allocator.withdraw([handle])
                 if self.swapping is not None:
                     self.swapping.forget(handle)
+        if (result.broken == Broken.MODEL).any():
+            for pin in self.pins.lost():
+                self._leave(pin)
+                self.waiting.put(pin)
         self.release()
 
     def drop(self, ticket: Ticket) -> None:
@@ -522,7 +523,7 @@ class Scheduler:
         sample.handle, sample.computed, sample.in_flight = None, 0, 0
         if sample.slot is not None:
             self._seats.leave([sample])
-        else:
+        elif not sample.pinned:
             self.ending.remove(sample)
         if self._prefilling.leave(sample):
             self.waiting.progress(sample, over=True)

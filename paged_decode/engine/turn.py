@@ -36,7 +36,7 @@ class Turn:
         if owner not in (None, me):
             raise RuntimeError(
                 "another thread is in a call of this engine: one thread at a time may step, fork, "
-                "save or restore; submit and cancel are for all"
+                "save or restore; submit, cancel, pin and unpin are for all"
             )
         with self._lock:
             self._owner = me

@@ -17,7 +17,8 @@ __all__ = ["OWN", "pack_asked", "require_one_form", "unpack_asked"]
 
 _DEFAULTS = {field.name: field.default for field in fields(SamplingParams)}
 _INF = float("inf")
-OWN = {"masked": False, "max_wait": _INF, "place": 0, "priority": 0, "timeout": _INF}
+OWN = {"masked": False, "max_wait": _INF, "pinned": False, "place": 0}
+OWN |= {"priority": 0, "timeout": _INF}
 """What a sample has beside `SamplingParams`, and its defaults; of times, what is left."""
 
 
@@ -179,6 +180,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "max_wait": ("a float", _is(float)),
     "min_new_tokens": ("an integer", _is(int)),
     "min_p": ("a float", _is(float)),
+    "pinned": ("a truth value", _is(bool)),
     "place": ("an integer", _is(int)),
     "presence_penalty": ("a float", _is(float)),
     "priority": ("an integer", _is(int)),

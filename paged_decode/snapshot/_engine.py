@@ -13,9 +13,10 @@ from ..allocator import AllocatorState
 from ..allocator.prefix import salt_key, salt_of
 from ..engine.masks import Constraint
 from ..engine.params import MAX_STOP_TOKENS, SamplingParams
-from ..engine.requests import MOST_PRIORITY, Sample, TokenEvent
+from ..engine.requests import Sample, TokenEvent
 from ..errors import SnapshotCorrupt
 from ._asked import OWN, pack_asked, require_one_form, unpack_asked
+from ._beside import own_of, require_own, require_pins, require_places, turn_and_limits
 from ._format import ASKED_LENGTH
 from ._state import pack_bytes, require_split, typed, unpack_bytes
 from ._told import TOLD, told_columns, told_from
@@ -146,25 +147,10 @@ def engine_arrays(state: EngineState) -> dict[str, np.ndarray]:
         "engine/salt_bytes": salt_bytes,
     }
     arrays = typed(columns | _event_columns(state.events), ENGINE)
-    asked = tuple(map(pack_asked, params, _own(samples, state.now)))
+    asked = tuple(map(pack_asked, params, own_of(samples, state.now)))
     if any(asked) or any(p.is_new for p in state.events):
         arrays |= typed(_asked_columns(asked, state.events), ASKED)
     return arrays
-
-
-def _own(samples: Sequence[Sample], now: float) -> Iterator[dict[str, Any]]:
-    """What samples have beside their parameters. Places count from the first one's, and matter
-    where some priority does."""
-    ordered = any(s.priority for s in samples)
-    first = min((s.place for s in samples), default=0)
-    for sample in samples:
-        yield {
-            "masked": sample.constraint is not None,
-            "max_wait": sample.admit_by - now,
-            "place": sample.place - first if ordered else 0,
-            "priority": sample.priority,
-            "timeout": sample.end_by - now,
-        }
 
 
 def _asked_columns(asked: tuple[bytes, ...], pending: Sequence[PendingEvent]) -> dict[str, Any]:
@@ -243,7 +229,7 @@ def engine_from(arrays: Mapping[str, np.ndarray], pages: AllocatorState) -> Engi
         0 <= next_id <= MAX_ID and all(0 <= i < next_id for i in ids),
         "a request id is not below next_id, or that is above 2**53",
     )
-    _require_places(samples)
+    require_places(samples)
     names = {(s.request_id, s.index) for s in samples}
     _require(len(names) == count, "a sample of a request is there twice")
     firsts = _link_siblings(samples, columns["sibling_of"].tolist())
@@ -254,6 +240,8 @@ def engine_from(arrays: Mapping[str, np.ndarray], pages: AllocatorState) -> Engi
         "a request has pages and a max_wait",
     )
     _require_agreement(state, pages)
+    told = {p.event.request_id for p in events}
+    require_pins(samples, state.running, told, pages.page_size)
     return state
 
 
@@ -283,7 +271,7 @@ def _samples(columns: Mapping[str, np.ndarray]) -> Iterator[Sample]:
         tokens = columns["tokens"][begins[row] : begins[row] + lengths[row]].tolist()
         more = unpack_asked(row, asked[row])
         own = {name: more.pop(name) for name in OWN if name in more}
-        _require_own(row, own)
+        require_own(row, own)
         own = OWN | own
         params = _params(columns, row, more)
         sample = Sample(
@@ -299,29 +287,10 @@ def _samples(columns: Mapping[str, np.ndarray]) -> Iterator[Sample]:
             admit_by=own["max_wait"],
             end_by=own["timeout"],
             constraint=Constraint.missing() if own["masked"] else None,
+            pinned=own["pinned"],
         )
         _require(sample.left >= 1, f"request {sample.request_id} has ended already")
         yield sample
-
-
-def _require_own(row: int, own: Mapping[str, Any]) -> None:
-    title = f"what request {row} asks for"
-    for name, value in own.items():
-        _require(value != OWN[name], f"{title}: {name} is at its default")
-        if isinstance(value, float):
-            one = math.isfinite(value) and (value != 0 or math.copysign(1, value) > 0)
-            _require(one, f"{title}: {name} is not finite, or -0")
-    _require(0 <= own.get("place", 0) <= MAX_ID, f"{title}: place is not from 1 to 2**53")
-    _require(
-        -MOST_PRIORITY - 1 <= own.get("priority", 0) <= MOST_PRIORITY,
-        f"{title}: priority is not from -2**31 to 2**31 - 1",
-    )
-
-
-def _require_places(samples: Sequence[Sample]) -> None:
-    places = [s.place for s in samples]
-    _require(not any(places) or any(s.priority for s in samples), "places, but no priorities")
-    _require(min(places, default=0) == 0, "places do not begin with 0")
 
 
 def _params(
@@ -458,16 +427,11 @@ def _link_siblings(samples: list[Sample], sibling_of: list[int]) -> list[Sample]
             and first.prompt_len == len(first.tokens) == sibling.prompt_len
             and first.tokens == sibling.tokens
             and first.cache_salt == sibling.cache_salt
-            and _turn_and_limits(first) == _turn_and_limits(sibling),
+            and turn_and_limits(first) == turn_and_limits(sibling),
             "a sibling is no further sample of the prompt that it waits for",
         )
         first.siblings.append(sibling)
     return firsts
-
-
-def _turn_and_limits(sample: Sample) -> tuple[int, int, float, float, bool]:
-    limits = sample.admit_by, sample.end_by, sample.constraint is not None
-    return sample.priority, sample.place, *limits
 
 
 def _require_agreement(state: EngineState, pages: AllocatorState) -> None:

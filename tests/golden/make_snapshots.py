@@ -52,6 +52,14 @@ def _make_fourth(folder: Path) -> None:
     ask(engine)
     engine._outbox.put_back(events()[:3], events()[3:])
     engine.save(folder / "snapshot_v4_waiting.pgd", extra=EXTRA)
+    engine = make_engine(policies=dict(clock=lambda: 2.0))
+    engine.pin(range(10), "tenant")
+    plain = SamplingParams(max_new_tokens=5)
+    engine.submit([1, 2, 3], plain, priority=-1, timeout=30)
+    engine.submit([4, 5], plain, n=2, priority=3, max_wait=0.5)
+    engine.submit([6], plain)
+    engine.scheduler.limits.clock = lambda: 2.25
+    engine.save(folder / "snapshot_v4_order.pgd")
 
 
 def _make_second(folder: Path) -> None:

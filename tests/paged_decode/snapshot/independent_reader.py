@@ -71,7 +71,7 @@ DEFAULTS = {
     "stop": [],
     "stop_sequences": [],
 }
-OWN = {"max_wait": math.inf, "place": 0, "priority": 0, "timeout": math.inf}
+OWN = {"max_wait": math.inf, "pinned": False, "place": 0, "priority": 0, "timeout": math.inf}
 REASONS = [None, "stop", "length", "capacity", "cancelled", "invalid_logits", "no_allowed_token"]
 REASONS += ["waited_too_long", "timeout", "detokenizer_failed", "mask_failed"]
 

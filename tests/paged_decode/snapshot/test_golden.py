@@ -156,6 +156,23 @@ def test_the_golden_engine_that_was_asked_for_everything_goes_on_as_an_uninterru
         assert [i for i, _ in a.top_logprobs] == [i for i, _ in b.top_logprobs]
 
 
+def test_the_golden_order_is_read_alike_and_restored():
+    path, inf = GOLDEN / "snapshot_v4_order.pgd", float("inf")
+    agree(path)
+    turns = [(o["pinned"], o["priority"], o["place"]) for o in independent_reader.beside(path)]
+    assert turns == [(True, 0, 0), *[(False, 3, 2)] * 2, (False, 0, 3), (False, -1, 1)]
+    left = [(o["max_wait"], o["timeout"]) for o in independent_reader.beside(path)]
+    assert left == [(inf, inf), *[(0.25, inf)] * 2, (inf, inf), (inf, 29.75)]
+    engine = make_engine(policies=dict(clock=lambda: 0.0))
+    ids = engine.restore(path)
+    assert [s.request_id for s in engine.scheduler.waiting] == [2, 0, 3, 1]
+    rest = list(engine.stream())
+    assert {e.request_id for e in rest} == {1, 2, 3} and engine.pinned_pages == 2
+    assert engine.allocator.match_prefix(range(9), cache_salt="tenant") == 8
+    engine.unpin(ids[0])
+    assert engine.allocator.num_used == 0
+
+
 def test_arrays_of_several_chunks_agree_with_the_page_too(tmp_path):
     rng = np.random.default_rng(0)
     pool = {"k": rng.standard_normal((700, 4, 4, 256)).astype(np.float32)}  # 11 MB

@@ -6,7 +6,13 @@ import msgpack
 import numpy as np
 import pytest
 
-from paged_decode import SamplingParams, SnapshotCorrupt, inspect_snapshot, verify_snapshot
+from paged_decode import (
+    SamplingParams,
+    SnapshotCorrupt,
+    SnapshotMismatch,
+    inspect_snapshot,
+    verify_snapshot,
+)
 
 from ..tiny import make_engine
 from . import independent_reader
@@ -233,3 +239,80 @@ def test_a_request_with_pages_has_been_admitted(tmp_path):
     (tmp_path / "hostile").write_bytes(build(fields, beside(arrays, maps)))
     with pytest.raises(SnapshotCorrupt, match="pages and a max_wait|no further sample"):
         inspect_snapshot(tmp_path / "hostile")
+
+
+# ---- pins
+
+
+@pytest.fixture(scope="module")
+def pinned(tmp_path_factory):
+    """A pin, a request that asks for something, one that does not; an event of the first."""
+    engine = make_engine()
+    engine.pin(list(range(10)))
+    engine.submit([1, 2, 3], PARAMS, priority=1)
+    engine.submit([3, 2, 3], PARAMS)
+    engine.submit([4] * 9, PARAMS)
+    engine.cancel(1)
+    path = tmp_path_factory.mktemp("sound") / "s"
+    engine.save(path)
+    fields, arrays, _ = independent_reader.read(path)
+    own = independent_reader.beside(path)
+    assert [each["pinned"] for each in own] == [True, False, False]
+    assert independent_reader.requests(path)[0][2] == [*range(8), 0]
+    assert build(fields, arrays) == path.read_bytes()
+    return fields, arrays
+
+
+PIN = {"pinned": True}
+REQUEST, LENGTH = "engine/request", "engine/prompt_length"
+NO_PINS = {
+    "false": ({}, [PIN, {"pinned": False}, {}], "pinned is at its default"),
+    "a number": ({}, [PIN, {"pinned": 1}, {}], "pinned is not a truth value but"),
+    "not full": ({}, [PIN, PIN, {}], "pin 2 runs, or is more|not of full pages"),
+    "a priority": ({}, [PIN | {"priority": 1}, {}, {}], "pin 0 runs, or is more than a prefix"),
+    "a timeout": ({}, [PIN | {"timeout": 1.0}, {}, {}], "pin 0 runs, or is more than a prefix"),
+    "more asked": ({}, [{"min_p": 0.5} | PIN, {}, {}], "pin 0 runs, or is more than a prefix"),
+    "two tokens": ({"engine/max_new_tokens": (0, 2)}, [PIN, {}, {}], "pin 0 runs, or is more"),
+    "another sample": ({"engine/sample": (0, 1)}, [PIN, {}, {}], "pin 0 runs, or is more"),
+    "a token behind": ({"engine/tokens": (8, 5)}, [PIN, {}, {}], "pin 0 is not of full pages"),
+    "a short prompt": ({LENGTH: (0, 8)}, [PIN, {}, {}], "has ended already|not of full pages"),
+    "the id of another": ({REQUEST: (1, 0)}, [PIN, {}, {}], "a sample of a request is there twice"),
+    "of a request": (
+        {REQUEST: (1, 0), "engine/sample": (1, 1)},
+        [PIN, {}, {}],
+        "a pin has the id of a request",
+    ),
+    "of an event": (
+        {"engine/event_request": (0, 0)},
+        [PIN, {}, {}],
+        "a pin has the id of a request",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_PINS)
+def test_pins_that_are_none_are_refused(tmp_path, pinned, name):
+    fields, arrays = pinned
+    changes, maps, text = NO_PINS[name]
+    arrays = beside(arrays, maps)
+    for column, (row, value) in changes.items():
+        arrays[column] = arrays[column].copy()
+        arrays[column][row] = value
+    (tmp_path / "hostile").write_bytes(build(fields, arrays))
+    with pytest.raises(SnapshotCorrupt, match=text):
+        inspect_snapshot(tmp_path / "hostile")
+
+
+def test_pins_are_written_as_the_same_bytes_and_need_a_prefix_cache(tmp_path, pinned):
+    (tmp_path / "s").write_bytes(build(*pinned))
+    engine = make_engine()
+    assert dict(engine.restore(tmp_path / "s")) == {0: 0, 1: 1, 2: 2, 3: 3}
+    engine.save(tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "s").read_bytes()
+    other = make_engine(prefix_cache=False)
+    with pytest.raises(SnapshotMismatch, match="it has pins, which need an allocator with prefix"):
+        other.restore(tmp_path / "s")
+    assert other.idle and other.num_waiting == 0
+    short = make_engine(max_sequence_tokens=10)
+    short.restore(tmp_path / "s")
+    assert short.num_waiting == 3
