@@ -23,7 +23,7 @@ import jax
 
 from paged_decode import BlockAllocator, Completion, Engine, EngineConfig, KVCache, SamplingParams
 from paged_decode._optional import needs
-from paged_decode.engine.requests import gather
+from paged_decode.engine.events import gather
 from paged_decode.errors import PagedDecodeError
 from paged_decode.policies import GroupPages
 from paged_decode.tiers import HostTier

@@ -2,7 +2,7 @@
 
 ```
 engine.py     Engine: submit, fork, cancel, step, stream, generate
-snapshots.py  and its save, restore
+keeping.py    and its pin, save, restore
 aio.py        AsyncEngine: the same for asyncio
 calls.py      what other threads ask of it
 loop.py       one visit: schedule, launch, read the one before
@@ -10,9 +10,15 @@ scheduler.py  who runs, on which pages, who gives them up          host only
   queue.py      who waits, and who waits for whose prefix
   seats.py      who has a row on the device
   room.py       the policies, and what the pool has left
+  limits.py     who has to begin or end by when
+  pins.py       prefixes that stay
+  forking.py    samples that share a text
+  taking_up.py  those of another engine
   journal.py    what has become of samples
   plans.py      from samples to the records of a plan
 params.py     what a request asks for
+requests.py   and what is known of it
+events.py     what it is told
 records.py    what goes between the two: plans, tickets, results; the Runner protocol
 runner.py     launches, their shapes, warm-up                      device
   rows.py       the state of the rows, and messages to it
@@ -36,11 +42,11 @@ from .aio import AsyncEngine
 from .config import EngineConfig, EngineStats
 from .drafting import Drafter, PromptLookup
 from .engine import Engine
+from .events import Completion, Events, TokenEvent
 from .figures import Figures
 from .masks import TokenMask
 from .model import Model
 from .processing import LogitsRows, ProcessLogits
-from .requests import Completion, Events, TokenEvent
 from .text import Detokenizer
 
 __all__ = [

@@ -10,8 +10,9 @@ from typing import TypeAlias, Unpack
 
 from ..allocator.arguments import Ints
 from .engine import Engine
+from .events import TokenEvent
 from .params import SamplingParams
-from .requests import RequestOptions, TokenEvent
+from .requests import RequestOptions
 
 __all__ = ["AsyncEngine", "EventStream"]
 

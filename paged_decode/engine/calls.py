@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 from collections import deque
 
+from .events import OnToken
 from .outbox import Outbox
-from .requests import OnToken, Sample
+from .requests import Sample
 from .scheduler import Scheduler
 
 __all__ = ["Calls"]

@@ -28,29 +28,19 @@ from ..tiers import HostTier
 from .calls import Calls
 from .config import EngineConfig, EngineStats, sequence_limit
 from .drafting import Drafter
+from .events import Completion, Events, OnToken, TokenEvent, check_callback, gather
 from .figures import Gauges, check_gauges
+from .keeping import Keeps
 from .loop import Loop
 from .model import Model
 from .outbox import Outbox
 from .params import SamplingParams
-from .pins import new_pin
 from .plans import choose_decoding
 from .processing import ProcessLogits
-from .requests import (
-    Completion,
-    Events,
-    OnToken,
-    RequestOptions,
-    TokenEvent,
-    check_callback,
-    check_sampling,
-    gather,
-    new_request,
-)
+from .requests import RequestOptions, check_sampling, new_request
 from .room import Room, forget_prefixes
 from .runner import DeviceRunner, Progress
 from .scheduler import Scheduler
-from .snapshots import Saves
 from .swapping import TierSwapping
 from .text import Detokenizer, check_detokenizer
 from .turn import Turn, refuse_copy
@@ -58,7 +48,7 @@ from .turn import Turn, refuse_copy
 __all__ = ["Engine"]
 
 
-class Engine(Saves):
+class Engine(Keeps):
     """Generate for many requests at once from one pool of pages.
 
     Args:
@@ -313,51 +303,6 @@ class Engine(Saves):
         """
         self._calls.cancel(as_int("request_id", request_id))
         self._try(self._calls.carry_out)
-
-    def pin(self, tokens: Ints, cache_salt: str | bytes | None = None) -> int:
-        """Keep the full pages of a prefix, such as a system prompt, until `unpin`; from any thread.
-
-        They are computed as the engine steps, unless they are in the prefix cache, and stay there:
-        no page of them is evicted, and no row is preempted for them once they are computed. There
-        is no event. After new weights or a lost cache they are computed again. Where there is no
-        room although nothing runs, the pin waits until there is, and the engine is idle.
-
-        Args:
-          tokens: ids, of which those of full pages count.
-          cache_salt: of the requests that are to find them.
-
-        Returns:
-          The pin's id; request and pin never have the same.
-
-        Raises:
-          NotImplementedError: the pool is split over a data axis.
-          SequenceTooLong: the pages and one token can never fit.
-          ValueError: there is no prefix cache, or not a full page of tokens.
-        """
-        allocator, config, limit = self.allocator, self.config, self.max_sequence_tokens
-        sample = new_pin(tokens, cache_salt, allocator=allocator, config=config, limit=limit)
-        self.scheduler.digests_of(sample)  # here, and not in a visit
-        pin_id = self._calls.submit(sample, None)
-        self._try(self._calls.take_in)
-        return pin_id
-
-    def unpin(self, pin_id: SupportsIndex) -> None:
-        """Let the pages of a pin go, once requests have let go of them, too; from any thread.
-
-        They stay in the prefix cache until they are evicted.
-
-        Raises:
-          KeyError: there is no such pin.
-        """
-        self._calls.unpin(as_int("pin_id", pin_id))
-        self._try(self._calls.carry_out)
-
-    @property
-    def pinned_pages(self) -> int | tuple[int, ...]:
-        """Pages that pins hold; of each group, if there are several groups of layers."""
-        pages = self.scheduler.pins.pages
-        (first, *others) = pages
-        return pages if others else first
 
     @property
     def num_waiting(self) -> int:

@@ -6,9 +6,9 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
+from .events import Events, OnToken, TokenEvent
 from .figures import Figures
 from .journal import Outcome
-from .requests import Events, OnToken, TokenEvent
 from .scores import PromptLogprobs
 
 __all__ = ["Outbox"]

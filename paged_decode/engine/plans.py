@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -171,8 +172,8 @@ def decode_plan(
     grown: Growth,
     enter: tuple[Enter, ...],
     tables: tuple[TableDelta, ...],
-    masks: Mapping[Sample, np.ndarray],
-    scored: tuple[tuple[Scores, int], ...],
+    masks: Mapping[Sample, np.ndarray] = MappingProxyType({}),
+    scored: tuple[tuple[Scores, int], ...] = (),
 ) -> Decode:
     """The steps of the rows that may go on, with the masks of those that have any, and what was
     scored before them."""

@@ -23,9 +23,10 @@ from ..snapshot._reader import Progress
 from ..snapshot._save import FileOptions, SaveJob, plan_save
 from .calls import Calls
 from .config import EngineConfig
+from .events import TokenEvent
 from .masks import MakeMask, check_mask
 from .outbox import Outbox
-from .requests import Sample, TokenEvent, unserved
+from .requests import Sample, unserved
 from .room import Allocator
 from .scheduler import Scheduler
 

@@ -23,8 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from ..allocator import Handle, PageCopies
-from ..allocator.merging import in_groups
+from ..allocator import Handle
 from ..errors import OutOfPages
 from .config import EngineConfig, EngineStats
 from .journal import Journal, Outcome, Outcomes, outcomes_of
@@ -159,33 +158,6 @@ class Scheduler(TakesUp):
         self._conclude([Outcome(s, len(s.tokens), (), reason) for s, reason in over])
         self.release()
 
-    def fork(self, parent: Sample, child: Sample) -> tuple[PageCopies, ...]:
-        """Let a new sample go on from what is known of one that decodes; there is a free row.
-
-        Returns the pages to copy at once, of each group. The child gets a copy of the last page
-        now, because a visit in flight may be writing to it; without room for that the child waits.
-        """
-        self.living[child.request_id] = [child]
-        self.limits.watch([child])
-        shard, length = self.room.shard_of(parent), len(child.tokens)
-        here = self._seats.on(shard)
-        if self.room.protected(child) and not self.room.has_fork(child, here, shard):
-            self.waiting.put(child)
-            return ()
-        self._fork(child, parent)
-        self.allocator.truncate(child.handle, length - 1)
-        child.computed = length - 1
-        try:
-            prepared = in_groups(self.allocator.prepare([child.handle], length))
-        except OutOfPages:
-            self._leaving.append(child.handle)
-            child.handle, child.computed = None, 0
-            self.waiting.put(child)
-            self.release()
-            return ()
-        self._seat(child, [])
-        return tuple(each.copies for each in prepared)
-
     def release(self) -> None:
         """Free the pages of who is gone; if a user's rank raises, the next time."""
         if self._leaving:
@@ -298,30 +270,6 @@ class Scheduler(TakesUp):
         ended = (sample, *sample.siblings)
         self._conclude([Outcome(s, len(s.tokens), (), "capacity", detail=detail) for s in ended])
         return True
-
-    def _fork_siblings(self, sample: Sample) -> None:
-        """The prompt is computed: let the other samples share it, or wait for a row or for room.
-
-        Where the first was let in without a question, because nothing ran, it is put for each.
-        """
-        siblings, sample.siblings = sample.siblings, []
-        for position, sibling in enumerate(siblings):
-            shard = self._seats.shard_of(sample)
-            here = self._seats.on(shard)
-            fits = sample.asked or self.room.has_fork(sibling, here, shard, forked=position)
-            if self._seats.full or not fits:
-                for other in siblings[position:]:
-                    self.waiting.put(other)
-                return
-            self._fork(sibling, sample)
-            self._seat(sibling, [])
-
-    def _fork(self, child: Sample, parent: Sample) -> None:
-        """Give the child a fork of the parent's pages."""
-        self._opening = frozenset(self.allocator.handles)
-        (handle,) = self.allocator.fork(parent.handle)
-        child.handle, child.computed, child.scores = handle, parent.computed, parent.scores
-        self._opening = None
 
     # ---- prefill
 

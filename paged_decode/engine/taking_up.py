@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 
-from .limits import Limits
+from .forking import Forks
 from .pins import Pins
-from .queue import WaitingQueue
 from .requests import Sample
-from .room import Allocator
-from .seats import Seats
 
 __all__ = ["TakesUp"]
 
 
-class TakesUp(ABC):
+class TakesUp(Forks):
     """What a scheduler does with samples that were somewhere else before."""
 
-    allocator: Allocator
     limit: int
     clock: Callable[[], float]
-    living: dict[int, list[Sample]]
-    waiting: WaitingQueue
-    limits: Limits
     pins: Pins
     ending: list[Sample]
-    _seats: Seats
 
     @abstractmethod
     def digests_of(self, sample: Sample) -> list[bytes]:
@@ -35,12 +27,6 @@ class TakesUp(ABC):
     @abstractmethod
     def preempt(self, sample: Sample) -> None:
         """Take a sample's pages."""
-
-    @abstractmethod
-    def _seat(self, sample: Sample, digests: list[bytes], cached: int | None = None) -> None: ...
-
-    @abstractmethod
-    def _fork_siblings(self, sample: Sample) -> None: ...
 
     def take_up(
         self,

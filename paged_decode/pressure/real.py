@@ -13,10 +13,10 @@ import numpy as np
 
 from ..allocator import BlockAllocator
 from ..engine import Engine, EngineConfig, EngineStats
+from ..engine.events import TokenEvent
 from ..engine.loop import Plans
 from ..engine.params import SamplingParams
 from ..engine.records import Decode, Prefill, Result, Runner, Ticket
-from ..engine.requests import TokenEvent
 from ..policies import SampleView
 from ..tiers import CacheHolder, PageMover
 from ._values import as_number, as_whole

@@ -11,9 +11,10 @@ import numpy as np
 
 from ..allocator import AllocatorState
 from ..allocator.prefix import salt_key, salt_of
+from ..engine.events import TokenEvent
 from ..engine.masks import Constraint
 from ..engine.params import MAX_STOP_TOKENS, SamplingParams
-from ..engine.requests import Sample, TokenEvent
+from ..engine.requests import Sample
 from ..errors import SnapshotCorrupt
 from ._asked import OWN, pack_asked, require_one_form, unpack_asked
 from ._beside import own_of, require_own, require_pins, require_places, turn_and_limits

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ..engine.events import TokenEvent
 from ..engine.figures import Figures
-from ..engine.requests import TokenEvent
 from ..engine.scores import PromptLogprobs
 from ..errors import SnapshotCorrupt
 from ._state import pack_bytes, require_split, unpack_bytes

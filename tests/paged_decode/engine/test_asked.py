@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from paged_decode import PromptLookup, SamplingParams
-from paged_decode.engine.requests import gather
+from paged_decode.engine.events import gather
 
 from ..tiny import VOCAB, dense_logits, every_token, make_engine, model, preempt, prompts
 

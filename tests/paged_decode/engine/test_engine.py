@@ -13,7 +13,7 @@ from paged_decode import (
     SequenceTooLong,
 )
 from paged_decode.allocator.prefix import blake2b_digest
-from paged_decode.engine.requests import gather
+from paged_decode.engine.events import gather
 from paged_decode.policies import SLRU, Watermark
 from paged_decode.tiers import HostTier
 

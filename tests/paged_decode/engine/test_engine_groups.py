@@ -9,7 +9,7 @@ import pytest
 
 from paged_decode import CacheLayout, PageSpec, SamplingParams
 from paged_decode.allocator.windows import most_pages
-from paged_decode.engine.requests import gather
+from paged_decode.engine.events import gather
 from paged_decode.faults import poison_free_pages
 from paged_decode.policies import MustFit
 from paged_decode.replicas import ReplicaCheck

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from paged_decode import Figures, SamplingParams
-from paged_decode.engine.requests import gather
+from paged_decode.engine.events import gather
 
 from ..tiny import make_engine, preempt, prompts
 from .test_engine_groups import engine_of

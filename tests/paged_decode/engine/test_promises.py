@@ -16,9 +16,10 @@ import pytest
 
 from paged_decode import BlockAllocator, EngineConfig, SamplingParams, ShardedAllocator
 from paged_decode.engine import EngineStats
+from paged_decode.engine.events import gather
 from paged_decode.engine.loop import Loop
 from paged_decode.engine.records import Result, Ticket
-from paged_decode.engine.requests import Sample, gather
+from paged_decode.engine.requests import Sample
 from paged_decode.engine.room import Room
 from paged_decode.engine.scheduler import Scheduler
 from paged_decode.faults import FaultPlan, Faults

@@ -18,7 +18,7 @@ from paged_decode import (
     PageSpec,
     SamplingParams,
 )
-from paged_decode.engine.requests import gather
+from paged_decode.engine.events import gather
 from paged_decode.faults import FaultPlan, Faults
 from paged_decode.tiers import HostTier
 

@@ -9,7 +9,8 @@ from collections import Counter
 import pytest
 
 from paged_decode import AsyncEngine, SamplingParams, SnapshotMismatch
-from paged_decode.engine.requests import Sample, gather
+from paged_decode.engine.events import gather
+from paged_decode.engine.requests import Sample
 from paged_decode.engine.text import Texts
 
 from ..tiny import Wrapped, make_engine, preempt, prompts

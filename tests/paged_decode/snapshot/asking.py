@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from paged_decode import Figures, SamplingParams
-from paged_decode.engine.requests import TokenEvent
+from paged_decode.engine.events import TokenEvent
 
 from ..tiny import VOCAB
 from ..toy_text import decode

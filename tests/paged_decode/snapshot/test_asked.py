@@ -15,7 +15,7 @@ from paged_decode import (
     inspect_snapshot,
     verify_snapshot,
 )
-from paged_decode.engine.requests import TokenEvent
+from paged_decode.engine.events import TokenEvent
 from paged_decode.snapshot._asked import pack_asked, unpack_asked
 from paged_decode.snapshot._open import Opened
 

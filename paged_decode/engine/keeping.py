@@ -1,14 +1,15 @@
-"""Saving an engine's requests, and taking them up: the part of `Engine` for snapshots."""
+"""What outlives a request: pinned prefixes, and snapshots. A part of `Engine`."""
 
 from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, SupportsIndex, Unpack
 
 from ..allocator import BlockAllocator, ShardedAllocator
+from ..allocator.arguments import Ints, as_int
 from ..snapshot import AS_SAVED, PendingSnapshot, SavedSalt, Snapshot
 from ..snapshot._load import Terms
 from ..snapshot._reader import Progress
@@ -16,20 +17,21 @@ from ..snapshot._save import SaveJob
 from . import saving
 from .calls import Calls
 from .config import EngineConfig
+from .events import OnToken
 from .loop import Loop
 from .masks import MakeMask
 from .outbox import Outbox
-from .requests import OnToken
+from .pins import new_pin
 from .runner import DeviceRunner
 from .saving import EngineSaveOptions, RestoredRequests
 from .scheduler import Scheduler
 from .text import Texts
 
-__all__ = ["Saves"]
+__all__ = ["Keeps"]
 
 
-class Saves(ABC):
-    """What an engine can do with files."""
+class Keeps(ABC):
+    """What an engine can keep."""
 
     config: EngineConfig
     allocator: BlockAllocator | ShardedAllocator
@@ -44,6 +46,55 @@ class Saves(ABC):
     @abstractmethod
     def _settled(self) -> AbstractContextManager[None]:
         """Nobody else changes the engine meanwhile, and no visit is in flight."""
+
+    @abstractmethod
+    def _try(self, calls: Callable[[], None]) -> None:
+        """Carry out calls now, or in the next visit."""
+
+    def pin(self, tokens: Ints, cache_salt: str | bytes | None = None) -> int:
+        """Keep the full pages of a prefix, such as a system prompt, until `unpin`; from any thread.
+
+        They are computed as the engine steps, unless they are in the prefix cache, and stay there:
+        no page of them is evicted, and no row is preempted for them once they are computed. There
+        is no event. After new weights or a lost cache they are computed again. Where there is no
+        room although nothing runs, the pin waits until there is, and the engine is idle.
+
+        Args:
+          tokens: ids, of which those of full pages count.
+          cache_salt: of the requests that are to find them.
+
+        Returns:
+          The pin's id; request and pin never have the same.
+
+        Raises:
+          NotImplementedError: the pool is split over a data axis.
+          SequenceTooLong: the pages and one token can never fit.
+          ValueError: there is no prefix cache, or not a full page of tokens.
+        """
+        allocator, config, limit = self.allocator, self.config, self.max_sequence_tokens
+        sample = new_pin(tokens, cache_salt, allocator=allocator, config=config, limit=limit)
+        self.scheduler.digests_of(sample)  # here, and not in a visit
+        pin_id = self._calls.submit(sample, None)
+        self._try(self._calls.take_in)
+        return pin_id
+
+    def unpin(self, pin_id: SupportsIndex) -> None:
+        """Let the pages of a pin go, once requests have let go of them, too; from any thread.
+
+        They stay in the prefix cache until they are evicted.
+
+        Raises:
+          KeyError: there is no such pin.
+        """
+        self._calls.unpin(as_int("pin_id", pin_id))
+        self._try(self._calls.carry_out)
+
+    @property
+    def pinned_pages(self) -> int | tuple[int, ...]:
+        """Pages that pins hold; of each group, if there are several groups of layers."""
+        pages = self.scheduler.pins.pages
+        (first, *others) = pages
+        return pages if others else first
 
     def save(
         self,
