@@ -294,9 +294,7 @@ def _samples(columns: Mapping[str, np.ndarray]) -> Iterator[Sample]:
         yield sample
 
 
-def _params(
-    columns: Mapping[str, np.ndarray], row: int, asked: Mapping[str, Any]
-) -> SamplingParams:
+def _params(columns: Mapping[str, np.ndarray], row: int, asked: dict[str, Any]) -> SamplingParams:
     stops = columns["stop_tokens"][row]
     used = int((stops >= 0).sum())
     _require((stops[:used] >= 0).all() and (stops[used:] == -1).all(), "stop tokens have a hole")
