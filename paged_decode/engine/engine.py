@@ -139,7 +139,6 @@ class Engine(Keeps):
         swapping = None if tier is None else TierSwapping(tier, allocator, self.runner)
         self._outbox, self._texts = Outbox(), check_detokenizer(detokenize)
         check_gauges(on_gauges, gauges_every)
-        self._clock, self._gauges = clock, Gauges(stats, clock, on_gauges, gauges_every)
         self.scheduler = Scheduler(
             allocator,
             config,
@@ -151,6 +150,7 @@ class Engine(Keeps):
             texts=self._texts,
             clock=clock,
         )
+        self._clock, self._gauges = clock, Gauges(stats, clock, on_gauges, gauges_every)
         self.loop = Loop(
             self.scheduler,
             self.runner,

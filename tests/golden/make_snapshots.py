@@ -15,7 +15,7 @@ import numpy as np
 from paged_decode import SamplingParams, save_snapshot
 
 from ..paged_decode.engine.test_engine_groups import engine_of
-from ..paged_decode.snapshot.asking import TEXT, ask, events
+from ..paged_decode.snapshot.asking import SERVING, ask, events
 from ..paged_decode.snapshot.grouped import LAYOUTS, lived
 from ..paged_decode.snapshot.small import busy
 from ..paged_decode.tiny import make_engine, prompts
@@ -44,11 +44,11 @@ def make(folder: Path) -> None:
 
 def _make_fourth(folder: Path) -> None:
     """In the middle of a visit; and requests that wait, with no number that a device computed."""
-    engine = make_engine(top_logits=2, policies=TEXT)
+    engine = make_engine(**SERVING)
     ask(engine)
     engine.step()
     engine.save(folder / "snapshot_v4_engine.pgd")
-    engine = engine_of(top_logits=2, policies=TEXT)
+    engine = engine_of(**SERVING)
     ask(engine)
     engine._outbox.put_back(events()[:3], events()[3:])
     engine.save(folder / "snapshot_v4_waiting.pgd", extra=EXTRA)

@@ -78,8 +78,9 @@ def test_one_whose_times_are_all_over_ends_by_the_first():
     assert limits.take() == [(first, "waited_too_long"), (second, "timeout")]
 
 
-def test_where_nobody_has_a_limit_no_clock_is_asked_and_nothing_is_kept():
-    engine, clock = timed()
+def test_where_nobody_has_a_limit_nothing_is_kept_and_no_clock_is_asked_for_it():
+    engine, _ = timed()
+    engine.scheduler.limits.clock = clock = Clock()
     engine.generate(OTHERS, greedy(3))
     assert clock.asked == 0 and not engine.scheduler.limits._heap
 

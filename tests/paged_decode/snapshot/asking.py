@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from paged_decode import Figures, SamplingParams
 from paged_decode.engine.events import TokenEvent
+from paged_decode.engine.scores import PromptLogprobs
 
-from ..tiny import VOCAB
+from ..tiny import VOCAB, every_token
 from ..toy_text import decode
 
 INF = float("inf")
@@ -24,6 +25,7 @@ EVERYTHING = SamplingParams(
     logit_bias={9: -INF, 7: 1.5, 4: -3.0},
     allowed_tokens=tuple(range(0, VOCAB, 2)),
     bad_tokens=(12, 11),
+    logits_args=(1.5, -0.25),
     logprobs=2,
     stop=("ab", "\u00e9\U0001f600 z"),
     include_stop_str_in_output=True,
@@ -40,13 +42,21 @@ ALONE = {
     "logit_bias": ((2**31 - 1, 0.0),),
     "allowed_tokens": (0,),
     "bad_tokens": (5,),
+    "logits_args": (-0.5, 2.0),
+    "prompt_logprobs": 0,
     "logprobs": 0,
     "stop": ("\0", "\u00e9"),
     "include_stop_str_in_output": True,
     "detokenize": False,
 }
 """A value of each new field."""
-TEXT: dict = dict(detokenize=decode)
+SERVING: dict = dict(
+    top_logits=2,
+    logits_args=2,
+    score_chunk=4,
+    policies=dict(detokenize=decode, score=every_token),
+)
+"""What an engine needs that serves all of it."""
 NONE_ALLOWED = SamplingParams(max_new_tokens=9, bad_tokens=tuple(range(VOCAB)), logprobs=1)
 
 
@@ -65,16 +75,24 @@ def ask(engine) -> None:
     )
     engine.submit([8], SamplingParams(**heated, min_p=0.05, stop_sequences=((4,), (5, 6))))
     engine.submit([8, 7], SamplingParams(**heated))
+    engine.submit([9, 1, 2, 3, 5, 8], SamplingParams(max_new_tokens=10, prompt_logprobs=1))
 
 
 def events() -> list[TokenEvent]:
     """Of every kind, for requests 0 to 2."""
+    prompts = (
+        PromptLogprobs((-0.5, -INF), (((3, -0.25), (0, -2.0)), ((1, -0.125), (60, -3.0)))),
+        PromptLogprobs((-1.5,), ()),
+        PromptLogprobs((), ()),
+    )
     likely = ((4, -0.25), (0, -INF), (60, -1.5))
     return [
-        TokenEvent(0, 0, 0, 4, None, ((4, 1.5),), "", -0.25, 0.0, likely, "a\u00e9\U0001f600"),
-        TokenEvent(0, 1, 0, 5, "stop", (), "", -2.5, -0.5, (), figures=Figures(*NUMBERS)),
+        TokenEvent(
+            0, 0, 0, 4, None, ((4, 1.5),), "", -0.25, 0.0, likely, prompts[2], "a\u00e9\U0001f600"
+        ),
+        TokenEvent(0, 1, 0, 5, "stop", (), "", -2.5, -0.5, (), prompts[0], "", Figures(*NUMBERS)),
         TokenEvent(1, 0, 0, None, "no_allowed_token", text="\ufffd\ud800"),
-        TokenEvent(2, 0, 0, 7, None),
+        TokenEvent(2, 0, 0, 7, None, prompt_logprobs=prompts[1]),
         TokenEvent(2, 0, 1, None, "detokenizer_failed", figures=Figures(*FEW)),
         TokenEvent(0, 0, 1, 9, "length", (), "", -INF, -0.125, ((1, -0.5),)),
     ]

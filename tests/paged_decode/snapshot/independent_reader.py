@@ -55,6 +55,7 @@ def read(path: Path) -> tuple[dict, dict[str, np.ndarray], bytes]:
 ASKED = ["engine/asked_length", "engine/asked_bytes", "engine/event_logprob"]
 ASKED += [f"engine/event_likely_{name}" for name in ("length", "ids", "logprobs")]
 ASKED += [f"engine/event_{name}" for name in ("text_length", "text_bytes", "figures")]
+ASKED += [f"engine/event_prompt_{n}" for n in ("length", "top", "logprobs", "ids", "likely")]
 DEFAULTS = {
     "allowed_tokens": None,
     "bad_tokens": [],
@@ -63,15 +64,18 @@ DEFAULTS = {
     "ignore_eos": False,
     "include_stop_str_in_output": False,
     "logit_bias": [],
+    "logits_args": [],
     "logprobs": None,
     "min_new_tokens": 0,
     "min_p": 0.0,
     "presence_penalty": 0.0,
+    "prompt_logprobs": None,
     "repetition_penalty": 1.0,
     "stop": [],
     "stop_sequences": [],
 }
-OWN = {"max_wait": math.inf, "pinned": False, "place": 0, "priority": 0, "timeout": math.inf}
+OWN = {"masked": False, "max_wait": math.inf, "pinned": False, "place": 0}
+OWN |= {"priority": 0, "timeout": math.inf}
 REASONS = [None, "stop", "length", "capacity", "cancelled", "invalid_logits", "no_allowed_token"]
 REASONS += ["waited_too_long", "timeout", "detokenizer_failed", "mask_failed"]
 
@@ -175,9 +179,27 @@ def requests(path: Path) -> list[tuple[int, int, list[int], dict]]:
     return out
 
 
+def prompts_of(own: dict[str, np.ndarray]) -> list[tuple | None]:
+    """Numbers of a prompt's tokens, and the pairs beside each, of every event."""
+    out, numbers, pairs = [], 0, 0
+    for length, top in zip(own["prompt_length"].tolist(), own["prompt_top"].tolist(), strict=True):
+        if length == -1:
+            out.append(None)
+            continue
+        logprobs = own["prompt_logprobs"][numbers : numbers + length].tolist()
+        ids, likely = (own[f"prompt_{n}"][pairs : pairs + length * top] for n in ("ids", "likely"))
+        both = list(zip(ids.tolist(), likely.tolist(), strict=True))
+        rows = [tuple(both[at : at + top]) for at in range(0, len(both), max(top, 1))]
+        out.append((tuple(logprobs), tuple(rows)))
+        numbers, pairs = numbers + length, pairs + length * top
+    assert numbers == len(own["prompt_logprobs"]) and pairs == len(own["prompt_ids"])
+    return out
+
+
 def events(path: Path) -> list[tuple]:
     """Request, sample, index, token, reason, largest logits, both log-probabilities, the likeliest
-    tokens, the text and the figures of every event; and whether its callback has seen it."""
+    tokens, the prompt's log-probabilities, the text and the figures of every event; and whether
+    its callback has seen it."""
     _, arrays, _ = read(path)
     own = {n.removeprefix("engine/event_"): a for n, a in arrays.items() if "/event_" in n}
     count = len(own["token"])
@@ -186,7 +208,9 @@ def events(path: Path) -> list[tuple]:
         own |= {"logprob": np.full((count, 2), np.nan), "likely_length": np.zeros(count, int)}
         own |= {"likely_ids": np.zeros(0, int), "likely_logprobs": np.zeros(0)}
         own |= {"text_length": np.zeros(count, int), "text_bytes": np.zeros(0, np.uint8)}
-        own |= {"figures": np.full((count, 8), np.nan)}
+        own |= {"figures": np.full((count, 8), np.nan), "prompt_length": np.full(count, -1)}
+        own |= {f"prompt_{n}": np.zeros(0, int) for n in ("logprobs", "ids", "likely")}
+        own |= {"prompt_top": np.zeros(count, int)}
     pairs = []
     for length, *columns in (
         ("top_length", "top_ids", "top_logits"),
@@ -196,7 +220,7 @@ def events(path: Path) -> list[tuple]:
         both = zip(ids, values, strict=True)
         pairs.append([tuple(zip(i.tolist(), x.tolist(), strict=True)) for i, x in both])
     texts = split(own["text_length"], own["text_bytes"])
-    out = []
+    prompts, out = prompts_of(own), []
     for row in range(count):
         where = [own[name][row].item() for name in ("request", "sample", "index")]
         token, reason = own["token"][row].item(), REASONS[own["reason"][row]]
@@ -205,6 +229,6 @@ def events(path: Path) -> list[tuple]:
         tops, likely = (each[row] for each in pairs)
         text = texts[row].tobytes().decode("utf-8", "surrogatepass")
         figures = tuple(None if np.isnan(x) else x.item() for x in own["figures"][row])
-        told = (*numbers, likely, text, figures if figures[0] is not None else None)
+        told = (*numbers, likely, prompts[row], text, figures if figures[0] is not None else None)
         out.append((*where, token, reason, tops, *told, bool(own["shown"][row])))
     return out

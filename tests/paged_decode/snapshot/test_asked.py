@@ -22,7 +22,7 @@ from paged_decode.snapshot._open import Opened
 from ..engine.test_engine_groups import engine_of
 from ..tiny import make_engine
 from . import independent_reader
-from .asking import ALONE, EVERYTHING, FEW, TEXT, ask, events, told
+from .asking import ALONE, EVERYTHING, FEW, SERVING, ask, events, told
 
 EIGHT = tuple(range(8))
 COLUMNS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
@@ -34,7 +34,7 @@ def version_of(path) -> int:
 
 def waiting(*params: SamplingParams, pending=(), **options):
     """An engine whose requests have not begun."""
-    engine = make_engine(top_logits=2, policies=TEXT, **options)
+    engine = make_engine(**SERVING, **options)
     for at, each in enumerate(params):
         engine.submit([at + 1, 2, 3], each)
     engine._outbox.put_back(pending, [])
@@ -44,7 +44,7 @@ def waiting(*params: SamplingParams, pending=(), **options):
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
     """Files of some visits with what was told before each, and all that is told without a save."""
-    engine, twin = (make_engine(28, top_logits=2, policies=TEXT) for _ in range(2))
+    engine, twin = (make_engine(28, **SERVING) for _ in range(2))
     ask(engine), ask(twin)
     files, before = {}, []
     for visit in (1, 2, 3):
@@ -64,7 +64,7 @@ def test_requests_that_ask_for_everything_go_on_as_without_the_save(begun, visit
     """Tokens, reasons and log-probabilities to the last bit."""
     (path, before), whole = begun[0][visit], begun[1]
     assert version_of(path) == 4
-    again = make_engine(40, top_logits=2, policies=TEXT)
+    again = make_engine(40, **SERVING)
     again.restore(path)
     again.allocator.check_invariants()
     rest = list(again.stream())
@@ -73,7 +73,7 @@ def test_requests_that_ask_for_everything_go_on_as_without_the_save(begun, visit
 
 
 def test_what_is_restored_is_saved_as_the_same_bytes(begun, tmp_path):
-    again = make_engine(28, top_logits=2, policies=TEXT)
+    again = make_engine(28, **SERVING)
     path, _ = begun[0][2]
     again.restore(path)
     again.save(tmp_path / "again")
@@ -87,7 +87,7 @@ def test_the_saved_visits_have_all_there_is(begun):
     usual = independent_reader.DEFAULTS | {"stop_tokens": []}
     found = [{n for n, value in usual.items() if params[n] != value} for *_, params in sampled]
     assert (
-        {*ALONE} - {"detokenize"} in found
+        {*ALONE} - {"detokenize", "prompt_logprobs"} in found
         and {"detokenize"} <= set().union(*found)
         and set() in found
     )
@@ -138,7 +138,7 @@ def test_one_field_alone_makes_a_file_of_version_4_that_holds_it(tmp_path, name)
     asking = SamplingParams(**{name: ALONE[name]})
     waiting(SamplingParams(), asking).save(tmp_path / "s")
     assert version_of(tmp_path / "s") == 4
-    other = make_engine(policies=TEXT)
+    other = make_engine(**SERVING)
     other.restore(tmp_path / "s")
     assert [s.sampling for s in other.scheduler.waiting] == [SamplingParams(), asking]
     agree(tmp_path / "s")
@@ -160,7 +160,7 @@ def test_one_event_alone_makes_a_file_of_version_4_that_holds_it(tmp_path, name)
     pending = [TokenEvent(0, 0, 7, 8), TOLD[name]]
     waiting(SamplingParams(), pending=pending).save(tmp_path / "s")
     assert version_of(tmp_path / "s") == 4
-    other = make_engine(policies=TEXT)
+    other = make_engine(**SERVING)
     other.restore(tmp_path / "s")
     assert list(other._outbox.contents()[0]) == pending
     agree(tmp_path / "s")
@@ -184,7 +184,7 @@ def test_biases_that_are_equal_are_equal_bytes(tmp_path):
 
 
 def test_a_file_of_version_4_may_have_groups_and_arrays_of_the_user(tmp_path):
-    engine = engine_of(top_logits=2, policies=TEXT)
+    engine = engine_of(**SERVING)
     ask(engine)
     engine._outbox.put_back(events()[:3], events()[3:])
     for extra, name in ((None, "groups"), ({"mine": np.arange(3)}, "both")):
@@ -193,7 +193,7 @@ def test_a_file_of_version_4_may_have_groups_and_arrays_of_the_user(tmp_path):
         assert version_of(tmp_path / name) == 4
         assert len(info.groups) == 2 and list(info.extra) == list(extra or {})
         agree(tmp_path / name)
-    again = engine_of(top_logits=2, policies=TEXT)
+    again = engine_of(**SERVING)
     restored = again.restore(tmp_path / "both")
     assert restored.extra["mine"].tolist() == [0, 1, 2]
     assert [*again._outbox.contents()[0], *again._outbox.contents()[1]] == events()
@@ -220,7 +220,11 @@ def test_only_what_is_saved_decides_the_version(tmp_path):
 CANNOT = {
     "named tokens": (dict(named_tokens=4), "request 1 cannot be served here: .*named_tokens is 4"),
     "alternatives": (dict(top_logits=1), "request 1 cannot be served here: .*top_logits is 1"),
-    "text": (dict(policies={}), r"request 1 cannot be served here: .*Engine\(detokenize=\)"),
+    "arguments": (dict(logits_args=1), "request 1 cannot be served here: .*logits_args is 1"),
+    "text": (
+        dict(policies={}, score_chunk=0),
+        r"request 1 cannot be served here: .*Engine\(detokenize=\)",
+    ),
     "ids": (dict(vocab_size=59, top_logits=2), "request 1 cannot be served .* vocab_size is 59"),
 }
 
@@ -229,7 +233,7 @@ CANNOT = {
 def test_an_engine_refuses_requests_that_its_config_cannot_serve(tmp_path, name):
     config, text = CANNOT[name]
     waiting(SamplingParams(), replace(EVERYTHING, seed=1)).save(tmp_path / "s")
-    other = make_engine(**{"top_logits": 2, "policies": TEXT} | config)
+    other = make_engine(**SERVING | config)
     other.submit([1, 2, 3], SamplingParams(max_new_tokens=2))
     with pytest.raises(SnapshotMismatch, match=text) as caught:
         other.restore(tmp_path / "s")

@@ -14,7 +14,7 @@ from ...golden.make_snapshots import EXTRA, make
 from ..engine.test_engine_groups import engine_of
 from ..tiny import make_engine, prompts
 from . import independent_reader
-from .asking import EVERYTHING, TEXT, ask, events, told
+from .asking import EVERYTHING, SERVING, ask, events, told
 from .grouped import LAYOUTS, TWO, allocator_of, cache_of
 from .small import LAYERS, busy, content, make_allocator, make_cache
 from .test_asked import agree
@@ -136,7 +136,7 @@ def test_golden_requests_that_ask_for_everything_are_read_alike(name):
     found = independent_reader.events(path)
     assert any(e[4] == "no_allowed_token" for e in found) and any(len(e[8]) > 1 for e in found)
     if name == "waiting":
-        again = engine_of(top_logits=2, policies=TEXT)
+        again = engine_of(**SERVING)
         again.restore(path)
         assert [*again._outbox.contents()[0], *again._outbox.contents()[1]] == events()
         assert next(iter(again.scheduler.waiting)).sampling == EVERYTHING
@@ -144,7 +144,7 @@ def test_golden_requests_that_ask_for_everything_are_read_alike(name):
 
 def test_the_golden_engine_that_was_asked_for_everything_goes_on_as_an_uninterrupted_one():
     """But for log-probabilities, which a processor may round anew."""
-    engine, twin = (make_engine(top_logits=2, policies=TEXT) for _ in range(2))
+    engine, twin = (make_engine(**SERVING) for _ in range(2))
     engine.restore(GOLDEN / "snapshot_v4_engine.pgd")
     ask(twin)
     assert twin.step() == []

@@ -12,7 +12,7 @@ from paged_decode import Figures, SamplingParams, SnapshotCorrupt, inspect_snaps
 
 from ..tiny import make_engine
 from . import independent_reader
-from .asking import EVERYTHING, TEXT, events
+from .asking import EVERYTHING, SERVING, events
 from .forge import build, put, replace
 from .test_extra import with_version
 from .test_hostile import MIB, refused  # noqa: F401  (a fixture)
@@ -24,7 +24,7 @@ ROW = 1  # of the request that asks for everything; request 0 asks for nothing
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory):
     """Requests that wait, and events of every kind."""
-    engine = make_engine(top_logits=2, policies=TEXT)
+    engine = make_engine(**SERVING)
     for at, params in enumerate((SamplingParams(), EVERYTHING, SamplingParams(min_p=0.5))):
         engine.submit([at + 1, 2, 3], params)
     engine._outbox.put_back(events()[:3], events()[3:])
@@ -126,6 +126,9 @@ KINDS |= dict.fromkeys(
     ("detokenize", "ignore_eos", "include_stop_str_in_output"), [1, None, "true"]
 )
 KINDS |= {
+    "prompt_logprobs": [1.0, True, None, "1", [1]],
+    "logits_args": [1.0, None, [1], ["1"], [True], [[1.0]]],
+    "masked": [1, None, "true"],
     "stop": [1, None, "ab", [1], [["ab"]], ["ab", 1]],
     "logit_bias": [1, None, [1], [[1]], [[1, 2]], [[1.0, 2.0]], [[1, 2.0, 3]], [[True, 2.0]]],
     "stop_sequences": [1, None, [1], ["1"], [[1.0]], [[True]], [[[1]]]],
@@ -147,6 +150,8 @@ VALUES = {
     "frequency_penalty": [(-3.0, "frequency_penalty must"), (INF, "frequency_penalty must")],
     "repetition_penalty": [(x, "repetition_penalty must be") for x in (0.0, -1.0, INF, NAN, 1e39)],
     "min_new_tokens": [(15, "at most max_new_tokens 14"), (-1, "from 0"), (2**31, "from 0")],
+    "prompt_logprobs": [(-1, "prompt_logprobs must be from 0"), (2**63, "must be from 0")],
+    "logits_args": [([x], "must be finite float32") for x in (NAN, INF, 1e39)],
     "logprobs": [(-1, "logprobs must be from 0"), (2**63, "logprobs must be from 0")],
     "allowed_tokens": [([-1], "from 0"), ([2**31], "from 0"), ([12], "leaves no token")],
     "bad_tokens": [([-1], "from 0"), ([2**64 - 1], "from 0")],
@@ -185,6 +190,7 @@ def test_a_value_that_need_not_be_there_is_refused(rejected, sample, name, value
 OTHERWISE = [
     ("allowed_tokens", [4, 2]),
     ("allowed_tokens", [2, 2, 4]),
+    ("logits_args", [0.1]),
     ("bad_tokens", [12, 11]),
     ("bad_tokens", [11, 11]),
     ("logit_bias", [[7, 1.5], [4, -3.0]]),
@@ -218,6 +224,10 @@ def untold(arrays) -> None:
     arrays["engine/event_text_length"] = np.zeros(6, np.int64)
     arrays["engine/event_text_bytes"] = np.zeros(0, np.uint8)
     arrays["engine/event_figures"] = np.full((6, 8), NAN)
+    arrays["engine/event_prompt_length"] = np.full(6, -1)
+    arrays["engine/event_prompt_top"] = np.zeros(6, np.int64)
+    for name, dtype in (("logprobs", np.float32), ("ids", np.int32), ("likely", np.float32)):
+        arrays[f"engine/event_prompt_{name}"] = np.zeros(0, dtype)
     put("engine/event_reason", [2, 4], 4)(arrays)
 
 
@@ -228,6 +238,7 @@ def both(*changes):
 LOGPROB, LENGTH = "engine/event_logprob", "engine/event_likely_length"
 FIGURES = "engine/event_figures"
 TEXTS = "engine/event_text_length"
+PROMPT, TOP = "engine/event_prompt_length", "engine/event_prompt_top"
 IDS, LIKELY = "engine/event_likely_ids", "engine/event_likely_logprobs"
 COLUMNS = {
     "nothing needs it": (both(unasked, untold), "version 4, but nothing in it needs that"),
@@ -259,6 +270,20 @@ COLUMNS = {
     "text length -1": (put(TEXTS, 1, -1), "lengths of engine/event_text do not add up"),
     "text rows": (replace(TEXTS, [7]), "not one value for every event"),
     "half a character": (put("engine/event_text_bytes", 2, 97), "an event is not UTF-8"),
+    "a prompt longer": (put(PROMPT, 1, 3), "lengths of engine/event_prompt do not add up"),
+    "a prompt of -2": (put(PROMPT, 2, -2), "prompt have an impossible length"),
+    "a prompt of 2^62": (put(PROMPT, 1, 2**62), "lengths of engine/event_prompt do not add up"),
+    "a prompt too many": (put(PROMPT, 2, 0), "without the first token has the log-prob"),
+    "prompt rows": (replace(PROMPT, [-1]), "has not a value per event"),
+    "alternatives of nothing": (put(TOP, 2, 1), "prompt have an impossible length"),
+    "alternatives -1": (put(TOP, 3, -1), "prompt have an impossible length"),
+    "alternatives 2^61": (put(TOP, 1, 2**61), "likeliest tokens of a prompt are not what"),
+    "alternatives more": (put(TOP, 1, 3), "lengths of engine/event_prompt_ids do not add up"),
+    "alternative -1": (put("engine/event_prompt_ids", 0, -1), "of a prompt are not what they"),
+    "alternatives alone": (
+        replace("engine/event_prompt_likely", [0.5]),
+        "likeliest tokens of a prompt are not what they should be",
+    ),
     "seven figures": (replace(FIGURES, np.full((6, 7), NAN)), "not 8 values for every event"),
     "figures rows": (replace(FIGURES, np.full((5, 8), NAN)), "not 8 values for every event"),
     "figures of a first event": (put(FIGURES, 0, 1.0), "not the last of its sample has figures"),
@@ -307,7 +332,7 @@ def test_one_thing_that_needs_it_is_enough(tmp_path, sample, needs):
     arrays = dict(arrays)
     needs(arrays)
     (tmp_path / "s").write_bytes(build(fields, arrays))
-    other = make_engine(top_logits=2, policies=TEXT)
+    other = make_engine(**SERVING)
     assert len(other.restore(tmp_path / "s")) == 3
 
 
