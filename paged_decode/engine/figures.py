@@ -49,7 +49,7 @@ class Times(NamedTuple):
     Attributes:
       begun: submitted, forked or restored; with `before` tokens that others have generated.
       admitted: got pages for the first time; `cached` tokens were there.
-      first, last: tokens were read for the first and the last time.
+      first: tokens were read for the first time.
     """
 
     begun: float
@@ -57,21 +57,16 @@ class Times(NamedTuple):
     admitted: float | None = None
     cached: int | None = None
     first: float | None = None
-    last: float | None = None
 
     def admit(self, now: float, cached: int | None) -> Times:
         """It has pages; only the first time counts."""
         return self if self.admitted is not None else self._replace(admitted=now, cached=cached)
 
-    def read(self, now: float) -> Times:
-        """It has got tokens."""
-        return self._replace(first=now if self.first is None else self.first, last=now)
-
     def figures(self, now: float, sample: Any) -> Figures:
         """The sample that they are of ends now."""
         mean, further = None, sample.generated - self.before - 1
-        if self.first is not None and self.last is not None and further > 0:
-            mean = max(self.last - self.first, 0.0) / further
+        if self.first is not None and further > 0:
+            mean = max(sample.read_at - self.first, 0.0) / further
         return Figures(
             sample.sampling.seed or 0,
             sample.prompt_len,

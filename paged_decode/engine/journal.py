@@ -86,13 +86,15 @@ class Journal:
         entered = []
         for outcome in outcomes:
             sample, tokens, told = outcome.sample, outcome.tokens, outcome.told
-            times = sample.begin(now)
+            times = sample.times or sample.begin(now)
             if tokens:
                 del sample.tokens[outcome.at :]
                 sample.tokens.extend(tokens)
                 sample.computed = len(sample.tokens) - 1
                 sample.reading = None if told is None else told.reading
-                sample.times = times = times.read(now)
+                sample.read_at = now
+                if times.first is None:
+                    sample.times = times = times._replace(first=now)
             if outcome.reason is not None:
                 sample.ended = True
                 outcome = outcome._replace(figures=times.figures(now, sample))
@@ -134,7 +136,8 @@ def outcomes_of(
                 tops = result.top_ids[:count, i], result.top_logits[:count, i]
             if sample.sampling.logprobs is not None and result.logprobs is not None:
                 logprobs = result.logprobs[:, :count, i]
-            prompt, asked = None, sample.sampling.prompt_logprobs
+            prompt = None
+            asked = sample.sampling.prompt_logprobs
             if asked is not None and at == sample.prompt_len and sample.scores is not None:
                 prompt = sample.scores.reported(asked)
             outcomes.append(Outcome(sample, at, tokens, reason, tops, "", logprobs, prompt, told))

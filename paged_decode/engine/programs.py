@@ -368,7 +368,9 @@ def _draw(
         most = None
     flat = logits.reshape(-1, vocab)
     change = None if process is None else partial(processed, process, rows=rows, asked=asked)
-    drawn = draw(flat, each, most, counts, plain=known is not None, process=change)
+    numbers = jnp.any(each.told) if known is None else None
+    plain = known is not None
+    drawn = draw(flat, each, most, counts, plain=plain, process=change, numbers=numbers)
     return Drawn(*(a.reshape(size, width) for a in drawn))
 
 

@@ -86,7 +86,8 @@ class Sample:
       scores: of its prompt, if it asks for them.
       constraint: its mask, if it has one: every step of it waits for the host.
       reading: how far its text was read, as the `Texts` of the engine has it.
-      times: when what happened to it; None before it came into an engine.
+      times, read_at: when what happened to it, None before it came into an engine; and when tokens
+        of it were read last.
       pinned: whether it is a prefix that keeps its pages, and no request: never decoded.
     """
 
@@ -113,6 +114,7 @@ class Sample:
     scores: Scores | None = None
     reading: Any = None  # a Reading
     times: Times | None = None
+    read_at: float = 0.0
     pinned: bool = False
     goal: int = field(init=False)
     _key: PromptKey | None = None

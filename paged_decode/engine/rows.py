@@ -32,7 +32,7 @@ __all__ = [
     "take_rows",
 ]
 
-_ENTER_FIELDS = 11 + MAX_STOP_TOKENS
+_ENTER_FIELDS = 10 + MAX_STOP_TOKENS
 MASKS = 8  # of one message
 _DETAIL_FIELDS = 5  # before what is named and the text
 
@@ -192,7 +192,7 @@ def _packed(enter: Iterable[Enter]) -> np.ndarray:
     rows = SamplingRows.create(
         [e.sampling for e in enter], [e.generated for e in enter], len(enter), 0
     )
-    masked = np.array([e.masked for e in enter], bool)
+    masked = np.array([e.masked for e in enter], bool)  # a mask shapes the logits, too
     columns = (
         np.array([e.slot for e in enter], np.int32),
         np.array([e.tokens[-1] for e in enter], np.int32),
@@ -203,8 +203,7 @@ def _packed(enter: Iterable[Enter]) -> np.ndarray:
         rows.top_p.view(np.int32),
         rows.min_p.view(np.int32),
         rows.seed.view(np.int32),
-        rows.shaped | masked,
-        masked,
+        (rows.shaped | masked) + 2 * masked + 4 * rows.told,
     )
     return np.concatenate([np.stack(columns, axis=1), rows.stop_tokens], axis=1)
 
@@ -219,15 +218,16 @@ def apply_message(
     split = size.enters * _ENTER_FIELDS
     rows = message[:split].reshape(size.enters, _ENTER_FIELDS)
     places, pages = message[split:].reshape(size.entries, 2).T
-    slot, newest, length, index, top_k, *rest = (rows[:, i] for i in range(11))
+    slot, newest, length, index, top_k, *rest = (rows[:, i] for i in range(10))
 
     def put(old: Array, new: Array) -> Array:
         return old.at[slot].set(new, mode="drop")
 
     numbers = [jax.lax.bitcast_convert_type(bits, jnp.float32) for bits in rest[:3]]
     fields = dict(zip(("temperature", "top_p", "min_p"), numbers, strict=True))
-    fields |= dict(top_k=top_k, index=index, stop_tokens=rows[:, 11:], shaped=rest[4] != 0)
-    fields |= dict(masked=rest[5] != 0)
+    fields |= dict(top_k=top_k, index=index, stop_tokens=rows[:, 10:])
+    flags = (rest[4][:, None] >> jnp.arange(3, dtype=jnp.int32)) & 1 != 0
+    fields |= dict(zip(("shaped", "masked", "told"), flags.T, strict=True))
     fields |= dict(seed=jax.lax.bitcast_convert_type(rest[3], jnp.uint32))
     old = state.sampling  # the rest of it, and the text, has a message of its own
     sampling = replace(old, **{name: put(getattr(old, name), x) for name, x in fields.items()})

@@ -50,6 +50,7 @@ class SamplingRows:
       named, until: int32 `[B, W]`: ids, and the token from which on each is not named; 0 pads.
       bias: float32 `[B, W]`, added to the logits of those.
       args: float32 `[B, A]`, for the user's own function.
+      told: bool `[B]`, whether somebody asks for log-probabilities.
       masked: bool `[B]`, whether no token can be drawn whose bit is not set.
       bits: int32 `[B, M]`: those, token t at t % 32 of word t // 32; M is 0 without masks.
     """
@@ -70,6 +71,7 @@ class SamplingRows:
     until: Any
     bias: Any
     args: Any
+    told: Any
     masked: Any
     bits: Any
 
@@ -106,6 +108,7 @@ class SamplingRows:
             until=np.zeros((rows, width), np.int32),
             bias=np.zeros((rows, width), np.float32),
             args=np.zeros((rows, args), np.float32),
+            told=np.zeros(rows, bool),
             masked=np.zeros(rows, bool),
             bits=np.zeros((rows, words), np.int32),
         )
@@ -117,6 +120,7 @@ class SamplingRows:
             out.seed[row], out.index[row] = p.seed, index
             stops = p.stop_tokens[:MAX_STOP_TOKENS]
             out.stop_tokens[row, : len(stops)] = stops
+            out.told[row] = p.logprobs is not None
             out.shaped[row], out.only[row] = p.is_shaped, p.allowed_tokens is not None
             out.presence[row], out.frequency[row] = p.presence_penalty, p.frequency_penalty
             out.repetition[row] = p.repetition_penalty
@@ -166,6 +170,7 @@ def draw(
     *,
     plain: bool = False,
     process: Callable[[Array], Array] | None = None,
+    numbers: Array | None = None,
 ) -> Drawn:
     """`sample`, with what else is known of the tokens.
 
@@ -178,6 +183,8 @@ def draw(
         more if its prompt has it; asked for where a row has penalties. None: not once.
       plain: whether the caller knows that no row is shaped: the device is not asked.
       process: changes the logits before all else; they are the model's own no more.
+      numbers: whether somebody wants log-probabilities; the device is asked, and otherwise they are
+        0. None: yes, and it is not asked.
     """
     own = logits.astype(jnp.float32)  # the model's
     base = own if process is None else process(own)
@@ -186,6 +193,14 @@ def draw(
         if most is None:
             return lax.cond(found, then, otherwise)
         return then() if most >= kind else otherwise()
+
+    def number(logits: Array, highest: Array, tokens: Array) -> tuple[Array, Array]:
+        if numbers is None:
+            return _log_probability(logits, highest, tokens)
+        none = jnp.zeros(len(own), jnp.float32)
+        return lax.cond(
+            numbers, lambda: _log_probability(logits, highest, tokens), lambda: (none, none)
+        )
 
     def shaped() -> tuple[Array, ...]:
         logits = _shaped(base, rows, counts)
@@ -208,7 +223,7 @@ def draw(
         noise = jax.vmap(_gumbel, (0, 0, None))(rows.seed, rows.index, logits.shape[-1])
         cooled = _cooled(kept, top, heat)
         choice = jnp.where(hot, jnp.argmax(cooled + noise, axis=-1).astype(jnp.int32), greedy)
-        logprob, _ = _log_probability(cooled, jnp.zeros_like(top), choice)
+        logprob, _ = number(cooled, jnp.zeros_like(top), choice)
         return choice, jnp.where(hot, logprob, jnp.float32(0))
 
     tokens, processed = at_least(
@@ -217,7 +232,7 @@ def draw(
 
     broken = jnp.where(without, jnp.int32(Broken.FORBIDDEN), jnp.int32(Broken.NO))
     broken = jnp.where(failed, jnp.int32(Broken.MODEL), broken)
-    logprob, total = _log_probability(own, highest, tokens)
+    logprob, total = number(own, highest, tokens)
     return Drawn(tokens, broken, logprob, processed, total)
 
 
