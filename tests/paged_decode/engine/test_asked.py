@@ -9,6 +9,8 @@ from paged_decode import PromptLookup, SamplingParams
 from paged_decode.engine.events import gather
 
 from ..tiny import VOCAB, dense_logits, every_token, make_engine, model, preempt, prompts
+from ..toy_text import decode
+from .test_masks import Residues, toward
 
 P = prompts(6, seed=5, low=3, high=12)
 ASKED = [
@@ -137,6 +139,9 @@ def mix(rng: np.random.Generator) -> SamplingParams:
         ("stop_tokens", tuple(rng.integers(0, VOCAB, int(rng.integers(1, 12))).tolist())),
         ("stop_sequences", tuple(tuple(rng.integers(0, 12, 2).tolist()) for _ in range(20))),
         ("logprobs", 2),
+        ("prompt_logprobs", 1),
+        ("logits_args", (float(rng.uniform(-4, 4)), float(rng.integers(0, 7)))),
+        ("stop", tuple(decode(rng.integers(0, VOCAB, 2).tolist()) or "zz" for _ in range(20))),
     ):
         if rng.random() < 0.3:
             asked[name] = value
@@ -150,18 +155,42 @@ def mix(rng: np.random.Generator) -> SamplingParams:
 )
 def test_a_request_in_any_mix_gets_the_tokens_that_it_gets_alone(count, straight, compiled):
     rng = np.random.default_rng(count)
-    engine = make_engine(num_pages=11, decode_steps=4, top_logits=2, named_tokens=80)
+    engine = make_engine(
+        num_pages=11,
+        decode_steps=4,
+        top_logits=2,
+        named_tokens=80,
+        logits_args=2,
+        score_chunk=4,
+        token_masks=True,
+        vocab_size=VOCAB,
+        policies=dict(detokenize=decode, score=every_token, process_logits=toward),
+    )
     engine.runner.straight = straight
     engine.warmup()
     compiled.clear()
-    asked = [(P[int(rng.integers(len(P)))], mix(rng)) for _ in range(count)]
-    together = [engine.submit(*each) for each in asked]
-    got = texts(drain(engine))
+    asked = [
+        (P[int(rng.integers(len(P)))], mix(rng), Residues if rng.random() < 0.15 else None)
+        for _ in range(count)
+    ]
+    ids = [
+        engine.submit(prompt, params, mask=mask, priority=int(rng.integers(-2, 3)))
+        for prompt, params, mask in asked
+    ]
+    got = {each.request_id: each for each in gather(drain(engine))}
     assert engine.allocator.num_used == 0 and engine.stats.preemptions
-    for request, each in zip(together, asked, strict=True):
-        (alone,) = engine.generate(*([x] for x in each))
-        assert got[request, 0] == alone.tokens, each[1]
-    assert not compiled
+    reasons = set()
+    for request, (prompt, params, mask) in zip(ids, asked, strict=True):
+        (alone,) = engine.generate([prompt], params, mask=mask)
+        mine = got[request]
+        assert mine.tokens == alone.tokens, params
+        assert (mine.finish_reason, mine.text) == (alone.finish_reason, alone.text), params
+        assert (mine.prompt_logprobs is None) == (params.prompt_logprobs is None)
+        if alone.prompt_logprobs is not None and mine.prompt_logprobs is not None:
+            pair = (each.prompt_logprobs.logprobs for each in (mine, alone))
+            np.testing.assert_allclose(*pair, atol=1e-5)
+        reasons.add(alone.finish_reason)
+    assert reasons >= {"stop", "length"} and not compiled
 
 
 # ---- log-probabilities
