@@ -317,13 +317,15 @@ class Engine(Keeps):
         - `pages_total`, `pages_used`, `pages_cached`, `pages_free`: the second last are used by
           nobody, but found by their tokens. Where there are several groups of layers these are
           sums, and `pages_used_group_0` and so on those of each.
+        - `pages_pinned`: of those used, the ones that pins hold.
         - `preemptions`; `prefix_hit_rate`, the part of the tokens asked for that the prefix cache
           had: since the beginning.
         - `decode_tokens_per_second`, `prefill_tokens_per_second`: over the last 10 seconds.
         """
         pools = [self.allocator.stats(group) for group in range(len(self.allocator.pools))]
         running = len(self.scheduler.running) + len(self.scheduler.ending)
-        return self._gauges.read(pools, running=running, waiting=self.num_waiting)
+        waiting, pinned = self.num_waiting, sum(self.scheduler.pins.pages)
+        return self._gauges.read(pools, running=running, waiting=waiting, pinned=pinned)
 
     @property
     def idle(self) -> bool:

@@ -125,7 +125,7 @@ class Gauges:
             visits.popleft()
 
     def read(
-        self, pools: list[AllocatorStats], *, running: int, waiting: int
+        self, pools: list[AllocatorStats], *, running: int, waiting: int, pinned: int
     ) -> dict[str, float | int]:
         """All of them.
 
@@ -133,6 +133,7 @@ class Gauges:
           pools: of every group of layers.
           running: samples that run.
           waiting: those that wait.
+          pinned: pages that pins hold.
         """
         out: dict[str, float | int] = dict(requests_running=running, requests_waiting=waiting)
         for name, field in _PAGES.items():
@@ -140,6 +141,7 @@ class Gauges:
             out[f"pages_{name}"] = sum(each)
             if len(each) > 1:
                 out |= {f"pages_{name}_group_{group}": n for group, n in enumerate(each)}
+        out["pages_pinned"] = pinned
         asked = pools[0].prefix_query_tokens
         out["preemptions"] = self._stats.preemptions
         out["prefix_hit_rate"] = pools[0].prefix_hit_tokens / asked if asked else 0.0
