@@ -7,7 +7,7 @@ from typing import Any
 
 from ..allocator import PageCopies
 from ..allocator.merging import in_groups
-from ..errors import OutOfPages
+from ..errors import OutOfPages, PageTableError
 from .limits import Limits
 from .queue import WaitingQueue
 from .requests import Sample
@@ -40,7 +40,8 @@ class Forks(ABC):
         """Let a new sample go on from what is known of one that decodes; there is a free row.
 
         Returns the pages to copy at once, of each group. The child gets a copy of the last page
-        now, because a visit in flight may be writing to it; without room for that the child waits.
+        now, because a visit in flight may be writing to it; without room for that, or where a
+        window has given back what it would begin with, the child waits.
         """
         self.living[child.request_id] = [child]
         self.limits.watch([child])
@@ -50,11 +51,11 @@ class Forks(ABC):
             self.waiting.put(child)
             return ()
         self._fork(child, parent)
-        self.allocator.truncate(child.handle, length - 1)
-        child.computed = length - 1
         try:
+            self.allocator.truncate(child.handle, length - 1)
+            child.computed = length - 1
             prepared = in_groups(self.allocator.prepare([child.handle], length))
-        except OutOfPages:
+        except (OutOfPages, PageTableError):  # or a window has given back what it begins with
             self._leaving.append(child.handle)
             child.handle, child.computed = None, 0
             self.waiting.put(child)

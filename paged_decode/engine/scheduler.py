@@ -184,11 +184,12 @@ class Scheduler(TakesUp):
         self._clear()
         self.waiting.clear()
         self.pins.clear()
+        anew: dict[int, Scores] = {}  # of prompts that nobody was told of, by what was known
         for sample in samples:
             sample.handle, sample.slot, sample.computed, sample.in_flight = None, None, 0, 0
             sample.siblings = []
             if sample.scores is not None and not sample.generated:
-                sample.scores.restart()
+                sample.scores = anew.setdefault(id(sample.scores), Scores(sample.prompt_len))
             self.waiting.put(sample)
         self.limits.renew(samples)
 

@@ -37,21 +37,17 @@ class Scores:
     """What is known of one prompt, whose samples share it.
 
     A token that is found in the prefix cache has no logits. So the prompt has a salt of its own,
-    under which nobody has computed anything, and all of it is computed here.
+    under which nobody has computed anything, and all of it is computed here; with another one, such
+    as after new weights, it is computed again.
 
     Args:
       length: tokens of the prompt.
     """
 
     def __init__(self, length: int):
-        self._length = length
-        self.restart()
-
-    def restart(self) -> None:
-        """Nothing is known: what was computed is not found again."""
-        self._nonce = secrets.token_bytes(16)
-        self._logprobs = np.full(self._length - 1, np.nan, np.float32)
-        self._known = np.zeros(self._length - 1, bool)
+        self._length, self._nonce = length, secrets.token_bytes(16)
+        self._logprobs = np.full(length - 1, np.nan, np.float32)
+        self._known = np.zeros(length - 1, bool)
         self._top: tuple[np.ndarray, np.ndarray] | None = None
 
     @property

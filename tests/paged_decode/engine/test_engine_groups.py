@@ -181,3 +181,24 @@ def test_prompts_that_begin_alike_share_pages_in_every_group_and_get_the_same_to
         assert (engine.stats.prefix_hit_tokens - before >= 24) == (number > 0)
     together = engine.generate(texts, SamplingParams(max_new_tokens=9))
     assert [done.tokens for done in together] == [dense(tuple(text), 9) for text in texts]
+
+
+def test_a_fork_begins_where_events_end_though_a_window_has_gone_on(tmp_path):
+    """Tokens that were read but not told are behind it; the window has given back what it needs."""
+    late = 0
+    for length in (1, 5, 8, 13):
+        for visits in (2, 3):
+            engine = engine_of()
+            prompt, told = P[0][:length], []
+            request = engine.submit(prompt, SamplingParams(max_new_tokens=30))
+            for _ in range(visits):
+                told += engine.step()
+            engine.save(tmp_path / "s")  # reads the visit in flight
+            if not told:
+                continue
+            fork = engine.fork(request, SamplingParams(max_new_tokens=30))
+            late += engine.num_waiting
+            rest = gather(e for e in list(engine.stream()) if e.request_id == fork)
+            assert rest[0].tokens == dense(tuple(prompt), 30)[len(told) :]
+            assert engine.allocator.num_used == 0
+    assert late

@@ -151,3 +151,18 @@ def test_what_cannot_be_scored_is_refused():
         make_engine(policies=dict(score=model), score_chunk=4).generate(
             [P[0]], params(prompt_logprobs=0)
         )
+
+
+@pytest.mark.parametrize("visits", [3, 4, 5])
+def test_samples_that_wait_for_a_row_are_scored_again_where_others_have_begun(visits):
+    engine = scoring()
+    request, events = engine.submit(P[0], params(), n=6), []
+    for _ in range(visits):
+        events += engine.step()
+    engine.update_params(dict(PARAMS))
+    events += drain(engine)
+    for sample in range(6):
+        mine = [e for e in events if (e.request_id, e.sample) == (request, sample)]
+        assert [e.index for e in mine] == list(range(5))
+        check(mine[0].prompt_logprobs, P[0])
+    assert engine.allocator.num_used == 0
