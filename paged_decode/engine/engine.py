@@ -117,6 +117,8 @@ class Engine(Keeps):
         if cache.is_deleted:
             raise ValueError("the cache was donated to an earlier call; pass what that returned")
         cache.check_allocator(allocator)
+        if not (score is None or callable(score)):
+            raise TypeError(f"score must be a model function, got {type(score).__name__}")
         if config.score_chunk and score is drafter is None:
             raise ValueError(
                 "score_chunk needs score: a model with logits [B, T, V] of every token"
@@ -222,7 +224,8 @@ class Engine(Keeps):
           TypeError, ValueError: the prompt or an option is not what it should be.
         """
         check_callback(on_token)
-        sampling, limit = sampling or SamplingParams(), self.max_sequence_tokens
+        sampling = SamplingParams() if sampling is None else sampling
+        limit = self.max_sequence_tokens
         clock, has_text = self.scheduler.limits.clock, self._texts is not None
         first = new_request(
             prompt,

@@ -129,8 +129,8 @@ class Keeps(ABC):
         return self._plan_save(True, path, requests, options).write_behind()
 
     def _plan_save(self, copy: bool, path: Any, chosen: Any, options: Any) -> SaveJob:
-        parts = self.runner.cache, self.scheduler, self._outbox, self._calls
-        with self._settled():
+        with self._settled():  # which may make another cache
+            parts = self.runner.cache, self.scheduler, self._outbox, self._calls
             return saving.plan_engine_save(path, *parts, requests=chosen, copy=copy, **options)
 
     def restore(

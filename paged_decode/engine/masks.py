@@ -61,7 +61,8 @@ class Constraint:
         if mask is None or self._read != tokens[: len(self._read)]:
             mask, self._read = self.make(), []
         for token in tokens[len(self._read) :]:
-            if mask.accept(token) is False:
+            taken = mask.accept(token)
+            if taken is not None and not taken:
                 raise ValueError(f"the mask does not accept token {token}, which it had allowed")
         bits = np.zeros(words, np.int32)
         mask.fill(bits)

@@ -52,8 +52,8 @@ class SamplingParams:
       stop_tokens: ids, any number; the request ends with the first of them, which is kept.
       stop_sequences: runs of ids; the request ends with the first that its generated tokens have as
         a whole, which is kept.
-      min_new_tokens: before so many tokens no stop token can be drawn, and no run of ids and no
-        string stops.
+      min_new_tokens: none of the first so many tokens can be a stop token, and no run of ids and
+        no string stops that ends with one of them.
       ignore_eos: the stop tokens of `EngineConfig` are not those of this request.
       min_p: keep the tokens with at least this part of the probability of the likeliest, in [0, 1].
       presence_penalty: taken from the logits of tokens that were generated, in [-2, 2].

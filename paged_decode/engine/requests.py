@@ -47,11 +47,11 @@ class RequestOptions(TypedDict, total=False):
         "mask_failed". No snapshot keeps it: `restore` takes it again.
       priority: who is admitted first, as `EngineConfig.priority_ageing` says; and for policies,
         such as `LowestPriority`. From -2**31 to 2**31 - 1, more is sooner.
-      max_wait: seconds after which a sample ends with "waited_too_long" if it has not been admitted
-        by then; the samples of a prompt are admitted with the first. None: it waits.
-      timeout: seconds after which it ends with "timeout" wherever it is, with the tokens that were
-        read. None: it goes on. Both count from `submit`, by the engine's clock, and are looked at
-        when a step begins.
+      max_wait: seconds, above 0, after which a sample ends with "waited_too_long" if it has not
+        been admitted by then; the samples of a prompt are admitted with the first. None: it waits.
+      timeout: seconds, above 0, after which it ends with "timeout" wherever it is, with the tokens
+        that were read. None: it goes on. Both count from `submit`, by the engine's clock, and are
+        looked at when a step begins.
     """
 
     n: SupportsIndex
@@ -192,7 +192,7 @@ class Sample:
         text, missing = [*before, *tokens], params.min_new_tokens - self.generated
         for count, token in enumerate(tokens, 1):
             end = len(before) + count
-            ended = count >= missing and any(text[max(end - len(r), 0) : end] == r for r in runs)
+            ended = count > missing and any(text[max(end - len(r), 0) : end] == r for r in runs)
             if token in stops or ended:
                 return count
         return 0

@@ -106,7 +106,7 @@ class Texts:
                 seen, reading = len(reading.held), self._further(reading, token)
                 over = reason is not None and count == len(tokens)
                 reading, piece, stopped = _cut(
-                    reading, seen, params, over=over, searching=count >= missing
+                    reading, seen, params, over=over, searching=count > missing
                 )
                 pieces.append(piece)
                 if stopped:
@@ -130,7 +130,7 @@ class Texts:
                 reading = self._replayed(sample)
         except Exception:  # it ends as it is
             return None
-        searching = reading.length - sample.prompt_len >= sample.sampling.min_new_tokens
+        searching = reading.length - sample.prompt_len > sample.sampling.min_new_tokens
         _, piece, _ = _cut(
             reading, len(reading.held), sample.sampling, over=True, searching=searching
         )

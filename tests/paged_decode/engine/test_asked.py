@@ -350,3 +350,16 @@ def test_what_an_engine_cannot_serve_is_refused_at_submit(asked, config, message
     with pytest.raises(ValueError, match=message):
         engine.fork(request, SamplingParams(**asked))
     assert len(texts(drain(engine)))
+
+
+def test_the_first_tokens_stop_by_nothing_and_the_next_by_anything():
+    """Stop tokens, runs of ids and strings count the same."""
+    engine = make_engine(policies=dict(detokenize=decode), num_pages=128)
+    always = dict(max_new_tokens=9, allowed_tokens=(7, 8), logit_bias={7: 60.0})
+    for least in range(4):
+        stops = dict(stop_tokens=(7,)), dict(stop_sequences=((7,),)), dict(stop=decode([7]))
+        params = [SamplingParams(**always, **stop, min_new_tokens=least) for stop in stops]
+        done = engine.generate([P[0]] * 3, params)
+        assert [len(each.tokens) for each in done] == [least + 1] * 3
+        assert done[1].tokens == done[2].tokens == (7,) * (least + 1)
+        assert done[2].text == decode([7]) * least

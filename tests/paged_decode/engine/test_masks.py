@@ -126,6 +126,11 @@ class Refusing(Residues):
         return len(self.text) < 4 and super().accept(token) is None
 
 
+class Zero(Residues):
+    def accept(self, token: int) -> int:
+        return int(len(self.text) < 4 and super().accept(token) is None)
+
+
 class Forbidding(Residues):
     def fill(self, bits: np.ndarray) -> None:
         if len(self.text) < 5:
@@ -137,6 +142,7 @@ class Forbidding(Residues):
     [
         (Failing, "mask_failed", "LookupError: no such word"),
         (Refusing, "mask_failed", "ValueError: the mask does not accept token"),
+        (Zero, "mask_failed", "ValueError: the mask does not accept token"),
         (Forbidding, "no_allowed_token", ""),
     ],
 )

@@ -132,9 +132,11 @@ def test_who_is_cancelled_while_it_is_scored_harms_nobody():
     assert engine.allocator.num_used == 0
 
 
-def test_what_cannot_be_scored_is_refused():
+def test_what_cannot_be_scored_is_refused(unchecked):
     with pytest.raises(ValueError, match="score_chunk needs score"):
         make_engine(score_chunk=4)
+    with pytest.raises(TypeError, match="score must be a model function, got int"):
+        make_engine(score_chunk=4, policies=dict(score=1))
     with pytest.raises(ValueError, match="score_chunk must be at most prefill_chunk 8, got 9"):
         scoring(score_chunk=9)
     with pytest.raises(ValueError, match="prompt_logprobs needs EngineConfig.score_chunk"):

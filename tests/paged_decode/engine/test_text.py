@@ -96,7 +96,7 @@ def one_life(seed: int) -> None:
     sample = Sample(0, 0, len(prompt), [*prompt], params, None)
     pieces, reason = read(Texts(toy.decode), sample, ids, toy.rng)
     whole = [toy.decode(ids[:n]).rstrip(HALF) for n in range(len(ids) + 1)]
-    want, end = cut(text, stops, include, len(whole[min(max(least - 1, 0), len(ids))]))
+    want, end = cut(text, stops, include, len(whole[min(least, len(ids))]))
     assert "".join(pieces) == want, seed
     assert HALF not in want and (end is None or reason == "stop"), seed
     if end is not None:  # at the token that completes it

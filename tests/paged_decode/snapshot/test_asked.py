@@ -20,7 +20,7 @@ from paged_decode.snapshot._asked import pack_asked, unpack_asked
 from paged_decode.snapshot._open import Opened
 
 from ..engine.test_engine_groups import engine_of
-from ..tiny import make_engine
+from ..tiny import fail_decode, make_engine
 from . import independent_reader
 from .asking import ALONE, EVERYTHING, FEW, SERVING, ask, events, told
 
@@ -239,3 +239,17 @@ def test_an_engine_refuses_requests_that_its_config_cannot_serve(tmp_path, name)
         other.restore(tmp_path / "s")
     assert caught.value.path == tmp_path / "s"
     assert other.num_waiting == 1
+
+
+def test_an_engine_whose_cache_was_lost_is_saved_at_once(tmp_path):
+    engine = make_engine()
+    request = engine.submit([1, 2, 3], SamplingParams(max_new_tokens=9))
+    engine.step()
+    fail_decode(engine, {0}, RuntimeError("dead"), deleting=True)
+    with pytest.raises(RuntimeError, match="dead"):
+        engine.step()
+    engine.save(tmp_path / "s")
+    again = make_engine()
+    again.restore(tmp_path / "s")
+    assert [e.token for e in engine.stream()] == [e.token for e in again.stream()] != []
+    assert request == 0
