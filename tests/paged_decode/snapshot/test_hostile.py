@@ -403,7 +403,7 @@ ENGINES = {
     "sibling of itself": (put("engine/sibling_of", 0, 0), "sibling does not follow"),
     "sibling of nobody": (put("engine/sibling_of", -1, 99), "sibling does not follow"),
     "salt": (put("engine/salt_bytes", 0, 7), "is not b'"),
-    "event reason": (put("engine/event_reason", 0, 6), "impossible value"),
+    "event reason": (put("engine/event_reason", 0, 99), "impossible value"),
     "event token": (put("engine/event_token", 0, -2), "impossible value"),
     "event shown": (put("engine/event_shown", 0, 2), "impossible value"),
     "event columns": (replace("engine/event_token", []), "columns of the events"),
