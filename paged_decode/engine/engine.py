@@ -152,7 +152,7 @@ class Engine(Keeps):
             texts=self._texts,
             clock=clock,
         )
-        self._clock, self._gauges = clock, Gauges(stats, clock, on_gauges, gauges_every)
+        self._gauges = Gauges(stats, clock, on_gauges, gauges_every)
         self.loop = Loop(
             self.scheduler,
             self.runner,
@@ -225,18 +225,16 @@ class Engine(Keeps):
         """
         check_callback(on_token)
         sampling = SamplingParams() if sampling is None else sampling
-        limit = self.max_sequence_tokens
-        clock, has_text = self.scheduler.limits.clock, self._texts is not None
+        limit, has_text = self.max_sequence_tokens, self._texts is not None
         first = new_request(
             prompt,
             sampling,
             config=self.config,
             limit=limit,
-            clock=clock,
+            now=self.scheduler.clock(),
             has_text=has_text,
             **options,
         )
-        first.begin(self._clock())
         self.scheduler.digests_of(first)  # the sample keeps them: here, and not in a visit
         request_id = self._calls.submit(first, on_token)
         self._try(self._calls.take_in)
@@ -290,7 +288,7 @@ class Engine(Keeps):
                 self._outbox.callbacks[new] = on_token
             child = parent.spawn(new, 0, sampling)
             del child.tokens[len(child.tokens) - unseen :]
-            child.begin(self._clock())
+            child.begin(self.scheduler.clock())
             self.loop.change(lambda: self.runner.copy(self.scheduler.fork(parent, child)))
         return new
 

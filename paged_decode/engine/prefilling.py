@@ -99,7 +99,7 @@ class Prefilling:
         able: list[tuple[Sample, Taken]] = []
         lacking: list[tuple[Sample, OutOfPages]] = []
         for sample in alike:
-            one = self._prepare([sample], [self._end(sample)])
+            one = self._prepare([sample], [self._end(sample, sample.computed)])
             if isinstance(one, OutOfPages):
                 lacking.append((sample, one))
             else:
@@ -146,12 +146,8 @@ class Prefilling:
         rows = min(self._config.prefill_rows, most * len(samples))
         while turn and len(chunks) < rows:
             sample, begin = turn.popleft()
-            last = len(sample.tokens) - 1
-            if sample.unscored:
-                end = min(begin + self._config.score_chunk, last)
-                targets = sample.tokens[begin + 1 : end + 1]
-            else:
-                end, targets = min(begin + self._config.prefill_chunk, last), ()
+            last, end = len(sample.tokens) - 1, self._end(sample, begin)
+            targets = sample.tokens[begin + 1 : end + 1] if sample.unscored else ()
             chunks.append(Chunk(slot_of(sample), begin, sample.tokens[begin:end], targets))
             if end < last:
                 turn.append((sample, end))
@@ -163,11 +159,11 @@ class Prefilling:
         widest = max(len(chunk.tokens) for chunk in chunks)
         return next(size for size in self._config.chunk_buckets if size >= widest)
 
-    def _end(self, sample: Sample) -> int:
-        """That of its next chunk."""
+    def _end(self, sample: Sample, begin: int) -> int:
+        """That of a chunk that begins there."""
         config = self._config
         most = config.score_chunk if sample.unscored else config.prefill_chunk
-        return min(sample.computed + most, len(sample.tokens) - 1)
+        return min(begin + most, len(sample.tokens) - 1)
 
     def _prepare(self, samples: Sequence[Sample], ends: Sequence[int]) -> Taken | OutOfPages:
         """Pages for all positions of these rows below their `ends`; all of them or none."""

@@ -125,10 +125,16 @@ def _prefill(
     back: the newest token of a prompt is left to `decode`, so that sampling has one home and forks
     of a prompt need nothing special. The number beside the cache is there when the program is over.
     """
-    slot, begin, end, tokens = message[:, 0], message[:, 1], message[:, 2], message[:, 3:]
-    batch = _tail(_groups(cache, table, slot), cache.page_size, tokens, begin, end)
+    batch = _chunks(cache, table, message)
     with jax.named_scope("paged_decode.prefill"):
         return call_model(model(), params, cache, batch, every=drafter is not None)[1], jnp.int32(0)
+
+
+def _chunks(cache: KVCache, table: Int[Array, "G B P"], message: Int[Array, "R C"]) -> DecodeBatch:
+    """The batch of a message that has slot, begin and end of each row, and its tokens."""
+    slot, begin, end = message[:, :3].T
+    groups = _groups(cache, table, slot)
+    return _tail(groups, cache.page_size, message[:, 3:], begin, end)
 
 
 class ScoreOut(NamedTuple):
@@ -157,9 +163,8 @@ def _score(
 
     `message` has slot, begin and end of each row, its tokens, and as many that are behind them.
     """
-    slot, begin, end = message[:, :3].T
-    tokens, targets = jnp.split(message[:, 3:], 2, axis=1)
-    batch = _tail(_groups(cache, table, slot), cache.page_size, tokens, begin, end)
+    behind = (message.shape[1] + 3) // 2
+    batch, targets = _chunks(cache, table, message[:, :behind]), message[:, behind:]
     with jax.named_scope("paged_decode.score"):
         logits, cache = call_model(model(), params, cache, batch, every=True)
         if cache.placement is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, MutableSequence, Sequence
+from collections.abc import MutableSequence, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, SupportsFloat, SupportsIndex, TypedDict
 
@@ -231,12 +231,12 @@ def new_request(
     mask: MakeMask | None = None,
     max_wait: SupportsFloat | None = None,
     timeout: SupportsFloat | None = None,
-    clock: Callable[[], float] = lambda: 0.0,
+    now: float = 0.0,
     has_text: bool = False,
 ) -> Sample:
     """The first of n samples of a prompt, with the others; sample i has seed + i, ids are to come.
 
-    `clock` says what time it is, if the request has to begin or to end by some time.
+    It and its times begin now.
 
     Raises:
       SequenceTooLong: the prompt and one token are more than `limit`.
@@ -257,12 +257,11 @@ def new_request(
     first = Sample(-1, 0, len(tokens), tokens, sampling, cache_salt, priority=priority)
     if mask is not None:
         first.constraint = check_mask(mask, config.token_masks)
-    if min(limits) < math.inf:
-        now = clock()
-        first.admit_by, first.end_by = (now + seconds for seconds in limits)
+    first.admit_by, first.end_by = (now + seconds for seconds in limits)
     for i in range(1, n):
         seeded = replace(sampling, seed=((sampling.seed or 0) + i) % 2**32)
         first.siblings.append(first.spawn(-1, i, seeded))
+    first.begin(now)
     return first
 
 

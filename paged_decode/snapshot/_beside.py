@@ -8,8 +8,8 @@ from typing import Any
 
 from ..engine.pins import PIN
 from ..engine.requests import MOST_PRIORITY, Sample
-from ..errors import SnapshotCorrupt
 from ._asked import OWN
+from ._format import require
 
 __all__ = [
     "own_of",
@@ -20,11 +20,6 @@ __all__ = [
 ]
 
 _MAX_PLACE = 2**53
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise SnapshotCorrupt(message)
 
 
 def own_of(samples: Sequence[Sample], now: float) -> Iterator[dict[str, Any]]:
@@ -47,12 +42,12 @@ def require_own(row: int, own: Mapping[str, Any]) -> None:
     """Raise SnapshotCorrupt unless the values are such that a writer writes."""
     title = f"what request {row} asks for"
     for name, value in own.items():
-        _require(value != OWN[name], f"{title}: {name} is at its default")
+        require(value != OWN[name], f"{title}: {name} is at its default")
         if isinstance(value, float):
             one = math.isfinite(value) and (value != 0 or math.copysign(1, value) > 0)
-            _require(one, f"{title}: {name} is not finite, or -0")
-    _require(0 <= own.get("place", 0) <= _MAX_PLACE, f"{title}: place is not from 1 to 2**53")
-    _require(
+            require(one, f"{title}: {name} is not finite, or -0")
+    require(0 <= own.get("place", 0) <= _MAX_PLACE, f"{title}: place is not from 1 to 2**53")
+    require(
         -MOST_PRIORITY - 1 <= own.get("priority", 0) <= MOST_PRIORITY,
         f"{title}: priority is not from -2**31 to 2**31 - 1",
     )
@@ -61,8 +56,8 @@ def require_own(row: int, own: Mapping[str, Any]) -> None:
 def require_places(samples: Sequence[Sample]) -> None:
     """Raise SnapshotCorrupt unless they count from the first, and are there for a reason."""
     places = [s.place for s in samples]
-    _require(not any(places) or any(s.priority for s in samples), "places, but no priorities")
-    _require(min(places, default=0) == 0, "places do not begin with 0")
+    require(not any(places) or any(s.priority for s in samples), "places, but no priorities")
+    require(min(places, default=0) == 0, "places do not begin with 0")
 
 
 def require_pins(
@@ -79,7 +74,7 @@ def require_pins(
     pins = [s for s in samples if s.pinned]
     others = {s.request_id for s in samples if not s.pinned}.union(told)
     own, runs = {pin.request_id for pin in pins}, {id(s) for s in running}
-    _require(
+    require(
         len(own) == len(pins) and others.isdisjoint(own),
         "a pin has the id of a request or of another pin",
     )
@@ -87,11 +82,11 @@ def require_pins(
         plain = pin.index, pin.priority, pin.admit_by, pin.end_by, pin.siblings, pin.sampling
         plain = *plain, pin.constraint
         full = len(pin.tokens) - 1
-        _require(
+        require(
             plain == (0, 0, math.inf, math.inf, [], PIN, None) and id(pin) not in runs,
             f"pin {pin.request_id} runs, or is more than a prefix",
         )
-        _require(
+        require(
             pin.prompt_len == full + 1 and full > 0 and full % size == 0 and pin.tokens[-1] == 0,
             f"pin {pin.request_id} is not of full pages and a token 0 behind them",
         )

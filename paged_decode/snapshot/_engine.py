@@ -18,7 +18,7 @@ from ..engine.requests import Sample
 from ..errors import SnapshotCorrupt
 from ._asked import OWN, pack_asked, require_one_form, unpack_asked
 from ._beside import own_of, require_own, require_pins, require_places, turn_and_limits
-from ._format import ASKED_LENGTH
+from ._format import ASKED_LENGTH, require
 from ._state import pack_bytes, require_split, typed, unpack_bytes
 from ._told import TOLD, told_columns, told_from
 
@@ -213,30 +213,30 @@ def engine_from(arrays: Mapping[str, np.ndarray], pages: AllocatorState) -> Engi
         "salt_length",
         *(["asked_length"] if new else []),
     ):
-        _require(len(columns[name]) == count, f"engine/{name} has not one row per request")
-    _require(columns["stop_tokens"].shape[1] == MAX_STOP_TOKENS, "stop_tokens has not 8 columns")
+        require(len(columns[name]) == count, f"engine/{name} has not one row per request")
+    require(columns["stop_tokens"].shape[1] == MAX_STOP_TOKENS, "stop_tokens has not 8 columns")
     for name in ("next_id", "running"):
-        _require(len(columns[name]) == 1, f"engine/{name} has not one value")
+        require(len(columns[name]) == 1, f"engine/{name} has not one value")
     running, next_id = int(columns["running"][0]), int(columns["next_id"][0])
     samples = list(_samples(columns))
     events = list(_events(columns, new))
     if new:
-        _require(
+        require(
             bool(columns["asked_length"].any()) or any(p.is_new for p in events),
             "it is of version 4, but nothing in it needs that",
         )
     ids = [s.request_id for s in samples] + [p.event.request_id for p in events]
-    _require(
+    require(
         0 <= next_id <= MAX_ID and all(0 <= i < next_id for i in ids),
         "a request id is not below next_id, or that is above 2**53",
     )
     require_places(samples)
     names = {(s.request_id, s.index) for s in samples}
-    _require(len(names) == count, "a sample of a request is there twice")
+    require(len(names) == count, "a sample of a request is there twice")
     firsts = _link_siblings(samples, columns["sibling_of"].tolist())
-    _require(0 <= running <= len(firsts), f"{running} of {len(firsts)} requests cannot run")
+    require(0 <= running <= len(firsts), f"{running} of {len(firsts)} requests cannot run")
     state = EngineState(firsts[:running], firsts[running:], events, next_id)
-    _require(
+    require(
         all(s.admit_by == math.inf for s in state.running),
         "a request has pages and a max_wait",
     )
@@ -246,20 +246,15 @@ def engine_from(arrays: Mapping[str, np.ndarray], pages: AllocatorState) -> Engi
     return state
 
 
-def _require(holds: bool | np.bool_, message: str) -> None:
-    if not holds:
-        raise SnapshotCorrupt(message)
-
-
 def _samples(columns: Mapping[str, np.ndarray]) -> Iterator[Sample]:
     lengths, prompts = columns["length"], columns["prompt_length"]
     require_split("engine/tokens", lengths, len(columns["tokens"]))
-    _require(
+    require(
         ((prompts >= 1) & (prompts <= lengths)).all(),
         "a prompt is empty or longer than its request",
     )
-    _require((columns["tokens"] >= 0).all(), "engine/tokens holds a negative token")
-    _require(
+    require((columns["tokens"] >= 0).all(), "engine/tokens holds a negative token")
+    require(
         (columns["sample"] >= 0).all() and (columns["preemptions"] >= 0).all(),
         "a sample's number or its preemptions are negative",
     )
@@ -290,14 +285,14 @@ def _samples(columns: Mapping[str, np.ndarray]) -> Iterator[Sample]:
             constraint=Constraint.missing() if own["masked"] else None,
             pinned=own["pinned"],
         )
-        _require(sample.left >= 1, f"request {sample.request_id} has ended already")
+        require(sample.left >= 1, f"request {sample.request_id} has ended already")
         yield sample
 
 
 def _params(columns: Mapping[str, np.ndarray], row: int, asked: dict[str, Any]) -> SamplingParams:
     stops = columns["stop_tokens"][row]
     used = int((stops >= 0).sum())
-    _require((stops[:used] >= 0).all() and (stops[used:] == -1).all(), "stop tokens have a hole")
+    require((stops[:used] >= 0).all() and (stops[used:] == -1).all(), "stop tokens have a hole")
     first = tuple(stops[:used].tolist())
     fields: dict[str, Any] = {
         "max_new_tokens": int(columns["max_new_tokens"][row]),
@@ -319,10 +314,10 @@ def _events(columns: Mapping[str, np.ndarray], new: bool) -> Iterator[PendingEve
     of_events = ("request", "sample", "index", "token", "reason", "shown", "top_length")
     fields = {name: columns[f"event_{name}"] for name in of_events}
     counts = {len(field) for field in fields.values()}
-    _require(len(counts) == 1, "the columns of the events differ in length")
+    require(len(counts) == 1, "the columns of the events differ in length")
     ids, values = columns["event_top_ids"], columns["event_top_logits"]
     require_split("engine/event_top", fields["top_length"], len(ids))
-    _require(len(ids) == len(values), "the columns of the largest logits differ in length")
+    require(len(ids) == len(values), "the columns of the largest logits differ in length")
     chances = _chances(columns, len(fields["token"]), new)
     count = len(fields["token"])
     told = told_from(columns, count) if new else ({} for _ in range(count))
@@ -330,7 +325,7 @@ def _events(columns: Mapping[str, np.ndarray], new: bool) -> Iterator[PendingEve
     end, rows = 0, zip(*(field.tolist() for field in fields.values()), strict=True)
     for row, chance, more in zip(rows, chances, told, strict=True):
         each = dict(zip(fields, row, strict=True))
-        _require(
+        require(
             0 <= each["reason"] < len(known)
             and -1 <= each["token"] < 2**31
             and each["sample"] >= 0
@@ -338,20 +333,20 @@ def _events(columns: Mapping[str, np.ndarray], new: bool) -> Iterator[PendingEve
             and each["shown"] in (0, 1),
             "an event has an impossible value",
         )
-        _require(
+        require(
             each["token"] < 0 or known[each["reason"]] not in _NEW,
             f"an event has a token, and ends by {known[each['reason']]}",
         )
-        _require(
+        require(
             each["token"] >= 0 or not chance,
             "an event without a token has log-probabilities",
         )
         first, last = each["token"] >= 0 and each["index"] == 0, each["reason"] > 0
-        _require(
+        require(
             first or more.get("prompt_logprobs") is None,
             "an event without the first token has the log-probabilities of a prompt",
         )
-        _require(
+        require(
             last or more.get("figures") is None,
             "an event that is not the last of its sample has figures",
         )
@@ -376,17 +371,17 @@ def _chances(columns: Mapping[str, np.ndarray], count: int, new: bool) -> Iterat
         return
     both, lengths = columns["event_logprob"], columns["event_likely_length"]
     ids, values = columns["event_likely_ids"], columns["event_likely_logprobs"]
-    _require(both.shape == (count, 2), "event_logprob has not 2 numbers for every event")
-    _require(len(lengths) == count, "event_likely_length has not one value for every event")
+    require(both.shape == (count, 2), "event_logprob has not 2 numbers for every event")
+    require(len(lengths) == count, "event_likely_length has not one value for every event")
     require_split("engine/event_likely", lengths, len(ids))
-    _require(len(ids) == len(values), "the columns of the likeliest tokens differ in length")
-    _require((ids >= 0).all(), "engine/event_likely_ids holds a negative token")
+    require(len(ids) == len(values), "the columns of the likeliest tokens differ in length")
+    require((ids >= 0).all(), "engine/event_likely_ids holds a negative token")
     none = np.isnan(both)
-    _require(
+    require(
         (none[:, 0] == none[:, 1]).all(),
         "of a log-probability and that of the processed logits one is NaN",
     )
-    _require(
+    require(
         not (none[:, 0] & (lengths > 0)).any(),
         "an event has the likeliest tokens, but no log-probability of its own",
     )
@@ -416,12 +411,12 @@ def _link_siblings(samples: list[Sample], sibling_of: list[int]) -> list[Sample]
             firsts.append(samples[at])
             places.add(at)
             continue
-        _require(
+        require(
             parent in places and samples[parent] is firsts[-1],
             "a sibling does not follow the request that it waits for",
         )
         first, sibling = samples[parent], samples[at]
-        _require(
+        require(
             first.request_id == sibling.request_id
             and first.prompt_len == len(first.tokens) == sibling.prompt_len
             and first.tokens == sibling.tokens
@@ -434,17 +429,17 @@ def _link_siblings(samples: list[Sample], sibling_of: list[int]) -> list[Sample]
 
 
 def _require_agreement(state: EngineState, pages: AllocatorState) -> None:
-    _require(
+    require(
         len(pages.lengths) == len(state.running),
         f"{len(state.running)} requests run, but there are {len(pages.lengths)} sequences",
     )
     lengths = [len(sample.tokens) - 1 for sample in state.running]
     same = pages.lengths.tolist() == lengths  # so that no sequence has more tokens than the file
-    _require(same, "a request has another number of tokens than its sequence")
+    require(same, "a request has another number of tokens than its sequence")
     for sample, salt, tokens in zip(
         state.running, pages.salts.tolist(), pages.sequence_tokens(), strict=True
     ):
-        _require(
+        require(
             tokens.tolist() == sample.tokens[:-1]
             and salt_key(sample.cache_salt) == pages.salt_keys[salt],
             f"request {sample.request_id} has other tokens or another salt than its sequence",
@@ -457,5 +452,5 @@ def _salt_of(key: bytes) -> str | bytes | None:
         valid = salt_key(salt) == key
     except ValueError:
         valid, salt = False, None
-    _require(valid, f"salt {key[:40]!r} is not b'\\0', b's' and UTF-8, or b'b' and bytes")
+    require(valid, f"salt {key[:40]!r} is not b'\\0', b's' and UTF-8, or b'b' and bytes")
     return salt

@@ -30,6 +30,7 @@ __all__ = [
     "decode_header",
     "encode_header",
     "layer_of",
+    "require",
     "split_prefix",
 ]
 
@@ -276,27 +277,28 @@ def _is(value: Any, kind: type) -> bool:
     return type(value) is kind
 
 
-def _require(holds: bool, message: str) -> None:
+def require(holds: bool | np.bool_, message: str) -> None:
+    """Raise SnapshotCorrupt unless a rule holds."""
     if not holds:
         raise SnapshotCorrupt(message)
 
 
 def split_prefix(front: bytes, file_bytes: int) -> int:
     """How long the header is, by the first 32 bytes of a file with that size."""
-    _require(front[:8] == MAGIC, f"not a snapshot: it begins with {bytes(front[:8])!r}")
-    _require(len(front) == PREFIX.size, f"cut within the first {PREFIX.size} bytes")
+    require(front[:8] == MAGIC, f"not a snapshot: it begins with {bytes(front[:8])!r}")
+    require(len(front) == PREFIX.size, f"cut within the first {PREFIX.size} bytes")
     _, version, header_bytes, declared, _ = PREFIX.unpack(front)
     if version not in VERSIONS:
         raise SnapshotVersion(
             f"the file has format version {version}, this release reads versions 1 to 4; use "
             "the release that wrote it, or a newer one"
         )
-    _require(
+    require(
         0 < header_bytes <= MAX_HEADER_BYTES,
         f"the header claims {header_bytes} bytes; 1 to {MAX_HEADER_BYTES} are allowed",
     )
-    _require(declared == file_bytes, f"the file has {file_bytes} bytes, its prefix says {declared}")
-    _require(
+    require(declared == file_bytes, f"the file has {file_bytes} bytes, its prefix says {declared}")
+    require(
         PREFIX.size + header_bytes <= file_bytes,
         f"the header claims {header_bytes} bytes, the file has {file_bytes}",
     )
@@ -312,15 +314,15 @@ def decode_header(front: bytes) -> Header:
     _, version, _, file_bytes, crc = PREFIX.unpack_from(front)
     body = front[PREFIX.size :]
     found = zlib.crc32(body, zlib.crc32(front[: PREFIX.size - 4]))
-    _require(found == crc, f"the header's checksum is {found:08x}, it should be {crc:08x}")
+    require(found == crc, f"the header's checksum is {found:08x}, it should be {crc:08x}")
     fields = _unpack(body)
-    _require(_is(fields, dict), f"the header is no map but {type(fields).__name__}")
+    require(_is(fields, dict), f"the header is no map but {type(fields).__name__}")
     grouped = version == 2 or (version >= 3 and "groups" in fields)
     keys = sorted([*KEYS, "groups"]) if grouped else KEYS
-    _require(list(fields) == keys, f"the header's keys are {shown(list(fields))}, not {keys}")
+    require(list(fields) == keys, f"the header's keys are {shown(list(fields))}, not {keys}")
     page_size = _integer("page_size", fields["page_size"], 1, MAX_DIMENSION)
-    _require(page_size & (page_size - 1) == 0, f"page_size {page_size} is no power of two")
-    _require(_is(fields["fingerprint"], bytes), "fingerprint is not bytes")
+    require(page_size & (page_size - 1) == 0, f"page_size {page_size} is no power of two")
+    require(_is(fields["fingerprint"], bytes), "fingerprint is not bytes")
     check_metadata(fields["metadata"], SnapshotCorrupt)
     arrays, crcs = _directory(fields["arrays"])
     header = Header(
@@ -333,18 +335,18 @@ def decode_header(front: bytes) -> Header:
         crcs=crcs,
         groups=_groups(fields["groups"]) if grouped else (),
     )
-    _require(
+    require(
         (version == 4) == header.asks,
         f"{ASKED_LENGTH} is in a file of version 4, and in every one",
     )
-    _require(
+    require(
         (version == 3) == bool(header.extra) or version == 4,
         "arrays of the user are in a file of version 3, and in every one, or in one of version 4",
     )
     if header.groups:
         _require_layers(header)
     end = layout(len(body), arrays)[1]
-    _require(end == file_bytes, f"the arrays end at byte {end}, the file at {file_bytes}")
+    require(end == file_bytes, f"the arrays end at byte {end}, the file at {file_bytes}")
     return header
 
 
@@ -373,23 +375,23 @@ def _unpack(body: bytes) -> Any:
         raise SnapshotCorrupt(f"the header is not valid msgpack: {kind}: {error}") from None
     # One meaning, one form: else equal headers could have several ids, and a key that stands twice
     # would be read one way here and another way elsewhere.
-    _require(again == body, "the header is not in msgpack's shortest form, or names a key twice")
+    require(again == body, "the header is not in msgpack's shortest form, or names a key twice")
     return fields
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> int:
-    _require(_is(value, int), f"{name} is not an integer but {shown(value)}")
-    _require(low <= value <= high, f"{name} is {value}, outside {low}..{high}")
+    require(_is(value, int), f"{name} is not an integer but {shown(value)}")
+    require(low <= value <= high, f"{name} is {value}, outside {low}..{high}")
     return value
 
 
 def _parent(value: Any) -> Parent | None:
     if value is None:
         return None
-    _require(_is(value, list) and len(value) == 3, "parent is not [id, name, pages]")
+    require(_is(value, list) and len(value) == 3, "parent is not [id, name, pages]")
     ident, name, pages = value
-    _require(_is(ident, bytes) and len(ident) == 16, "the parent's id is not 16 bytes")
-    _require(
+    require(_is(ident, bytes) and len(ident) == 16, "the parent's id is not 16 bytes")
+    require(
         _is(name, str) and is_plain_name(name),
         f"the parent's name {shown(name)} is not the name of a file in the same folder",
     )
@@ -397,13 +399,13 @@ def _parent(value: Any) -> Parent | None:
 
 
 def _groups(value: Any) -> tuple[SavedGroup, ...]:
-    _require(
+    require(
         _is(value, list) and 2 <= len(value) <= MAX_GROUPS,
         f"groups is not a list of 2 to {MAX_GROUPS}",
     )
     groups = []
     for entry in value:
-        _require(
+        require(
             _is(entry, list) and len(entry) == 3 and _is(entry[2], list),
             "a group is not [window, pages, layers]",
         )
@@ -417,18 +419,18 @@ def _groups(value: Any) -> tuple[SavedGroup, ...]:
 def _require_layers(header: Header) -> None:
     """The first group has all tokens, and every layer is in one group and has arrays."""
     groups, first = header.groups, header.groups[0]
-    _require(
+    require(
         first.window is None and first.num_pages == header.num_pages,
         "the first group has a window, or other pages than the header",
     )
     layers = [layer for group in groups for layer in group.layers]
     known = set(layers)
-    _require(
+    require(
         len(known) == len(layers) and known == set(range(len(known))) and bool(known),
         "the groups have not the layers 0 to L-1, each once",
     )
     found = {layer_of(spec.name) for spec in header.arrays if spec.name.startswith("kv/")}
-    _require(found == known, "the arrays of keys and values are not those of the groups' layers")
+    require(found == known, "the arrays of keys and values are not those of the groups' layers")
 
 
 def is_name(name: str) -> bool:
@@ -456,37 +458,35 @@ def is_extra_name(name: str) -> bool:
 
 
 def _directory(value: Any) -> tuple[tuple[ArraySpec, ...], tuple[tuple[int, ...], ...]]:
-    _require(_is(value, list), "arrays is not a list")
+    require(_is(value, list), "arrays is not a list")
     entries = [_array(entry) for entry in value]
     names = [spec.name for spec, _ in entries]
-    _require(len(set(names)) == len(names), "two arrays have one name")
+    require(len(set(names)) == len(names), "two arrays have one name")
     return tuple(spec for spec, _ in entries), tuple(crcs for _, crcs in entries)
 
 
 def _array(entry: Any) -> tuple[ArraySpec, tuple[int, ...]]:
-    _require(
-        _is(entry, list) and len(entry) == 4, "an array is not [name, dtype, shape, checksums]"
-    )
+    require(_is(entry, list) and len(entry) == 4, "an array is not [name, dtype, shape, checksums]")
     name, dtype, shape, crcs = entry
-    _require(
+    require(
         _is(name, str) and is_name(name),
         f"an array's name is not text of 1 to {MAX_NAME_BYTES} bytes",
     )
     title, extra = printable(name), name.startswith(EXTRA)
-    _require(not extra or is_extra_name(name), f"{title}: the name of a user's array is a path")
+    require(not extra or is_extra_name(name), f"{title}: the name of a user's array is a path")
     known = EXTRA_DTYPES if extra else DTYPES
-    _require(_is(dtype, str) and dtype in known, f"{title}: unknown dtype {shown(dtype)}")
+    require(_is(dtype, str) and dtype in known, f"{title}: unknown dtype {shown(dtype)}")
     low, high = (0, MAX_EXTRA_AXES) if extra else (1, MAX_AXES)
-    _require(
+    require(
         _is(shape, list) and low <= len(shape) <= high,
         f"{title}: the shape is not a list of {low} to {high} axes",
     )
     for size in shape:
         _integer(f"{title}: an axis", size, 0, MAX_DIMENSION)
     spec = ArraySpec(name, dtype, tuple(shape))
-    _require(not extra or _fits_numpy(spec), f"{title}: no array can have these axes")
-    _require(_is(crcs, bytes), f"{title}: the checksums are not bytes")
-    _require(
+    require(not extra or _fits_numpy(spec), f"{title}: no array can have these axes")
+    require(_is(crcs, bytes), f"{title}: the checksums are not bytes")
+    require(
         len(crcs) == 4 * spec.num_chunks,
         f"{title}: {len(crcs)} bytes of checksums for {spec.num_chunks} chunks",
     )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paged_decode import BlockAllocator, CacheLayout, Engine, EngineConfig, KVCache
+from paged_decode.engine.events import gather
 
 VOCAB, WIDTH, HEADS, KV_HEADS, DIM, LAYERS, MAX_LEN = 61, 32, 4, 2, 8, 2, 256
 
@@ -123,6 +124,11 @@ def preempt(engine, at: int = -1) -> None:
 def prompts(count: int, seed: int = 1, low: int = 1, high: int = 30) -> list[list[int]]:
     rng = np.random.default_rng(seed)
     return [rng.integers(0, VOCAB, rng.integers(low, high + 1)).tolist() for _ in range(count)]
+
+
+def texts(events) -> dict[tuple[int, int], tuple[int, ...]]:
+    """The tokens of every sample; all must have ended."""
+    return {(c.request_id, c.sample): c.tokens for c in gather(events)}
 
 
 def make_engine(

@@ -8,7 +8,7 @@ import pytest
 from paged_decode import PromptLookup, SamplingParams
 from paged_decode.engine.events import gather
 
-from ..tiny import VOCAB, dense_logits, every_token, make_engine, model, preempt, prompts
+from ..tiny import VOCAB, dense_logits, every_token, make_engine, model, preempt, prompts, texts
 from ..toy_text import decode
 from .test_masks import Residues, toward
 
@@ -63,17 +63,6 @@ def expected(prompt: list[int], params: SamplingParams) -> tuple[int, ...]:
 WANT = [expected(P[i % len(P)], greedy(**asked)) for i, asked in enumerate(ASKED)]
 
 
-def texts(events) -> dict[tuple[int, int], tuple[int, ...]]:
-    return {(c.request_id, c.sample): c.tokens for c in gather(events)}
-
-
-def drain(engine) -> list:
-    events = []
-    while not engine.idle:
-        events += engine.step()
-    return events
-
-
 def submit_all(engine) -> list[int]:
     return [engine.submit(P[i % len(P)], greedy(**asked)) for i, asked in enumerate(ASKED)]
 
@@ -105,7 +94,7 @@ def test_forks_and_samples_have_the_text_before_them():
         events += engine.step()
     child = engine.fork(parent, params, sample=0)
     before = sum(e.request_id == parent and e.sample == 0 for e in events)
-    got = texts([*events, *drain(engine)])
+    got = texts([*events, *engine.stream()])
     assert got[parent, 0] == got[parent, 1] == want
     assert 0 < before < len(want) and got[child, 0] == want[before:]
 
@@ -115,7 +104,7 @@ def test_drafts_are_drawn_as_behind_each_other():
     repeated = [[*p, *p, *p[:2]] for p in P]
     params = [greedy(**asked) for asked in ASKED]
     ids = [engine.submit(repeated[i % len(P)], p) for i, p in enumerate(params)]
-    got = texts(drain(engine))
+    got = texts(list(engine.stream()))
     assert engine.stats.draft_tokens
     for i, (request, p) in enumerate(zip(ids, params, strict=True)):
         assert got[request, 0] == expected(repeated[i % len(P)], p)
@@ -177,7 +166,7 @@ def test_a_request_in_any_mix_gets_the_tokens_that_it_gets_alone(count, straight
         engine.submit(prompt, params, mask=mask, priority=int(rng.integers(-2, 3)))
         for prompt, params, mask in asked
     ]
-    got = {each.request_id: each for each in gather(drain(engine))}
+    got = {each.request_id: each for each in gather(list(engine.stream()))}
     assert engine.allocator.num_used == 0 and engine.stats.preemptions
     reasons = set()
     for request, (prompt, params, mask) in zip(ids, asked, strict=True):
@@ -207,7 +196,7 @@ def test_log_probabilities_are_those_of_the_models_logits_and_of_what_is_drawn_f
     hot = dict(temperature=1.7, min_p=0.01, top_k=20, top_p=0.9, presence_penalty=1.0, seed=4)
     ids = [engine.submit(P[1], SamplingParams(**params, **more)) for more in ({}, hot)]
     plain = engine.submit(P[2], SamplingParams(max_new_tokens=4))
-    events = drain(engine)
+    events = list(engine.stream())
     for event in events:
         if event.request_id == plain:
             assert event.logprob is event.processed_logprob is None and not event.top_logprobs
@@ -280,7 +269,7 @@ def test_any_number_of_stop_tokens_and_runs_of_ids_end_a_request_in_the_middle_o
             by_token = greedy(max_new_tokens=30, stop_tokens=(*others[:20], text[at]))
             beside = engine.submit(P[1], greedy(max_new_tokens=20))
             ids = [engine.submit(P[0], params) for params in (by_run, by_token)]
-            events = drain(engine)
+            events = list(engine.stream())
             got = texts(events)
             assert list(got[ids[0], 0]) == text[: first_of(run)]
             assert list(got[ids[1], 0]) == text[: text.index(text[at]) + 1]
@@ -320,7 +309,7 @@ def test_what_may_not_be_drawn_ends_a_row_with_a_reason_and_leaves_the_others():
 
     engine = make_engine(fn=closed)
     ids = [engine.submit(P[i], p) for i, p in enumerate([greedy(allowed_tokens=(5,)), greedy()])]
-    events = drain(engine)
+    events = list(engine.stream())
     (end,) = [e for e in events if e.request_id == ids[0]]
     assert end.token is None and end.finish_reason == "no_allowed_token"
     assert len(texts(events)[ids[1], 0]) == 12
@@ -349,7 +338,7 @@ def test_what_an_engine_cannot_serve_is_refused_at_submit(asked, config, message
         pass
     with pytest.raises(ValueError, match=message):
         engine.fork(request, SamplingParams(**asked))
-    assert len(texts(drain(engine)))
+    assert len(texts(list(engine.stream())))
 
 
 def test_the_first_tokens_stop_by_nothing_and_the_next_by_anything():

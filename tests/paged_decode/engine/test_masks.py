@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 
 from paged_decode import PromptLookup, SamplingParams
-from paged_decode.engine.events import gather
 from paged_decode.engine.masks import Constraint
 from paged_decode.replicas import ReplicaCheck
 
-from ..tiny import VOCAB, dense_logits, every_token, make_engine, model, preempt, prompts
+from ..tiny import VOCAB, dense_logits, every_token, make_engine, model, preempt, prompts, texts
 
 P = prompts(5, seed=8, low=3, high=12)
 WORDS = -(-VOCAB // 32)
@@ -46,17 +45,6 @@ def expected(prompt: list[int], by: int | None = 5, count: int = 9, shift=0.0) -
             logits[[t for t in range(VOCAB) if t % by != place % by]] = -np.inf
         text.append(int(np.argmax(logits)))
     return tuple(text[len(prompt) :])
-
-
-def drain(engine) -> list:
-    events = []
-    while not engine.idle:
-        events += engine.step()
-    return events
-
-
-def texts(events) -> dict[tuple[int, int], tuple[int, ...]]:
-    return {(c.request_id, c.sample): c.tokens for c in gather(events)}
 
 
 def masked_engine(**config):
@@ -110,7 +98,7 @@ def test_masks_hold_through_preemption_samples_and_forks(pages):
 def test_masks_hold_where_drafts_are_checked():
     engine = masked_engine(fn=every_token, policies=dict(drafter=PromptLookup(3)))
     ids = [engine.submit(P[i], params(), mask=Residues if i else None) for i in range(3)]
-    got = texts(drain(engine))
+    got = texts(list(engine.stream()))
     assert [got[i, 0] for i in ids] == [PLAIN[0], *MASKED[1:3]]
 
 
@@ -150,7 +138,7 @@ def test_a_mask_that_fails_ends_its_own_request_and_no_other(mask, reason, detai
     engine = masked_engine()
     bad = engine.submit(P[0], params(), mask=mask)
     good = [engine.submit(P[i], params(), mask=Residues if i == 2 else None) for i in (1, 2)]
-    events = drain(engine)
+    events = list(engine.stream())
     last = [e for e in events if e.request_id == bad][-1]
     assert (last.token, last.finish_reason, last.index) == (None, reason, 5)
     assert last.detail.startswith(detail) and bool(last.detail) == bool(detail)
@@ -331,5 +319,5 @@ def test_after_warmup_masks_and_arguments_compile_nothing():
         engine.submit(
             P[i], params(logits_args=(1.0, float(i))), mask=Residues if i % 2 else None, n=2
         )
-    drain(engine)
+    list(engine.stream())
     assert engine.stats.programs == before

@@ -16,7 +16,6 @@ import pytest
 
 from paged_decode import BlockAllocator, EngineConfig, SamplingParams, ShardedAllocator
 from paged_decode.engine import EngineStats
-from paged_decode.engine.events import gather
 from paged_decode.engine.loop import Loop
 from paged_decode.engine.records import Result, Ticket
 from paged_decode.engine.requests import Sample
@@ -26,7 +25,7 @@ from paged_decode.faults import FaultPlan, Faults
 from paged_decode.policies import Watermark
 from paged_decode.tiers import HostTier
 
-from ..tiny import Wrapped, dense_greedy, fail_decode, make_engine, model, preempt, prompts
+from ..tiny import Wrapped, dense_greedy, fail_decode, make_engine, model, preempt, prompts, texts
 
 GREEDY = SamplingParams(max_new_tokens=12)
 P = prompts(6, seed=21, low=3, high=20)
@@ -45,10 +44,6 @@ def run(engine, visits: int = 400) -> list:
             return events
         events += engine.step()
     pytest.fail("the engine does not come to an end")
-
-
-def texts(events) -> dict:
-    return {(c.request_id, c.sample): c.tokens for c in gather(events)}
 
 
 # ---- ends

@@ -48,13 +48,6 @@ def scoring(**options):
     return make_engine(fn=every_token if drafts else model, policies=policies, **config)
 
 
-def drain(engine) -> list:
-    events = []
-    while not engine.idle:
-        events += engine.step()
-    return events
-
-
 @pytest.mark.parametrize("drafts", [False, True])
 def test_a_prompt_is_scored_whatever_is_cached_and_whoever_runs_beside_it(drafts):
     engine = scoring(drafts=drafts)
@@ -97,7 +90,7 @@ def test_scores_that_nobody_was_told_are_those_of_the_new_weights():
     request = engine.submit(P[0], params())
     engine.step()
     engine.update_params(other)
-    events = drain(engine)
+    events = list(engine.stream())
     assert events[0].request_id == request
     check(events[0].prompt_logprobs, P[0], weights=other)
 
@@ -126,7 +119,7 @@ def test_who_is_cancelled_while_it_is_scored_harms_nobody():
     engine.step()
     engine.step()
     engine.cancel(first)
-    events = drain(engine)
+    events = list(engine.stream())
     mine = [e for e in events if e.request_id == second]
     check(mine[0].prompt_logprobs, P[1])
     assert engine.allocator.num_used == 0
@@ -162,7 +155,7 @@ def test_samples_that_wait_for_a_row_are_scored_again_where_others_have_begun(vi
     for _ in range(visits):
         events += engine.step()
     engine.update_params(dict(PARAMS))
-    events += drain(engine)
+    events += list(engine.stream())
     for sample in range(6):
         mine = [e for e in events if (e.request_id, e.sample) == (request, sample)]
         assert [e.index for e in mine] == list(range(5))

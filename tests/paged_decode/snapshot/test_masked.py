@@ -6,10 +6,10 @@ import pytest
 
 from paged_decode import SnapshotMismatch
 
-from ..engine.test_masks import MASKED, PLAIN, P, Residues, drain, masked_engine, params, texts
+from ..engine.test_masks import MASKED, PLAIN, P, Residues, masked_engine, params
 from ..engine.test_scores import check
 from ..engine.test_scores import params as scored
-from ..tiny import every_token, make_engine
+from ..tiny import every_token, make_engine, texts
 from .test_asked import agree, version_of
 
 
@@ -24,7 +24,7 @@ def saved(tmp_path_factory):
         events += engine.step()
     path = tmp_path_factory.mktemp("masked") / "s"
     engine.save(path)
-    assert texts([*events, *drain(engine)])[0, 0] == MASKED[0]
+    assert texts([*events, *engine.stream()])[0, 0] == MASKED[0]
     return path, events
 
 
@@ -35,7 +35,7 @@ def test_masks_go_on_where_they_were_by_reading_the_text_again(saved):
     for masks in (Residues, {0: Residues, 2: Residues}):
         engine = masked_engine()
         assert dict(engine.restore(path, masks=masks)) == {0: 0, 1: 1, 2: 2}
-        got = texts([*before, *drain(engine)])
+        got = texts([*before, *engine.stream()])
         want = {(0, 0): MASKED[0], (1, 0): PLAIN[1], (2, 0): MASKED[2], (2, 1): MASKED[2]}
         assert got == want and engine.allocator.num_used == 0
 
@@ -71,7 +71,7 @@ def test_a_prompt_is_scored_anew_until_its_first_event_has_told(tmp_path):
         agree(tmp_path / str(visit))
         other = scoring()
         other.restore(tmp_path / str(visit))
-        events = [*before, *drain(other)]
+        events = [*before, *other.stream()]
         for request, prompt in enumerate(prompts):
             for sample in range(2):
                 mine = [e for e in events if (e.request_id, e.sample) == (request, sample)]
