@@ -59,9 +59,23 @@ def place(event) -> tuple:
     return event[:3]
 
 
+def parted(events) -> tuple[list, list[float]]:
+    """What must be the same in them, and their numbers in order."""
+    numbers: list[float] = []
+
+    def exact(value):
+        if isinstance(value, float):
+            numbers.append(value)
+            return None
+        return tuple(map(exact, value)) if isinstance(value, tuple) else value
+
+    return list(map(exact, events)), numbers
+
+
 @pytest.mark.parametrize("visit", [1, 2, 3])
 def test_requests_that_ask_for_everything_go_on_as_without_the_save(begun, visit):
-    """Tokens, reasons and log-probabilities to the last bit."""
+    """Tokens, texts and reasons, and log-probabilities but for the rounding of another program:
+    what was not saved yet is computed in a chunk, where others add in another order."""
     (path, before), whole = begun[0][visit], begun[1]
     assert version_of(path) == 4
     again = make_engine(40, **SERVING)
@@ -69,7 +83,9 @@ def test_requests_that_ask_for_everything_go_on_as_without_the_save(begun, visit
     again.allocator.check_invariants()
     rest = list(again.stream())
     assert len(rest) > 20 and again.allocator.num_used == 0
-    assert sorted([*before, *map(told, rest)], key=place) == whole
+    ours, theirs = parted(sorted([*before, *map(told, rest)], key=place)), parted(whole)
+    assert ours[0] == theirs[0] and len(ours[1]) > 100
+    assert ours[1] == pytest.approx(theirs[1], abs=1e-5)
 
 
 def test_what_is_restored_is_saved_as_the_same_bytes(begun, tmp_path):
