@@ -8,7 +8,10 @@ import numpy as np
 from .arguments import as_count, as_counts
 from .pool import check_pool_size
 
-__all__ = ["CacheLayout", "PageSpec", "pools_of"]
+__all__ = ["CacheLayout", "PageSpec", "fingerprint_of", "pools_of"]
+
+SMALL = ("int8", "float8_e4m3fn")
+"""The dtypes of pages that have scales beside them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +142,15 @@ def pools_of(
         raise TypeError("page_size must be given, or a CacheLayout alone")
     num_pages, size = check_pool_size(pages, page_size)
     return ((num_pages, None),), size
+
+
+def fingerprint_of(given: bytes, pages: SupportsIndex | CacheLayout) -> bytes:
+    """The fingerprint that was given, and behind it which groups of a layout have pages of 8 bits:
+    what these hold is near the keys and values of others, and not the same."""
+    if not isinstance(pages, CacheLayout) or not isinstance(given, bytes):
+        return given
+    small = [(at, group.dtype) for at, group in enumerate(pages.groups) if group.dtype in SMALL]
+    return given + (repr(small).encode() if small else b"")
 
 
 def _name_of(dtype: Any) -> str:

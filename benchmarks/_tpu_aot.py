@@ -226,7 +226,7 @@ def _program(case: Case, placement: Any) -> tuple[Callable[..., Any], list[str]]
 
     def write(k: Any, v: Any, new: Any, slots: Any, layer: Any) -> Any:
         if case.system == "xla/scan":
-            return *write_tokens(k, v, new, new, slots, layer, platform="gpu"), None  # scatters
+            return *write_tokens((k, v), new, new, slots, layer, platform="gpu"), None  # scatters
         return *append_kv(k, v, new, new, slots, layer=layer, placement=placement), None
 
     def scan(k: Any, v: Any, q: Any, new: Any, slots: Any, table: Any, lens: Any) -> Any:

@@ -11,6 +11,7 @@ from .checks import AnyArray
 __all__ = [
     "AttentionOptions",
     "Backends",
+    "FixedScales",
     "Implementation",
     "Layer",
     "Lengths",
@@ -19,6 +20,7 @@ __all__ = [
     "PageTable",
     "Pages",
     "Queries",
+    "Scales",
     "Sinks",
     "Slots",
     "TailMask",
@@ -32,6 +34,9 @@ PageTable: TypeAlias = Int[AnyArray, "B P"]
 Lengths: TypeAlias = Int[AnyArray, " B"]
 Slots: TypeAlias = Int[AnyArray, " B"] | Int[AnyArray, "B T"]
 PageIds: TypeAlias = Int[AnyArray, " C"]
+Scales: TypeAlias = Float[AnyArray, "N Hk S"] | Float[AnyArray, "L N Hk S"]
+FixedScales: TypeAlias = tuple[Float[AnyArray, " Hk"], Float[AnyArray, " Hk"]]
+"""Of keys and of values, for all tokens."""
 TailMask: TypeAlias = Bool[AnyArray, "B T T"]
 Sinks: TypeAlias = Float[AnyArray, "*heads K"]
 Layer: TypeAlias = int | Int[AnyArray, ""]

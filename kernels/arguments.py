@@ -16,6 +16,7 @@ from .checks import (
     check_twins,
     concrete,
 )
+from .eight_bits import is_eight_bits
 from .merge import check_sinks
 from .placement import Placement
 from .record import StaticOptions
@@ -23,8 +24,10 @@ from .record import StaticOptions
 __all__ = [
     "backend_names",
     "check_call",
+    "check_fixed_scales",
     "check_layer",
     "check_order",
+    "check_scales",
     "known_layer",
     "new_slots",
     "static_options",
@@ -102,9 +105,12 @@ def static_options(
 
 
 def check_call(
-    q: Any,
     k_pages: Any,
     v_pages: Any,
+    k_scales: Any,
+    v_scales: Any,
+    *,
+    q: Any,
     page_table: Any,
     seq_lens: Any,
     layer: Any,
@@ -116,6 +122,7 @@ def check_call(
 ) -> None:
     """Raise unless the arrays of a call keep the contract."""
     _check_arrays(q, k_pages, v_pages, layer, placement)
+    check_scales(k_pages, k_scales, v_scales)
     pages, kv_heads, page_size = k_pages.shape[-4:-1]
     _check_tables(page_table, seq_lens, starts, q.shape[0], page_size)
     if placement is not None:
@@ -181,6 +188,45 @@ def _check_arrays(
             f"Hq must be a multiple of Hk; got Hq = {heads} in q {q.shape} and Hk = {kv_heads} "
             f"in k_pages {k_pages.shape}"
         )
+
+
+def check_scales(k_pages: Any, k_scales: Any, v_scales: Any) -> None:
+    """Raise unless pages of 8 bits, and no others, have scales: float32, one for each token."""
+    if k_scales is None and v_scales is None:
+        return
+    if not is_eight_bits(k_pages.dtype):
+        raise ValueError(
+            f"k_scales and v_scales are for pages of int8 or float8_e4m3fn; got pages of dtype "
+            f"{k_pages.dtype}"
+        )
+    for name, scales in (("k_scales", k_scales), ("v_scales", v_scales)):
+        if scales is None:
+            raise ValueError(f"k_scales and v_scales go together; {name} is missing")
+        if getattr(scales, "dtype", None) != np.float32:
+            got = getattr(scales, "dtype", type(scales).__name__)
+            raise TypeError(f"{name} must be an array of float32; got {got}")
+        if scales.shape != (want := k_pages.shape[:-1]):
+            raise ValueError(
+                f"{name} must be the pages without their last axis, {want}; got shape "
+                f"{scales.shape}"
+            )
+        check_live(name, scales)
+
+
+def check_fixed_scales(fixed_scales: Any, k_pages: Any, k_scales: Any) -> None:
+    """Raise unless these are a pair of float32 `[Hk]`, for pages that have scales."""
+    if fixed_scales is None:
+        return
+    if k_scales is None:
+        raise ValueError("fixed_scales are for pages of 8 bits, which have k_scales and v_scales")
+    if not isinstance(fixed_scales, tuple) or len(fixed_scales) != 2:
+        raise TypeError("fixed_scales must be a pair: of keys, of values")
+    for name, scales in zip(("fixed_scales[0]", "fixed_scales[1]"), fixed_scales, strict=True):
+        check_float(name, scales)
+        check_axes(name, scales, "Hk", Hk=k_pages.shape[-3])
+        values = concrete(scales)
+        if values is not None and not (np.isfinite(values) & (values > 0)).all():
+            raise ValueError(f"{name} must be finite and > 0; got {values}")
 
 
 def check_layer(layer: Any, layers: int) -> None:

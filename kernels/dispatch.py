@@ -6,9 +6,10 @@ A backend is a module with two functions, imported only when it is asked for:
 - `attend(call) -> (out [B, T, Hq, D] like q, lse float32 [B, T, Hq])`, B at least 1. What it raises
   is an error, NotImplementedError as well: a slower backend must not take over without a word.
 
-Two more are optional. `append_and_attend(call, k, v, slots) -> (out, lse, k_pages, v_pages)` writes
-the newest tokens, k and v `[B, T, Hk, D]` of the pages' dtype, in the same launch, but for those
-with a slot in the null page; without it they are written before the call. `prefers(call) -> bool`
+Two more are optional. `append_and_attend(call, k, v, slots) -> (out, lse, *pools)` writes the
+newest tokens, k and v `[B, T, Hk, D]` of the pages' dtype (as they came, for pages of 8 bits, to
+which the kernel quantises them), in the same launch, but for those with a slot in the null page;
+without it they are written before the call. `prefers(call) -> bool`
 says that this backend serves the call and is the fastest that does, by what was measured: where
 nobody named another, it comes first.
 """
@@ -23,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from .annotations import FixedScales
 from .record import AttentionCall
 
 __all__ = [
@@ -111,24 +113,27 @@ def append_and_attend(
     v: Float[Array, "B T Hk D"],
     slots: Int32[Array, "B T"] | None = None,
     *,
+    fixed_scales: FixedScales | None = None,
     names: Sequence[str] | None = None,
     backends: tuple[Backend, ...] = BACKENDS,
-) -> tuple[Array, Array, Array, Array]:
+) -> tuple[Array, ...]:
     """Write k and v at the newest positions of every row, then as `attend`.
 
-    `slots` in the null page are of tokens that are not new. Returns `(out, lse, k_pages, v_pages)`.
+    `slots` in the null page are of tokens that are not new; `fixed_scales` are those of all tokens,
+    where they do not follow from each. Returns `(out, lse, *pools)`.
     """
 
-    def run(module: ModuleType) -> tuple[Array, Array, Array, Array]:
+    def run(module: ModuleType) -> tuple[Array, ...]:
         if _is_empty(call):
-            return *_nothing(call), call.k_pages, call.v_pages
-        if fused := getattr(module, "append_and_attend", None):
+            return *_nothing(call), *call.pools
+        fused = getattr(module, "append_and_attend", None)
+        if fused and fixed_scales is None:
             with jax.named_scope("paged_decode.append_and_attend"):
                 return fused(call, k, v, slots)
         with jax.named_scope("paged_decode.append"):
-            written = call.with_newest(k, v, slots)
+            written = call.with_newest(k, v, slots, fixed_scales)
         with jax.named_scope("paged_decode.attend"):
-            return *module.attend(written), written.k_pages, written.v_pages
+            return *module.attend(written), *written.pools
 
     return _first(call, names, backends, run)
 

@@ -13,6 +13,7 @@ from jaxtyping import Array
 from . import dispatch
 from .annotations import (
     AttentionOptions,
+    FixedScales,
     Implementation,
     Layer,
     Lengths,
@@ -20,16 +21,25 @@ from .annotations import (
     Pages,
     PageTable,
     Queries,
+    Scales,
     Sinks,
     Slots,
     TailMask,
     Window,
 )
-from .arguments import check_call, check_order, known_layer, new_slots, static_options
+from .arguments import (
+    check_call,
+    check_fixed_scales,
+    check_order,
+    known_layer,
+    new_slots,
+    static_options,
+)
 from .checks import check_axes, check_float, narrow
 from .merge import sink_mass
 from .placement import Placement
-from .record import AttentionCall, StaticOptions
+from .record import POOLS, AttentionCall, StaticOptions
+from .write import Pools
 
 __all__ = ["append_and_attend", "paged_attention"]
 
@@ -37,18 +47,21 @@ __all__ = ["append_and_attend", "paged_attention"]
 @overload
 def paged_attention(
     q: Queries, k_pages: Pages, v_pages: Pages, page_table: PageTable, seq_lens: Lengths, *,
+    k_scales: Scales | None = None, v_scales: Scales | None = None,
     layer: Layer | None = None, placement: Placement | None = None,
     return_lse: Literal[False] = False, **options: Unpack[AttentionOptions],
 ) -> Array: ...  # fmt: skip
 @overload
 def paged_attention(
     q: Queries, k_pages: Pages, v_pages: Pages, page_table: PageTable, seq_lens: Lengths, *,
+    k_scales: Scales | None = None, v_scales: Scales | None = None,
     layer: Layer | None = None, placement: Placement | None = None,
     return_lse: Literal[True], **options: Unpack[AttentionOptions],
 ) -> tuple[Array, Array]: ...  # fmt: skip
 @overload
 def paged_attention(
     q: Queries, k_pages: Pages, v_pages: Pages, page_table: PageTable, seq_lens: Lengths, *,
+    k_scales: Scales | None = None, v_scales: Scales | None = None,
     layer: Layer | None = None, placement: Placement | None = None,
     return_lse: bool, **options: Unpack[AttentionOptions],
 ) -> Array | tuple[Array, Array]: ...  # fmt: skip
@@ -59,6 +72,8 @@ def paged_attention(
     page_table: PageTable,
     seq_lens: Lengths,
     *,
+    k_scales: Scales | None = None,
+    v_scales: Scales | None = None,
     layer: Layer | None = None,
     starts: Lengths | None = None,
     scale: float | None = None,
@@ -83,10 +98,14 @@ def paged_attention(
 
     Args:
       q: `[B, Hq, D]`, the newest token of each row, or `[B, T, Hq, D]`, the newest T.
-      k_pages: `[N, Hk, S, D]`, or `[L, N, Hk, S, D]` with `layer`; float32, bfloat16 or float16.
+      k_pages: `[N, Hk, S, D]`, or `[L, N, Hk, S, D]` with `layer`; float32, bfloat16 or float16; or
+        int8 or float8_e4m3fn, with scales.
       v_pages: like `k_pages`.
       page_table: int32 `[B, P]`, page ids in `0 .. N-1` as far as `seq_lens` reaches.
       seq_lens: int32 `[B]`, tokens in the cache including the T new ones, `0 .. P * S`.
+      k_scales: float32 `[N, Hk, S]`, or with L in front: the keys of pages of 8 bits are their
+        numbers times these, one for each token and KV head.
+      v_scales: like `k_scales`, for the values.
       layer: which layer of a stacked pool, a Python int or an int32 scalar (it may be traced).
       starts: int32 `[B]`, first visible token of each row; None: 0.
       scale: None: `D ** -0.5`.
@@ -127,13 +146,17 @@ def paged_attention(
       >>> paged_attention(jnp.ones((1, 2, 8)), pages, pages, table, lens).shape
       (1, 2, 8)
     """
-    tables = (page_table, seq_lens, layer, starts, sinks, query_lens, tail_mask)
-    check_call(q, k_pages, v_pages, *tables, placement)
+    pools = (k_pages, v_pages, k_scales, v_scales)
+    arrays = dict(
+        q=q, page_table=page_table, seq_lens=seq_lens, layer=layer, starts=starts, sinks=sinks,
+        query_lens=query_lens, tail_mask=tail_mask,
+    )  # fmt: skip
+    check_call(*pools, **arrays, placement=placement)
     options = static_options(
         q, page_table, k_pages.shape[-2], scale=scale, sliding_window=sliding_window,
         soft_cap=soft_cap, implementation=implementation, placement=placement,
     )  # fmt: skip
-    out, lse = _attend(q, k_pages, v_pages, *tables, options)
+    out, lse = _attend(_held(pools), arrays, options)
     return (out, lse) if return_lse else out
 
 
@@ -141,6 +164,7 @@ def paged_attention(
 def append_and_attend(
     k_pages: Pages, v_pages: Pages, q: Queries, k: NewTokens, v: NewTokens,
     page_table: PageTable, seq_lens: Lengths, *, slots: Slots | Literal["all"] | None = None,
+    k_scales: None = None, v_scales: None = None, fixed_scales: None = None,
     layer: Layer | None = None, placement: Placement | None = None,
     return_lse: Literal[False] = False, **options: Unpack[AttentionOptions],
 ) -> tuple[Array, Array, Array]: ...  # fmt: skip
@@ -148,6 +172,7 @@ def append_and_attend(
 def append_and_attend(
     k_pages: Pages, v_pages: Pages, q: Queries, k: NewTokens, v: NewTokens,
     page_table: PageTable, seq_lens: Lengths, *, slots: Slots | Literal["all"] | None = None,
+    k_scales: None = None, v_scales: None = None, fixed_scales: None = None,
     layer: Layer | None = None, placement: Placement | None = None,
     return_lse: Literal[True], **options: Unpack[AttentionOptions],
 ) -> tuple[Array, Array, Array, Array]: ...  # fmt: skip
@@ -155,9 +180,11 @@ def append_and_attend(
 def append_and_attend(
     k_pages: Pages, v_pages: Pages, q: Queries, k: NewTokens, v: NewTokens,
     page_table: PageTable, seq_lens: Lengths, *, slots: Slots | Literal["all"] | None = None,
+    k_scales: Scales | None = None, v_scales: Scales | None = None,
+    fixed_scales: FixedScales | None = None,
     layer: Layer | None = None, placement: Placement | None = None,
-    return_lse: bool, **options: Unpack[AttentionOptions],
-) -> tuple[Array, Array, Array] | tuple[Array, Array, Array, Array]: ...  # fmt: skip
+    return_lse: bool = False, **options: Unpack[AttentionOptions],
+) -> tuple[Array, ...]: ...  # fmt: skip
 def append_and_attend(
     k_pages: Pages,
     v_pages: Pages,
@@ -168,6 +195,9 @@ def append_and_attend(
     seq_lens: Lengths,
     *,
     slots: Slots | Literal["all"] | None = None,
+    k_scales: Scales | None = None,
+    v_scales: Scales | None = None,
+    fixed_scales: FixedScales | None = None,
     layer: Layer | None = None,
     starts: Lengths | None = None,
     scale: float | None = None,
@@ -179,7 +209,7 @@ def append_and_attend(
     return_lse: bool = False,
     implementation: Implementation | Sequence[str] | None = None,
     placement: Placement | None = None,
-) -> tuple[Array, Array, Array] | tuple[Array, Array, Array, Array]:
+) -> tuple[Array, ...]:
     """`append_kv` and `paged_attention` of the same tokens as one operation; donates the pages.
 
     K and V of the newest T tokens of row b go to the positions `seq_lens[b] - T + t`, found through
@@ -193,7 +223,8 @@ def append_and_attend(
       k_pages: `[N, Hk, S, D]`, or `[L, N, Hk, S, D]` with `layer`.
       v_pages: like `k_pages`.
       q: `[B, Hq, D]`, or `[B, T, Hq, D]`.
-      k: `[B, Hk, D]`, with the T axis of `q` where it has one; converted to the pages' dtype.
+      k: `[B, Hk, D]`, with the T axis of `q` where it has one; converted to the pages' dtype, or
+        quantised to it.
       v: like `k`.
       page_table: int32 `[B, P]`. The pages that are written belong to one row only.
       seq_lens: int32 `[B]`, tokens of each row, the new ones included.
@@ -201,11 +232,17 @@ def append_and_attend(
         where those lie, the page table says. "all": every one is. None says the same where T = 1 or
         with `query_lens`, which leave a row's padding out; else it is refused, because a row that
         brings fewer than T tokens would have older ones of its own overwritten by its padding.
+      k_scales: float32 `[N, Hk, S]`, of pages of 8 bits; the new tokens get theirs, their largest
+        number over that of the dtype. Donated, as the pages are.
+      v_scales: like `k_scales`.
+      fixed_scales: two float32 `[Hk]`, of keys and of values: what has been calibrated, for all
+        tokens, instead of what follows from each. It costs a launch.
 
     All other arguments are those of `paged_attention`.
 
     Returns:
-      `(out, k_pages, v_pages)`, or `(out, lse, k_pages, v_pages)`.
+      `(out, k_pages, v_pages)`, or `(out, lse, k_pages, v_pages)`; with scales these follow,
+      `(..., k_scales, v_scales)`.
 
     Raises:
       TypeError, ValueError, NotImplementedError, ExceptionGroup: as `paged_attention`; nothing is
@@ -220,8 +257,12 @@ def append_and_attend(
       (1.0, 0.809)
     """
     check_order(k_pages, v_pages, q, k, v)
-    tables = (page_table, seq_lens, layer, starts, sinks, query_lens, tail_mask)
-    check_call(q, k_pages, v_pages, *tables, placement)
+    pools = (k_pages, v_pages, k_scales, v_scales)
+    arrays = dict(
+        q=q, page_table=page_table, seq_lens=seq_lens, layer=layer, starts=starts, sinks=sinks,
+        query_lens=query_lens, tail_mask=tail_mask,
+    )  # fmt: skip
+    check_call(*pools, **arrays, placement=placement)
     options = static_options(
         q, page_table, k_pages.shape[-2], scale=scale, sliding_window=sliding_window,
         soft_cap=soft_cap, implementation=implementation, placement=placement,
@@ -234,15 +275,25 @@ def append_and_attend(
     if slots is None and query_lens is not None:
         slots = "all"  # of a row's own tokens
     slots = new_slots(slots, axes.removesuffix(", Hk, D"), sizes)
-    out, lse, *pages = _append_and_attend(k_pages, v_pages, k, v, slots, q, *tables, options)
-    return (out, lse, *pages) if return_lse else (out, *pages)
+    check_fixed_scales(fixed_scales, k_pages, k_scales)
+    new = dict(k=k, v=v, slots=slots, fixed_scales=fixed_scales)
+    out, lse, *written = _append_and_attend(_held(pools), new, arrays, options)
+    return (out, lse, *written) if return_lse else (out, *written)
 
 
-# The arrays of an `AttentionCall` and their axes, which say how each is split on a mesh.
+def _held(pools: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Those that there are."""
+    return tuple(pool for pool in pools if pool is not None)
+
+
+# The arrays of an `AttentionCall` and their axes, which say how each is split on a mesh. Those of
+# pools have no L where the caller's have none.
 _AXES = dict(
     q="B, T, Hq, D",
-    k_pages="L, N, Hk, S, D",  # without L where the pool has no layer axis
+    k_pages="L, N, Hk, S, D",
     v_pages="L, N, Hk, S, D",
+    k_scales="L, N, Hk, S",
+    v_scales="L, N, Hk, S",
     layer="",
     page_table="B, P",
     seq_lens="B",
@@ -251,28 +302,14 @@ _AXES = dict(
     query_lens="B",
     tail_mask="B, T, T",
 )
-# The axes of the new tokens: k, v and which of them are new, if that is given.
-_NEW_AXES = ("B, T, Hk, D", "B, T, Hk, D", "B, T")
+# Those of the new tokens, which of them are new, and their fixed scales.
+_NEW_AXES = dict(k="B, T, Hk, D", v="B, T, Hk, D", slots="B, T", k_fixed="Hk", v_fixed="Hk")
 
 
 # One compiled function for eager calls, one cached trace for a model's many equal layers.
 @partial(jax.jit, static_argnames="options")
-def _attend(
-    q: Array,
-    k_pages: Array,
-    v_pages: Array,
-    page_table: Array,
-    seq_lens: Array,
-    layer: Array | None,
-    starts: Array | None,
-    sinks: Array | None,
-    query_lens: Array | None,
-    tail_mask: Array | None,
-    options: StaticOptions,
-) -> tuple[Array, Array]:
-    arrays = _canonical(
-        q, k_pages, v_pages, page_table, seq_lens, layer, starts, sinks, query_lens, tail_mask
-    )
+def _attend(pools: Pools, given: dict[str, Any], options: StaticOptions) -> tuple[Array, Array]:
+    arrays, q = _canonical(pools, **given), given["q"]
 
     # XLA would differentiate its backend without a word, and no kernel can: all refuse alike.
     @jax.custom_jvp
@@ -280,56 +317,44 @@ def _attend(
         def local(*own: Array) -> tuple[Array, Array]:
             return dispatch.attend(_record(arrays, own, options), options.implementation)
 
-        return _placed(options.placement, local, arrays, [])
+        return _placed(options.placement, local, arrays, {})
 
     run.defjvp(_no_derivative)
     out, lse = run(arrays)
     return out.reshape(q.shape), lse.reshape(q.shape[:-1])
 
 
-@partial(jax.jit, static_argnames="options", donate_argnames=("k_pages", "v_pages"))
+@partial(jax.jit, static_argnames="options", donate_argnames="pools")
 def _append_and_attend(
-    k_pages: Array,
-    v_pages: Array,
-    k: Array,
-    v: Array,
-    slots: Array | None,
-    q: Array,
-    page_table: Array,
-    seq_lens: Array,
-    layer: Array | None,
-    starts: Array | None,
-    sinks: Array | None,
-    query_lens: Array | None,
-    tail_mask: Array | None,
-    options: StaticOptions,
-) -> tuple[Array, Array, Array, Array]:
-    arrays = _canonical(
-        q, k_pages, v_pages, page_table, seq_lens, layer, starts, sinks, query_lens, tail_mask
-    )
-    shape = (*arrays["q"].shape[:2], *k.shape[-2:])
-    new = [x.reshape(shape).astype(k_pages.dtype) for x in (k, v)]
-    if slots is not None:
-        slot_end = k_pages.shape[-4] * k_pages.shape[-2]
-        new.append(narrow(slots.reshape(shape[:2]), slot_end))
+    pools: Pools, tokens: dict[str, Any], given: dict[str, Any], options: StaticOptions
+) -> tuple[Array, ...]:
+    arrays, q = _canonical(pools, **given), given["q"]
+    new = _new_tokens(arrays, **tokens)
 
     @jax.custom_jvp
-    def run(arrays: dict[str, Array], new: list[Array]) -> tuple[Array, Array, Array, Array]:
-        def local(*own: Array) -> tuple[Array, Array, Array, Array]:
-            call, newest = _record(arrays, own[: len(arrays)], options), own[len(arrays) :]
-            out, lse, *pages = dispatch.append_and_attend(
-                call, *newest, names=options.implementation
+    def run(arrays: dict[str, Array], new: dict[str, Array]) -> tuple[Array, ...]:
+        def local(*own: Array) -> tuple[Array, ...]:
+            call = _record(arrays, own[: len(arrays)], options)
+            newest = dict(zip(new, own[len(arrays) :], strict=True))
+            fixed = (newest["k_fixed"], newest["v_fixed"]) if "k_fixed" in newest else None
+            out, lse, *written = dispatch.append_and_attend(
+                call,
+                newest["k"],
+                newest["v"],
+                newest.get("slots"),
+                fixed_scales=fixed,
+                names=options.implementation,
             )
-            pages = [p.reshape(p.shape[not call.stacked :]) for p in pages]
+            written = [pool.reshape(pool.shape[not call.stacked :]) for pool in written]
             # Else XLA lets a later write into these pages begin before the loop that reads them,
             # and copies the pool for it (openxla/xla 45912).
-            return jax.lax.optimization_barrier((out, lse, *pages))
+            return jax.lax.optimization_barrier((out, lse, *written))
 
         return _placed(options.placement, local, arrays, new)
 
     run.defjvp(_no_derivative)
-    out, lse, *pages = run(arrays, new)
-    return out.reshape(q.shape), lse.reshape(q.shape[:-1]), *pages
+    out, lse, *written = run(arrays, new)
+    return out.reshape(q.shape), lse.reshape(q.shape[:-1]), *written
 
 
 def _record(
@@ -340,8 +365,7 @@ def _record(
     stacked = given["layer"] is not None
     if not stacked:
         given["layer"] = jnp.int32(0)
-        for name in ("k_pages", "v_pages"):
-            given[name] = given[name].reshape(1, *given[name].shape)
+        given |= {name: given[name][None] for name in POOLS if given[name] is not None}
     return AttentionCall(
         **given,
         scale=options.scale,
@@ -356,23 +380,23 @@ def _placed(
     placement: Placement | None,
     local: Callable[..., Any],
     arrays: dict[str, Array],
-    new: list[Array],
+    new: dict[str, Array],
 ) -> Any:
     """`local` of the arrays and the new tokens, on every device of the mesh if there is one."""
-    args = (*arrays.values(), *new)
+    args = (*arrays.values(), *new.values())
     if placement is None:
         return local(*args)
-    pages = _AXES["k_pages"].removeprefix("" if "layer" in arrays else "L, ")
-    axes = _AXES | dict(k_pages=pages, v_pages=pages)
-    inputs = [*(axes[name] for name in arrays), *_NEW_AXES[: len(new)]]
-    written = (pages, pages) if new else ()
+    axes = _AXES | _NEW_AXES
+    if "layer" not in arrays:
+        axes |= {name: axes[name].removeprefix("L, ") for name in POOLS}
+    inputs = [axes[name] for name in (*arrays, *new)]
+    written = [axes[name] for name in POOLS if new and name in arrays]
     return placement.run(local, inputs, ("B, T, Hq, D", "B, T, Hq", *written), *args)
 
 
 def _canonical(
+    pools: Pools,
     q: Array,
-    k_pages: Array,
-    v_pages: Array,
     page_table: Array,
     seq_lens: Array,
     layer: Array | None,
@@ -388,12 +412,12 @@ def _canonical(
     gives NaN and writes nothing. With T = 1 a row without a query is an empty row. Arrays of int32
     stay as they are; an operation more before a launch of a few microseconds would be felt.
     """
-    pages, page_size = k_pages.shape[-4], k_pages.shape[-2]
+    pages, page_size = pools[0].shape[-4], pools[0].shape[-2]
     capacity = page_table.shape[1] * page_size
     lens = narrow(seq_lens, capacity + 1)
-    arrays = dict(q=q if q.ndim == 4 else q[:, None], k_pages=k_pages, v_pages=v_pages)
+    arrays = dict(q=q if q.ndim == 4 else q[:, None], **dict(zip(POOLS, pools, strict=False)))
     if layer is not None:
-        arrays["layer"], outside = known_layer(layer, k_pages.shape[0])
+        arrays["layer"], outside = known_layer(layer, pools[0].shape[0])
         lens = jnp.where(outside, capacity + 1, lens)
     tokens = arrays["q"].shape[1]
     if query_lens is not None and tokens == 1:
@@ -408,6 +432,22 @@ def _canonical(
     if tail_mask is not None:
         arrays["tail_mask"] = jnp.asarray(tail_mask)
     return arrays
+
+
+def _new_tokens(
+    arrays: dict[str, Array], k: Array, v: Array, slots: Array | None, fixed_scales: Any
+) -> dict[str, Array]:
+    """The new tokens as backends take them; what is not given is left out."""
+    pages, scaled = arrays["k_pages"], "k_scales" in arrays
+    shape = (*arrays["q"].shape[:2], *k.shape[-2:])
+    k, v = (x.reshape(shape) if scaled else x.reshape(shape).astype(pages.dtype) for x in (k, v))
+    new = dict(k=k, v=v)
+    if slots is not None:
+        new["slots"] = narrow(slots.reshape(shape[:2]), pages.shape[-4] * pages.shape[-2])
+    if fixed_scales is not None:
+        each = (scales.astype(jnp.float32) for scales in fixed_scales)
+        new |= dict(zip(("k_fixed", "v_fixed"), each, strict=True))
+    return new
 
 
 def _no_derivative(primals: Any, tangents: Any) -> Any:

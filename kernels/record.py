@@ -8,10 +8,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, Num
 
+from .annotations import FixedScales
+from .eight_bits import is_eight_bits
 from .placement import Placement
-from .write import write_tokens
+from .write import Pools, write_tokens
 
-__all__ = ["HUGE", "LN2", "LOG2E", "AttentionCall", "StaticOptions"]
+__all__ = ["HUGE", "LN2", "LOG2E", "POOLS", "AttentionCall", "StaticOptions"]
+
+POOLS = ("k_pages", "v_pages", "k_scales", "v_scales")
+"""The names of what a layer keeps, in the order in which all functions take and return it."""
 
 # Kernels keep logits in base 2: the hardware has exp2, and exp would be a multiplication more.
 LOG2E, LN2 = math.log2(math.e), math.log(2)
@@ -70,6 +75,9 @@ class AttentionCall:
         number, taken as the nearest in `0 .. T`. None: all T. The op leaves it out where T = 1.
       tail_mask: bool `[B, T, T]`, which of its row's own new tokens each of them sees, beside those
         in front; only `u < t` and the diagonal count. None: all up to itself.
+      k_scales: float32 `[L, N, Hk, S]`, what the numbers of each key are multiplied by, where pages
+        have 8 bits. None: they are the keys.
+      v_scales: the same of values.
     """
 
     q: Float[Given, "B T Hq D"]
@@ -87,6 +95,15 @@ class AttentionCall:
     stacked: bool = True
     query_lens: Int32[Given, "B"] | None = None
     tail_mask: Bool[Given, "B T T"] | None = None
+    k_scales: Float[Given, "L N Hk S"] | None = None
+    v_scales: Float[Given, "L N Hk S"] | None = None
+
+    @property
+    def pools(self) -> Pools:
+        """The pages, and their scales if they have some."""
+        if self.k_scales is None or self.v_scales is None:
+            return self.k_pages, self.v_pages
+        return self.k_pages, self.v_pages, self.k_scales, self.v_scales
 
     @property
     def rows(self) -> int:
@@ -157,7 +174,7 @@ class AttentionCall:
         pages: int = 2,
         layers: int = 1,
         dtype: Any = jnp.bfloat16,
-        q_dtype: Any = None,
+        q_dtype: Any = None,  # None: that of the pages, or bfloat16 over pages of 8 bits
         starts: bool = False,
         sinks: bool = False,
         scale: float = 1.0,
@@ -171,8 +188,12 @@ class AttentionCall:
         array = jax.ShapeDtypeStruct
         pool = array((layers, pages, kv_heads, page_size, dim), dtype)
         lens = array((rows,), jnp.int32)
+        scaled = is_eight_bits(dtype)
+        scales = array(pool.shape[:-1], jnp.float32) if scaled else None
+        if q_dtype is None:
+            q_dtype = jnp.bfloat16 if scaled else dtype
         arrays: dict[str, Any] = dict(
-            q=array((rows, tokens, kv_heads * group, dim), dtype if q_dtype is None else q_dtype),
+            q=array((rows, tokens, kv_heads * group, dim), q_dtype),
             k_pages=pool,
             v_pages=pool,
             layer=array((), jnp.int32),
@@ -182,6 +203,8 @@ class AttentionCall:
             sink=array((kv_heads * group,), jnp.float32) if sinks else None,
             query_lens=lens if query_lens else None,
             tail_mask=array((rows, tokens, tokens), jnp.bool) if tail_mask else None,
+            k_scales=scales,
+            v_scales=scales,
         )
         return cls(**arrays, scale=scale, window=window, soft_cap=soft_cap, platform=platform)
 
@@ -269,6 +292,7 @@ class AttentionCall:
         k: Float[Array, "B T Hk D"],
         v: Float[Array, "B T Hk D"],
         slots: Int32[Array, "B T"] | None,
+        fixed_scales: FixedScales | None = None,
     ) -> "AttentionCall":
         """This call over pages in which row b's tokens `seq_lens[b] - T + t` are k and v.
 
@@ -283,36 +307,44 @@ class AttentionCall:
         if slots is not None:
             nowhere |= slots < page_size
         where = jnp.where(nowhere, -1, page * page_size + place % page_size)
-        shape = self.k_pages.shape if self.stacked else self.k_pages.shape[1:]
+        begin = 0 if self.stacked else 1
         written = write_tokens(
-            self.k_pages.reshape(shape),
-            self.v_pages.reshape(shape),
+            tuple(pool.reshape(pool.shape[begin:]) for pool in self.pools),
             k,
             v,
             where,
             self.layer if self.stacked else None,
+            fixed_scales=fixed_scales,
             platform=self.platform,
         )
-        k_pages, v_pages = (pages.reshape(self.k_pages.shape) for pages in written)
-        return replace(self, k_pages=k_pages, v_pages=v_pages)
+        pools = [new.reshape(old.shape) for new, old in zip(written, self.pools, strict=True)]
+        return replace(self, **dict(zip(POOLS, pools, strict=False)))
 
-    def pages_refusal(self, *, mixed: bool = False) -> str | None:
-        """Why a kernel over pages of the dtype of q, unless `mixed`, cannot serve; None if not."""
-        if (reason := self.pool_refusal()) is not None:
+    def pages_refusal(self, *, mixed: bool = False, scales: bool = False) -> str | None:
+        """Why a kernel over pages of the dtype of q, unless `mixed`, cannot serve; None if not.
+        `scales` says that it reads pages of 8 bits."""
+        if (reason := self.pool_refusal(scales=scales)) is not None:
             return reason
-        if not mixed and self.q.dtype != self.k_pages.dtype:
+        if not mixed and self.k_scales is None and self.q.dtype != self.k_pages.dtype:
             return (
                 f"q of dtype {self.q.dtype} over pages of dtype {self.k_pages.dtype} is not served"
             )
         return None
 
-    def pool_refusal(self) -> str | None:
-        """Why these arrays cannot be read as plain floating-point K and V; None if they can."""
+    def pool_refusal(self, *, scales: bool = True) -> str | None:
+        """Why these arrays cannot be read as K and V; None if they can. `scales` says that the
+        backend reads pages of 8 bits."""
         served = (jnp.float32, jnp.bfloat16, jnp.float16)
-        for name, array in (("q", self.q), ("k_pages", self.k_pages), ("v_pages", self.v_pages)):
-            if array.dtype not in served:
-                return (
-                    f"{name} of dtype {array.dtype} is not served, only float32, bfloat16 and "
-                    "float16 (quantised pages would need scales)"
-                )
+        if self.q.dtype not in served:
+            return f"q of dtype {self.q.dtype} is not served, only float32, bfloat16 and float16"
+        dtype = self.k_pages.dtype
+        if self.k_scales is not None:
+            return None if scales else f"it does not read pages of 8 bits ({dtype})"
+        if is_eight_bits(dtype):
+            return f"pages of dtype {dtype} need k_scales and v_scales"
+        if dtype not in served:
+            return (
+                f"k_pages of dtype {dtype} is not served, only float32, bfloat16, float16, and "
+                "int8 and float8_e4m3fn with scales"
+            )
         return None

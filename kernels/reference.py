@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jax.nn import logsumexp
 from jaxtyping import Array, Bool, Float
 
+from .eight_bits import dequantise
 from .record import AttentionCall
 
 __all__ = ["attend", "refusal"]
@@ -20,7 +21,8 @@ def attend(call: AttentionCall) -> tuple[Float[Array, "B T Hq D"], Float[Array, 
     Its memory grows with the table's width: an oracle for tests, not a kernel.
     """
     q = call.q.astype(jnp.float32)
-    k, v = _tokens(call, call.k_pages), _tokens(call, call.v_pages)  # [B, tokens, Hq, D]
+    k = _tokens(call, call.k_pages, call.k_scales)  # [B, tokens, Hq, D]
+    v = _tokens(call, call.v_pages, call.v_scales)
 
     seen = _seen(call)[:, :, None, :]  # [B, T, 1, tokens]: the same for every head
 
@@ -45,13 +47,16 @@ def _seen(call: AttentionCall) -> Bool[Array, "B T tokens"]:
     return call.sees(jnp.broadcast_to(token, (call.rows, call.capacity)))
 
 
-def _tokens(call: AttentionCall, pages: Array) -> Float[Array, "B tokens Hq D"]:
+def _tokens(
+    call: AttentionCall, pages: Array, scales: Array | None
+) -> Float[Array, "B tokens Hq D"]:
     """The pages of every row as a run of tokens, zero where no query sees them."""
     used = jnp.arange(call.columns, dtype=jnp.int32) * call.page_size < call.seq_lens[:, None]
     ids = jnp.clip(jnp.where(used, call.page_table, 0), 0, call.pages - 1)
-    tokens = jnp.moveaxis(pages[call.layer, ids], 2, 3)  # [B, P, S, Hk, D]
-    tokens = tokens.reshape(call.rows, call.capacity, *tokens.shape[3:])
+    own = None if scales is None else scales[call.layer, ids]
+    tokens = dequantise(pages[call.layer, ids], own)  # [B, P, Hk, S, D]
+    tokens = jnp.moveaxis(tokens, 2, 3).reshape(call.rows, call.capacity, call.kv_heads, call.dim)
     # Slots that no query sees may hold NaN, and 0 * NaN is NaN: mask the values too.
     held = jnp.any(_seen(call), axis=1)
-    tokens = jnp.where(held[..., None, None], tokens.astype(jnp.float32), 0.0)
+    tokens = jnp.where(held[..., None, None], tokens, 0.0)
     return jnp.repeat(tokens, call.group, axis=2)

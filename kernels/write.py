@@ -1,58 +1,76 @@
 """Where new tokens are written outside a kernel that attends: in place under donation."""
 
 from types import ModuleType
+from typing import TypeAlias
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Int32, Num
+from jaxtyping import Array, Float, Int, Int32
 
+from .annotations import FixedScales
 from .checks import narrow
+from .eight_bits import quantise
 
-__all__ = ["write_tokens"]
+__all__ = ["Pools", "write_tokens"]
+
+Pools: TypeAlias = tuple[Array, ...]
+"""Pages of keys and of values, `[N, Hk, S, D]` or `[L, N, Hk, S, D]`; those of 8 bits with the
+scales of keys and of values behind them, which have no D."""
 
 
 def write_tokens(
-    k_pages: Num[Array, "N Hk S D"] | Num[Array, "L N Hk S D"],
-    v_pages: Num[Array, "N Hk S D"] | Num[Array, "L N Hk S D"],
+    pools: Pools,
     k: Float[Array, "*rows Hk D"],
     v: Float[Array, "*rows Hk D"],
     slots: Int[Array, "*rows"],
     layer: Int32[Array, ""] | None = None,
     *,
+    fixed_scales: FixedScales | None = None,
     platform: str,
-) -> tuple[Array, Array]:
-    """The pages with k and v in their slots, of `layer` if stacked; slots outside write nothing.
+) -> Pools:
+    """The pools with k and v in their slots, of `layer` if stacked; slots outside write nothing.
 
     The pages come with the axes that the caller's have. Through a view with one axis more or less
     XLA for CPU copies the whole pool where Hk, S or D is 1. XLA for TPU copies every stacked pool
     before it scatters; there a kernel writes it, as on GPU one does for K and V together.
     """
-    pages, page_size = k_pages.shape[-4], k_pages.shape[-2]
+    pages, page_size = pools[0].shape[-4], pools[0].shape[-2]
+    if platform == "gpu" and (write := _triton_write()):
+        k, v, where = _in_a_row(k, v, slots, pages * page_size)
+        stacked = tuple(pool if layer is not None else pool[None] for pool in pools)
+        layer = jnp.int32(0) if layer is None else layer
+        written = write.write_tokens(stacked, k, v, where, layer, fixed_scales)
+        return tuple(new.reshape(old.shape) for new, old in zip(written, pools, strict=True))
+    new = _as_stored(pools, k, v, fixed_scales)
     if platform == "tpu" and layer is not None:
         from .pallas_tpu import write
 
-        if write.serves(k_pages):
-            k, v, slots = _in_a_row(k, v, slots, pages * page_size)
-            return write.write_tokens(k_pages, v_pages, k, v, slots, layer)
-    if platform == "gpu" and (write := _triton_write()):
-        k, v, slots = _in_a_row(k, v, slots, pages * page_size)
-        shape = (-1, *k_pages.shape[-4:])
-        stacked = (k_pages.reshape(shape), v_pages.reshape(shape))
-        written = write.write_tokens(
-            *stacked, k, v, slots, jnp.int32(0) if layer is None else layer
-        )
-        return written[0].reshape(k_pages.shape), written[1].reshape(k_pages.shape)
+        if len(pools) == 2 and write.serves(pools[0]):
+            k, v, slots = _in_a_row(*new, slots, pages * page_size)
+            return write.write_tokens(*pools, k, v, slots, layer)
     if slots.size == 1:  # XLA makes a select over the whole pool of a scatter of one row
         outside = jnp.full_like(slots.reshape(1), pages * page_size)
-        slots = jnp.concatenate([slots.reshape(1), outside])
-        k, v = (jnp.repeat(new.reshape(1, *new.shape[-2:]), 2, axis=0) for new in (k, v))
+        row, slots = slots.ndim, jnp.concatenate([slots.reshape(1), outside])
+        new = tuple(jnp.repeat(each.reshape(1, *each.shape[row:]), 2, axis=0) for each in new)
     page, offset = narrow(slots // page_size, pages), narrow(slots % page_size, page_size)
     where = (page, slice(None), offset) if layer is None else (layer, page, slice(None), offset)
+    return tuple(
+        pool.at[where].set(each, mode="drop", wrap_negative_indices=False)
+        for pool, each in zip(pools, new, strict=True)
+    )
 
-    def write_one(pages: Array, new: Array) -> Array:
-        at = pages.at[where]
-        return at.set(new.astype(pages.dtype), mode="drop", wrap_negative_indices=False)
 
-    return write_one(k_pages, k), write_one(v_pages, v)
+def _as_stored(
+    pools: Pools, k: Array, v: Array, fixed_scales: FixedScales | None
+) -> tuple[Array, ...]:
+    """The new tokens as each pool holds them."""
+    if len(pools) == 2:
+        return k.astype(pools[0].dtype), v.astype(pools[1].dtype)
+    fixed = (None, None)
+    if fixed_scales is not None:
+        fixed = (jnp.broadcast_to(each, k.shape[:-1]) for each in fixed_scales)
+    found = [quantise(each, pools[0].dtype, own) for each, own in zip((k, v), fixed, strict=True)]
+    numbers, scales = zip(*found, strict=True)
+    return *numbers, *scales
 
 
 def _in_a_row(k: Array, v: Array, slots: Array, slot_end: int) -> tuple[Array, Array, Array]:

@@ -11,7 +11,7 @@ again = Faults(faults.replay())       # the same faults at the same places, by n
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
@@ -206,7 +206,8 @@ class _FaultyMover:
 def poison_free_pages(cache: KVCache, allocator: BlockAllocator | ShardedAllocator) -> KVCache:
     """The cache with NaN in the null page and in every page that holds nothing.
 
-    Whatever reads them shows it. Makes new arrays; a pool of integers is filled with their maximum.
+    Whatever reads them shows it. Makes new arrays. A pool of integers is filled with their maximum,
+    and its scales with NaN.
     """
     empty = PageState.FREE, PageState.NULL
     free = [
@@ -217,11 +218,11 @@ def poison_free_pages(cache: KVCache, allocator: BlockAllocator | ShardedAllocat
     def poison(ids: np.ndarray, pages: Any) -> Any:
         floats = jnp.issubdtype(pages.dtype, jnp.floating)
         bad = jnp.nan if floats else jnp.iinfo(pages.dtype).max
-        return pages.at[..., ids, :, :, :].set(jnp.asarray(bad, pages.dtype))
+        at = (slice(None),) * cache.stacked
+        return pages.at[*at, ids].set(jnp.asarray(bad, pages.dtype))
 
-    of_leaf = {leaf: ids for group, ids in enumerate(free) for leaf in cache.leaves_of(group)}
-    k_pages, v_pages = (
-        tuple(poison(of_leaf[leaf], pages) for leaf, pages in enumerate(each))
-        for each in (cache.k_pages, cache.v_pages)
-    )
-    return replace(cache, k_pages=k_pages, v_pages=v_pages)
+    for group, ids in enumerate(free):
+        for leaf in cache.leaves_of(group):
+            pools = cache.pools_of(leaf).values()
+            cache = cache.with_pools(leaf, [poison(ids, pool) for pool in pools])
+    return cache

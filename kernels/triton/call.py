@@ -13,9 +13,12 @@ from . import launch
 from .decode import decode_kernel
 from .plan import Plan
 from .tail import tail_kernel
+from .write import WRITTEN
 
 __all__ = ["append_and_attend", "attend", "refusal"]
 
+POOLS_AT = (1, 2, 9, 10)  # where the pools are among the inputs
+FLOAT8 = 8.9  # the first compute capability that converts it
 MAX_DIM = 256
 MAX_GROUP = 64
 
@@ -26,8 +29,10 @@ def refusal(call: AttentionCall) -> str | None:
         return f"it runs on NVIDIA GPUs, not on {call.platform}"
     if not (generation := compute_capability()).replace(".", "").isdigit():
         return f"it runs on NVIDIA GPUs, not on {generation}"
-    if (reason := call.pages_refusal()) is not None:
+    if (reason := call.pages_refusal(scales=True)) is not None:
         return reason
+    if call.k_pages.dtype == jnp.float8_e4m3fn and float(generation) < FLOAT8:
+        return f"a card of compute capability {generation} has no float8_e4m3fn; use int8"
     if call.dim > MAX_DIM:
         return f"it serves D up to {MAX_DIM}; got D = {call.dim}"
     if call.group > MAX_GROUP:
@@ -48,16 +53,16 @@ def append_and_attend(
     k: Float[Array, "B T Hk D"],
     v: Float[Array, "B T Hk D"],
     slots: Int32[Array, "B T"] | None,
-) -> tuple[Array, Array, Array, Array]:
+) -> tuple[Array, ...]:
     """Write k and v at the newest positions of every row and serve `call`.
 
     One launch where T = 1; else one that writes goes before it.
     """
     if not call.one_token:
         written = call.with_newest(k, v, slots)
-        return *attend(written), written.k_pages, written.v_pages
-    out, lse, _, _, k_pages, v_pages = run(call, Card.here(), (k, v, slots))
-    return out, lse, k_pages, v_pages
+        return *attend(written), *written.pools
+    out, lse, _, _, *pools = run(call, Card.here(), (k, v, slots))
+    return out, lse, *pools
 
 
 def run(
@@ -75,7 +80,9 @@ def run(
         call.q if v is None else v,
         call.seq_lens if slots is None else slots,
     )
-    written = dict(rewritten=("k_written", "v_written"), aliases=(1, 2) if append else ())
+    count = len(call.pools)
+    written = dict(rewritten=WRITTEN[:count], aliases=POOLS_AT[:count] if append else ())
+    written["constants"] = plan.constants | dict.fromkeys(WRITTEN[count:], 0)
     return _launched(decode_kernel, inputs, plan, "paged_decode", written)
 
 
@@ -94,6 +101,8 @@ def _inputs(call: AttentionCall, plan: Plan) -> tuple[Array, ...]:
         call.seq_lens if call.starts is None else call.starts,
         call.q if call.sink is None else call.sink,
         zero_counters(plan.counters),
+        call.seq_lens if call.k_scales is None else call.k_scales,
+        call.seq_lens if call.v_scales is None else call.v_scales,
     )
 
 
@@ -118,6 +127,5 @@ def _launched(
         warps=plan.config.warps,
         stages=plan.config.stages,
         name=name,
-        constants=plan.constants,
-        **written,
+        **(dict(constants=plan.constants) | written),
     )

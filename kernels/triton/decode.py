@@ -39,6 +39,8 @@ def decode_kernel(
     starts,
     sink,
     counters,
+    k_scales,
+    v_scales,
     new_k,
     new_v,
     slots,
@@ -48,6 +50,8 @@ def decode_kernel(
     part_lse,
     k_written,
     v_written,
+    k_scales_written,
+    v_scales_written,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PAGES: tl.constexpr,
@@ -77,6 +81,8 @@ def decode_kernel(
     SINKS: tl.constexpr,
     APPEND: tl.constexpr,
     SLOTS: tl.constexpr,
+    SCALED: tl.constexpr,
+    LARGEST: tl.constexpr,
 ):
     """One call of one layer.
 
@@ -89,11 +95,13 @@ def decode_kernel(
     `[ROWS, KV_HEADS, D]` are written there, and k_written and v_written are the pages once more,
     as outputs. With SLOTS, slots `[ROWS]` in the null page say that a row has no new token.
     Without APPEND all five are never touched.
+
+    With SCALED, pages are of 8 bits, whose largest number is LARGEST, and k_scales and v_scales
+    `[L, PAGES, KV_HEADS, PAGE]` are what their numbers are multiplied by.
     """
     HEADS: tl.constexpr = KV_HEADS * GROUP
     CAPACITY: tl.constexpr = COLUMNS * PAGE
-    HEAD_STRIDE: tl.constexpr = PAGE * D
-    PAGE_STRIDE: tl.constexpr = KV_HEADS * HEAD_STRIDE
+    PAGE_STRIDE: tl.constexpr = KV_HEADS * PAGE * D
     kv_head = tl.program_id(0) % KV_HEADS
     item = tl.program_id(0) // KV_HEADS
     column = tl.arange(0, TOKENS)
@@ -104,7 +112,8 @@ def decode_kernel(
     ids = page_ids(
         page_table + guess.to(tl.int64) * COLUMNS, begin + column, begin + column < CAPACITY, PAGE
     )
-    offset = tl.load(layer).to(tl.int64) * (PAGES * PAGE_STRIDE) + kv_head * HEAD_STRIDE
+    place = (tl.load(layer).to(tl.int64) * (PAGES * KV_HEADS) + kv_head) * PAGE
+    offset = place * D
     head, real = q_rows(kv_head, GROUP, M)
     q_mask = real[:, None] & (dim < D)[None, :]
     q_at = head[:, None] * D + dim[None, :]
@@ -149,16 +158,16 @@ def decode_kernel(
             end -= new.to(tl.int32)  # where the newest token is, if there is one
             page = tl.load(table + tl.maximum(tl.minimum(end, CAPACITY - 1), 0) // PAGE)
         acc, top, total = attend_tiles(
-            q_tile, k_pages + offset, v_pages + offset, table, ids, begin, first, end, broken,
-            parts * TOKENS, PAGES, PAGE, D, PAGE_STRIDE, SCALE, SOFT_CAP, M, BLOCK_D, TOKENS,
-            STAGES,
+            q_tile, k_pages + offset, v_pages + offset, k_scales + place, v_scales + place, table,
+            ids, begin, first, end, broken, parts * TOKENS, PAGES, PAGE, D, PAGE_STRIDE, SCALE,
+            SOFT_CAP, M, BLOCK_D, TOKENS, STAGES, SCALED,
         )  # fmt: skip
         if APPEND:
             if (order == 0) & new:
                 acc, top, total = append_newest(
-                    q_tile, k_pages + offset, v_pages + offset, new_k, new_v, page, row, kv_head,
-                    end, first, broken, acc, top, total, PAGES, PAGE, KV_HEADS, D, PAGE_STRIDE,
-                    SCALE, SOFT_CAP, M, BLOCK_D,
+                    q_tile, k_pages + offset, v_pages + offset, k_scales + place, v_scales + place,
+                    new_k, new_v, page, row, kv_head, end, first, broken, acc, top, total, PAGES,
+                    PAGE, KV_HEADS, D, PAGE_STRIDE, SCALE, SOFT_CAP, M, BLOCK_D, SCALED, LARGEST,
                 )  # fmt: skip
         if parts == 1:
             at = row.to(tl.int64) * HEADS + head

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..cards import Card
+from ..eight_bits import LARGEST
 from ..record import AttentionCall
 from .config import DecodeConfig, TailConfig, choose_config, power
 
@@ -147,6 +148,8 @@ def _constants(call: AttentionCall) -> dict[str, Any]:
         WINDOW=0 if call.window is None else call.window,
         STARTS=call.starts is not None,
         SINKS=call.sink is not None,
+        SCALED=call.k_scales is not None,
+        LARGEST=LARGEST.get(call.k_pages.dtype, 0.0),
     )
 
 

@@ -36,6 +36,8 @@ def _attend_blocks(
     q,
     k_head,
     v_head,
+    k_scales,
+    v_scales,
     table,
     ids,
     first,
@@ -60,6 +62,7 @@ def _attend_blocks(
     BLOCK_D: tl.constexpr,
     TOKENS: tl.constexpr,
     STAGES: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
     """Online softmax over the blocks of keys at `begin, begin + step, ...` below `stop`.
 
@@ -78,8 +81,8 @@ def _attend_blocks(
         token = block + column
         known = (ids >= 0) & (ids < PAGES)
         page = tl.where(known, ids, 0).to(tl.int64)
-        at = page * PAGE_STRIDE + token % PAGE * D
-        at = at[:, None] + dim[None, :]
+        slot = page * (PAGE_STRIDE // D) + token % PAGE
+        at = slot[:, None] * D + dim[None, :]
         if MASKED:
             mask = token < end
             if LOW:
@@ -88,6 +91,9 @@ def _attend_blocks(
                 live = (token[None, :] >= first[:, None]) & (token[None, :] <= last[:, None])
                 live = live & _branch(token, end, tree, WINDOW)
                 mask = mask & (tl.max(live.to(tl.int32), 0) > 0)
+            if SCALED:
+                of_k = tl.load(k_scales + slot, mask=mask, other=0.0)
+                of_v = tl.load(v_scales + slot, mask=mask, other=0.0)
             mask = mask[:, None]
             if D < BLOCK_D:
                 mask = mask & (dim < D)[None, :]
@@ -95,6 +101,9 @@ def _attend_blocks(
             v = tl.load(v_head + at, mask=mask, other=0.0)
             wrong = wrong | ((token < end) & (known == 0)).to(tl.int32)
         else:
+            if SCALED:
+                of_k = tl.load(k_scales + slot)
+                of_v = tl.load(v_scales + slot)
             if D < BLOCK_D:
                 mask = (dim < D)[None, :]
                 k = tl.load(k_head + at, mask=mask, other=0.0)
@@ -105,7 +114,12 @@ def _attend_blocks(
             wrong = wrong | (known == 0).to(tl.int32)
         after = token + step
         ids = page_ids(table, after, after < end, PAGE)
+        if SCALED:
+            k = k.to(q.dtype)
+            v = v.to(q.dtype)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if SCALED:
+            logits = logits * of_k[None, :]
         if not FOLDED:
             logits = scaled(logits, SCALE, SOFT_CAP)
         if MASKED:
@@ -120,6 +134,8 @@ def _attend_blocks(
         decay = tl.exp2(top - base)
         total = total * decay + tl.sum(weight, 1)
         acc = acc * decay[:, None]
+        if SCALED:
+            weight = weight * of_v[None, :]
         acc = tl.dot(weight.to(v.dtype), v, acc, input_precision="ieee")
         top = new_top
     begin += tl.maximum(tl.cdiv(stop - begin, step), 0) * step
@@ -168,6 +184,8 @@ def tail_kernel(
     starts,
     sink,
     counters,
+    k_scales,
+    v_scales,
     query_lens,
     tail_mask,
     positions,
@@ -200,6 +218,8 @@ def tail_kernel(
     QUERY_LENS: tl.constexpr,
     TREE: tl.constexpr,
     REGISTERS: tl.constexpr,
+    SCALED: tl.constexpr,
+    LARGEST: tl.constexpr,
 ):
     """One call of one layer over pages that hold the new tokens already.
 
@@ -207,13 +227,13 @@ def tail_kernel(
     page_table `[ROWS, COLUMNS]`; seq_lens, starts, query_lens `[ROWS]`; sink `[Hq]`; counters, one
     for each row, tile and KV head, zeros before and after; tail_mask `[ROWS, T, T]`, and positions
     `[ROWS, T]` for its windows; lse `[ROWS, T, Hq]`; part_acc `[slots, M, D]` and
-    part_lse `[slots, M]`, anything before and after. REGISTERS is for `launch.py` alone.
+    part_lse `[slots, M]`, anything before and after. With SCALED, pages are of 8 bits, and k_scales
+    and v_scales `[L, PAGES, KV_HEADS, PAGE]`. REGISTERS is for `launch.py` alone.
     """
     HEADS: tl.constexpr = KV_HEADS * GROUP
     CAPACITY: tl.constexpr = COLUMNS * PAGE
     LOW: tl.constexpr = WINDOW > 0 or STARTS
-    HEAD_STRIDE: tl.constexpr = PAGE * D
-    PAGE_STRIDE: tl.constexpr = KV_HEADS * HEAD_STRIDE
+    PAGE_STRIDE: tl.constexpr = KV_HEADS * PAGE * D
     BLOCK_M: tl.constexpr = 16  # rows of a tile that are merged at a time
     kv_head = tl.program_id(0) % KV_HEADS
     place = tl.program_id(0) // KV_HEADS
@@ -273,9 +293,11 @@ def tail_kernel(
         begin = (begin // TOKENS + place - base) * TOKENS
         token = begin + tl.arange(0, TOKENS)
         ids = page_ids(table, token, token < end, PAGE)
-        offset = tl.load(layer).to(tl.int64) * (PAGES * PAGE_STRIDE) + kv_head * HEAD_STRIDE
-        k_head = k_pages + offset
-        v_head = v_pages + offset
+        head = (tl.load(layer).to(tl.int64) * (PAGES * KV_HEADS) + kv_head) * PAGE
+        k_head = k_pages + head * D
+        v_head = v_pages + head * D
+        k_scales += head
+        v_scales += head
         acc = tl.zeros([M, BLOCK_D], tl.float32)
         top = tl.full([M], -float("inf"), tl.float32)
         total = tl.zeros([M], tl.float32)
@@ -292,24 +314,24 @@ def tail_kernel(
             if TREE:
                 stop = tl.minimum(stop, fresh)
             begin, ids, acc, top, total, wrong = _attend_blocks(
-                begin, stop, step, q_tile, k_head, v_head, table, ids, first, last, low, end, acc,
-                top, total, wrong, tree, True, False, LOW, PAGES, PAGE, D, PAGE_STRIDE, SCALE,
-                SOFT_CAP, WINDOW, BLOCK_D, TOKENS, STAGES,
+                begin, stop, step, q_tile, k_head, v_head, k_scales, v_scales, table, ids, first,
+                last, low, end, acc, top, total, wrong, tree, True, False, LOW, PAGES, PAGE, D,
+                PAGE_STRIDE, SCALE, SOFT_CAP, WINDOW, BLOCK_D, TOKENS, STAGES, SCALED,
             )  # fmt: skip
         stop = tl.minimum(tl.maximum(lowest + 1, 0), end) // TOKENS * TOKENS
         if TREE:
             stop = tl.minimum(stop, fresh)
         begin, ids, acc, top, total, wrong = _attend_blocks(
-            begin, stop, step, q_tile, k_head, v_head, table, ids, first, last, low, end, acc, top,
-            total, wrong, tree, False, False, LOW, PAGES, PAGE, D, PAGE_STRIDE, SCALE, SOFT_CAP,
-            WINDOW, BLOCK_D, TOKENS, STAGES,
+            begin, stop, step, q_tile, k_head, v_head, k_scales, v_scales, table, ids, first, last,
+            low, end, acc, top, total, wrong, tree, False, False, LOW, PAGES, PAGE, D, PAGE_STRIDE,
+            SCALE, SOFT_CAP, WINDOW, BLOCK_D, TOKENS, STAGES, SCALED,
         )  # fmt: skip
         # Those with new tokens are few, and their mask decides what is read: nothing to pipeline.
         LAST_STAGES: tl.constexpr = 1 if TREE else STAGES
         begin, ids, acc, top, total, wrong = _attend_blocks(
-            begin, end, step, q_tile, k_head, v_head, table, ids, first, last, low, end, acc, top,
-            total, wrong, tree, True, TREE, LOW, PAGES, PAGE, D, PAGE_STRIDE, SCALE, SOFT_CAP,
-            WINDOW, BLOCK_D, TOKENS, LAST_STAGES,
+            begin, end, step, q_tile, k_head, v_head, k_scales, v_scales, table, ids, first, last,
+            low, end, acc, top, total, wrong, tree, True, TREE, LOW, PAGES, PAGE, D, PAGE_STRIDE,
+            SCALE, SOFT_CAP, WINDOW, BLOCK_D, TOKENS, LAST_STAGES, SCALED,
         )  # fmt: skip
         broken = broken | (tl.max(wrong, 0) > 0)
         total = tl.where(broken, float("nan"), total)

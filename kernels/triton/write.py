@@ -8,12 +8,17 @@ import triton
 import triton.language as tl
 from jaxtyping import Array, Float, Int32
 
+from ..annotations import FixedScales
 from ..cards import compute_capability
+from ..eight_bits import LARGEST
 from . import launch
 from .config import power
+from .tiles import quantised
 
-__all__ = ["serves", "write_kernel", "write_tokens"]
+__all__ = ["WRITTEN", "serves", "write_kernel", "write_tokens"]
 
+WRITTEN = ("k_written", "v_written", "k_scales_written", "v_scales_written")
+"""What kernels that write call the pools as outputs."""
 BLOCK = 8192  # numbers of K, and as many of V, that a program moves; a power of two
 WARPS = 8
 
@@ -26,8 +31,14 @@ def write_kernel(
     layer,
     k_pages,
     v_pages,
+    k_scales,
+    v_scales,
+    k_fixed,
+    v_fixed,
     k_written,
     v_written,
+    k_scales_written,
+    v_scales_written,
     VECTORS: tl.constexpr,
     SLOTS: tl.constexpr,
     PAGE: tl.constexpr,
@@ -35,11 +46,15 @@ def write_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    SCALED: tl.constexpr,
+    FIXED: tl.constexpr,
+    LARGEST: tl.constexpr,
 ):
     """Some of the VECTORS, tokens times KV heads, to their slots; those outside are left.
 
     Pointers: k, v `[tokens, KV_HEADS, D]`; slots `[tokens]`; layer `[]`; pages
-    `[L, SLOTS / PAGE, KV_HEADS, PAGE, D]`.
+    `[L, SLOTS / PAGE, KV_HEADS, PAGE, D]`; with SCALED, scales of the same axes but D, and pages of
+    8 bits whose largest number is LARGEST; with FIXED `[KV_HEADS]` scales for all tokens.
     """
     vector = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     real = vector < VECTORS
@@ -52,8 +67,16 @@ def write_kernel(
     mask = real[:, None] & (dim < D)[None, :]
     come = vector.to(tl.int64)[:, None] * D + dim[None, :]
     go = row[:, None] * D + dim[None, :]
-    tl.store(k_pages + go, tl.load(k + come, mask=mask), mask=mask)
-    tl.store(v_pages + go, tl.load(v + come, mask=mask), mask=mask)
+    new_k = tl.load(k + come, mask=mask, other=0.0)
+    new_v = tl.load(v + come, mask=mask, other=0.0)
+    if SCALED:
+        fixed = vector % KV_HEADS
+        new_k, of_k = quantised(new_k, k_fixed + fixed, FIXED, LARGEST, k_pages.dtype.element_ty)
+        new_v, of_v = quantised(new_v, v_fixed + fixed, FIXED, LARGEST, v_pages.dtype.element_ty)
+        tl.store(k_scales + row, of_k, mask=real)
+        tl.store(v_scales + row, of_v, mask=real)
+    tl.store(k_pages + go, new_k, mask=mask)
+    tl.store(v_pages + go, new_v, mask=mask)
 
 
 def serves() -> bool:
@@ -62,29 +85,34 @@ def serves() -> bool:
 
 
 def write_tokens(
-    k_pages: Float[Array, "L N Hk S D"],
-    v_pages: Float[Array, "L N Hk S D"],
+    pools: tuple[Array, ...],
     k: Float[Array, "n Hk D"],
     v: Float[Array, "n Hk D"],
     slots: Int32[Array, "n"],
     layer: Int32[Array, ""],
-) -> tuple[Array, Array]:
-    """The pages with k and v in their slots of one layer; slots outside the pool write nothing.
+    fixed_scales: FixedScales | None = None,
+) -> tuple[Array, ...]:
+    """The pools `[L, N, Hk, S, D]`, and perhaps their scales, with k and v in their slots of one
+    layer; slots outside the pool write nothing.
 
     The layer is one of the pool's: the caller has made sure.
     """
     if slots.shape[0] == 0:
-        return k_pages, v_pages
-    _, pages, heads, size, dim = k_pages.shape
+        return pools
+    dtype, scaled = pools[0].dtype, len(pools) == 4
+    _, pages, heads, size, dim = pools[0].shape
     vectors, block_d = slots.shape[0] * heads, power(dim)
     block = max(BLOCK // block_d, 1)
-    k, v = (new.astype(k_pages.dtype) for new in (k, v))
-    k_pages, v_pages = launch.looped(
+    if not scaled:
+        k, v = k.astype(dtype), v.astype(dtype)
+    scales = pools[2:] or (slots, slots)  # whatever stands there is not touched
+    fixed = (slots, slots) if fixed_scales is None else fixed_scales
+    written = launch.looped(
         write_kernel,
-        (k, v, slots, layer, k_pages, v_pages),
+        (k, v, slots, layer, *pools[:2], *scales, *fixed),
         [],
-        rewritten=("k_written", "v_written"),
-        aliases=(4, 5),
+        rewritten=WRITTEN[: len(pools)],
+        aliases=(4, 5, 6, 7)[: len(pools)],
         grid=-(-vectors // block),
         warps=WARPS,
         stages=1,
@@ -97,6 +125,10 @@ def write_tokens(
             D=dim,
             BLOCK_D=block_d,
             BLOCK_V=block,
+            SCALED=scaled,
+            FIXED=fixed_scales is not None,
+            LARGEST=LARGEST.get(dtype, 0.0),
+            **dict.fromkeys(WRITTEN[len(pools) :], 0),
         ),
     )
-    return k_pages, v_pages
+    return tuple(written)

@@ -14,6 +14,7 @@ from ..allocator import CacheLayout
 from ..kernels import Placement
 from ..kernels.annotations import Layer
 from ..kernels.checks import AnyArray
+from ..kernels.record import POOLS
 from .pools import Place, alike, place_of
 
 __all__ = ["PageArrays"]
@@ -34,6 +35,15 @@ class PageArrays:
     placement: Placement | None = field(default=None, metadata=dict(static=True))
     layout: CacheLayout | None = field(default=None, metadata=dict(static=True))
     stacked: bool = field(default=False, metadata=dict(static=True))
+    k_scales: tuple[Leaf | None, ...] = ()
+    v_scales: tuple[Leaf | None, ...] = ()
+
+    def pools_of(self, leaf: int) -> dict[str, Array]:
+        """By name, the pages of keys and values at one place in their tuples, and their scales if
+        they have some."""
+        named = {name: getattr(self, name) for name in POOLS}
+        found = {name: leaves[leaf] for name, leaves in named.items() if leaves}
+        return {name: pool for name, pool in found.items() if pool is not None}
 
     @property
     def num_layers(self) -> int:
@@ -99,13 +109,18 @@ class PageArrays:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of one page over all layers, keys and values; of groups, of one page of each."""
-        return sum(a.nbytes // a.shape[-4] for a in (*self.k_pages, *self.v_pages))
+        """Bytes of one page over all layers, keys, values and scales; of groups, of one page of
+        each."""
+        each = map(self.pools_of, range(len(self.k_pages)))
+        return sum(
+            pool.nbytes // pools["k_pages"].shape[-4] for pools in each for pool in pools.values()
+        )
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all pages."""
-        return sum(a.nbytes for a in (*self.k_pages, *self.v_pages))
+        """Bytes of all pages and their scales."""
+        each = map(self.pools_of, range(len(self.k_pages)))
+        return sum(pool.nbytes for pools in each for pool in pools.values())
 
     @property
     def is_deleted(self) -> bool:
@@ -122,12 +137,12 @@ class PageArrays:
             return [range(self.num_layers)]
         return [group.layers for group in self.layout.groups]
 
-    def _with_copies(self, at: Place, new: AnyArray) -> AnyArray:
+    def _with_copies(self, at: Place, new: AnyArray, axis: int = -2) -> AnyArray:
         """New keys or values with every head as often as the mesh holds it."""
         copies, heads = self._copies(at.group), self.k_pages[at.leaf].shape[-3]
-        if copies == 1 or copies * new.shape[-2] != heads:  # heads are local
+        if copies == 1 or copies * new.shape[axis] != heads:  # heads are local
             return new
-        return jnp.repeat(jnp.asarray(new), copies, axis=-2)
+        return jnp.repeat(jnp.asarray(new), copies, axis=axis)
 
     def leaves_of(self, group: int) -> tuple[int, ...]:
         """Which of `k_pages` and `v_pages` are of one group of layers."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, SupportsIndex, TypeAlias, Unpack, overload
 
@@ -26,7 +26,7 @@ from ..allocator.arguments import Ints, as_rows
 from ..allocator.rows import as_handles
 from ..allocator.view import AllocatorView
 from ..kernels import append_and_attend, append_kv, paged_attention
-from ..kernels.annotations import AttentionOptions, Layer, NewTokens, Queries, Slots
+from ..kernels.annotations import AttentionOptions, FixedScales, Layer, NewTokens, Queries, Slots
 from ..kernels.checks import check_live
 from ..kernels.placement import Axis
 from ..sharding import Spread, split_batch
@@ -54,6 +54,9 @@ class KVCache(PageArrays):
     Attributes:
       k_pages: L arrays `[N, Hk, S, D]`; stacked, one `[L, N, Hk, S, D]` for each group.
       v_pages: like `k_pages`.
+      k_scales: of each of these with 8 bits, int8 or float8_e4m3fn, float32 of the same axes but D:
+        what the numbers of each key are multiplied by. None of the others.
+      v_scales: the same for values.
       placement: how they lie on a mesh, those of the first group; None: on one device.
       layout: which layers have pages of their own; None: all lie in one group, and see all tokens.
       stacked: whether the layers of a group are one array.
@@ -106,11 +109,11 @@ class KVCache(PageArrays):
             page_size=page_size,
             head_dim=head_dim,
         )
-        k_pages, v_pages, placement = empty_pages(
+        pools, placement = empty_pages(
             layout, stacked=stacked, mesh=mesh, head_axis=head_axis, data_axis=data_axis
         )
         kept = layout if stacked or len(layout.groups) > 1 else None
-        return cls(k_pages, v_pages, placement, kept, stacked)
+        return cls(**pools, placement=placement, layout=kept, stacked=stacked)
 
     def append(
         self,
@@ -120,17 +123,25 @@ class KVCache(PageArrays):
         batch: DecodeBatch | Slots,
         *,
         group: int | None = None,
+        fixed_scales: FixedScales | None = None,
     ) -> KVCache:
         """Write the new keys and values of a batch, of one layer; in place under donation.
 
-        An array of slots, as `append_kv` takes it, does too. `group` as in `append_and_attend`.
+        An array of slots, as `append_kv` takes it, does too. `group` and `fixed_scales` as in
+        `append_and_attend`.
         """
         at = self._place(layer, group)
         slots = self._batch(at, batch).slots if isinstance(batch, DecodeBatch) else batch
-        pools = self.k_pages[at.leaf], self.v_pages[at.leaf]
-        new = self._with_copies(at, k), self._with_copies(at, v)
-        pools = append_kv(*pools, *new, slots, layer=at.layer, placement=self.placement)
-        return self._with_leaf(at.leaf, *pools)
+        written = append_kv(
+            k=self._with_copies(at, k),
+            v=self._with_copies(at, v),
+            slots=slots,
+            layer=at.layer,
+            placement=self.placement,
+            fixed_scales=self._fixed(at, fixed_scales),
+            **self.pools_of(at.leaf),
+        )
+        return self.with_pools(at.leaf, written)
 
     @overload
     def attend(
@@ -164,33 +175,34 @@ class KVCache(PageArrays):
         at = self._place(layer, group)
         own = self._batch(at, batch)
         return paged_attention(
-            q,
-            self.k_pages[at.leaf],
-            self.v_pages[at.leaf],
-            own.page_table,
-            batch.seq_lens,
+            q=q,
+            page_table=own.page_table,
+            seq_lens=batch.seq_lens,
             layer=at.layer,
             placement=self.placement,
             return_lse=return_lse,
+            **self.pools_of(at.leaf),
             **seen(batch, own, q, options),
         )
 
     @overload
     def append_and_attend(
         self, layer: Layer, q: Queries, k: NewTokens, v: NewTokens, batch: DecodeBatch, *,
-        group: int | None = None, return_lse: Literal[False] = False,
+        group: int | None = None, fixed_scales: FixedScales | None = None,
+        return_lse: Literal[False] = False,
         **options: Unpack[AttentionOptions],
     ) -> tuple[Array, KVCache]: ...  # fmt: skip
     @overload
     def append_and_attend(
         self, layer: Layer, q: Queries, k: NewTokens, v: NewTokens, batch: DecodeBatch, *,
-        group: int | None = None, return_lse: Literal[True],
+        group: int | None = None, fixed_scales: FixedScales | None = None,
+        return_lse: Literal[True],
         **options: Unpack[AttentionOptions],
     ) -> tuple[tuple[Array, Array], KVCache]: ...  # fmt: skip
     @overload
     def append_and_attend(
         self, layer: Layer, q: Queries, k: NewTokens, v: NewTokens, batch: DecodeBatch, *,
-        group: int | None = None, return_lse: bool,
+        group: int | None = None, fixed_scales: FixedScales | None = None, return_lse: bool,
         **options: Unpack[AttentionOptions],
     ) -> tuple[Array | tuple[Array, Array], KVCache]: ...  # fmt: skip
     def append_and_attend(
@@ -202,6 +214,7 @@ class KVCache(PageArrays):
         batch: DecodeBatch,
         *,
         group: int | None = None,
+        fixed_scales: FixedScales | None = None,
         return_lse: bool = False,
         **options: Unpack[AttentionOptions],
     ) -> tuple[Array | tuple[Array, Array], KVCache]:
@@ -215,6 +228,8 @@ class KVCache(PageArrays):
           v: `[B, T, Hk, D]`.
           batch: whose slots say which of the T tokens of a row are new.
           group: the number of the group of layers that `layer` counts in; None: in all of them.
+          fixed_scales: for pages of 8 bits, two float32 `[Hk]`, of keys and of values: calibrated
+            ones for all tokens; None: each token has its own.
           return_lse: also return the log of the softmax denominator, without sinks.
           options: starts, scale, sliding_window, soft_cap, sinks, query_lens, tail_mask and
             implementation, as in `paged_attention`. Window and starts of a group of layers need
@@ -225,28 +240,37 @@ class KVCache(PageArrays):
         """
         at = self._place(layer, group)
         own = self._batch(at, batch)
-        out, lse, k_pages, v_pages = append_and_attend(
-            self.k_pages[at.leaf],
-            self.v_pages[at.leaf],
-            q,
-            self._with_copies(at, k),
-            self._with_copies(at, v),
-            own.page_table,
-            batch.seq_lens,
+        out, lse, *written = append_and_attend(
+            q=q,
+            k=self._with_copies(at, k),
+            v=self._with_copies(at, v),
+            page_table=own.page_table,
+            seq_lens=batch.seq_lens,
             slots=own.slots,
             layer=at.layer,
             placement=self.placement,
+            fixed_scales=self._fixed(at, fixed_scales),
             return_lse=True,
+            **self.pools_of(at.leaf),
             **seen(batch, own, q, options),
         )
-        return (out, lse) if return_lse else out, self._with_leaf(at.leaf, k_pages, v_pages)
+        return (out, lse) if return_lse else out, self.with_pools(at.leaf, written)
 
-    def _with_leaf(self, leaf: int, k_pages: Array, v_pages: Array) -> KVCache:
-        return replace(
-            self,
-            k_pages=(*self.k_pages[:leaf], k_pages, *self.k_pages[leaf + 1 :]),
-            v_pages=(*self.v_pages[:leaf], v_pages, *self.v_pages[leaf + 1 :]),
-        )
+    def with_pools(self, leaf: int, pools: Iterable[Array]) -> KVCache:
+        """With others at one place, in the order of `pools_of`."""
+        changed: dict[str, Any] = {}
+        for name, pool in zip(self.pools_of(leaf), pools, strict=True):
+            leaves = list(getattr(self, name))
+            leaves[leaf] = pool
+            changed[name] = tuple(leaves)
+        return replace(self, **changed)
+
+    def _fixed(self, at: Place, scales: FixedScales | None) -> FixedScales | None:
+        """With those of every head as often as the mesh holds it."""
+        if not isinstance(scales, tuple):
+            return scales
+        k, v = (self._with_copies(at, each, axis=-1) for each in scales)
+        return k, v
 
     def _batch(self, at: Place, batch: DecodeBatch) -> GroupBatch:
         shards = self.data_shards
@@ -379,9 +403,9 @@ class KVCache(PageArrays):
                 f"cache and allocator differ in shards: {self.data_shards} and "
                 f"{allocator.num_shards}; use a ShardedAllocator with as many"
             )
-        for name in ("k_pages", "v_pages"):
-            for pages in getattr(self, name):
-                check_live(name, pages)
+        for leaf in range(len(self.k_pages)):
+            for name, pool in self.pools_of(leaf).items():
+                check_live(name, pool)
 
     def split(self, batch: DecodeBatch, sizes: Sequence[int]) -> tuple[DecodeBatch, Spread]:
         """The batch as the device takes it, and where its rows lie; see `split_batch`. Without a
@@ -414,15 +438,13 @@ class KVCache(PageArrays):
         return cache
 
     def _copied(self, group: int, copies: PageCopies) -> KVCache:
-        leaves = self.leaves_of(group)
-        k_pages, v_pages = copied(
-            tuple(self.k_pages[leaf] for leaf in leaves),
-            tuple(self.v_pages[leaf] for leaf in leaves),
+        leaves, cache = self.leaves_of(group), self
+        done = copied(
+            tuple(self.pools_of(leaf) for leaf in leaves),
             copies,
             num_pages=self.pools[group][0],
             placement=self.placement,
         )
-        cache = self
-        for leaf, k, v in zip(leaves, k_pages, v_pages, strict=True):
-            cache = cache._with_leaf(leaf, k, v)
+        for leaf, pools in zip(leaves, done, strict=True):
+            cache = cache.with_pools(leaf, pools)
         return cache

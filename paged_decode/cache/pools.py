@@ -14,7 +14,9 @@ from jaxtyping import Array
 from ..allocator import CacheLayout
 from ..allocator.arguments import as_count
 from ..kernels import Placement
+from ..kernels.eight_bits import is_eight_bits
 from ..kernels.placement import Axis
+from ..kernels.record import POOLS
 
 __all__ = ["Place", "alike", "empty_pages", "layout_of", "place_of"]
 
@@ -53,8 +55,8 @@ def layout_of(layout: CacheLayout | None, dtype: Any, **sizes: int | None) -> Ca
 
 def empty_pages(
     layout: CacheLayout, *, stacked: bool, mesh: Any, head_axis: Axis, data_axis: Axis
-) -> tuple[tuple[Array, ...], tuple[Array, ...], Placement | None]:
-    """Keys, values, and how they lie on the mesh: that of the first group.
+) -> tuple[dict[str, tuple[Any, ...]], Placement | None]:
+    """Keys, values and the scales of each, and how they lie on the mesh: that of the first group.
 
     Raises:
       ValueError: a group cannot be split so, or there are axes without a mesh.
@@ -76,19 +78,26 @@ def empty_pages(
         for group in layout.groups
     ]
 
-    def pages(number: int, *layers: int) -> Array:
+    def zeros(number: int, layers: tuple[int, ...], *, scales: bool) -> Array | None:
         group, place = layout.groups[number], places[number]
+        if scales and not is_eight_bits(group.dtype):
+            return None
         heads = group.num_kv_heads * (place.kv_copies if place else 1)
-        shape = (*layers, group.num_pages, heads, layout.page_size, group.head_dim)
-        axes = "L, N, Hk, S, D" if layers else "N, Hk, S, D"
-        return jnp.zeros(shape, group.dtype, device=place and place.sharding(axes))
+        shape = (*layers, group.num_pages, heads, layout.page_size)
+        axes = "L, N, Hk, S" if layers else "N, Hk, S"
+        if scales:
+            return jnp.zeros(shape, jnp.float32, device=place and place.sharding(axes))
+        where = place and place.sharding(f"{axes}, D")
+        return jnp.zeros((*shape, group.head_dim), group.dtype, device=where)
 
-    def each() -> tuple[Array, ...]:
-        if stacked:
-            return tuple(pages(i, len(group.layers)) for i, group in enumerate(layout.groups))
-        return tuple(map(pages, layout.group_of))
-
-    return each(), each(), places[0]
+    leaves = [(number, ()) for number in layout.group_of]
+    if stacked:
+        leaves = [(number, (len(group.layers),)) for number, group in enumerate(layout.groups)]
+    each = {
+        name: tuple(zeros(*leaf, scales=name.endswith("scales")) for leaf in leaves)
+        for name in POOLS
+    }
+    return each, places[0]
 
 
 def alike(name: str, found: dict[int, T]) -> T:

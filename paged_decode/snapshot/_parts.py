@@ -89,7 +89,8 @@ def _parts_of_leaf(
     if dtype not in DTYPES:
         raise NotImplementedError(f"{printable(name)}: snapshots do not hold {dtype}")
     group, layers, copies = _place_of(cache, path)
-    stacked = _is_stacked(name, tuple(leaf.shape), pools[group][0], isinstance(cache, KVCache))
+    known = cache.stacked if isinstance(cache, KVCache) else None
+    stacked = _is_stacked(name, tuple(leaf.shape), pools[group][0], known)
     page = tuple(leaf.shape[1 + int(stacked) :])
     if copies > 1:
         page = (page[0] // copies, *page[1:])
@@ -114,11 +115,11 @@ def _place_of(cache: Any, path: tuple[Any, ...]) -> tuple[int, Sequence[int] | N
     return group, layers, cache.kv_copies(layers[0]) if layers else 1
 
 
-def _is_stacked(name: str, shape: tuple[int, ...], num_pages: int, known: bool) -> bool:
-    """Whether a leaf is `[L, N, ...]` and not `[N, ...]`; `known` if it cannot be in doubt."""
+def _is_stacked(name: str, shape: tuple[int, ...], num_pages: int, known: bool | None) -> bool:
+    """Whether a leaf is `[L, N, ...]` and not `[N, ...]`; `known` where it cannot be in doubt."""
     # Pages of five axes would be a stack, even if it has as many layers as the pool has pages.
-    stacked = len(shape) > 4 or shape[:1] != (num_pages,)
-    if not stacked and shape[1:2] == shape[:1] and not known:
+    stacked = len(shape) > 4 or shape[:1] != (num_pages,) if known is None else known
+    if not stacked and shape[1:2] == shape[:1] and known is None:
         raise ValueError(
             f"{printable(name)} has shape {list(shape)}: either of its first two axes may be that "
             f"of the allocator's N = {num_pages} pages; give the pool another size"

@@ -12,6 +12,7 @@ import numpy as np
 from ..allocator import BlockAllocator, CacheLayout, Handle
 from ..allocator.windows import first_column
 from ..cache import KVCache
+from ..kernels.record import POOLS
 
 __all__ = ["Wanted", "part_of", "wanted_pages", "with_part"]
 
@@ -88,20 +89,20 @@ def part_of(cache: Any, group: int) -> Any:
     if not isinstance(cache, KVCache) or cache.layout is None or len(cache.pools) == 1:
         return cache
     leaves, spec = cache.leaves_of(group), cache.layout.groups[group]
-    k_pages, v_pages = (
-        tuple(pages[at] for at in leaves) for pages in (cache.k_pages, cache.v_pages)
-    )
+    own = {
+        name: tuple(getattr(cache, name)[at] for at in leaves)
+        for name in POOLS
+        if getattr(cache, name)
+    }
     alone = replace(spec, layers=tuple(range(len(spec.layers))), window=None)
     layout = CacheLayout(cache.page_size, (alone,)) if spec.layers else None
-    return KVCache(k_pages, v_pages, cache.placement, layout, cache.stacked)
+    return replace(cache, layout=layout, **own)
 
 
 def with_part(cache: Any, group: int, part: Any) -> Any:
     """The cache with the pages of that one in the place of the group's."""
     if not isinstance(cache, KVCache) or cache.layout is None or len(cache.pools) == 1:
         return part
-    leaves, both = cache.leaves_of(group), []
-    for pages, new in ((cache.k_pages, part.k_pages), (cache.v_pages, part.v_pages)):
-        given = dict(zip(leaves, new, strict=True))
-        both.append(tuple(given.get(at, old) for at, old in enumerate(pages)))
-    return replace(cache, k_pages=both[0], v_pages=both[1])
+    for at, leaf in enumerate(cache.leaves_of(group)):
+        cache = cache.with_pools(leaf, part.pools_of(at).values())
+    return cache

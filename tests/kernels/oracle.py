@@ -55,6 +55,7 @@ TOLERANCE = {
     "float16": (2e-3, 1e-3),  # the output is rounded to 11 bits: half an ulp is 5e-4 of it
     "bfloat16": (1e-2, 8e-3),  # the output is rounded to 8 bits: half an ulp is 4e-3 of it
 }
+SCALES = ("k_scales", "v_scales")
 LSE_TOLERANCE = (2e-5, 2e-5)  # float32 for every dtype: logits are summed in float32
 
 
@@ -70,6 +71,7 @@ class Case:
     columns: int = 4
     tokens: int | None = None  # None: q is [B, Hq, D]
     dtype: str = "float32"
+    pages: str | None = None  # their dtype; None: that of q
     starts: tuple[int, ...] | None = None
     query_lens: tuple[int, ...] | None = None
     tail_mask: Any = None  # bool [B, T, T], or the share of random ones
@@ -94,12 +96,18 @@ class Inputs:
     seq_lens: np.ndarray
     options: dict[str, Any]
 
+    @property
+    def scales(self) -> dict[str, np.ndarray]:
+        """Those of pages of 8 bits, which are options of a call."""
+        return {name: self.options[name] for name in SCALES if name in self.options}
+
     def poison(self, row: int, tokens: Iterable[int], fill: float) -> None:
         """Write `fill` over the keys and values of some tokens of a row."""
         size = self.k_pages.shape[2]
         for token in tokens:
             page, slot = self.page_table[row, token // size], token % size
-            self.k_pages[page, :, slot] = self.v_pages[page, :, slot] = fill
+            for pool in self.scales.values() or (self.k_pages, self.v_pages):
+                pool[page, :, slot] = fill
 
     def call(self, backend: str) -> tuple[np.ndarray, np.ndarray]:
         """`(out, lse)` of one backend."""
@@ -112,6 +120,14 @@ class Inputs:
         tables = self.page_table, self.seq_lens
         options = dict(return_lse=True, implementation=backend)
         return paged_attention(*arrays, *tables, **options, **self.options)
+
+    def keys_and_values(self) -> tuple[np.ndarray, np.ndarray]:
+        """What the pages stand for, in float64."""
+        pages = self.k_pages, self.v_pages
+        wide = [each.astype(np.float64) for each in pages]
+        for each, scales in zip(wide, self.scales.values(), strict=False):
+            each *= scales[..., None]
+        return wide[0], wide[1]
 
 
 def build(case: Case, *, fill: float = 0.0, order: int = 0) -> Inputs:
@@ -145,8 +161,22 @@ def build(case: Case, *, fill: float = 0.0, order: int = 0) -> Inputs:
             page, slot = table[row, token // size], token % size
             pools[0, page, :, slot], pools[1, page, :, slot] = k[row, token], v[row, token]
     lens = np.array(case.lens, np.int32)
-    k_pages, v_pages = pools.astype(dtype)
-    return Inputs(q.astype(dtype), k_pages, v_pages, table, lens, options)
+    if case.pages is None:
+        return Inputs(q.astype(dtype), *pools.astype(dtype), table, lens, options)
+    both = [quantised(pool, case.pages) for pool in pools]
+    options |= dict(zip(SCALES, (scales for _, scales in both), strict=True))
+    return Inputs(q.astype(dtype), both[0][0], both[1][0], table, lens, options)
+
+
+def quantised(x: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of 8 bits, and the float32 scale of each token and head; a loud token has a loud
+    scale."""
+    largest = {"int8": 127.0, "float8_e4m3fn": 448.0}[dtype]
+    scales = np.abs(x).max(axis=-1) / largest
+    silent = np.where(np.isfinite(scales) & (scales > 0), scales, 1)
+    numbers = np.nan_to_num(x / silent[..., None], nan=largest, posinf=largest, neginf=-largest)
+    numbers = np.clip(numbers if dtype != "int8" else np.rint(numbers), -largest, largest)
+    return numbers.astype(jnp.dtype(dtype)), scales.astype(np.float32)
 
 
 def attend(backend: str, *args: Any, **options: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -161,6 +191,7 @@ def expected(inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
     q = q[:, None] if q.ndim == 3 else q
     rows, tokens, heads, dim = q.shape
     group = heads // inputs.k_pages.shape[1]
+    both = inputs.keys_and_values()
     options = inputs.options
     scale = options.get("scale", dim**-0.5)
     cap = options.get("soft_cap")
@@ -172,7 +203,7 @@ def expected(inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
         places = places[places >= starts[row]]
         if not places.size:
             continue
-        k, v = (_tokens(pages, inputs, row, places) for pages in (inputs.k_pages, inputs.v_pages))
+        k, v = (_tokens(pages, inputs, row, places) for pages in both)
         for head in range(heads):
             logits = scale * (k[:, head // group] @ q[row, query, head])
             logits = logits if cap is None else cap * np.tanh(logits / cap)
@@ -223,7 +254,7 @@ def same_bits(got: Any, want: Any) -> None:
 
 def _tokens(pages: np.ndarray, inputs: Inputs, row: int, seen: np.ndarray) -> np.ndarray:
     size = pages.shape[2]
-    return pages[inputs.page_table[row, seen // size], :, seen % size].astype(np.float64)
+    return pages[inputs.page_table[row, seen // size], :, seen % size]
 
 
 def _sinks_per_head(sinks: np.ndarray | None, heads: int) -> np.ndarray:

@@ -116,6 +116,7 @@ _TYPES = {
     "float32": "*fp32",
     "int32": "*i32",
     "int8": "*i8",
+    "float8_e4m3fn": "*fp8e4nv",
     "bool": "*i1",
 }
 

@@ -12,6 +12,7 @@ from paged_decode.kernels import append_kv, write
 from paged_decode.kernels.triton import launch
 from paged_decode.kernels.triton import write as kernel
 
+from ..oracle import same_bits
 from .interpret import INSTALLED, _launch
 
 pytestmark = pytest.mark.skipif(not INSTALLED, reason="triton has no wheel for this platform")
@@ -29,12 +30,14 @@ def interpreted(monkeypatch):
 def _arrays(dim: int, heads: int, dtype: str, *tokens: int, stacked: bool):
     rng = np.random.default_rng(0)
     pool = (PAGES, heads, SIZE, dim)
-    pools = rng.normal(size=(2, LAYERS, *pool) if stacked else (2, *pool))
+    numbers = rng.normal(size=(2, LAYERS, *pool) if stacked else (2, *pool)) * 50
+    pools = [jnp.asarray(each, dtype) for each in numbers]
+    if jnp.dtype(dtype).itemsize == 1:
+        pools += [jnp.asarray(each[..., 0], jnp.float32) for each in numbers]
     new = rng.normal(size=(2, *tokens, heads, dim)).astype(np.float32)
     slots = rng.permutation(PAGES * SIZE)[: int(np.prod(tokens))].astype(np.int32)
     slots[1::4] = np.resize([-1, PAGES * SIZE, 2**31 - 1, -(2**31)], slots[1::4].shape)
-    k_pages, v_pages = (jnp.asarray(each, dtype) for each in pools)
-    return k_pages, v_pages, *map(jnp.asarray, new), jnp.asarray(slots.reshape(tokens))
+    return tuple(pools), *map(jnp.asarray, new), jnp.asarray(slots.reshape(tokens))
 
 
 @pytest.mark.parametrize(
@@ -43,15 +46,19 @@ def _arrays(dim: int, heads: int, dtype: str, *tokens: int, stacked: bool):
         (80, 3, "bfloat16", (9,), 1),
         (64, 1, "float32", (2, 7), None),
         (256, 2, "float16", (1,), None),
+        (80, 3, "int8", (9,), 1),
+        (64, 2, "float8_e4m3fn", (2, 7), None),
     ],
 )
 def test_it_writes_the_bytes_of_the_scatter_and_nothing_outside(dim, heads, dtype, tokens, layer):
     arrays = _arrays(dim, heads, dtype, *tokens, stacked=layer is not None)
     at = None if layer is None else jnp.int32(layer)
-    want = write.write_tokens(*arrays, at, platform="cpu")
-    got = jax.jit(partial(write.write_tokens, platform="gpu"))(*arrays, at)
-    for one, other in zip(got, want, strict=True):
-        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+    fixed = (jnp.linspace(0.01, 0.03, heads), jnp.linspace(0.02, 0.001, heads))
+    for scales in (None, fixed) if len(arrays[0]) == 4 else (None,):
+        how = dict(fixed_scales=scales)
+        want = jax.jit(partial(write.write_tokens, platform="cpu"))(*arrays, at, **how)
+        got = jax.jit(partial(write.write_tokens, platform="gpu"))(*arrays, at, **how)
+        same_bits(got, want)
 
 
 def test_no_token_is_no_launch():
@@ -59,7 +66,7 @@ def test_no_token_is_no_launch():
     none = jnp.zeros((0, 1, 16))
     with mock.patch.object(launch, "launch", side_effect=AssertionError("launched")):
         got = write.write_tokens(
-            pages, pages, none, none, jnp.zeros(0, jnp.int32), None, platform="gpu"
+            (pages, pages), none, none, jnp.zeros(0, jnp.int32), None, platform="gpu"
         )
     np.testing.assert_array_equal(got[0], pages)
 

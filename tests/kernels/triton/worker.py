@@ -26,7 +26,7 @@ def start() -> None:
     np.seterr(all="ignore")
     import triton.runtime.interpreter as interpreter
 
-    _repair_bfloat16(interpreter)
+    _repair_small_floats(interpreter)
     _repair_scalars(interpreter)
 
 
@@ -144,23 +144,27 @@ def _shuffled(places: np.ndarray) -> Iterator[None]:
         yield
 
 
-def _repair_bfloat16(interpreter: Any) -> None:
-    """Multiply bfloat16 as numbers, not as bits, and round to the nearest instead of down."""
+def _repair_small_floats(interpreter: Any) -> None:
+    """Take bfloat16 and float8 as numbers, not as bits, and round to the nearest, not down."""
     import triton.language as tl
-    from ml_dtypes import bfloat16
+    from ml_dtypes import bfloat16, float8_e4m3fn
 
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
     cast, dot = builder.cast_impl, builder.create_dot
+    small = {tl.bfloat16: (bfloat16, np.uint16), tl.float8e4nv: (float8_e4m3fn, np.uint8)}
 
     def wide(source: Any) -> Any:
-        if source.dtype.scalar != tl.bfloat16:
+        if source.dtype.scalar not in small:
             return source
-        return handle(source.data.view(bfloat16).astype(np.float32), tl.float32)
+        kind, _ = small[source.dtype.scalar]
+        return handle(source.data.view(kind).astype(np.float32), tl.float32)
 
     def cast_impl(self: Any, source: Any, to: Any) -> Any:
-        if to.scalar == tl.bfloat16 and source.dtype.scalar == tl.float32:
-            return handle(source.data.astype(bfloat16).view(np.uint16), tl.bfloat16)
-        return cast(self, wide(source), to)
+        source = wide(source)
+        if to.scalar in small:
+            kind, bits = small[to.scalar]
+            return handle(source.data.astype(np.float32).astype(kind).view(bits), to.scalar)
+        return cast(self, source, to)
 
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         return dot(self, wide(a), wide(b), *rest)
