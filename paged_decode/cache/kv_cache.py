@@ -265,7 +265,7 @@ class KVCache(PageArrays):
             changed[name] = tuple(leaves)
         return replace(self, **changed)
 
-    def _fixed(self, at: Place, scales: FixedScales | None) -> FixedScales | None:
+    def _fixed(self, at: Place, scales: FixedScales | None) -> Any:
         """With those of every head as often as the mesh holds it."""
         if not isinstance(scales, tuple):
             return scales
