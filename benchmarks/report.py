@@ -535,6 +535,22 @@ def memory() -> Iterator[str]:
     yield "\n"
 
 
+def eight_bits() -> Iterator[str]:
+    """Tokens that pages of each dtype choose as pages of float32 do."""
+    result = load("eight_bits")
+    yield from heading(
+        "SmolLM2-135M in float32, teacher-forced, pages of each dtype beside those of float32",
+        result,
+        ("jax",),
+    )
+    yield head("pages", "same next token", "mean error of its log-probability")
+    for record in result["records"]:
+        if record["case"]["part"] == "agree":
+            same = f"{record['same']} of {record['tokens']}"
+            yield line(record["case"]["pages"], same, f"{record['mean_logprob_error']:.4f}")
+    yield "\n"
+
+
 def drafts() -> Iterator[str]:
     result = load("drafts")
     records = [r for r in result["records"] if "rows" in r["case"]]
@@ -576,6 +592,7 @@ PAGES = {
         attention_xla,
         snapshot,
     ),
+    "docs/eight_bits.md": (eight_bits,),
     "docs/embedding.md": (drafts,),
     "docs/attention.md": (decode_models, hopper),
     "docs/snapshots.md": (snapshot, snapshot_gpu),

@@ -45,6 +45,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--gguf", type=Path, help="your own model file in place of --model")
     parser.add_argument("--max-new", type=int, default=64, help="tokens to generate")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument(
+        "--pages-dtype",
+        choices=["float32", "bfloat16", "float16", "int8", "float8_e4m3fn"],
+        help="of keys and values; default: --dtype",
+    )
     parser.add_argument("--devices", type=int, default=1, help="split the model over so many")
     parser.add_argument("--page-size", type=int, default=16, help="tokens per page, a power of two")
     parser.add_argument("--num-pages", type=int, help="pages in the pool; default: all fit at once")
@@ -139,7 +144,7 @@ class Engines:
             page_size=args.page_size,
             num_pages=self.num_pages,
             window_pages=self.window_pages(),
-            dtype=args.dtype,
+            dtype=args.pages_dtype or args.dtype,
         )
         if args.window_pages and len(layout.groups) == 1:
             raise ValueError("the layers of this model have one pool: leave out --window-pages")

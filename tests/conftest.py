@@ -2,10 +2,15 @@
 
 import itertools
 import os
+import tempfile
 from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    # What one worker has compiled the others need not compile again, in this run alone.
+    COMPILED = tempfile.TemporaryDirectory(prefix="paged-decode-compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
 
 import jaxtyping
 import pytest
@@ -27,7 +32,8 @@ install_import_hook(MODULES, "beartype.beartype")
 import jax  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_enable_compilation_cache", False)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_num_cpu_devices", 8)  # for tests of meshes; the others use the first one
 
 MAPS = Path("/proc/self/maps")

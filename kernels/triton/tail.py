@@ -115,8 +115,8 @@ def _attend_blocks(
         after = token + step
         ids = page_ids(table, after, after < end, PAGE)
         if SCALED:
-            k = k.to(q.dtype)
-            v = v.to(q.dtype)
+            k = k.to(tl.float32).to(q.dtype)  # not at once: sm_89 has no way
+            v = v.to(tl.float32).to(q.dtype)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee")
         if SCALED:
             logits = logits * of_k[None, :]

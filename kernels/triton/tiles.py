@@ -110,8 +110,8 @@ def attend_tiles(
         if SCALED:
             of_k = tl.load(k_scales + slot, mask=live, other=0.0)
             of_v = tl.load(v_scales + slot, mask=live, other=0.0)
-            k = k.to(q.dtype)
-            v = v.to(q.dtype)
+            k = k.to(tl.float32).to(q.dtype)  # not at once: sm_89 has no way
+            v = v.to(tl.float32).to(q.dtype)
         after = token + step
         ids = page_ids(table, after, after < end, PAGE)
         products = tl.dot(q, tl.trans(k), input_precision="ieee")

@@ -7,14 +7,15 @@ from dataclasses import dataclass, replace
 from typing import SupportsIndex
 
 from ..allocator.arguments import as_count
-from ..allocator.layout import CacheLayout, PageSpec
+from ..allocator.layout import SMALL, CacheLayout, PageSpec
 from ..allocator.pool import check_pool_size
 from ..allocator.windows import most_pages
 from .shapes import LayerShape, ModelShape
 
 __all__ = ["Plan", "plan_layout"]
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, **dict.fromkeys(SMALL, 1)}
+SCALE_BYTES = 4  # of a token and KV head, for keys and for values, where these have 8 bits
 _MOST_SLOTS = 2**31  # slots of a pool fit int32
 
 
@@ -98,7 +99,8 @@ def plan_layout(
         fit every row, but not more than the model was made for. Where all layers have windows,
         None is what it was made for.
       page_size: S, in tokens, a power of two.
-      dtype: of keys and values: float32, bfloat16 or float16.
+      dtype: of keys and values: float32, bfloat16 or float16; or int8 or float8_e4m3fn, with their
+        scales.
       tokens_in_flight: n: a chunk of a prompt, or 2k where k steps are launched before the last k
         are read; the larger one. Of an engine, `EngineConfig.tokens_ahead`.
       cached_tails: as in `Plan`; None: as many as rows.
@@ -163,7 +165,7 @@ class _Costs:
 
     groups: dict[LayerShape, tuple[int, ...]]
     page_size: int
-    item_bytes: int
+    dtype: str
     tokens_in_flight: int
     head_shards: int
     data_shards: int
@@ -197,7 +199,7 @@ class _Costs:
         return cls(
             groups,
             size,
-            ITEM_BYTES[dtype],
+            dtype,
             as_count("tokens_in_flight", tokens_in_flight, 1),
             heads,
             as_count("data_shards", data_shards, 1),
@@ -211,7 +213,8 @@ class _Costs:
     def token_bytes(self, shape: LayerShape) -> int:
         """Keys and values of a token in the layers of a group, on one device."""
         heads = max(shape.num_kv_heads // self.head_shards, 1)
-        return len(self.groups[shape]) * 2 * heads * shape.head_dim * self.item_bytes
+        numbers = shape.head_dim * ITEM_BYTES[self.dtype]
+        return len(self.groups[shape]) * 2 * heads * (numbers + SCALE_BYTES * (self.dtype in SMALL))
 
     def least(self, rows: int, columns: int, tails: int, *, bounded: bool = True) -> list[int]:
         """Pages of every group, the null page included; no row has more columns, if bounded."""

@@ -132,6 +132,26 @@ def test_no_option_costs_spills_or_wide_loads(card, other):
     check_needs(card, BASE | other)
 
 
+@pytest.mark.parametrize(
+    ("card", "dtype"),
+    [
+        ("sm_90", "int8"),
+        ("sm_90", "float8_e4m3fn"),
+        *(
+            pytest.param(card, dtype, marks=pytest.mark.long)
+            for card, dtype in [
+                ("sm_80", "int8"), ("sm_89", "int8"), ("sm_89", "float8_e4m3fn"),
+                ("sm_100", "int8"), ("sm_100", "float8_e4m3fn"),
+            ]
+        ),
+    ],
+)  # fmt: skip
+def test_pages_of_8_bits_spill_nothing_where_one_token_is_new(card, dtype):
+    launch = launched(CARDS[card], append=True, **BASE | dict(dtype=dtype))
+    need = needs(launch, CARDS[card])
+    assert need.stack_bytes == 0 and need.shared_bytes <= CARDS[card].block_bytes
+
+
 # One call for every tiling of T > 1; what a card without a table gets comes with the last three.
 TAILS = {
     f"{dtype} D{dim} T={tokens}": dict(

@@ -56,6 +56,12 @@ def test_a_plan_is_the_arithmetic_of_pages():
     assert plan.nbytes == sum(plan.group_bytes) and plan.tokens == 16 * 32768
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "float8_e4m3fn"])
+def test_a_plan_says_how_many_bytes_a_cache_has(dtype):
+    plan = plan_layout(TINY, rows=3, context=40, dtype=dtype)
+    assert KVCache.create(layout=plan.layout).nbytes == plan.nbytes
+
+
 @pytest.mark.parametrize("tails", [0, 5, None])
 def test_a_window_pool_is_the_bound_of_every_row_and_the_tails(tails):
     plan = plan_layout(
