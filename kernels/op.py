@@ -365,7 +365,8 @@ def _record(
     stacked = given["layer"] is not None
     if not stacked:
         given["layer"] = jnp.int32(0)
-        given |= {name: given[name][None] for name in POOLS if given[name] is not None}
+        held = {name: given[name] for name in POOLS if given[name] is not None}
+        given |= {name: pool.reshape(1, *pool.shape) for name, pool in held.items()}
     return AttentionCall(
         **given,
         scale=options.scale,

@@ -36,7 +36,8 @@ def write_tokens(
     pages, page_size = pools[0].shape[-4], pools[0].shape[-2]
     if platform == "gpu" and (write := _triton_write()):
         k, v, where = _in_a_row(k, v, slots, pages * page_size)
-        stacked = tuple(pool if layer is not None else pool[None] for pool in pools)
+        axes = () if layer is not None else (1,)
+        stacked = tuple(pool.reshape(*axes, *pool.shape) for pool in pools)
         layer = jnp.int32(0) if layer is None else layer
         written = write.write_tokens(stacked, k, v, where, layer, fixed_scales)
         return tuple(new.reshape(old.shape) for new, old in zip(written, pools, strict=True))

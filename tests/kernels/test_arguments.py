@@ -195,14 +195,14 @@ def test_options_that_are_compiled_in_cannot_be_traced(unchecked):
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
-def test_pages_that_would_need_scales_are_refused_by_every_backend(unchecked, dtype):
+def test_pages_of_8_bits_without_scales_are_refused_by_every_backend(unchecked, dtype):
     pages = jnp.zeros((5, 2, 4, 8), dtype)
     names = [backend.name for backend in dispatching.BACKENDS]
     with pytest.raises(ExceptionGroup) as caught:
         paged_attention(**GOOD | dict(k_pages=pages, v_pages=pages), implementation=names)
     assert all(isinstance(reason, NotImplementedError) for reason in caught.value.exceptions)
     for name in ("xla", "reference"):
-        with pytest.raises(NotImplementedError, match=f"k_pages of dtype {dtype} is not served"):
+        with pytest.raises(NotImplementedError, match=f"dtype {dtype} need k_scales and v_scales"):
             paged_attention(**GOOD | dict(k_pages=pages, v_pages=pages), implementation=name)
 
 

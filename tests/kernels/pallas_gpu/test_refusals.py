@@ -11,7 +11,7 @@ from paged_decode.kernels import dispatch, paged_attention
 REFUSED = {
     "float32": (dict(dtype=jnp.float32), "tf32"),
     "q wider than pages": (dict(q_dtype=jnp.float32), "q of dtype float32 over pages of dtype"),
-    "8-bit pages": (dict(dtype=jnp.int8, q_dtype=jnp.bfloat16), "int8 is not served"),
+    "8-bit pages": (dict(dtype=jnp.int8), "does not read pages of 8 bits (int8)"),
     "D 80": (dict(dim=80), "got D = 80"),
     "D 256 where T = 1": (dict(dim=256), "D in (64, 128); got D = 256"),
     "D 80 where T = 2": (dict(dim=80, tokens=2), "D in (64, 128, 256); got D = 80"),
