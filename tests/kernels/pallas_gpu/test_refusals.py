@@ -7,11 +7,15 @@ import jax.numpy as jnp
 import pytest
 
 from paged_decode.kernels import dispatch, paged_attention
+from paged_decode.kernels.eight_bits import is_eight_bits
 
 REFUSED = {
     "float32": (dict(dtype=jnp.float32), "tf32"),
     "q wider than pages": (dict(q_dtype=jnp.float32), "q of dtype float32 over pages of dtype"),
-    "8-bit pages": (dict(dtype=jnp.int8), "does not read pages of 8 bits (int8)"),
+    "8-bit pages": (
+        dict(dtype=jnp.int8, q_dtype=jnp.bfloat16),
+        "does not read pages of 8 bits (int8)",
+    ),
     "D 80": (dict(dim=80), "got D = 80"),
     "D 256 where T = 1": (dict(dim=256), "D in (64, 128); got D = 256"),
     "D 80 where T = 2": (dict(dim=80, tokens=2), "D in (64, 128, 256); got D = 80"),
@@ -46,7 +50,13 @@ def call(
         of((rows, columns), jnp.int32),
         of((rows,), jnp.int32),
     )
-    return jax.eval_shape(lambda *a: paged_attention(*a, implementation=implementation), *args)
+    scales = of(pool.shape[:-1], jnp.float32) if is_eight_bits(dtype) else None
+
+    def attend(scales, *args):
+        options = dict(k_scales=scales, v_scales=scales, implementation=implementation)
+        return paged_attention(*args, **options)
+
+    return jax.eval_shape(attend, scales, *args)
 
 
 @pytest.mark.parametrize("name", REFUSED)
