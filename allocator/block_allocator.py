@@ -10,7 +10,7 @@ from .bookkeeping import Bookkeeping
 from .calls import AllocatorCalls
 from .copying import plan_cancel_copy, plan_commit_copy, plan_prepare_copy
 from .eviction import EvictionRank
-from .layout import CacheLayout, fingerprint_of, pools_of
+from .layout import CacheLayout, pools_of, small_of
 from .locking import atomic, changing
 from .prefix import Digest, PrefixCache
 from .rows import Handle, as_handles
@@ -39,8 +39,8 @@ class BlockAllocator(AllocatorCalls):
       prefix_cache: keep committed full pages findable, by their tokens, until evicted.
       hash_key: up to 64 bytes that key the digests; None takes 32 random bytes, so digests then
         differ from one allocator to the next.
-      fingerprint: what else the keys and values depend on (weights, rope, dtype), as bytes. Pages
-        of 8 bits in a layout are added to it.
+      fingerprint: what else the keys and values depend on (weights, rope, dtype), as bytes. That a
+        layout has pages of 8 bits need not be said.
       eviction: ranks the cached pages without an owner; None is `LRU()`. Its `rank` is called while
         a call is planned: if it raises, the call does, and nothing has changed. In other groups
         than the first the same object ranks tails, what sequences held at their end: each as a
@@ -79,7 +79,8 @@ class BlockAllocator(AllocatorCalls):
         cache = PrefixCache(
             pools[0][0],
             hash_key=hash_key,
-            fingerprint=fingerprint_of(fingerprint, num_pages),
+            fingerprint=fingerprint,
+            small=small_of(num_pages),
             eviction=eviction,
             digest=digest,
         )

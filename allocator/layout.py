@@ -8,7 +8,7 @@ import numpy as np
 from .arguments import as_count, as_counts
 from .pool import check_pool_size
 
-__all__ = ["CacheLayout", "PageSpec", "fingerprint_of", "pools_of"]
+__all__ = ["CacheLayout", "PageSpec", "pools_of", "small_of"]
 
 SMALL = ("int8", "float8_e4m3fn")
 """The dtypes of pages that have scales beside them."""
@@ -144,13 +144,12 @@ def pools_of(
     return ((num_pages, None),), size
 
 
-def fingerprint_of(given: bytes, pages: SupportsIndex | CacheLayout) -> bytes:
-    """The fingerprint that was given, and behind it which groups of a layout have pages of 8 bits:
-    what these hold is near the keys and values of others, and not the same."""
-    if not isinstance(pages, CacheLayout) or not isinstance(given, bytes):
-        return given
-    small = [(at, group.dtype) for at, group in enumerate(pages.groups) if group.dtype in SMALL]
-    return given + (repr(small).encode() if small else b"")
+def small_of(pages: SupportsIndex | CacheLayout) -> bytes:
+    """Which groups of a layout have pages of 8 bits: what these hold is near the keys and values of
+    others, and not the same, so digests must differ. Nothing for sizes alone."""
+    groups = pages.groups if isinstance(pages, CacheLayout) else ()
+    small = [(at, group.dtype) for at, group in enumerate(groups) if group.dtype in SMALL]
+    return repr(small).encode() if small else b""
 
 
 def _name_of(dtype: Any) -> str:

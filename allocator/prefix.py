@@ -146,6 +146,7 @@ class PrefixCache(CachedPages[EvictionQueue]):
         *,
         hash_key: bytes | None = None,
         fingerprint: bytes = b"",
+        small: bytes = b"",
         eviction: EvictionRank | None = None,
         digest: Digest | None = None,
     ):
@@ -162,6 +163,7 @@ class PrefixCache(CachedPages[EvictionQueue]):
         self.index: dict[bytes, CacheEntry] = {}
         self._hash_key = secrets.token_bytes(32) if hash_key is None else hash_key
         self.fingerprint = fingerprint
+        self._small = small  # which pages have 8 bits
         self.generation = b""  # of the weights; another one makes other digests
         self.weights = b""  # what a snapshot calls them
         self.num_updates = 0  # of the weights
@@ -173,13 +175,13 @@ class PrefixCache(CachedPages[EvictionQueue]):
     @property
     def scheme(self) -> tuple[object, ...]:
         """What a digest depends on beside the tokens, the page size and the salt."""
-        return self._digest, self._hash_key, self.fingerprint, self.generation
+        return self._digest, self._hash_key, self.fingerprint, self._small, self.generation
 
     def namespace(self, salt: str | bytes | None) -> Namespace:
         """The start of every chain under this salt; None, "", b"" and "x", b"x" all differ.
 
-        What is digested begins with "n" or "g" here and with "p" for pages, so that no salt can be
-        chosen to look like a page.
+        What is digested begins with "n", "e" or "g" here and with "p" for pages, so that no salt can
+        be chosen to look like a page.
         """
         key = salt_key(salt)
         return Namespace(key, self.root_digest(key))
@@ -189,6 +191,8 @@ class PrefixCache(CachedPages[EvictionQueue]):
         generation = self.generation if generation is None else generation
         width = len(self.fingerprint).to_bytes(8, "little")
         root = b"n" + width + self.fingerprint + key
+        if self._small:
+            root = b"e" + len(self._small).to_bytes(8, "little") + self._small + root
         if generation:
             root = b"g" + len(generation).to_bytes(8, "little") + generation + root
         digest = self._digest(self._hash_key, root)

@@ -7,7 +7,7 @@ from .arguments import as_count
 from .bookkeeping import Bookkeeping
 from .calls import AllocatorCalls
 from .eviction import EvictionRank
-from .layout import CacheLayout, fingerprint_of, pools_of
+from .layout import CacheLayout, pools_of, small_of
 from .locking import atomic
 from .pool import check_pool_size
 from .prefix import Digest, PrefixCache
@@ -61,9 +61,8 @@ class ShardedAllocator(AllocatorCalls):
                 raise ValueError(f"num_pages must be a multiple of {shards} shards, got {pages}")
             check_pool_size(pages // shards, size)
         own = [(pages // shards, window) for pages, window in pools]
-        options = dict[str, Any](
-            fingerprint=fingerprint_of(fingerprint, num_pages), eviction=eviction, digest=digest
-        )
+        options = dict[str, Any](fingerprint=fingerprint, eviction=eviction, digest=digest)
+        options["small"] = small_of(num_pages)
         options["hash_key"] = secrets.token_bytes(32) if hash_key is None else hash_key
         super().__init__(
             tuple(

@@ -47,7 +47,7 @@ class AllocatorView:
 
     @property
     def fingerprint(self) -> bytes:
-        """What else the keys and values depend on: what was given, and pages of 8 bits."""
+        """What else the keys and values depend on, as it was given."""
         return self._shards[0].cache.fingerprint
 
     @property

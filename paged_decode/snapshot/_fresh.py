@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import SupportsIndex
 
 from ..allocator import BlockAllocator, CacheLayout, PageSpec
 from ..allocator.arguments import as_count, as_counts
+from ..allocator.layout import SMALL
 from ..cache import KVCache
 from ..errors import SnapshotMismatch
 from ._about import about
@@ -16,6 +18,7 @@ from ._save import GENERATION
 
 __all__ = ["as_pool_sizes", "new_pools"]
 
+_SCALES = ("kv/k_scales/", "kv/v_scales/")
 _ALLOWANCE_BYTES = 1 << 24  # of null pages, which are in no file
 
 
@@ -47,15 +50,18 @@ def new_pools(
     header = opened.chain.header
     saved = header.fingerprint if fingerprint is None else fingerprint
     own, _, weights = saved.partition(GENERATION)
-    one = len(layout.groups) == 1
+    plain = len(layout.groups) == 1 and layout.groups[0].dtype not in SMALL
     allocator = (
         BlockAllocator(layout.groups[0].num_pages, layout.page_size, fingerprint=own)
-        if one
+        if plain
         else BlockAllocator(layout, fingerprint=own)
     )
     if weights:
         allocator.new_weights(weights)
-    return KVCache.create(layout=layout), allocator
+    cache = KVCache.create(layout=layout)
+    if not any(spec.name.startswith(_SCALES) for spec in opened.kv):  # older than they are
+        cache = replace(cache, k_scales=(), v_scales=())
+    return cache, allocator
 
 
 def _layout_of(opened: Opened, sizes: list[int] | None) -> CacheLayout:
@@ -91,11 +97,23 @@ def _page_of(
     arrays: list[ArraySpec], layers: Sequence[int], page_size: int
 ) -> tuple[str, tuple[int, ...]]:
     """Dtype and shape `(Hk, S, D)` of every page of a group; with 0 heads if there is none such."""
-    names = {f"kv/{kind}_pages/{layer}" for kind in "kv" for layer in layers}
-    kinds = {(spec.dtype, spec.shape[1:]) for spec in arrays}
+    none = "float32", (0, 0, 0)
     if not arrays and not layers:
         return "float32", (1, page_size, 1)  # it only keeps the books
-    if names != {spec.name for spec in arrays} or len(kinds) != 1:
-        return "float32", (0, 0, 0)
+    scales = [spec for spec in arrays if spec.name.startswith(_SCALES)]
+    pages = [spec for spec in arrays if spec not in scales]
+    kinds = {(spec.dtype, spec.shape[1:]) for spec in pages}
+    if _names("pages", layers) != {spec.name for spec in pages} or len(kinds) != 1:
+        return none
     dtype, shape = kinds.pop()
+    if scales and (
+        dtype not in SMALL
+        or _names("scales", layers) != {spec.name for spec in scales}
+        or {(spec.dtype, spec.shape[1:]) for spec in scales} != {("float32", shape[:-1])}
+    ):
+        return none
     return dtype, shape if len(shape) == 3 else (0, 0, 0)
+
+
+def _names(what: str, layers: Sequence[int]) -> set[str]:
+    return {f"kv/{kind}_{what}/{layer}" for kind in "kv" for layer in layers}
