@@ -180,8 +180,8 @@ class PrefixCache(CachedPages[EvictionQueue]):
     def namespace(self, salt: str | bytes | None) -> Namespace:
         """The start of every chain under this salt; None, "", b"" and "x", b"x" all differ.
 
-        What is digested begins with "n", "e" or "g" here and with "p" for pages, so that no salt can
-        be chosen to look like a page.
+        What is digested begins with "n", "e" or "g" here and with "p" for pages, so that no salt
+        can be chosen to look like a page.
         """
         key = salt_key(salt)
         return Namespace(key, self.root_digest(key))
