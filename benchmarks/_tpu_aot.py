@@ -51,10 +51,10 @@ class Case:
     dim: int = 128
     page_size: int = 16
     columns: int = 256
-    layers: int = 1
+    layers: int = 1  # 0: pages without an axis of layers
     pages: int = 4096
     dtype: str = "bfloat16"
-    q_dtype: str | None = None  # None: that of the pages
+    q_dtype: str | None = None  # None: that of the pages, or bfloat16 over pages of 8 bits
     tokens: int = 1
     window: int | None = None
     soft_cap: float | None = None
@@ -62,6 +62,11 @@ class Case:
     sinks: bool = False
     shards: int = 1  # devices over which the heads are split
     block: dict[str, int] = field(default_factory=dict)  # block sizes of the peers
+
+    @property
+    def scaled(self) -> bool:
+        """Whether pages have 8 bits, and scales."""
+        return self.dtype in ("int8", "float8_e4m3fn")
 
 
 def compile_all(generation: str, cases: Sequence[Case]) -> list[dict[str, Any]]:
@@ -164,8 +169,8 @@ def _ours(devices: Any, case: Case) -> Built:
     if case.system == "ours":
         exact = "float32" in (case.dtype, case.q_dtype)  # those loop over the heads of a tile
         return jax.jit(program).lower(*args).compile(), None if exact else _block(case), 1
-    out = (given.pool.format, given.pool.format, None)
-    jitted = jax.jit(program, donate_argnums=(0, 1), out_shardings=out)
+    out = (tuple(pool.format for pool in given.pools), None)
+    jitted = jax.jit(program, donate_argnums=0, out_shardings=out)
     return jitted.lower(*args).compile(), None, 1
 
 
@@ -177,27 +182,35 @@ def _arguments(devices: Any, case: Case) -> SimpleNamespace:
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     mesh = Mesh(np.array(devices[: case.shards]), ("heads",))
+    heads, rows, local = case.kv_heads * case.group, case.rows, case.kv_heads // case.shards
+    pool = (case.pages, case.kv_heads, case.page_size, case.dim)
+    pool = (case.layers, *pool) if case.layers else pool
+    scales, split = pool[:-1], len(pool) - 3
 
     def array(shape: tuple[int, ...], dtype: str, heads: int | None = None) -> Any:
         spec = ["heads" if axis == heads else None for axis in range(len(shape))]
         sharding: Any = NamedSharding(mesh, PartitionSpec(*spec))
-        if len(shape) == 5 and case.dim % 128:  # XLA's own order would put pages into the lanes
+        # XLA's own order would put pages into the lanes, and those of scales into the sublanes.
+        if (shape == pool and case.dim % 128) or (shape == scales and local & (local - 1)):
             sharding = Format(Layout(tuple(range(len(shape)))), sharding)
         return jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=sharding)
 
-    heads, rows = case.kv_heads * case.group, case.rows
-    pool = (case.layers, case.pages, case.kv_heads, case.page_size, case.dim)
+    q_dtype = case.q_dtype or ("bfloat16" if case.scaled else case.dtype)
+    new_dtype = q_dtype if case.scaled else case.dtype
+    pools = (array(pool, case.dtype, split),) * 2
+    if case.scaled:
+        pools += (array(scales, "float32", split),) * 2
     more = dict(starts=array((rows,), "int32")) if case.starts else {}
     more |= dict(sinks=array((heads, 1), "float32", 0)) if case.sinks else {}
     return SimpleNamespace(
         mesh=mesh,
-        pool=array(pool, case.dtype, 2),
-        q=array((rows, case.tokens, heads, case.dim), case.q_dtype or case.dtype, 2),
-        chunk=array((rows, case.tokens, case.kv_heads, case.dim), case.dtype, 2),
+        pools=pools,
+        q=array((rows, case.tokens, heads, case.dim), q_dtype, 2),
+        chunk=array((rows, case.tokens, case.kv_heads, case.dim), new_dtype, 2),
         slots=array((rows, case.tokens), "int32"),
         table=array((rows, case.columns), "int32"),
         lens=array((rows,), "int32"),
-        layer=array((), "int32"),
+        layer=array((), "int32") if case.layers else None,
         more=more,
     )
 
@@ -208,40 +221,44 @@ def _program(case: Case, placement: Any) -> tuple[Callable[..., Any], list[str]]
     import numpy as np
 
     from paged_decode.kernels import append_and_attend, append_kv, paged_attention
+    from paged_decode.kernels.record import POOLS
     from paged_decode.kernels.write import write_tokens
 
     options: Any = dict(placement=placement, sliding_window=case.window, soft_cap=case.soft_cap)
     options |= dict(implementation="pallas_tpu", return_lse=True)
+    count = 4 if case.scaled else 2
 
-    def read(q: Any, k: Any, v: Any, table: Any, lens: Any, layer: Any, more: Any) -> Any:
-        return paged_attention(q, k, v, table, lens, layer=layer, **more, **options)
+    def named(pools: Any) -> dict[str, Any]:
+        return dict(zip(POOLS, pools, strict=False))
 
-    def append(
-        k: Any, v: Any, q: Any, new: Any, table: Any, lens: Any, layer: Any, more: Any
-    ) -> Any:
-        *results, k, v = append_and_attend(
-            k, v, q, new, new, table, lens, slots="all", layer=layer, **more, **options
-        )
-        return k, v, results
+    def read(q: Any, pools: Any, table: Any, lens: Any, layer: Any, more: Any) -> Any:
+        tables = dict(page_table=table, seq_lens=lens, layer=layer)
+        return paged_attention(q, **named(pools), **tables, **more, **options)
 
-    def write(k: Any, v: Any, new: Any, slots: Any, layer: Any) -> Any:
+    def append(pools: Any, q: Any, new: Any, table: Any, lens: Any, layer: Any, more: Any) -> Any:
+        tables = dict(page_table=table, seq_lens=lens, slots="all", layer=layer)
+        results = append_and_attend(**named(pools), q=q, k=new, v=new, **tables, **more, **options)
+        return results[-count:], results[:-count]
+
+    def write(pools: Any, new: Any, slots: Any, layer: Any) -> Any:
         if case.system == "xla/scan":
-            return *write_tokens((k, v), new, new, slots, layer, platform="gpu"), None  # scatters
-        return *append_kv(k, v, new, new, slots, layer=layer, placement=placement), None
+            return write_tokens(pools, new, new, slots, layer, platform="gpu"), None  # scatters
+        tokens = dict(k=new, v=new, slots=slots, layer=layer)
+        return append_kv(**named(pools), **tokens, placement=placement), None
 
-    def scan(k: Any, v: Any, q: Any, new: Any, slots: Any, table: Any, lens: Any) -> Any:
+    def scan(pools: Any, q: Any, new: Any, slots: Any, table: Any, lens: Any) -> Any:
         def one(carry: Any, layer: Any) -> Any:
-            k, v, q = carry
-            k, v, _ = write(k, v, new, slots, layer)
-            return (k, v, read(q, k, v, table, lens, layer, {})[0]), None
+            pools, q = carry
+            pools, _ = write(pools, new, slots, layer)
+            return (pools, read(q, pools, table, lens, layer, {})[0]), None
 
-        return jax.lax.scan(one, (k, v, q), np.arange(case.layers, dtype=np.int32))[0]
+        return jax.lax.scan(one, (pools, q), np.arange(case.layers, dtype=np.int32))[0]
 
-    scanned = (scan, "pool pool q chunk slots table lens")
+    scanned = (scan, "pools q chunk slots table lens")
     program, names = {
-        "ours": (read, "q pool pool table lens layer more"),
-        "ours/append": (append, "pool pool q chunk table lens layer more"),
-        "ours/write": (write, "pool pool chunk slots layer"),
+        "ours": (read, "q pools table lens layer more"),
+        "ours/append": (append, "pools q chunk table lens layer more"),
+        "ours/write": (write, "pools chunk slots layer"),
     }.get(case.system, scanned)
     return program, names.split()
 
@@ -257,7 +274,8 @@ def _block(case: Case) -> Block:
         kv_heads=kv_heads, **{name: getattr(case, name) for name in sizes}
     )
     config = choose_config(call, 1)
-    return config.fetch, config.tile, 2, kv_heads // config.heads, config.queries
+    copies = 4 if case.scaled else 2
+    return config.fetch, config.tile, copies, kv_heads // config.heads, config.queries
 
 
 def _paged(devices: Any, case: Case) -> Built:

@@ -10,7 +10,7 @@ from .annotations import FixedScales
 from .checks import narrow
 from .eight_bits import quantise
 
-__all__ = ["Pools", "write_tokens"]
+__all__ = ["Pools", "as_stored", "write_tokens"]
 
 Pools: TypeAlias = tuple[Array, ...]
 """Pages of keys and of values, `[N, Hk, S, D]` or `[L, N, Hk, S, D]`; those of 8 bits with the
@@ -30,24 +30,25 @@ def write_tokens(
     """The pools with k and v in their slots, of `layer` if stacked; slots outside write nothing.
 
     The pages come with the axes that the caller's have. Through a view with one axis more or less
-    XLA for CPU copies the whole pool where Hk, S or D is 1. XLA for TPU copies every stacked pool
-    before it scatters; there a kernel writes it, as on GPU one does for K and V together.
+    XLA for CPU copies the whole pool where Hk, S or D is 1. XLA for TPU copies every pool that is
+    stacked or of 8 bits before it scatters; there a kernel writes it, as on GPU one does for K and
+    V together.
     """
     pages, page_size = pools[0].shape[-4], pools[0].shape[-2]
     if platform == "gpu" and (write := _triton_write()):
-        k, v, where = _in_a_row(k, v, slots, pages * page_size)
-        axes = () if layer is not None else (1,)
-        stacked = tuple(pool.reshape(*axes, *pool.shape) for pool in pools)
-        layer = jnp.int32(0) if layer is None else layer
+        (k, v), where = _in_a_row((k, v), slots, pages * page_size)
+        stacked, layer = _stacked(pools, layer)
         written = write.write_tokens(stacked, k, v, where, layer, fixed_scales)
         return tuple(new.reshape(old.shape) for new, old in zip(written, pools, strict=True))
-    new = _as_stored(pools, k, v, fixed_scales)
-    if platform == "tpu" and layer is not None:
+    new = as_stored(pools, k, v, fixed_scales)
+    if platform == "tpu" and (layer is not None or len(pools) == 4):
         from .pallas_tpu import write
 
-        if len(pools) == 2 and write.serves(pools[0]):
-            k, v, slots = _in_a_row(*new, slots, pages * page_size)
-            return write.write_tokens(*pools, k, v, slots, layer)
+        if write.serves(pools):
+            new, where = _in_a_row(new, slots, pages * page_size)
+            stacked, layer = _stacked(pools, layer)
+            written = write.write_tokens(stacked, new, where, layer)
+            return tuple(new.reshape(old.shape) for new, old in zip(written, pools, strict=True))
     if slots.size == 1:  # XLA makes a select over the whole pool of a scatter of one row
         outside = jnp.full_like(slots.reshape(1), pages * page_size)
         row, slots = slots.ndim, jnp.concatenate([slots.reshape(1), outside])
@@ -60,8 +61,8 @@ def write_tokens(
     )
 
 
-def _as_stored(
-    pools: Pools, k: Array, v: Array, fixed_scales: FixedScales | None
+def as_stored(
+    pools: Pools, k: Array, v: Array, fixed_scales: FixedScales | None = None
 ) -> tuple[Array, ...]:
     """The new tokens as each pool holds them."""
     if len(pools) == 2:
@@ -74,10 +75,19 @@ def _as_stored(
     return *numbers, *scales
 
 
-def _in_a_row(k: Array, v: Array, slots: Array, slot_end: int) -> tuple[Array, Array, Array]:
-    """The tokens of all rows, one after the other."""
-    k, v = (new.reshape(-1, *new.shape[-2:]) for new in (k, v))
-    return k, v, narrow(slots.reshape(-1), slot_end)
+def _stacked(pools: Pools, layer: Int32[Array, ""] | None) -> tuple[Pools, Int32[Array, ""]]:
+    """The pools with a layer axis, and the layer that is written."""
+    if layer is None:
+        return tuple(pool.reshape(1, *pool.shape) for pool in pools), jnp.int32(0)
+    return pools, layer
+
+
+def _in_a_row(
+    new: tuple[Array, ...], slots: Array, slot_end: int
+) -> tuple[tuple[Array, ...], Array]:
+    """The tokens of all rows, one after the other, and their slots."""
+    new = tuple(each.reshape(-1, *each.shape[slots.ndim :]) for each in new)
+    return new, narrow(slots.reshape(-1), slot_end)
 
 
 def _triton_write() -> ModuleType | None:

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
-from ..record import AttentionCall
-from .config import LANES, up
-from .launch import launch
+from ..record import POOLS, AttentionCall
+from ..write import as_stored
+from .config import LANES, SUBLANES, up
+from .launch import NEW, TO_WRITE, launch
 from .plan import Plan
 from .work import deal
 
@@ -24,7 +25,7 @@ def refusal(call: AttentionCall) -> str | None:
     """Why this backend cannot serve `call`, or None."""
     if call.platform != "tpu":
         return f"it runs on TPUs, not on {call.platform}"
-    if (reason := call.pages_refusal(mixed=True)) is not None:
+    if (reason := call.pages_refusal(mixed=True, scales=True)) is not None:
         return reason
     if call.tail_mask is not None:
         return "it does not serve tail_mask (draft trees)"
@@ -32,6 +33,11 @@ def refusal(call: AttentionCall) -> str | None:
         return "a TPU has no float16; use bfloat16 or float32"
     if call.dim > MAX_DIM:
         return f"it serves D up to {MAX_DIM}; got D = {call.dim}"
+    if call.k_scales is not None and call.page_size % LANES:
+        return (
+            f"pages of 8 bits need a page size that is a multiple of {LANES}, so that their scales "
+            f"fill the lanes of a TPU; got {call.page_size}"
+        )
     return _too_large(call)
 
 
@@ -46,6 +52,8 @@ def _too_large(call: AttentionCall) -> str | None:
             f"{scalars} bytes of scalar memory"
         )
     buffers = 4 * call.kv_heads * call.page_size * up(call.dim, LANES) * call.itemsize
+    if call.k_scales is not None:
+        buffers += 16 * up(call.kv_heads, SUBLANES) * call.page_size
     if buffers > VMEM_BYTES:
         return f"two pages of keys and values take {buffers} bytes, more than {VMEM_BYTES}"
     return None
@@ -66,21 +74,22 @@ def append_and_attend(
     slots: Int32[Array, "B T"] | None,
     *,
     interpret: Any = False,
-) -> tuple[Array, Array, Array, Array]:
+) -> tuple[Array, ...]:
     """Write k and v at the newest positions of every row and serve `call`.
 
-    One launch where T = 1; else one that writes goes before it.
+    One launch where T = 1; else one that writes goes before it. XLA quantises what goes to pages of
+    8 bits, a few operations on `[B, Hk, D]` before the launch: so its bits are those of any other
+    way to write, though Mosaic may round a division otherwise.
     """
     if call.tokens > 1:
         written = call.with_newest(k, v, slots)
-        return *attend(written, interpret=interpret), written.k_pages, written.v_pages
-    out, lse, k_pages, v_pages = _run(call, (k, v), slots, interpret)
-    return out, lse, k_pages, v_pages
+        return *attend(written, interpret=interpret), *written.pools
+    return _run(call, as_stored(call.pools, k, v), slots, interpret)
 
 
 def _run(
     call: AttentionCall,
-    newest: tuple[Array, Array] | None,
+    newest: tuple[Array, ...] | None,
     slots: Int32[Array, "B 1"] | None,
     interpret: Any,
 ) -> tuple[Array, ...]:
@@ -102,11 +111,11 @@ def _run(
     if call.sink is not None:
         sink = jnp.broadcast_to(call.sink[:, None], (1, plan.config.queries, call.heads, 1))
         arrays["sink"] = _packed(sink, plan)[0]
-    if newest is None:
-        arrays |= dict(k_pages=call.k_pages, v_pages=call.v_pages)
-    else:
-        new_k, new_v = (jnp.moveaxis(new, 1, 2) for new in newest)  # [B, Hk, 1, D]
-        arrays |= dict(new_k=new_k, new_v=new_v, k_in=call.k_pages, v_in=call.v_pages)
+    if newest is not None:
+        tokens = [jnp.moveaxis(new, 1, 2) for new in newest]  # [B, Hk, 1, D], scales [B, Hk, 1]
+        arrays |= dict(zip(NEW, tokens, strict=False))
+    names = POOLS if newest is None else TO_WRITE
+    arrays |= dict(zip(names, call.pools, strict=False))
     with jax.enable_x64(False):  # the kernel has no 64-bit number, and Mosaic no 64-bit integer
         out, lse, *written = launch(scalars, arrays, plan, interpret)
     out, lse = (_unpacked(x, call, plan) for x in (out, lse))

@@ -50,8 +50,12 @@ class Config:
 
 
 def compute_dtype(call: AttentionCall) -> Any:
-    """The dtype of the products: that of q and the pages, or float32 if these differ."""
-    return call.q.dtype if call.q.dtype == call.k_pages.dtype else jnp.dtype(jnp.float32)
+    """The dtype of the products: that of q and the pages, or float32 if these differ.
+
+    Over pages of 8 bits it is that of q, which holds their numbers as they are.
+    """
+    alike = call.k_scales is not None or call.q.dtype == call.k_pages.dtype
+    return call.q.dtype if alike else jnp.dtype(jnp.float32)
 
 
 def aligned_group(call: AttentionCall, queries: int) -> int:

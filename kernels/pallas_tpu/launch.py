@@ -9,30 +9,37 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
+from ..record import POOLS
 from .config import LANES
 from .decode_tail import attention_kernel
 from .pages import Refs
 from .plan import Plan
 
-__all__ = ["launch", "like"]
+__all__ = ["NEW", "TO_WRITE", "launch", "like"]
+
+NEW = ("new_k", "new_v", "new_k_scales", "new_v_scales")
+"""The names of what is written into each of `POOLS`."""
+TO_WRITE = ("k_in", "v_in", "k_scales_in", "v_scales_in")
+"""The names of `POOLS` that are to be written, as they come in."""
 
 
 def launch(
     scalars: dict[str, Array], arrays: dict[str, Array], plan: Plan, interpret: Any
 ) -> tuple[Array, ...]:
-    """out `[items, rows, D]`, lse float32 `[items, 1, rows]`; with `plan.append` the pages written.
+    """out `[items, rows, D]`, lse float32 `[items, 1, rows]`; with `plan.append` the pools written.
 
-    `scalars` and `arrays` are named as the fields of `Refs`; to be written, pages come in as `k_in`
-    and `v_in`. What is not given is not there for the kernel either.
+    `scalars` and `arrays` are named as the fields of `Refs`, and those of `TO_WRITE`. What is not
+    given is not there for the kernel either.
     """
     specs, out = _specs(plan), like(arrays["q"])
     lse = out.update(shape=(out.shape[0], 1, plan.rows), dtype=jnp.float32)
     outputs = dict(out=out, lse=lse)
     inputs, aliases = [*scalars, *arrays], {}
     if plan.append:
-        for name, source in (("k_pages", "k_in"), ("v_pages", "v_in")):
-            aliases[inputs.index(source)] = len(outputs)
-            outputs[name] = like(arrays[source])
+        for name, source in zip(POOLS, TO_WRITE, strict=True):
+            if source in arrays:
+                aliases[inputs.index(source)] = len(outputs)
+                outputs[name] = like(arrays[source])
     scratch = _scratch(plan, arrays["k_in" if plan.append else "k_pages"].dtype)
     names = [*inputs, *outputs, *scratch]
 
@@ -81,6 +88,7 @@ def _specs(plan: Plan) -> dict[str, Any]:
 
     queries = pl.BlockSpec((None, plan.rows, plan.dim), item)
     new = pl.BlockSpec((None, plan.kv_heads, 1, plan.dim), lambda *at: (*row(*at), 0))
+    new_scales = pl.BlockSpec((None, plan.kv_heads, 1), row)
     hbm = pl.BlockSpec(memory_space=pl.ANY)
     table = (None, 1, plan.columns)
     return dict(
@@ -90,28 +98,38 @@ def _specs(plan: Plan) -> dict[str, Any]:
         sink=pl.BlockSpec((plan.rows, 1), lambda *_: (0, 0)),
         new_k=new,
         new_v=new,
+        new_k_scales=new_scales,
+        new_v_scales=new_scales,
         out=queries,
         lse=pl.BlockSpec((None, 1, plan.rows), item),
-        **dict.fromkeys(("k_pages", "v_pages", "k_in", "v_in"), hbm),
+        **dict.fromkeys((*POOLS, *TO_WRITE), hbm),
     )
 
 
 def _scratch(plan: Plan, dtype: Any) -> dict[str, Any]:
-    buffer = (2, plan.config.fetch, plan.kv_heads, plan.page_size, plan.dim)
+    kinds = 4 if plan.scaled else 2
+    scales = (2, plan.config.fetch, plan.kv_heads, plan.page_size)
+    buffer = (*scales, plan.dim)
     logits, f32 = (plan.config.heads * plan.head_rows, plan.tile_tokens), jnp.float32
     scratch = dict(
         k_buf=pltpu.VMEM(buffer, dtype),
         v_buf=pltpu.VMEM(buffer, dtype),
-        sems=pltpu.SemaphoreType.DMA((2, 2)),
+        sems=pltpu.SemaphoreType.DMA((kinds, 2)),
         state=pltpu.SMEM((3,), jnp.int32),
         logits=pltpu.VMEM(logits, f32),
         acc=pltpu.VMEM((plan.rows, plan.dim), f32),
         top=pltpu.VMEM((plan.rows, LANES), f32),
         total=pltpu.VMEM((plan.rows, LANES), f32),
     )
+    if plan.scaled:
+        scratch |= dict(k_scale_buf=pltpu.VMEM(scales, f32), v_scale_buf=pltpu.VMEM(scales, f32))
     if not plan.aligned:
         scratch |= dict(q32=pltpu.VMEM((plan.rows, plan.dim), f32))
     if plan.append:
         tile = (2, plan.kv_heads, plan.strip, plan.dim)
-        scratch |= dict(strips=pltpu.VMEM(tile, dtype), write_sems=pltpu.SemaphoreType.DMA((2,)))
+        sems = pltpu.SemaphoreType.DMA((kinds,))
+        scratch |= dict(strips=pltpu.VMEM(tile, dtype), write_sems=sems)
+        if plan.scaled:
+            page = (2, plan.kv_heads, plan.page_size)
+            scratch |= dict(scale_strips=pltpu.VMEM(page, f32))
     return scratch

@@ -36,21 +36,36 @@ class Refs:
     sink: Any  # VMEM float32 [rows, 1]
     new_k: Any  # VMEM [Hk, 1, D]
     new_v: Any
+    new_k_scales: Any  # VMEM float32 [Hk, 1], where pages have 8 bits, as all scales
+    new_v_scales: Any
     out: Any  # VMEM [rows, D]
     lse: Any  # VMEM float32 [1, rows]
     k_pages: Any  # HBM [L, N, Hk, S, D]
     v_pages: Any
+    k_scales: Any  # HBM float32 [L, N, Hk, S]
+    v_scales: Any
     k_buf: Any  # VMEM [2, fetch, Hk, S, D]
     v_buf: Any
-    sems: Any  # DMA [2, 2]: K and V of either buffer
+    k_scale_buf: Any  # VMEM float32 [2, fetch, Hk, S]
+    v_scale_buf: Any
+    sems: Any  # DMA [pools, 2]: those of either buffer
     strips: Any  # VMEM [2, Hk, strip, D]: the tile of the newest token on its way back
-    write_sems: Any  # DMA [2]
+    scale_strips: Any  # VMEM float32 [2, Hk, S]: the scales of its page
+    write_sems: Any  # DMA [pools]
     state: Any  # SMEM int32 [3]: the buffer of the next block; page ids of either buffer are wrong
     q32: Any  # VMEM float32 [rows, D], where the heads of q are not aligned
     logits: Any  # VMEM float32 [rows of some heads, tokens of a tile]
     acc: Any  # VMEM float32 [rows, D]
     top: Any  # VMEM float32 [rows, 128], the same number in every lane
     total: Any  # VMEM float32 [rows, 128], whose lanes add up to the total
+
+    @property
+    def pools(self) -> tuple[tuple[Any, Any], ...]:
+        """What pages are copied from, and to: keys, values and their scales, if they have some."""
+        both = (self.k_pages, self.k_buf), (self.v_pages, self.v_buf)
+        if self.k_scales is None:
+            return both
+        return *both, (self.k_scales, self.k_scale_buf), (self.v_scales, self.v_scale_buf)
 
 
 def in_block(plan: Plan, span: Span, block: Scalar) -> Scalar:
@@ -64,16 +79,14 @@ def _known(page: Scalar, plan: Plan) -> Scalar:
     return jnp.minimum(page.astype(jnp.uint32), last).astype(jnp.int32)
 
 
-def _copies(refs: Refs, page: Scalar, slot: Scalar, place: Scalar) -> tuple[Any, Any]:
-    """One page of all KV heads on its way into a buffer, keys and values."""
+def _copies(refs: Refs, page: Scalar, slot: Scalar, place: Scalar) -> tuple[Any, ...]:
+    """One page of all KV heads on its way into the buffers of each pool."""
     return tuple(
         pltpu.make_async_copy(
             pages.at[refs.layer[0], page], buffer.at[slot, place], refs.sems.at[kind, slot]
         )
-        for kind, (pages, buffer) in enumerate(
-            ((refs.k_pages, refs.k_buf), (refs.v_pages, refs.v_buf))
-        )
-    )  # type: ignore
+        for kind, (pages, buffer) in enumerate(refs.pools)
+    )
 
 
 def start(refs: Refs, plan: Plan, span: Span, table: Any, block: Scalar, slot: Scalar) -> None:
@@ -105,7 +118,7 @@ def wait(refs: Refs, plan: Plan, slot: Scalar, count: Scalar) -> None:
     """Wait for all pages of a block."""
 
     def wait_for(*place: Scalar) -> None:
-        for kind, buffer in enumerate((refs.k_buf, refs.v_buf)):
+        for kind, (_, buffer) in enumerate(refs.pools):
             ref = buffer.at[(slot, *place)]
             pltpu.make_async_copy(ref, ref, refs.sems.at[kind, slot]).wait()
 
@@ -117,21 +130,26 @@ def wait(refs: Refs, plan: Plan, slot: Scalar, count: Scalar) -> None:
 
 
 def clear(refs: Refs, plan: Plan, span: Span, slot: Scalar, token: Scalar, pages: Scalar) -> None:
-    """Zero the values that nobody sees: their weight is 0, but 0 * NaN is NaN."""
+    """Zero the values and scales that nobody sees: their weight is 0, but 0 * NaN is NaN."""
 
-    def head(index: Scalar, _: None) -> None:
-        place = lax.div(index, plan.kv_heads)
+    def zero(buffer: Any, place: Scalar, *index: Scalar) -> None:
         begin = token + place * plan.page_size
 
         @pl.when((begin < span.first) | (begin + plan.page_size > span.end))
         def _() -> None:
-            where = (slot, place, lax.rem(index, plan.kv_heads))
-            values = refs.v_buf[where]
-            at = begin + lax.broadcasted_iota(jnp.int32, values.shape, 0)
+            where = (slot, place, *(lax.rem(each, plan.kv_heads) for each in index))
+            values = buffer[where]
+            at = begin + lax.broadcasted_iota(jnp.int32, values.shape, 1 - len(index))
             seen = (at >= span.first) & (at < span.end)
-            refs.v_buf[where] = jnp.where(seen, values, jnp.zeros_like(values))
+            buffer[where] = jnp.where(seen, values, jnp.zeros_like(values))
 
-    lax.fori_loop(0, pages * plan.kv_heads, head, None)
+    def head(index: Scalar, _: None) -> None:
+        zero(refs.v_buf, lax.div(index, plan.kv_heads), index)
+
+    if jnp.issubdtype(refs.v_buf.dtype, jnp.floating):  # an int8 is no NaN
+        lax.fori_loop(0, pages * plan.kv_heads, head, None)
+    if plan.scaled:
+        lax.fori_loop(0, pages, lambda place, _: zero(refs.v_scale_buf, place), None)
 
 
 def append(
@@ -139,14 +157,18 @@ def append(
 ) -> Flag:
     """Put the newest token into its page, here and in HBM; whether there was one to put.
 
-    HBM takes whole tiles of a page, so the tile goes back as it came but for the token. It leaves
-    from a buffer of its own: in the page, tokens that nobody sees are about to be cleared.
+    HBM takes whole tiles of a page, so the tile goes back as it came but for the token, and so do
+    all scales of the page. They leave from buffers of their own: in the page, tokens that nobody
+    sees are about to be cleared.
     """
     offset = lax.rem(span.end - 1, plan.page_size)
     strip = pl.multiple_of(lax.div(offset, plan.strip) * plan.strip, plan.strip)
     given = refs.table[0, span.first_page + span.count - 1]
     known = _known(given, plan)
     live = last & (refs.writes[row] != 0) & (given == known)
+
+    scales = (refs.k_scale_buf, refs.new_k_scales), (refs.v_scale_buf, refs.new_v_scales)
+    scales = scales if plan.scaled else ()
 
     def put(head: Scalar, _: None) -> None:
         for kind, (buffer, new) in enumerate(((refs.k_buf, refs.new_k), (refs.v_buf, refs.new_v))):
@@ -160,6 +182,12 @@ def append(
     @pl.when(live)
     def _() -> None:
         lax.fori_loop(0, plan.kv_heads, put, None)
+        for kind, (buffer, new) in enumerate(scales):
+            old = buffer[slot, place]
+            at = lax.broadcasted_iota(jnp.int32, old.shape, 1)
+            merged = jnp.where(at == offset, new[...], old)
+            buffer[slot, place] = merged
+            refs.scale_strips[kind] = merged
         for copy in _write_copies(refs, plan, known, strip):
             copy.start()
 
@@ -167,18 +195,23 @@ def append(
 
 
 def wait_written(refs: Refs, plan: Plan) -> None:
-    """Wait for the tile that `append` sent."""
+    """Wait for what `append` sent."""
     for copy in _write_copies(refs, plan, 0, 0):  # any slice of that size
         copy.wait()
 
 
 def _write_copies(refs: Refs, plan: Plan, page: Scalar, strip: Any) -> tuple[Any, ...]:
-    rows = pl.ds(strip, plan.strip)
-    return tuple(
-        pltpu.make_async_copy(
-            refs.strips.at[kind],
-            pages.at[refs.layer[0], page, :, rows],
-            refs.write_sems.at[kind],
-        )
+    layer, rows = refs.layer[0], pl.ds(strip, plan.strip)
+    ends = [
+        (refs.strips.at[kind], pages.at[layer, page, :, rows])
         for kind, pages in enumerate((refs.k_pages, refs.v_pages))
+    ]
+    if plan.scaled:
+        ends += [
+            (refs.scale_strips.at[kind], scales.at[layer, page])
+            for kind, scales in enumerate((refs.k_scales, refs.v_scales))
+        ]
+    return tuple(
+        pltpu.make_async_copy(source, target, refs.write_sems.at[kind])
+        for kind, (source, target) in enumerate(ends)
     )

@@ -23,6 +23,7 @@ class Plan:
       group: query heads of a KV head, with those that align products of float32.
       steps: items of a core.
       strip: tokens of a page that a DMA can write, at least.
+      scaled: whether pages have 8 bits, and scales.
       aligned: whether the queries of a KV head begin at a register's edge in q as it comes.
       compute: the dtype of the products.
     """
@@ -44,6 +45,7 @@ class Plan:
     starts: bool
     sinks: bool
     query_lens: bool
+    scaled: bool
     append: bool
     aligned: bool
     compute: Any
@@ -83,6 +85,7 @@ class Plan:
             starts=call.starts is not None,
             sinks=call.sink is not None,
             query_lens=call.query_lens is not None,
+            scaled=call.k_scales is not None,
             append=append,
             aligned=group * config.queries % (32 // call.q.dtype.itemsize) == 0,
             compute=compute_dtype(call),

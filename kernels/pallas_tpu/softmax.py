@@ -63,19 +63,31 @@ def _heads(
     def load(buffer: Any, head: Scalar) -> Num[Array, "C D"]:
         return buffer[slot, pages, begin + head].reshape(tokens, plan.dim).astype(plan.compute)
 
+    def scales(buffer: Any, head: Scalar) -> Float[Array, "1 C"]:
+        rows = range(plan.config.tile)
+        rows = [buffer[slot, place + page, pl.ds(begin + head, 1)] for page in rows]
+        return jnp.concatenate(rows, axis=1)
+
     def multiply_keys(head: Scalar, _: None = None) -> None:
         q = (refs.q if plan.aligned else refs.q32)[_rows((begin + head) * count, count)]
-        refs.logits[_rows(head * count, count)] = lax.dot_general(
+        products = lax.dot_general(
             q.astype(plan.compute),
             load(refs.k_buf, head),
             (((1,), (1,)), ((), ())),
             precision=precision,
             preferred_element_type=jnp.float32,
         )
+        if plan.scaled:
+            products *= scales(refs.k_scale_buf, head)
+        refs.logits[_rows(head * count, count)] = products
+
+    def weights(head: Scalar) -> Float[Array, "rows C"]:
+        found = refs.logits[_rows(head * count, count)]
+        return found * scales(refs.v_scale_buf, head) if plan.scaled else found
 
     def multiply_values(head: Scalar, _: None = None) -> None:
         refs.acc[_rows((begin + head) * count, count)] += jnp.dot(
-            refs.logits[_rows(head * count, count)].astype(plan.compute),
+            weights(head).astype(plan.compute),
             load(refs.v_buf, head),
             precision=precision,
             preferred_element_type=jnp.float32,

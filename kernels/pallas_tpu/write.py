@@ -2,7 +2,8 @@
 
 A DMA moves whole tiles of a page, so a token is written by reading its tile, putting the token in,
 and writing the tile back. Tokens are sorted by slot first: those of one tile then follow each other
-and no two tiles that are under way at the same time are the same.
+and no two tiles that are under way at the same time are the same. The scales of pages of 8 bits are
+a second group of pools in the same launch: their tiles hold more tokens.
 """
 
 from dataclasses import dataclass
@@ -13,8 +14,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int32, Num
+from jaxtyping import Array, Int32
 
+from ..write import Pools
+from .config import LANES
 from .launch import like
 from .work import Scalar
 
@@ -24,48 +27,54 @@ AHEAD = 4  # tiles that are read before their turn
 RING = 2 * AHEAD  # tiles under way: those, this one, and those that are being written
 
 
-def serves(pages: Num[Array, "L N Hk S D"]) -> bool:
-    """Whether Mosaic can move tiles of such pages."""
-    return pages.dtype != jnp.float16
+def serves(pools: Pools) -> bool:
+    """Whether Mosaic can move tiles of such stacked pools: see `call.refusal` for scales."""
+    pages = pools[0]
+    return pages.dtype != jnp.float16 and (len(pools) == 2 or pages.shape[-2] % LANES == 0)
 
 
 def write_tokens(
-    k_pages: Float[Array, "L N Hk S D"],
-    v_pages: Float[Array, "L N Hk S D"],
-    k: Float[Array, "n Hk D"],
-    v: Float[Array, "n Hk D"],
+    pools: Pools,
+    new: tuple[Array, ...],
     slots: Int32[Array, "n"],
     layer: Int32[Array, ""],
     *,
     interpret: Any = False,
-) -> tuple[Array, Array]:
-    """The pages with k and v in their slots of one layer; slots outside the pool write nothing.
+) -> Pools:
+    """The pools with the new tokens in their slots of one layer; slots outside write nothing.
 
-    The layer is one of the pool's: the caller has made sure.
+    The pools are stacked, `[L, N, Hk, S, D]`, and `[L, N, Hk, S]` of scales; `new` is for each of
+    them `[n, Hk, D]` or `[n, Hk]`, of its dtype. The layer is one of the pool's: the caller has
+    made sure.
     """
     count = slots.shape[0]
     if count == 0:
-        return k_pages, v_pages
-    _, pages, heads, size, dim = k_pages.shape
-    strip = min(32 // k_pages.dtype.itemsize, size)
+        return pools
+    pages, size = pools[0].shape[1], pools[0].shape[3]
     outside = (slots < 0) | (slots >= pages * size)
     slots = jnp.where(outside, jnp.int32(pages * size), slots)
     order = jnp.argsort(slots)
     slots = slots[order]
-    tile = slots // strip
-    new = jnp.concatenate([jnp.ones(1, jnp.bool_), tile[1:] != tile[:-1]])
-    run = jnp.cumsum(new.astype(jnp.int32)) - 1
-    tile = jnp.where(slots < pages * size, tile, -1)
-    tiles = jnp.full(count + AHEAD, -1, jnp.int32).at[run].set(tile)
-    static = _Static(count, strip, size // strip)
-    arrays = [(x[order].astype(k_pages.dtype))[:, :, None] for x in (k, v)]
-    scalars = (run, tiles, slots % strip, layer.reshape(1).astype(jnp.int32))
+    scalars, statics = [], []
+    for pool in pools[::2]:  # keys and values are alike
+        strip = min(32 // pool.dtype.itemsize if pool.ndim == 5 else LANES, size)
+        tile = slots // strip
+        begins = jnp.concatenate([jnp.ones(1, jnp.bool_), tile[1:] != tile[:-1]])
+        run = jnp.cumsum(begins.astype(jnp.int32)) - 1
+        tile = jnp.where(slots < pages * size, tile, -1)
+        tiles = jnp.full(count + AHEAD, -1, jnp.int32).at[run].set(tile)
+        scalars += [run, tiles, slots % strip]
+        statics.append(_Static(count, strip, size // strip))
+    arrays = [each[order][:, :, None] for each in new]
+    scalars.append(layer.reshape(1).astype(jnp.int32))
     with jax.enable_x64(False):
-        return _launch(scalars, arrays, k_pages, v_pages, static, interpret)
+        return _launch(scalars, arrays, pools, statics, interpret)
 
 
 @dataclass(frozen=True, slots=True)
 class _Static:
+    """Of one group of pools: keys and values, or their scales."""
+
     count: int  # tokens
     strip: int  # tokens of a tile
     strips: int  # tiles of a page and head
@@ -73,6 +82,8 @@ class _Static:
 
 @dataclass(frozen=True, slots=True)
 class _Refs:
+    """Of one group of pools; scales have no D."""
+
     run: Any  # SMEM int32 [n], the run of every token: tokens of one tile
     tiles: Any  # SMEM int32 [n + AHEAD], the tile of every run, page * strips + strip; -1: none
     offsets: Any  # SMEM int32 [n], where in its tile a token lies
@@ -159,38 +170,47 @@ def _wait_write(refs: _Refs, static: _Static, run: Scalar) -> None:
 
 
 def _launch(
-    scalars: tuple[Array, ...],
+    scalars: list[Array],
     new: list[Array],
-    k_pages: Float[Array, "L N Hk S D"],
-    v_pages: Float[Array, "L N Hk S D"],
-    static: _Static,
+    pools: Pools,
+    statics: list[_Static],
     interpret: Any,
-) -> tuple[Array, Array]:
-    heads, dim = k_pages.shape[2], k_pages.shape[4]
+) -> Pools:
+    count, groups = len(pools), list(enumerate(statics))
 
-    def body(run: Any, tiles: Any, offsets: Any, layer: Any, *refs: Any) -> None:
-        k, v, _, _, k_out, v_out, ring, sems = refs
-        _kernel(_Refs(run, tiles, offsets, layer, (k, v), (k_out, v_out), ring, sems), static)
+    def body(*refs: Any) -> None:
+        *by_group, layer = refs[: len(scalars)]
+        given, _, written, scratch = (refs[len(scalars) + at * count :][:count] for at in range(4))
+        for at, static in groups:
+            pair = slice(2 * at, 2 * at + 2)
+            run, tiles, offsets = by_group[3 * at : 3 * at + 3]
+            mine = run, tiles, offsets, layer, given[pair], written[pair], *scratch[pair]
+            _kernel(_Refs(*mine), static)
 
-    token = pl.BlockSpec((None, heads, 1, dim), lambda step, *_: (step, 0, 0, 0))
+    def token(array: Array) -> Any:
+        zeros = (0,) * (array.ndim - 1)
+        return pl.BlockSpec((None, *array.shape[1:]), lambda step, *_: (step, *zeros))
+
     hbm = pl.BlockSpec(memory_space=pl.ANY)
+    scratch = []
+    for at, static in groups:
+        _, _, heads, _, *dim = pools[2 * at].shape
+        ring = (2, RING, heads, static.strip, *dim)
+        scratch += [pltpu.VMEM(ring, pools[2 * at].dtype), pltpu.SemaphoreType.DMA((2, RING))]
     call = pl.pallas_call(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            grid=(static.count,),
-            in_specs=[token, token, hbm, hbm],
-            out_specs=[hbm, hbm],
-            scratch_shapes=[
-                pltpu.VMEM((2, RING, heads, static.strip, dim), k_pages.dtype),
-                pltpu.SemaphoreType.DMA((2, RING)),
-            ],
+            grid=(statics[0].count,),
+            in_specs=[*map(token, new), *[hbm] * count],
+            out_specs=[hbm] * count,
+            scratch_shapes=scratch,
         ),
-        out_shape=[like(k_pages), like(v_pages)],
-        input_output_aliases={len(scalars) + 2: 0, len(scalars) + 3: 1},
+        out_shape=[like(pool) for pool in pools],
+        input_output_aliases={len(scalars) + count + at: at for at in range(count)},
         # `_when_live` keeps every tile in the pool; the checks cost as much as a copy (launch.py).
         compiler_params=pltpu.CompilerParams(disable_bounds_checks=True),
         interpret=interpret,
         name="paged_write",
     )
-    return tuple(call(*scalars, *new, k_pages, v_pages))
+    return tuple(call(*scalars, *new, *pools))

@@ -40,7 +40,8 @@ NAMES = [
 # as neither passed nor skipped. Any other refusal fails. `xla` and `reference` serve everything.
 _TRITON = ("q of dtype float32 over pages of dtype",)
 _TREES = "does not serve tail_mask"
-_TPU = (_TREES, "a TPU has no float16", "the interpreter of Pallas needs shard_map")
+_PAGES = "pages of 8 bits need a page size that is a multiple of 128"
+_TPU = (_TREES, _PAGES, "a TPU has no float16", "the interpreter of Pallas needs shard_map")
 MAY_REFUSE = {
     "triton": _TRITON,
     INTERPRETED: _TRITON,

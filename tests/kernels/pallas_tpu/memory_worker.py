@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -23,19 +24,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
+from paged_decode.kernels import append_and_attend as append_and_attend_op
 from paged_decode.kernels import dispatch
 from paged_decode.kernels.dispatch import Backend
 from paged_decode.kernels.pallas_tpu import decode_tail
 from paged_decode.kernels.pallas_tpu import pages as library_pages
 from paged_decode.kernels.pallas_tpu.write import write_tokens
 
-from ..oracle import Case, Inputs, build, expected
+from ..oracle import Case, Inputs, build, expected, same_bits
 from ..test_append_and_attend import run as append_and_attend
 from ..test_append_and_attend import take_newest
 from .interpret import Variant, module
 
 RAGGED = Case((9, 0, 33, 16), 2, 2, 64, 8, 5, starts=(0, 0, 3, 0))
 TAIL = Case((9, 0, 33, 2), 2, 2, 64, 8, 5, tokens=3, starts=(0, 0, 3, 0))
+INT8 = Case((130, 0, 256, 300), 2, 2, 64, 128, 3, starts=(0, 0, 140, 0), pages="int8")
+FLOAT8 = Case((130, 0, 200), 1, 2, 128, 128, 2, tokens=3, sinks=(2, 1), pages="float8_e4m3fn")
 WINDOW = Case((40, 0, 7, 25), 1, 3, 128, 8, 5, sinks=(3, 1), options=dict(sliding_window=9))
 
 
@@ -45,6 +49,40 @@ def attend(interpret: Any, case: Case, cores: int = 1, inputs: Inputs | None = N
     with _named(interpret, cores):
         out, _ = inputs.call("tpu")
     return float(np.abs(out - expected(inputs)[0]).max())
+
+
+def write_eight_bits(interpret: Any) -> float:
+    """Tokens of one tile of scales in several of numbers, and of several of both."""
+    slots = np.array([131, 132, 170, 250, 128, 300, 383, 0, 500], np.int32)
+    rng = np.random.default_rng(0)
+    pools = [rng.integers(-127, 128, (2, 2, 4, 2, 128, 128)).astype(np.int8)]
+    pools = [*pools[0], *rng.random((2, 2, 4, 2, 128)).astype(np.float32)]
+    new = [*rng.integers(-127, 128, (2, len(slots), 2, 128)).astype(np.int8)]
+    new += [*rng.random((2, len(slots), 2)).astype(np.float32)]
+    args = jax.tree.map(jnp.asarray, (tuple(pools), tuple(new), slots, np.int32(1)))
+    got = write_tokens(*args, interpret=interpret)
+    worst = 0.0
+    for pool, each, mine in zip(pools, new, got, strict=True):
+        pool[1, slots // 128, :, slots % 128] = each
+        worst = max(worst, float(np.abs(np.asarray(mine, np.float64) - pool).max()))
+    return worst
+
+
+def append_eight_bits(interpret: Any) -> float:
+    """The newest tokens, by the kernel and by XLA, to the last bit; and what is attended to."""
+    inputs = build(replace(INT8, starts=None))
+    k, v = np.random.default_rng(5).standard_normal((2, len(inputs.q), 2, 64)).astype(np.float32)
+    both = dict(k_pages=inputs.k_pages, v_pages=inputs.v_pages, **inputs.scales)
+    given = dict(q=inputs.q, k=k, v=v, page_table=inputs.page_table, seq_lens=inputs.seq_lens)
+    with _named(interpret, 1):
+        out, *got = append_and_attend_op(implementation="tpu", **given, **_copied(both))
+        want, *pools = append_and_attend_op(implementation="xla", **given, **_copied(both))
+    same_bits(got, pools)
+    return float(np.abs(np.asarray(out) - want).max())
+
+
+def _copied(pools: dict[str, Any]) -> dict[str, Any]:
+    return {name: jnp.array(pool) for name, pool in pools.items()}
 
 
 def append(interpret: Any) -> float:
@@ -62,7 +100,7 @@ def write(interpret: Any) -> float:
     rng = np.random.default_rng(0)
     k_pages, v_pages = rng.standard_normal((2, 2, 12, 2, 8, 128)).astype(np.float32)
     k, v = rng.standard_normal((2, len(slots), 2, 128)).astype(np.float32)
-    args = map(jnp.asarray, (k_pages, v_pages, k, v, slots, np.int32(1)))
+    args = jax.tree.map(jnp.asarray, ((k_pages, v_pages), (k, v), slots, np.int32(1)))
     got = write_tokens(*args, interpret=interpret)
     worst = 0.0
     for pages, new, mine in zip((k_pages, v_pages), (k, v), got, strict=True):
@@ -106,6 +144,10 @@ RUNS: dict[str, Callable[[Any], float]] = {
     "tail": lambda interpret: attend(interpret, TAIL),
     "append": append,
     "write": write,
+    "int8": lambda interpret: attend(interpret, INT8),
+    "float8, tail": lambda interpret: attend(interpret, FLOAT8),
+    "append int8": append_eight_bits,
+    "write int8": write_eight_bits,
     "without waits": without_waits,
     "without bounds": without_bounds,
 }

@@ -18,6 +18,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 OPTIONS = dict(window=100, soft_cap=30.0, starts=True, sinks=True)
+EIGHT = dict(page_size=128, columns=32, pages=512)  # bits
+INT8, FLOAT8 = dict(dtype="int8", **EIGHT), dict(dtype="float8_e4m3fn", **EIGHT)
 FEW = {
     "Llama 8B": Case(),
     "every option, float32": Case(dtype="float32", page_size=8, **OPTIONS),
@@ -35,6 +37,18 @@ FEW = {
     "a chunk, every option, float32": Case(
         dtype="float32", page_size=8, rows=2, tokens=64, **OPTIONS
     ),
+    "int8": Case(**INT8),
+    "int8, every option, float32 queries": Case(q_dtype="float32", **INT8, **OPTIONS),
+    "append, int8, stacked": Case(system="ours/append", layers=4, **INT8, **OPTIONS),
+    "append, float8, stacked": Case(system="ours/append", layers=4, **FLOAT8, **OPTIONS),
+    "a scan over layers of int8": Case(system="ours/scan", layers=4, **INT8),
+    "append of a chunk, float8, stacked": Case(
+        system="ours/append", layers=4, rows=2, tokens=256, **FLOAT8, **OPTIONS
+    ),
+    "append of a chunk, int8, no stack": Case(
+        system="ours/append", layers=0, rows=2, tokens=64, **INT8
+    ),
+    "append of int8 on 4 devices": Case(system="ours/append", shards=4, **INT8),
 }
 MANY = {
     **{f"G {group}": Case(group=group, kv_heads=2) for group in (1, 3, 5, 7, 16, 128)},
@@ -66,6 +80,25 @@ MANY = {
         f"T 16, G {group}": Case(rows=2, group=group, kv_heads=2, tokens=16)
         for group in (1, 5, 16, 128)
     },
+    "write, int8, stacked": Case(system="ours/write", layers=4, **INT8),
+    "write, float8, of one head": Case(system="ours/write", layers=4, kv_heads=1, **FLOAT8),
+    "append, float8, float32 queries": Case(system="ours/append", q_dtype="float32", **FLOAT8),
+    "append, int8, MHA": Case(system="ours/append", kv_heads=32, group=1, layers=2, **INT8),
+    "append of a chunk, int8, one head": Case(
+        system="ours/append", kv_heads=1, group=8, rows=2, tokens=256, **INT8
+    ),
+    "append, int8, pages of 256": Case(system="ours/append", **INT8 | dict(page_size=256)),
+    "append, int8, the largest pages": Case(
+        system="ours/append", kv_heads=31, group=1, dim=256, layers=1, **INT8 | dict(page_size=256)
+    ),
+    **{
+        f"append, int8, {heads} heads": Case(system="ours/append", kv_heads=heads, **INT8)
+        for heads in (1, 2, 3, 4, 5, 12)
+    },
+    **{
+        f"append, float8, D {dim}": Case(system="ours/append", dim=dim, kv_heads=4, **FLOAT8)
+        for dim in (64, 80, 96, 256)
+    },
 }
 
 
@@ -75,10 +108,7 @@ def check(generation: str, cases: dict[str, Case]) -> None:
     assert not wrong
     for name, case in cases.items():
         answer, where = answers[name], (generation, name)
-        lanes = -(-case.dim // 128) * 128
-        itemsize = 4 if case.dtype == "float32" else 2
-        rows = case.layers * case.pages * case.kv_heads * case.page_size // case.shards
-        pool_bytes = 2 * rows * lanes * itemsize
+        pool_bytes = _pool_bytes(case)
         # Tables and queries may be copied; the keys of one layer would be an eighth or more.
         assert answer["temp_bytes"] < pool_bytes / 32, where
         assert answer["alias_bytes"] == (0 if case.system == "ours" else pool_bytes), where
@@ -87,8 +117,21 @@ def check(generation: str, cases: dict[str, Case]) -> None:
         assert answer.get("spills", 0) <= allowed, (where, answer["spills"])
 
 
+def _pool_bytes(case: Case) -> int:
+    """Of keys and values and their scales on one device, as a TPU lays them out."""
+    tokens = max(case.layers, 1) * case.pages * case.page_size
+    heads = case.kv_heads // case.shards
+    lanes = -(-case.dim // 128) * 128
+    itemsize = 1 if case.scaled else 4 if case.dtype == "float32" else 2
+    sublanes = min(1 << (heads - 1).bit_length(), 8)
+    scales = 4 * -(-heads // sublanes) * sublanes if case.scaled else 0
+    return 2 * tokens * (heads * lanes * itemsize + scales)
+
+
 def _may_spill(generation: str, case: Case) -> bool:
     """What is known to spill, and told in docs/backends.md."""
+    if case.scaled and (generation == "v4" or case.dtype == "int8"):  # bytes are unpacked
+        return True
     if case.tokens > 1:  # a head's tile at a time, scheduled as a whole: fewer bundles all the same
         return True
     small_pages = case.page_size < 8  # gathered into registers, some by way of memory

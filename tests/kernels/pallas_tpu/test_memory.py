@@ -24,7 +24,9 @@ def run(mode: str, *names: str) -> dict:
 
 @pytest.mark.parametrize("mode", ["on_wait", pytest.param("eager", marks=pytest.mark.long)])
 def test_no_copy_races_and_none_is_read_before_it_arrived(mode):
-    for name, answer in run(mode, "ragged", "window", "tail", "append", "write").items():
+    names = "ragged", "window", "tail", "append", "write"
+    eight_bits = "int8", "float8, tail", "append int8", "write int8"
+    for name, answer in run(mode, *names, *eight_bits).items():
         assert "raised" not in answer, (name, answer)
         assert not answer["races"], name
         assert answer["error"] < 2e-5, (name, answer)

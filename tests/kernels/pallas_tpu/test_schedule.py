@@ -34,6 +34,10 @@ CASES = {
     "a chunk in a window": Case(
         (80, 33), 2, 2, 64, 8, 10, tokens=21, sinks=(3,), options=dict(sliding_window=11)
     ),
+    "int8": Case((300, 0, 130, 640), 2, 3, 64, 128, 5, starts=(140, 0, 0, 0), pages="int8"),
+    "a chunk, float8": Case(
+        (140, 2, 384), 2, 3, 64, 128, 3, tokens=5, dtype="bfloat16", pages="float8_e4m3fn"
+    ),
 }
 
 
@@ -63,12 +67,13 @@ def visible_pages(inputs, size, queries):
 @pytest.mark.parametrize(
     "name",
     [
-        *("ragged", "window", "starts", "empty rows in front", "a chunk in a window"),
+        *("ragged", "window", "starts", "empty rows in front", "a chunk in a window", "int8"),
         pytest.param("a chunk", marks=pytest.mark.long),
     ],
 )
 def test_the_bytes_of_the_copies_are_those_of_the_visible_pages(backend, name):
     inputs = build(CASES[name])
+    kinds = "kvKV" if inputs.scales else "kv"  # keys, values, and their scales
     fetched, sizes, copies_of = Counter(), [], pages._copies
 
     def recorded(refs, page, slot, place):
@@ -81,7 +86,7 @@ def test_the_bytes_of_the_copies_are_those_of_the_visible_pages(backend, name):
 
         return tuple(
             SimpleNamespace(start=lambda copy=copy, kind=kind: start(copy, kind))
-            for kind, copy in zip("kv", copies, strict=True)
+            for kind, copy in zip(kinds, copies, strict=True)
         )
 
     jax.clear_caches()  # the launch must be traced again
@@ -89,11 +94,11 @@ def test_the_bytes_of_the_copies_are_those_of_the_visible_pages(backend, name):
         inputs.call(backend)
         jax.effects_barrier()
     jax.clear_caches()
-    page_bytes = inputs.k_pages[0].nbytes
+    page_bytes = {pool[0].nbytes for pool in (inputs.k_pages, *inputs.scales.values())}
     queries = 2 if backend in (BLOCKS, CORES) else 64
     want = visible_pages(inputs, inputs.k_pages.shape[2], queries)
-    assert fetched == Counter({(kind, page): n for page, n in want.items() for kind in "kv"})
-    assert set(sizes) == {page_bytes}
+    assert fetched == Counter({(kind, page): n for page, n in want.items() for kind in kinds})
+    assert set(sizes) == page_bytes
 
 
 def dealt(lens, cores, tokens=1, queries=1):

@@ -1,4 +1,7 @@
-"""The kernel that writes tokens into a stacked pool equals a scatter, and copies nothing."""
+"""The kernel that writes tokens into a pool equals a scatter, and copies nothing."""
+
+from functools import partial
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +9,11 @@ import numpy as np
 import pytest
 
 from paged_decode.kernels import append_kv
-from paged_decode.kernels.pallas_tpu.write import write_tokens
+from paged_decode.kernels import write as library
+from paged_decode.kernels.pallas_tpu import write as kernel
+from paged_decode.kernels.pallas_tpu.write import serves, write_tokens
+from paged_decode.kernels.record import POOLS
+from paged_decode.kernels.write import as_stored
 
 from ..oracle import same_bits
 
@@ -17,6 +24,12 @@ CASES = {
     "padding, and slots outside": (np.array([0, 35, -1, 3, 10**6, 36, 0, 2**31 - 1]), 8, "float32"),
     "pages of one token": (np.array([5, 3, 17, 4]), 1, "float32"),
     "one token": (np.array([40]), 16, "bfloat16"),
+    "int8, tiles of numbers and of scales": (
+        np.array([*range(125, 133), 159, 160, 383, 255, 256, 300, 40]),
+        128,
+        "int8",
+    ),
+    "float8, padding": (np.array([0, 131, -1, 10**6, 132, 0, 390]), 128, "float8_e4m3fn"),
 }
 
 
@@ -24,18 +37,42 @@ CASES = {
 def test_tokens_go_to_their_slots_of_one_layer_and_nowhere_else(name):
     slots, size, dtype = CASES[name]
     rng = np.random.default_rng(0)
-    pools = rng.standard_normal((2, 3, 200 // size, 2, size, 8))
-    k_pages, v_pages = (jnp.asarray(pool).astype(dtype) for pool in pools)
-    k, v = (jnp.asarray(x).astype(dtype) for x in rng.standard_normal((2, len(slots), 2, 8)))
+    shape = (2, 3, max(200 // size, 4), 2, size, 8)
+    pools = [jnp.asarray(pool).astype(dtype) for pool in 9 * rng.standard_normal(shape)]
+    k, v = (jnp.asarray(x).astype("float32") for x in rng.standard_normal((2, len(slots), 2, 8)))
+    if size == 128:
+        pools += [jnp.asarray(scales).astype("float32") for scales in rng.random(shape[:-1])]
     slots, layer = jnp.asarray(slots, jnp.int32), jnp.int32(1)
-    got = write_tokens(k_pages, v_pages, k, v, slots, layer, interpret=True)
+    assert serves(tuple(pools))
+    got = write_tokens(tuple(pools), as_stored(tuple(pools), k, v), slots, layer, interpret=True)
     # Under jit, where slots outside the pool write nothing. Padding has no order.
-    want = jax.jit(append_kv, donate_argnums=())(k_pages, v_pages, k, v, slots, layer=layer)
-    known = slice(1, None) if name.startswith("padding") else slice(None)
+    named = dict(zip(POOLS, pools, strict=False), k=k, v=v, slots=slots, layer=layer)
+    want = jax.jit(append_kv, donate_argnums=())(**named)
+    known = slice(1, None) if "padding" in name else slice(None)
     same_bits([pages[:, known] for pages in got], [pages[:, known] for pages in want])
 
 
 def test_no_tokens_change_nothing():
     pages, new = jnp.ones((1, 2, 1, 8, 8)), jnp.ones((0, 1, 8))
-    got = write_tokens(pages, pages, new, new, jnp.zeros(0, jnp.int32), jnp.int32(0))
+    got = write_tokens((pages, pages), (new, new), jnp.zeros(0, jnp.int32), jnp.int32(0))
     same_bits(got, (pages, pages))
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cpu"])
+def test_what_xla_would_copy_is_written_by_the_kernel(platform):
+    """On a TPU, whether a pool of 8 bits is stacked or not, if its scales fill the lanes."""
+
+    def taken(size, *stack):
+        shape = (*stack, 4, 2, size, 8)
+        pools = [jax.ShapeDtypeStruct(shape, jnp.int8)] * 2
+        pools += [jax.ShapeDtypeStruct(shape[:-1], jnp.float32)] * 2
+        new = jax.ShapeDtypeStruct((3, 2, 8), jnp.float32)
+        slots, layer = jnp.arange(3, dtype=jnp.int32), jnp.int32(0) if stack else None
+        write = partial(library.write_tokens, layer=layer, platform=platform)
+        with mock.patch.object(kernel, "write_tokens", wraps=write_tokens) as spy:
+            out = jax.eval_shape(write, tuple(pools), new, new, slots)
+        assert [(x.shape, x.dtype) for x in out] == [(x.shape, x.dtype) for x in pools]
+        return spy.called
+
+    assert taken(128) == taken(128, 2) == (platform == "tpu")
+    assert not taken(16) and not taken(16, 2)
