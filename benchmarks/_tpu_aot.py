@@ -263,8 +263,8 @@ def _program(case: Case, placement: Any) -> tuple[Callable[..., Any], list[str]]
     return program, names.split()
 
 
-def _block(case: Case) -> Block:
-    """That of ours on one core."""
+def _block(case: Case) -> Block | None:
+    """That of ours on one core; None where heads are multiplied in loops within loops."""
     from paged_decode.kernels.pallas_tpu.config import choose_config
     from paged_decode.kernels.record import AttentionCall
 
@@ -274,8 +274,10 @@ def _block(case: Case) -> Block:
         kv_heads=kv_heads, **{name: getattr(case, name) for name in sizes}
     )
     config = choose_config(call, 1)
-    copies = 4 if case.scaled else 2
-    return config.fetch, config.tile, copies, kv_heads // config.heads, config.queries
+    if case.scaled and 1 < config.heads < kv_heads:
+        return None
+    loops = kv_heads if case.scaled else kv_heads // config.heads
+    return config.fetch, config.tile, 4 if case.scaled else 2, loops, config.queries
 
 
 def _paged(devices: Any, case: Case) -> Built:

@@ -94,7 +94,9 @@ def _heads(
         )
 
     def each_head(multiply: Callable[..., None]) -> None:
-        if exact:  # its many partial products of several heads at once would not fit the registers
+        # The partial products of float32, or unpacked bytes, of several heads at once would not fit
+        # the registers.
+        if exact or plan.scaled:
             lax.fori_loop(0, plan.config.heads, multiply, None)
         else:
             for head in range(plan.config.heads):
