@@ -548,6 +548,15 @@ def eight_bits() -> Iterator[str]:
         if record["case"]["part"] == "agree":
             same = f"{record['same']} of {record['tokens']}"
             yield line(record["case"]["pages"], same, f"{record['mean_logprob_error']:.4f}")
+    needles = [r for r in result["records"] if r["case"]["part"] == "needle"]
+    if needles:
+        tried = {r["case"]["depth"] for r in needles}
+        context = needles[0]["case"]["context"]
+        yield f"\nA sentence in a text of {context} tokens, at {len(tried)} depths, was found over "
+        yield "pages of "
+        dtypes = dict.fromkeys(r["case"]["pages"] for r in needles)
+        found = {d: sum(r["found"] for r in needles if r["case"]["pages"] == d) for d in dtypes}
+        yield ", ".join(f"{d} {count} of {len(tried)} times" for d, count in found.items()) + ".\n"
     yield "\n"
 
 

@@ -159,8 +159,9 @@ WRITE = {
 
 @every_backend
 @every_dtype
-@pytest.mark.parametrize("fixed", [False, True], ids=["own scales", "fixed scales"])
-@pytest.mark.parametrize("name", WRITE)
+@pytest.mark.parametrize(
+    ("name", "fixed"), [*((name, False) for name in WRITE), ("one token", True), ("ragged T", True)]
+)
 def test_append_and_attend_is_append_and_then_attend(backend, pages, fixed, name):
     """To the last bit in the pools, whichever kernel writes them."""
     case = replace(WRITE[name], pages=pages)
