@@ -211,7 +211,7 @@ def _decode(
     held = state if has_text else replace(state, text=state.text[:, :0])
     if known is not None:  # nobody has a mask either
         held = replace(held, sampling=replace(held.sampling, bits=state.sampling.bits[:, :0]))
-    rows = take_rows(held, where)
+    rows = replace(take_rows(replace(held, text=None), where), text=held.text)  # that of all slots
     groups, function = _groups(cache, table, where), model()
     out = DecodeOut(
         packed=jnp.zeros((4, steps, size), jnp.int32),
@@ -226,7 +226,9 @@ def _decode(
 
     def step(loop: tuple) -> tuple:
         i, cache, rows, tally, out = loop
-        asked, number = _asked(drafter, rows, jnp.where(rows.alive, budget - tally.counts, 0))
+        texts = partial(take_rows, rows.text, where)  # of these rows, for whoever looks at them
+        left = jnp.where(rows.alive, budget - tally.counts, 0)
+        asked, number = _asked(drafter, rows, texts, left)
         first = jnp.where(number > 0, rows.length - 1, 0)
         now = _tail(groups, cache.page_size, _right(asked, number), first, first + number)
         with jax.named_scope("paged_decode.decode"):
@@ -235,11 +237,11 @@ def _decode(
             logits = cache.placement.untyped(logits)
         logits = _left(logits.reshape(*asked.shape, -1), number)
         with jax.named_scope("paged_decode.sample"):
-            drawn = _draw(logits, rows, asked, known, process)
+            drawn = _draw(logits, rows, texts, asked, known, process)
         got, stopped, failed = _accepted(asked, number, drawn, rows.sampling.stop_tokens)
         out = _written(out, tally.counts, got, drawn, logits)
         over = stopped | (failed != Broken.NO)
-        rows = _advanced(rows, got, drawn.tokens, over)
+        rows = _advanced(rows, where, got, drawn.tokens, over)
         tally = tally.plus(got, failed)
         return i + 1, cache, rows, tally, out
 
@@ -257,7 +259,7 @@ def _decode(
         length=put(state.length, rows.length),
         alive=put(state.alive, rows.alive),
         sampling=replace(state.sampling, index=put(state.sampling.index, rows.sampling.index)),
-        text=put(state.text, rows.text) if has_text else state.text,
+        text=rows.text if has_text else state.text,
     )
     packed = jnp.concatenate([*out.packed, *(each[None].astype(jnp.int32) for each in tally)])
     out = out._replace(packed=packed)
@@ -302,18 +304,18 @@ def _written(
 
 def _advanced(
     rows: RowState,
+    where: Int[Array, " B"],
     got: Bool[Array, "B T"],
     chosen: Int[Array, "B T"],
     over: Bool[Array, " B"],
 ) -> RowState:
-    """The rows with the tokens that they got; some are over with them."""
+    """The rows, whose texts lie in these slots, with the tokens that they got; some are over."""
     more = jnp.sum(got, axis=1, dtype=jnp.int32)
     last = jnp.take_along_axis(chosen, jnp.maximum(more - 1, 0)[:, None], axis=1)[:, 0]
     text = rows.text
     if places := text.shape[1]:  # somebody looks at it
         place = rows.length[:, None] + jnp.arange(got.shape[1], dtype=jnp.int32)
-        row = jnp.arange(len(more), dtype=jnp.int32)[:, None]
-        text = text.at[row, jnp.where(got, place, places)].set(chosen, mode="drop")
+        text = text.at[where[:, None], jnp.where(got, place, places)].set(chosen, mode="drop")
     return RowState(
         newest=jnp.where(more > 0, last, rows.newest),
         length=rows.length + more,
@@ -324,14 +326,14 @@ def _advanced(
 
 
 def _asked(
-    drafter: Drafter | None, rows: RowState, left: Int[Array, " B"]
+    drafter: Drafter | None, rows: RowState, texts: Callable[[], Array], left: Int[Array, " B"]
 ) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
     """The newest token of each row and its drafts, and how many these are: as many tokens as may
     come of it, 0 for a row that gets none."""
     newest = rows.newest[:, None]
     if drafter is None:
         return newest, jnp.minimum(left, 1)
-    drafts = drafter(rows.text, rows.length)
+    drafts = drafter(texts(), rows.length)
     offered = jnp.sum(jnp.cumprod(drafts >= 0, axis=1, dtype=jnp.int32), axis=1, dtype=jnp.int32)
     tokens = jnp.concatenate([newest, jnp.maximum(drafts, 0)], axis=1)
     return tokens, jnp.minimum(left, 1 + offered)
@@ -356,6 +358,7 @@ def _left(logits: Array, number: Int[Array, " B"]) -> Array:
 def _draw(
     logits: Array,
     rows: RowState,
+    texts: Callable[[], Array],
     asked: Int[Array, "B T"],
     known: Kind | None,
     process: ProcessLogits | None,
@@ -368,27 +371,32 @@ def _draw(
     each = jax.tree.map(lambda a: jnp.repeat(a, width, axis=0), rows.sampling)
     ahead = jnp.tile(jnp.arange(width, dtype=jnp.int32), size)
     each = replace(each, index=each.index + ahead)
-    counts, most = partial(_counts, rows, asked, vocab), known
+    counts, most = partial(_counts, rows, texts, asked, vocab), known
     if known is not None and known >= Kind.NARROW:
         most = None
     flat = logits.reshape(-1, vocab)
-    change = None if process is None else partial(processed, process, rows=rows, asked=asked)
+    change = None
+    if process is not None:
+        change = partial(processed, process, rows=replace(rows, text=texts()), asked=asked)
     numbers = jnp.any(each.told) if known is None else None
     plain = known is not None
     drawn = draw(flat, each, most, counts, plain=plain, process=change, numbers=numbers)
     return Drawn(*(a.reshape(size, width) for a in drawn))
 
 
-def _counts(rows: RowState, asked: Int[Array, "B T"], vocab: int) -> Int[Array, "BT V"]:
+def _counts(
+    rows: RowState, texts: Callable[[], Array], asked: Int[Array, "B T"], vocab: int
+) -> Int[Array, "BT V"]:
     """How often each row has generated each token, and `IN_PROMPT` more if its prompt has it; with
     the drafts up to each of the tokens asked for."""
-    (size, width), places = asked.shape, rows.text.shape[1]
+    text = texts()
+    (size, width), places = asked.shape, text.shape[1]
     place, prompt = jnp.arange(places, dtype=jnp.int32), rows.length - rows.sampling.index
     row, in_prompt = jnp.arange(size, dtype=jnp.int32)[:, None], place < prompt[:, None]
     generated = ~in_prompt & (place < rows.length[:, None])
     none = jnp.zeros((size, vocab), jnp.int32)
-    seen = none.at[row, jnp.where(in_prompt, rows.text, vocab)].set(IN_PROMPT, mode="drop")
-    seen = seen.at[row, jnp.where(generated, rows.text, vocab)].add(1, mode="drop")
+    seen = none.at[row, jnp.where(in_prompt, text, vocab)].set(IN_PROMPT, mode="drop")
+    seen = seen.at[row, jnp.where(generated, text, vocab)].add(1, mode="drop")
     each = [seen]
     for draft in asked[:, 1:].T:
         each.append(each[-1].at[row[:, 0], draft].add(1, mode="drop"))
