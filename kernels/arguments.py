@@ -220,7 +220,9 @@ def check_fixed_scales(fixed_scales: Any, k_pages: Any, k_scales: Any) -> None:
     if k_scales is None:
         raise ValueError("fixed_scales are for pages of 8 bits, which have k_scales and v_scales")
     if not isinstance(fixed_scales, tuple) or len(fixed_scales) != 2:
-        raise TypeError("fixed_scales must be a pair: of keys, of values")
+        got = type(fixed_scales).__name__
+        got = f"{len(fixed_scales)} things" if isinstance(fixed_scales, tuple) else f"a {got}"
+        raise TypeError(f"fixed_scales must be a tuple of two arrays, for keys, values; got {got}")
     for name, scales in zip(("fixed_scales[0]", "fixed_scales[1]"), fixed_scales, strict=True):
         check_float(name, scales)
         check_axes(name, scales, "Hk", Hk=k_pages.shape[-3])

@@ -254,7 +254,11 @@ def _checked_pools(
     if k_scales is not None:
         return k_pages, v_pages, k_scales, v_scales
     dtype = np.dtype(k_pages.dtype)
-    if is_eight_bits(dtype) or not jnp.issubdtype(dtype, jnp.floating):
-        more = "k_scales and v_scales" if is_eight_bits(dtype) else "scales of another kind"
-        raise NotImplementedError(f"pages of dtype {dtype} would need {more}")
+    if is_eight_bits(dtype):
+        raise NotImplementedError(f"pages of dtype {dtype} need k_scales and v_scales")
+    if dtype.itemsize == 1 or not jnp.issubdtype(dtype, jnp.floating):
+        raise NotImplementedError(
+            f"pages of dtype {dtype} are not served, only float32, bfloat16, float16, and int8 and "
+            "float8_e4m3fn with scales"
+        )
     return k_pages, v_pages

@@ -32,13 +32,15 @@ def quantise(
 ) -> tuple[Num[Array, "*rows D"], Float[Array, "*rows"]]:
     """Numbers of that dtype and their float32 scales; with `scales`, by these.
 
-    A token with NaN or infinity has a scale of NaN or infinity, so it stays as loud as it was.
+    A token with NaN or infinity has a scale that is no number either, so it stays loud.
     """
     largest = LARGEST[np.dtype(dtype)]
     x = x.astype(jnp.float32)
+    top = jnp.maximum(jnp.max(jnp.abs(x), axis=-1), jnp.float32(LEAST))
     if scales is None:
-        top = jnp.maximum(jnp.max(jnp.abs(x), axis=-1), jnp.float32(LEAST))
         scales = top * jnp.float32(1 / largest)
+    else:
+        scales = jnp.where(top < jnp.inf, scales, jnp.nan)
     parts = jnp.clip(x * (1 / scales)[..., None], -largest, largest)
     parts = jnp.where(jnp.isnan(parts), 0, parts)
     if np.dtype(dtype) == jnp.int8:

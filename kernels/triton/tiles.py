@@ -39,12 +39,12 @@ def quantised(x, fixed, FIXED: tl.constexpr, LARGEST: tl.constexpr, TYPE: tl.con
     """Each row of x `[n, D]` as numbers of 8 bits, and its scale: to the last bit what
     `eight_bits.quantise` says. With FIXED, pointers `fixed [n]` have the scales."""
     x = x.to(tl.float32)
+    top = tl.maximum(tl.max(tl.abs(x), 1), LEAST)
+    # A maximum leaves NaN out.
+    top = tl.where(tl.max((x != x).to(tl.int32), 1) > 0, float("nan"), top)
     if FIXED:
-        scale = tl.load(fixed)
+        scale = tl.where(top < float("inf"), tl.load(fixed), float("nan"))
     else:
-        top = tl.maximum(tl.max(tl.abs(x), 1), LEAST)
-        # A maximum leaves NaN out.
-        top = tl.where(tl.max((x != x).to(tl.int32), 1) > 0, float("nan"), top)
         scale = top * (1 / LARGEST)
     parts = x * tl.div_rn(1.0, scale)[:, None]
     parts = tl.where(parts == parts, tl.minimum(tl.maximum(parts, -LARGEST), LARGEST), 0.0)

@@ -59,6 +59,7 @@ def empty_pages(
     """Keys, values and the scales of each, and how they lie on the mesh: that of the first group.
 
     Raises:
+      TypeError: there is no such dtype.
       ValueError: a group cannot be split so, or there are axes without a mesh.
     """
     if (mesh is None) != (head_axis is None and data_axis is None):
@@ -80,6 +81,7 @@ def empty_pages(
 
     def zeros(number: int, layers: tuple[int, ...], *, scales: bool) -> Array | None:
         group, place = layout.groups[number], places[number]
+        _require_dtype(group.dtype)
         if scales and not is_eight_bits(group.dtype):
             return None
         heads = group.num_kv_heads * (place.kv_copies if place else 1)
@@ -98,6 +100,16 @@ def empty_pages(
         for name in POOLS
     }
     return each, places[0]
+
+
+def _require_dtype(name: str) -> None:
+    try:
+        jnp.dtype(name)
+    except TypeError:
+        raise TypeError(
+            "dtype must be one of JAX's, such as float32, bfloat16, float16, int8 or "
+            f"float8_e4m3fn; got {name!r}"
+        ) from None
 
 
 def alike(name: str, found: dict[int, T]) -> T:

@@ -161,7 +161,7 @@ def test_pages_that_were_given_away_are_named():
                 k_pages=jnp.zeros((6, 2, 4, 8), jnp.int8), v_pages=jnp.zeros((6, 2, 4, 8), jnp.int8)
             ),
             NotImplementedError,
-            r"pages of dtype int8 would need k_scales and v_scales",
+            r"pages of dtype int8 need k_scales and v_scales",
         ),
     ],
 )

@@ -119,10 +119,12 @@ def test_each_token_has_the_scale_of_its_largest_number(pages, dtype):
 
 
 @every_dtype
-def test_a_token_of_zeros_is_zeros_and_a_loud_one_stays_loud(pages):
+@pytest.mark.parametrize("fixed", [False, True], ids=["own scales", "fixed scales"])
+def test_a_token_of_zeros_is_zeros_and_a_loud_one_stays_loud(pages, fixed):
     k, v = tokens_of(4)
     k[0], k[1, 0, 5], k[2, 1, 7], v[3] = 0, np.nan, np.inf, 1e-42
-    out = append_kv(k=k, v=v, slots=np.arange(4, 8, dtype=np.int32), **empty(pages))
+    given = dict(fixed_scales=(np.ones(2, np.float32),) * 2) if fixed else {}
+    out = append_kv(k=k, v=v, slots=np.arange(4, 8, dtype=np.int32), **given, **empty(pages))
     k_of, v_of = (
         stand_for(numbers[1], scales[1]) for numbers, scales in zip(out[:2], out[2:], strict=True)
     )
@@ -293,7 +295,8 @@ def test_scales_that_do_not_fit_are_refused_with_what_was_expected(unchecked):
     for error, words, fixed in (
         (ValueError, "finite and > 0", wrong),
         (ValueError, r"must be \[Hk\] with Hk = 2", (wrong[1][:1],) * 2),
-        (TypeError, "must be a pair", wrong[1]),
+        (TypeError, "must be a tuple of two arrays, .* got a ndarray", wrong[1]),
+        (TypeError, "got 3 things", (wrong[1],) * 3),
     ):
         with pytest.raises(error, match=words):
             append_kv(k=k, v=v, slots=np.array([4]), fixed_scales=fixed, **pools)
@@ -310,3 +313,8 @@ def test_other_small_dtypes_are_refused_by_name(unchecked, dtype):
         call(k_pages=pages, v_pages=pages, k_scales=scales, v_scales=scales)
     with pytest.raises(NotImplementedError, match=f"k_pages of dtype {dtype} is not served"):
         call(k_pages=pages, v_pages=pages, k_scales=None, v_scales=None, implementation="xla")
+    (k, v), pages = tokens_of(1, dim=16), jnp.asarray(pages)
+    with pytest.raises(NotImplementedError, match=f"pages of dtype {dtype} are not served"):
+        append_kv(pages, pages, k, v, np.array([4]))
+    with pytest.raises(NotImplementedError, match=f"pages of dtype {dtype} are not served"):
+        copy_pages(pages, pages, np.array([1]), np.array([2]))

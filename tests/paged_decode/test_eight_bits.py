@@ -250,3 +250,8 @@ def test_the_same_bytes_hold_nearly_twice_the_tokens():
     assert large.page_bytes / small.page_bytes >= 1.93
     assert small.nbytes == 9 * small.page_bytes
     assert small.k_scales[2].shape == (9, 2, 16) and large.k_scales == (None,) * 3
+
+
+def test_a_dtype_that_there_is_not_is_refused_with_those_there_are():
+    with pytest.raises(TypeError, match="int8 or float8_e4m3fn; got 'fp8'"):
+        KVCache.create(layout=uniform("fp8"))

@@ -35,6 +35,7 @@ def _arrays(dim: int, heads: int, dtype: str, *tokens: int, stacked: bool):
     if jnp.dtype(dtype).itemsize == 1:
         pools += [jnp.asarray(each[..., 0], jnp.float32) for each in numbers]
     new = rng.normal(size=(2, *tokens, heads, dim)).astype(np.float32)
+    new[0].reshape(-1)[[1, -1]] = np.nan, np.inf
     slots = rng.permutation(PAGES * SIZE)[: int(np.prod(tokens))].astype(np.int32)
     slots[1::4] = np.resize([-1, PAGES * SIZE, 2**31 - 1, -(2**31)], slots[1::4].shape)
     return tuple(pools), *map(jnp.asarray, new), jnp.asarray(slots.reshape(tokens))
