@@ -38,7 +38,7 @@ class PageArrays:
     k_scales: tuple[Leaf | None, ...] = ()
     v_scales: tuple[Leaf | None, ...] = ()
 
-    def pools_of(self, leaf: int) -> dict[str, Array]:
+    def pools_of(self, leaf: int) -> dict[str, Leaf]:
         """By name, the pages of keys and values at one place in their tuples, and their scales if
         they have some."""
         named = {name: getattr(self, name) for name in POOLS}
