@@ -151,10 +151,9 @@ def paged_attention(
         q=q, page_table=page_table, seq_lens=seq_lens, layer=layer, starts=starts, sinks=sinks,
         query_lens=query_lens, tail_mask=tail_mask,
     )  # fmt: skip
-    check_call(*pools, **arrays, placement=placement)
-    options = static_options(
-        q, page_table, k_pages.shape[-2], scale=scale, sliding_window=sliding_window,
-        soft_cap=soft_cap, implementation=implementation, placement=placement,
+    options = _checked(
+        pools, arrays, placement, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap,
+        implementation=implementation,
     )  # fmt: skip
     out, lse = _attend(_held(pools), arrays, options)
     return (out, lse) if return_lse else out
@@ -262,10 +261,9 @@ def append_and_attend(
         q=q, page_table=page_table, seq_lens=seq_lens, layer=layer, starts=starts, sinks=sinks,
         query_lens=query_lens, tail_mask=tail_mask,
     )  # fmt: skip
-    check_call(*pools, **arrays, placement=placement)
-    options = static_options(
-        q, page_table, k_pages.shape[-2], scale=scale, sliding_window=sliding_window,
-        soft_cap=soft_cap, implementation=implementation, placement=placement,
+    options = _checked(
+        pools, arrays, placement, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap,
+        implementation=implementation,
     )  # fmt: skip
     axes = "B, Hk, D" if len(q.shape) == 3 else "B, T, Hk, D"
     sizes = dict(B=q.shape[0], T=q.shape[1], Hk=k_pages.shape[-3], D=q.shape[-1])
@@ -279,6 +277,15 @@ def append_and_attend(
     new = dict(k=k, v=v, slots=slots, fixed_scales=fixed_scales)
     out, lse, *written = _append_and_attend(_held(pools), new, arrays, options)
     return (out, lse, *written) if return_lse else (out, *written)
+
+
+def _checked(
+    pools: tuple[Any, ...], arrays: dict[str, Any], placement: Placement | None, **options: Any
+) -> StaticOptions:
+    """The static options of a call that keeps the contract; what does not is raised."""
+    check_call(*pools, **arrays, placement=placement)
+    q, table, page_size = arrays["q"], arrays["page_table"], pools[0].shape[-2]
+    return static_options(q, table, page_size, placement=placement, **options)
 
 
 def _held(pools: tuple[Any, ...]) -> tuple[Any, ...]:
