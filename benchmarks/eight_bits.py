@@ -110,19 +110,21 @@ class Reader:
 
 
 def agreement(reader: Reader, words: Any) -> list[dict[str, Any]]:
-    prompts = [words.encode(text) for text in PROMPTS]
-    said = []
-    for prompt in prompts:
+    def taught(dtype: str, prompt: list[int], tokens: list[int]) -> np.ndarray:
+        """Log-probabilities behind a prompt and the tokens that were said to it."""
+        reader.begin(dtype, len(prompt) + NEW)
+        return reader.read([*prompt, *tokens[:-1]])[len(prompt) - 1 :]
+
+    cases = []
+    for prompt in map(words.encode, PROMPTS):
         reader.begin("float32", len(prompt) + NEW)
-        said.append(reader.say(prompt, NEW))
+        tokens = reader.say(prompt, NEW)
+        cases.append((prompt, tokens, taught("float32", prompt, tokens)))
     records = []
     for dtype in DTYPES:
         same, off = 0, []
-        for prompt, tokens in zip(prompts, said, strict=True):
-            reader.begin("float32", len(prompt) + NEW)
-            theirs = reader.read([*prompt, *tokens[:-1]])[len(prompt) - 1 :]
-            reader.begin(dtype, len(prompt) + NEW)
-            ours = reader.read([*prompt, *tokens[:-1]])[len(prompt) - 1 :]
+        for prompt, tokens, theirs in cases:
+            ours = taught(dtype, prompt, tokens)
             same += int((ours.argmax(axis=1) == tokens).sum())
             at = np.arange(NEW), np.array(tokens)
             off += np.abs(ours[at] - theirs[at]).tolist()
@@ -178,7 +180,7 @@ def main() -> None:
     records = agreement(reader, words) if "agree" in args.parts else []
     if "needle" in args.parts:
         records += needles(reader, words, args.context or config.max_positions)
-    command = f"python benchmarks/eight_bits.py --model {args.model} --parts {' '.join(args.parts)}"
+    command = " ".join(["python", *sys.argv])
     device = jax.devices()[0]
     kind = None if device.platform == "cpu" else device.device_kind
     write_result(args.name, records, command=command, device=kind)

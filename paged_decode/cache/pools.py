@@ -67,6 +67,8 @@ def empty_pages(
             f"mesh and head_axis or data_axis go together; got {mesh}, {head_axis!r} and "
             f"{data_axis!r}"
         )
+    for group in layout.groups:
+        _require_dtype(group.dtype)
     places = [
         mesh
         and Placement.create(
@@ -81,7 +83,6 @@ def empty_pages(
 
     def zeros(number: int, layers: tuple[int, ...], *, scales: bool) -> Array | None:
         group, place = layout.groups[number], places[number]
-        _require_dtype(group.dtype)
         if scales and not is_eight_bits(group.dtype):
             return None
         heads = group.num_kv_heads * (place.kv_copies if place else 1)
