@@ -16,11 +16,30 @@ import numpy as np
 import torch
 
 from paged_decode.kernels import paged_attention
+from paged_decode.kernels.eight_bits import LARGEST, LEAST
 
-__all__ = ["SYSTEMS", "Arrays", "GridCase", "warm_flashinfer"]
+__all__ = ["SYSTEMS", "Arrays", "GridCase", "warm_flashinfer", "wide"]
 
 Call = Callable[[], Any]
 Bind = Callable[["Arrays"], Call]
+
+
+Pools = tuple[tuple[torch.Tensor, torch.Tensor], ...]
+
+
+def _pool(pages: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pages in this dtype and their scales `[N, Hk, S]`, which are 1 but for 8 bits."""
+    if dtype == str(pages.dtype).removeprefix("torch."):
+        return pages, torch.ones(pages.shape[:-1], device=pages.device)
+    largest = LARGEST[np.dtype(dtype)]
+    scales = pages.abs().amax(-1).float().clamp_min(LEAST) / largest
+    numbers = pages.float() / scales[..., None]
+    return (numbers.round() if dtype == "int8" else numbers).to(getattr(torch, dtype)), scales
+
+
+def wide(numbers: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """What pages say, in float32."""
+    return numbers.float() * scales[..., None]
 
 
 class GridCase:
@@ -69,6 +88,13 @@ class Arrays:
         self.ids, self.ends = ids, ends
         self.table = torch.from_numpy(table).cuda()
         self.lens = torch.tensor(point.lens, dtype=torch.int32, device="cuda")
+        self._pools: dict[str, Pools] = {}
+
+    def pools(self, dtype: str) -> Pools:
+        """K and V as pages of this dtype, each with its scales: of 8 bits, those of the library."""
+        if dtype not in self._pools:
+            self._pools[dtype] = tuple(_pool(pages, dtype) for pages in (self.k, self.v))
+        return self._pools[dtype]
 
     def row(self, pages: torch.Tensor, row: int) -> torch.Tensor:
         """The tokens of a row, `[Hk, length, D]`."""
@@ -76,16 +102,16 @@ class Arrays:
         tokens = pages[used].transpose(0, 1).reshape(self.point.kv_heads, -1, self.point.dim)
         return tokens[:, : self.point.lens[row]]
 
-    def reference(self) -> torch.Tensor:
-        """The result in float32."""
+    def reference(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """The result over these pages, in float32."""
         out = torch.zeros(self.q.shape, device="cuda")
         for row, length in enumerate(self.point.lens):
             if length == 0:
                 continue
             q = self.q[row].float().reshape(self.point.kv_heads, -1, self.point.dim)
-            logits = torch.einsum("hgd,htd->hgt", q, self.row(self.k, row).float())
+            logits = torch.einsum("hgd,htd->hgt", q, self.row(k, row).float())
             weights = torch.softmax(logits * self.point.dim**-0.5, -1)
-            mixed = torch.einsum("hgt,htd->hgd", weights, self.row(self.v, row).float())
+            mixed = torch.einsum("hgt,htd->hgd", weights, self.row(v, row).float())
             out[row] = mixed.reshape(-1, self.point.dim)
         return out
 
@@ -108,6 +134,34 @@ def ours(point: GridCase, implementation: str = "triton") -> Iterator[tuple[str,
 
     specs = point.specs(point.pages, point.kv_heads, point.page_size, point.dim)
     yield "default", _jax(attend, specs, lambda a: (a.q, a.k, a.v, a.table, a.lens))
+
+
+def ours_in_8_bits(point: GridCase, dtype: str) -> Iterator[tuple[str, Bind]]:
+    """The Triton backend over pages of 8 bits; the bytes of its records are those of bfloat16."""
+    q, pages, _, table, lens = point.specs(point.pages, point.kv_heads, point.page_size, point.dim)
+    numbers = jax.ShapeDtypeStruct(pages.shape, dtype)
+    scales = jax.ShapeDtypeStruct(pages.shape[:-1], jnp.float32)
+
+    @jax.jit
+    def attend(q: Any, k: Any, v: Any, table: Any, lens: Any, k_scales: Any, v_scales: Any) -> Any:
+        of = dict(k_scales=k_scales, v_scales=v_scales)
+        return paged_attention(q, k, v, table, lens, **of, implementation=["triton"])
+
+    compiled = attend.lower(q, numbers, numbers, table, lens, scales, scales).compile()
+
+    def bind(arrays: Arrays) -> Call:
+        (k, of_k), (v, of_v) = arrays.pools(dtype)
+        given = (arrays.q, k.view(torch.int8), v.view(torch.int8), arrays.table, arrays.lens)
+        on_card = [jax.dlpack.from_dlpack(x.contiguous()) for x in (*given, of_k, of_v)]
+        on_card[1:3] = (jax.lax.bitcast_convert_type(x, dtype) for x in on_card[1:3])
+
+        def call() -> Any:
+            return compiled(*on_card).block_until_ready()
+
+        call.want = arrays.reference(wide(k, of_k), wide(v, of_v))  # pyright: ignore[reportFunctionMemberAccess]
+        return call
+
+    yield "default", bind
 
 
 def flash_attention_3(point: GridCase) -> Iterator[tuple[str, Bind]]:
@@ -185,27 +239,31 @@ def jax_pallas(point: GridCase) -> Iterator[tuple[str, Bind]]:
         )
 
 
-def flashinfer(point: GridCase) -> Iterator[tuple[str, Bind]]:
-    """FlashInfer's CUDA-core, tensor-core and XQA kernels; `plan` is not in the time."""
+def flashinfer(point: GridCase, dtype: torch.dtype = torch.bfloat16) -> Iterator[tuple[str, Bind]]:
+    """FlashInfer's CUDA-core, tensor-core and XQA kernels; `plan` is not in the time.
+
+    Pages of 8 bits are rounded without scales, which random normal numbers allow.
+    """
     for name in ("cuda-core", "tensor-core", "xqa"):
         if name == "cuda-core" and point.heads // point.kv_heads not in (1, 2, 3, 4, 8):
             continue
         if name == "xqa" and point.page_size not in (16, 32, 64, 128):
             continue
-        yield name, lambda arrays, name=name: _flashinfer_call(arrays, name)
+        yield name, lambda arrays, name=name: _flashinfer_call(arrays, name, dtype)
 
 
-def _flashinfer_call(arrays: Arrays, name: str) -> Call:
+def _flashinfer_call(arrays: Arrays, name: str, dtype: torch.dtype) -> Call:
     import flashinfer  # pyright: ignore
 
     point = arrays.point
+    k, v = arrays.k.to(dtype), arrays.v.to(dtype)
     work = torch.zeros(2**28, dtype=torch.uint8, device="cuda")
     if name == "xqa":
 
         def run() -> Any:
             return flashinfer.decode.trtllm_batch_decode_with_kv_cache(
                 arrays.q,
-                (arrays.k, arrays.v),
+                (k, v),
                 work,
                 arrays.table,
                 arrays.lens,
@@ -216,6 +274,8 @@ def _flashinfer_call(arrays: Arrays, name: str) -> Call:
                 backend="xqa",
             )
 
+        if dtype != arrays.k.dtype:
+            run.want = arrays.reference(k, v)  # pyright: ignore[reportFunctionMemberAccess]
         return run
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
         work, "HND", use_tensor_cores=name == "tensor-core"
@@ -230,16 +290,18 @@ def _flashinfer_call(arrays: Arrays, name: str) -> Call:
         point.dim,
         point.page_size,
         q_data_type=torch.bfloat16,
-        kv_data_type=torch.bfloat16,
+        kv_data_type=dtype,
         sm_scale=point.dim**-0.5,
     )
     torch.cuda.synchronize()
     plan_s = time.perf_counter() - start
 
     def call() -> Any:
-        return wrapper.run(arrays.q, (arrays.k, arrays.v))
+        return wrapper.run(arrays.q, (k, v))
 
     call.aside = {"plan_s": plan_s}  # pyright: ignore[reportFunctionMemberAccess]
+    if dtype != arrays.k.dtype:
+        call.want = arrays.reference(k, v)  # pyright: ignore[reportFunctionMemberAccess]
     return call
 
 
@@ -260,10 +322,10 @@ def torch_dense(point: GridCase) -> Iterator[tuple[str, Bind]]:
     yield "sdpa", bind
 
 
-def warm_flashinfer(case: dict[str, Any]) -> str:
+def warm_flashinfer(case: dict[str, Any], system: str) -> str:
     """Build FlashInfer's modules for a case, by calls on one small row."""
     point = GridCase(case, [300])
-    for name, bind in flashinfer(point):
+    for name, bind in SYSTEMS[system](point):
         try:
             bind(Arrays(point))()
             torch.cuda.synchronize()
@@ -275,7 +337,10 @@ def warm_flashinfer(case: dict[str, Any]) -> str:
 SYSTEMS = {
     "paged-decode/triton": ours,
     "paged-decode/pallas": partial(ours, implementation="pallas_gpu"),
+    "paged-decode/int8": partial(ours_in_8_bits, dtype="int8"),
+    "paged-decode/e4m3": partial(ours_in_8_bits, dtype="float8_e4m3fn"),
     "flashinfer": flashinfer,
+    "flashinfer/fp8": partial(flashinfer, dtype=torch.float8_e4m3fn),
     "flash-attention-3": flash_attention_3,
     "ejkernel": ejkernel,
     "jax/pallas": jax_pallas,

@@ -2,6 +2,7 @@
 
 python benchmarks/decode_grid.py              # the whole grid, about 15 minutes on 16 cores
 python benchmarks/decode_grid.py --models --name decode_grid_models    # other heads and dims
+python benchmarks/decode_grid.py --eight-bits --name decode_grid_8bit  # pages of 8 bits
 python benchmarks/decode_grid.py --quick      # a short list
 python benchmarks/decode_grid.py --summary    # tables and plot of the stored result
 
@@ -41,6 +42,7 @@ TOLERANCE = 1e-2  # relative error in bfloat16
 PLOTS = RESULTS.parents[1] / "docs"
 OURS = "paged-decode/triton"
 PALLAS = "paged-decode/pallas"
+EIGHT_BITS = ("paged-decode/int8", "paged-decode/e4m3", "flashinfer/fp8")
 
 
 def make_case(
@@ -151,12 +153,12 @@ def measure(timer: Any, point: Any, binds: dict, errors: dict[str, str]) -> list
     from _grid_systems import Arrays
 
     arrays = Arrays(point)
-    want = arrays.reference()
+    exact = arrays.reference(arrays.k, arrays.v)
     calls, off = {}, {}
     for key, bind in binds.items():
         try:
             call = bind(arrays)
-            got = torch.from_dlpack(call())
+            got, want = torch.from_dlpack(call()), getattr(call, "want", exact)
             off[key] = ((got.float() - want).norm() / want.norm()).item()
             if off[key] < TOLERANCE:
                 calls[key] = call
@@ -208,8 +210,7 @@ def run(cases: list[dict[str, Any]], systems: list[str], budget_s: float) -> lis
     timer = Timer()
     with ThreadPoolExecutor(1) as compiler:
         ready = [compiler.submit(prepare, case, systems) for case in cases]
-        if "flashinfer" in systems:
-            _build_flashinfer(cases)
+        _build_flashinfer(cases, [name for name in systems if name.startswith("flashinfer")])
         records = ceilings(timer)
         for case, made in zip(cases, ready, strict=True):
             if time.monotonic() - start > budget_s:
@@ -232,14 +233,17 @@ def run(cases: list[dict[str, Any]], systems: list[str], budget_s: float) -> lis
     return records
 
 
-def _build_flashinfer(cases: list[dict[str, Any]]) -> None:
+def _build_flashinfer(cases: list[dict[str, Any]], systems: list[str]) -> None:
     """Build its modules side by side, in other processes."""
     from _grid_systems import warm_flashinfer
 
     keys = {(c["heads"] // c["kv_heads"], c["dim"], c["page_size"]): c for c in cases}
-    with multiprocessing.get_context("spawn").Pool(len(keys)) as pool:
-        for key, error in zip(keys, pool.map(warm_flashinfer, keys.values()), strict=True):
-            print("flashinfer", key, error or "built", flush=True)
+    each = [(case, system) for case in keys.values() for system in systems]
+    if not each:
+        return
+    with multiprocessing.get_context("spawn").Pool(len(each)) as pool:
+        for (case, system), error in zip(each, pool.starmap(warm_flashinfer, each), strict=True):
+            print(system, case["page_size"], case["dim"], error or "built", flush=True)
 
 
 def by_point(records: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, dict]]]:
@@ -256,7 +260,7 @@ def peers_of(systems: dict[str, dict]) -> dict[str, float]:
     return {
         system: record["median_s"]
         for system, record in systems.items()
-        if system != "torch/dense" and not system.startswith("paged-decode/")
+        if system not in ("torch/dense", *EIGHT_BITS) and not system.startswith("paged-decode/")
     }
 
 
@@ -310,6 +314,12 @@ def summary(records: list[dict[str, Any]]) -> str:
                 f"  Pallas {pallas['median_s'] * 1e6:8.1f} us, Triton takes "
                 f"{mine['median_s'] / pallas['median_s']:.3f} of that"
             )
+        for system in EIGHT_BITS:
+            if (small := systems.get(system)) is not None:
+                line += (
+                    f"  {system} {small['median_s'] * 1e6:8.1f} us, bfloat16 takes "
+                    f"{mine['median_s'] / small['median_s']:.2f} of that"
+                )
         lines.append(line)
     for (kind, name), (mean, worst, count) in means(records).items():
         lines.append(f"{kind} / {name}: geometric mean {mean:.3f}, worst {worst:.3f}, {count}")
@@ -372,6 +382,7 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="a short list of cases")
     parser.add_argument("--models", action="store_true", help="the cases of other models instead")
+    parser.add_argument("--eight-bits", action="store_true", help="pages of 8 bits and ours")
     parser.add_argument("--summary", action="store_true", help="show the stored result")
     parser.add_argument("--systems", nargs="*", help="some of the systems only")
     parser.add_argument("--budget", type=float, default=3600, help="seconds, then it stores")
@@ -386,7 +397,8 @@ def main() -> None:
     import torch
     from _grid_systems import SYSTEMS
 
-    systems = args.systems or list(SYSTEMS)
+    every = [name for name in SYSTEMS if name not in EIGHT_BITS]
+    systems = args.systems or ([OURS, *EIGHT_BITS] if args.eight_bits else every)
     cases = quick_cases() if args.quick else model_cases() if args.models else all_cases()
     records = run(cases, systems, args.budget)
     packages = ("jax", "jaxlib", "torch", "triton", "jax-triton", "flashinfer-python",

@@ -34,7 +34,17 @@ CARD = Card()
 PROCESSORS = CARD.processors
 TILES = {
     64: [(128, 4, 2), (128, 4, 3), (64, 4, 2), (64, 4, 4), (256, 8, 2)],
-    128: [(64, 4, 2), (64, 4, 3), (64, 4, 4), (128, 4, 2), (128, 4, 3), (32, 2, 4)],
+    128: [
+        (64, 4, 2),
+        (64, 4, 3),
+        (64, 4, 4),
+        (128, 4, 2),
+        (128, 4, 3),
+        (32, 2, 4),
+        (128, 8, 2),
+        (128, 8, 3),
+        (256, 8, 2),
+    ],  # fmt: skip
     256: [(32, 4, 2), (32, 4, 3), (64, 4, 2), (64, 8, 3)],
 }
 
@@ -56,7 +66,8 @@ def call_of(case: dict[str, Any]) -> AttentionCall:
     columns = max(-(-max(lens) // size), 1)
     sizes: dict[str, Any] = dict(rows=len(lens), columns=columns, page_size=size, dim=dim)
     heads = dict(kv_heads=case["kv_heads"], group=case["heads"] // case["kv_heads"])
-    return AttentionCall.of_sizes(**sizes, **heads, pages=_pages(case), scale=dim**-0.5)
+    sizes |= dict(dtype=case["dtype"], pages=_pages(case), scale=dim**-0.5)
+    return AttentionCall.of_sizes(**sizes, **heads)
 
 
 def shipped(case: dict[str, Any]) -> DecodeConfig:
@@ -106,8 +117,9 @@ def compile_one(job: tuple[dict[str, Any], DecodeConfig]) -> str:
 
     made = launch(*job)
     wide, whole, real = torch.bfloat16, torch.int32, torch.float32
-    kinds = [wide, wide, wide, whole, whole, whole, whole, wide, whole, wide, wide, whole]
-    kinds += [wide, real, real, real, wide, wide]
+    pages = getattr(torch, job[0]["dtype"])
+    kinds = [wide, pages, pages, whole, whole, whole, whole, wide, whole, real, real]
+    kinds += [wide, wide, whole, wide, real, real, real, pages, pages, real, real]
     try:
         kernel: Any = decode_kernel
         kernel.warmup(
@@ -136,9 +148,10 @@ def bind(arrays: Any, case: dict[str, Any], config: DecodeConfig) -> Any:
     ]
     counters = torch.zeros(made.counters, dtype=torch.int32, device="cuda")
     layer = torch.zeros((), dtype=torch.int32, device="cuda")
-    absent = (arrays.lens, arrays.q, counters, arrays.q, arrays.q, arrays.lens)
-    inputs = (arrays.q, arrays.k, arrays.v, layer, arrays.table, arrays.lens, *absent)
-    everything: Any = (*inputs, *outs, arrays.k, arrays.v)
+    (k, of_k), (v, of_v) = arrays.pools(case["dtype"])
+    inputs = (arrays.q, k, v, layer, arrays.table, arrays.lens, arrays.lens, arrays.q, counters)
+    inputs += (of_k, of_v, arrays.q, arrays.q, arrays.lens)  # and no new token
+    everything: Any = (*inputs, *outs, k, v, of_k, of_v)
 
     def call() -> None:
         kernel[(made.grid,)](
@@ -155,11 +168,11 @@ def bind(arrays: Any, case: dict[str, Any], config: DecodeConfig) -> Any:
 def measure(timer: Any, case: dict[str, Any], configs: list[DecodeConfig]) -> list[dict[str, Any]]:
     """The record of every candidate that is right."""
     import torch
-    from _grid_systems import Arrays, GridCase
+    from _grid_systems import Arrays, GridCase, wide
 
     point = GridCase(case, lengths_of(case))
     arrays = Arrays(point)
-    want = arrays.reference()
+    want = arrays.reference(*(wide(*pool) for pool in arrays.pools(case["dtype"])))
     calls: dict[str, Any] = {}
     for i, config in enumerate(configs):
         call = bind(arrays, case, config)
@@ -244,6 +257,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure and store, or show what is stored."""
     parser = argparse.ArgumentParser(description="Tilings of the Triton kernel on this card.")
     parser.add_argument("--cases", nargs="*", help="words; only cases with one of them")
+    parser.add_argument("--dtype", default="bfloat16", help="of the pages: int8, float8_e4m3fn")
     parser.add_argument("--coarse", action="store_true", help="fewer numbers of programs")
     parser.add_argument("--budget", type=float, default=3600, help="seconds, then it stores")
     parser.add_argument("--summary", action="store_true", help="show the stored result")
@@ -251,6 +265,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if not args.summary:
         kept = [c for c in cases() if not args.cases or any(w in title(c) for w in args.cases)]
+        kept = [case | dict(dtype=args.dtype) for case in kept]
         records = run(kept, args.budget, args.coarse)
         if not records:
             raise SystemExit("nothing was measured: no case fits --cases, or none is right")

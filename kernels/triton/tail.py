@@ -22,6 +22,16 @@ import triton
 import triton.language as tl
 
 from .merge import arrive, merge_parts, store_result
+from .numbers import (
+    ROOM,
+    add_values,
+    begin_sums,
+    end_sums,
+    keys_times,
+    numbers,
+    powers,
+    query_parts,
+)  # fmt: skip
 from .tiles import LOG2E, page_ids, scaled
 from .work import padding_of, place_of_tile, visible_of_tile
 
@@ -34,6 +44,7 @@ def _attend_blocks(
     stop,
     step,
     q,
+    of_q,
     k_head,
     v_head,
     k_scales,
@@ -44,7 +55,7 @@ def _attend_blocks(
     last,
     low,
     end,
-    acc,
+    sums,
     top,
     total,
     wrong,
@@ -72,17 +83,18 @@ def _attend_blocks(
     0 does not hide a NaN, so they are not read. Page ids are carried as in the T = 1 kernel.
     Returns where the next block begins, its page ids, the sums and which ids lay outside the pool.
     """
+    TYPE: tl.constexpr = k_head.dtype.element_ty
+    WIDE: tl.constexpr = q[0].dtype if SCALED else q.dtype
     column = tl.arange(0, TOKENS)
-    dim = tl.arange(0, BLOCK_D)
     # The scale is folded into the exponent, one multiplication less a logit, where it keeps order.
-    FOLDED: tl.constexpr = SOFT_CAP == 0 and SCALE > 0
+    FOLDED: tl.constexpr = SOFT_CAP == 0 and SCALE > 0 and not SCALED
     FACTOR: tl.constexpr = SCALE * LOG2E if FOLDED else 1.0
     for block in tl.range(begin, stop, step, num_stages=STAGES):
         token = block + column
         known = (ids >= 0) & (ids < PAGES)
         page = tl.where(known, ids, 0).to(tl.int64)
         slot = page * (PAGE_STRIDE // D) + token % PAGE
-        at = slot[:, None] * D + dim[None, :]
+        mask = token >= 0
         if MASKED:
             mask = token < end
             if LOW:
@@ -91,55 +103,46 @@ def _attend_blocks(
                 live = (token[None, :] >= first[:, None]) & (token[None, :] <= last[:, None])
                 live = live & _branch(token, end, tree, WINDOW)
                 mask = mask & (tl.max(live.to(tl.int32), 0) > 0)
-            if SCALED:
-                of_k = tl.load(k_scales + slot, mask=mask, other=0.0)
-                of_v = tl.load(v_scales + slot, mask=mask, other=0.0)
-            mask = mask[:, None]
-            if D < BLOCK_D:
-                mask = mask & (dim < D)[None, :]
-            k = tl.load(k_head + at, mask=mask, other=0.0)
-            v = tl.load(v_head + at, mask=mask, other=0.0)
             wrong = wrong | ((token < end) & (known == 0)).to(tl.int32)
         else:
-            if SCALED:
-                of_k = tl.load(k_scales + slot)
-                of_v = tl.load(v_scales + slot)
-            if D < BLOCK_D:
-                mask = (dim < D)[None, :]
-                k = tl.load(k_head + at, mask=mask, other=0.0)
-                v = tl.load(v_head + at, mask=mask, other=0.0)
-            else:
-                k = tl.load(k_head + at)
-                v = tl.load(v_head + at)
             wrong = wrong | (known == 0).to(tl.int32)
+        k = numbers(k_head, slot, mask, MASKED, D, BLOCK_D, SCALED)
+        v = numbers(v_head, slot, mask, MASKED, D, BLOCK_D, SCALED)
+        if SCALED:
+            of_k = tl.load(k_scales + slot, mask=mask, other=0.0)
+            of_v = tl.load(v_scales + slot, mask=mask, other=0.0)
         after = token + step
         ids = page_ids(table, after, after < end, PAGE)
+        logits = keys_times(q, k, TYPE, SCALED)
         if SCALED:
-            k = k.to(tl.float32).to(q.dtype)  # not at once: sm_89 has no way
-            v = v.to(tl.float32).to(q.dtype)
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee")
-        if SCALED:
-            logits = logits * of_k[None, :]
+            logits = logits * of_q[:, None] * of_k[None, :]
         if not FOLDED:
             logits = scaled(logits, SCALE, SOFT_CAP)
+        if SCALED:
+            _, inverse, exponent = powers(of_v)
+            logits += exponent[None, :]
         if MASKED:
             if not TREE:
                 live = (token[None, :] >= first[:, None]) & (token[None, :] <= last[:, None])
             logits = tl.where(live, logits, -float("inf"))
-        new_top = tl.maximum(top, tl.max(logits, 1) * FACTOR)
+        highest = tl.max(logits, 1) * FACTOR
+        if SCALED:
+            highest -= ROOM
+        new_top = tl.maximum(top, highest)
         base = new_top
         if MASKED:
             base = tl.where(new_top == -float("inf"), 0.0, new_top)
         weight = tl.exp2(logits * FACTOR - base[:, None])
         decay = tl.exp2(top - base)
-        total = total * decay + tl.sum(weight, 1)
-        acc = acc * decay[:, None]
         if SCALED:
-            weight = weight * of_v[None, :]
-        acc = tl.dot(weight.to(v.dtype), v, acc, input_precision="ieee")
+            total = total * decay + tl.sum(weight * inverse[None, :], 1)
+            weight = weight * (of_v * inverse)[None, :]
+        else:
+            total = total * decay + tl.sum(weight, 1)
+        sums = add_values(sums, decay, weight, v, TYPE, WIDE, SCALED)
         top = new_top
     begin += tl.maximum(tl.cdiv(stop - begin, step), 0) * step
-    return begin, ids, acc, top, total, wrong
+    return begin, ids, sums, top, total, wrong
 
 
 @triton.jit
@@ -298,7 +301,8 @@ def tail_kernel(
         v_head = v_pages + head * D
         k_scales += head
         v_scales += head
-        acc = tl.zeros([M, BLOCK_D], tl.float32)
+        q_parts, of_q = query_parts(q_tile, M, BLOCK_D, SCALED)
+        sums = begin_sums(M, BLOCK_D, SCALED)
         top = tl.full([M], -float("inf"), tl.float32)
         total = tl.zeros([M], tl.float32)
         wrong = tl.zeros([TOKENS], tl.int32)
@@ -313,26 +317,27 @@ def tail_kernel(
             stop = tl.minimum(tl.cdiv(clear, TOKENS) * TOKENS, end)
             if TREE:
                 stop = tl.minimum(stop, fresh)
-            begin, ids, acc, top, total, wrong = _attend_blocks(
-                begin, stop, step, q_tile, k_head, v_head, k_scales, v_scales, table, ids, first,
-                last, low, end, acc, top, total, wrong, tree, True, False, LOW, PAGES, PAGE, D,
-                PAGE_STRIDE, SCALE, SOFT_CAP, WINDOW, BLOCK_D, TOKENS, STAGES, SCALED,
+            begin, ids, sums, top, total, wrong = _attend_blocks(
+                begin, stop, step, q_parts, of_q, k_head, v_head, k_scales, v_scales, table, ids,
+                first, last, low, end, sums, top, total, wrong, tree, True, False, LOW, PAGES, PAGE,
+                D, PAGE_STRIDE, SCALE, SOFT_CAP, WINDOW, BLOCK_D, TOKENS, STAGES, SCALED,
             )  # fmt: skip
         stop = tl.minimum(tl.maximum(lowest + 1, 0), end) // TOKENS * TOKENS
         if TREE:
             stop = tl.minimum(stop, fresh)
-        begin, ids, acc, top, total, wrong = _attend_blocks(
-            begin, stop, step, q_tile, k_head, v_head, k_scales, v_scales, table, ids, first, last,
-            low, end, acc, top, total, wrong, tree, False, False, LOW, PAGES, PAGE, D, PAGE_STRIDE,
-            SCALE, SOFT_CAP, WINDOW, BLOCK_D, TOKENS, STAGES, SCALED,
+        begin, ids, sums, top, total, wrong = _attend_blocks(
+            begin, stop, step, q_parts, of_q, k_head, v_head, k_scales, v_scales, table, ids, first,
+            last, low, end, sums, top, total, wrong, tree, False, False, LOW, PAGES, PAGE, D,
+            PAGE_STRIDE, SCALE, SOFT_CAP, WINDOW, BLOCK_D, TOKENS, STAGES, SCALED,
         )  # fmt: skip
         # Those with new tokens are few, and their mask decides what is read: nothing to pipeline.
         LAST_STAGES: tl.constexpr = 1 if TREE else STAGES
-        begin, ids, acc, top, total, wrong = _attend_blocks(
-            begin, end, step, q_tile, k_head, v_head, k_scales, v_scales, table, ids, first, last,
-            low, end, acc, top, total, wrong, tree, True, TREE, LOW, PAGES, PAGE, D, PAGE_STRIDE,
-            SCALE, SOFT_CAP, WINDOW, BLOCK_D, TOKENS, LAST_STAGES, SCALED,
+        begin, ids, sums, top, total, wrong = _attend_blocks(
+            begin, end, step, q_parts, of_q, k_head, v_head, k_scales, v_scales, table, ids, first,
+            last, low, end, sums, top, total, wrong, tree, True, TREE, LOW, PAGES, PAGE, D,
+            PAGE_STRIDE, SCALE, SOFT_CAP, WINDOW, BLOCK_D, TOKENS, LAST_STAGES, SCALED,
         )  # fmt: skip
+        acc = end_sums(sums, M, BLOCK_D, SCALED)
         broken = broken | (tl.max(wrong, 0) > 0)
         total = tl.where(broken, float("nan"), total)
         if QUERY_LENS:  # padding in a tile beside own queries; it has seen what all of these see

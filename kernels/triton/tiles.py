@@ -3,12 +3,22 @@
 import triton
 import triton.language as tl
 
-from .. import eight_bits, record
+from .. import record
+from .numbers import (
+    ROOM,
+    add_values,
+    begin_sums,
+    end_sums,
+    keys_times,
+    numbers,
+    powers,
+    quantised,
+    query_parts,
+)  # fmt: skip
 
-__all__ = ["LOG2E", "append_newest", "attend_tiles", "page_ids", "q_rows", "quantised", "scaled"]
+__all__ = ["LOG2E", "append_newest", "attend_tiles", "page_ids", "q_rows", "scaled"]
 
 LOG2E = tl.constexpr(record.LOG2E)
-LEAST = tl.constexpr(eight_bits.LEAST)
 
 
 @triton.jit
@@ -32,25 +42,6 @@ def scaled(products, SCALE: tl.constexpr, SOFT_CAP: tl.constexpr):
         return (1.0 - 2.0 / (1.0 + grown)) * (SOFT_CAP * LOG2E)
     else:
         return products * (SCALE * LOG2E)
-
-
-@triton.jit
-def quantised(x, fixed, FIXED: tl.constexpr, LARGEST: tl.constexpr, TYPE: tl.constexpr):
-    """Each row of x `[n, D]` as numbers of 8 bits, and its scale: to the last bit what
-    `eight_bits.quantise` says. With FIXED, pointers `fixed [n]` have the scales."""
-    x = x.to(tl.float32)
-    top = tl.maximum(tl.max(tl.abs(x), 1), LEAST)
-    # A maximum leaves NaN out.
-    top = tl.where(tl.max((x != x).to(tl.int32), 1) > 0, float("nan"), top)
-    if FIXED:
-        scale = tl.where(top < float("inf"), tl.load(fixed), float("nan"))
-    else:
-        scale = top * (1 / LARGEST)
-    parts = x * tl.div_rn(1.0, scale)[:, None]
-    parts = tl.where(parts == parts, tl.minimum(tl.maximum(parts, -LARGEST), LARGEST), 0.0)
-    if TYPE == tl.int8:
-        parts = (parts + 12582912.0) - 12582912.0  # 1.5 * 2**23: to the nearest, halves to even
-    return parts.to(TYPE), scale
 
 
 @triton.jit
@@ -81,16 +72,15 @@ def attend_tiles(
 ):
     """Online softmax over the tiles at `begin, begin + step, ...`; `ids` are those of the first.
 
-    With SCALED, numbers are multiplied as they are, in the dtype of q, and what they are multiplied
-    by is taken from logits and weights.
-
     The page ids of the next tile are loaded while this one is computed and carried in the loop.
     A load of ids inside the same iteration would make K and V indirect loads, which Triton gives
     a fraction of the buffers.
     """
+    TYPE: tl.constexpr = k_head.dtype.element_ty
     column = tl.arange(0, TOKENS)
-    dim = tl.arange(0, BLOCK_D)
-    acc = tl.zeros([M, BLOCK_D], tl.float32)
+    q, of_q = query_parts(q, M, BLOCK_D, SCALED)
+    WIDE: tl.constexpr = q[0].dtype if SCALED else q.dtype
+    sums = begin_sums(M, BLOCK_D, SCALED)
     top = tl.full([M], -float("inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     for tile in tl.range(begin, end, step, num_stages=STAGES):
@@ -100,37 +90,38 @@ def attend_tiles(
         known = (ids >= 0) & (ids < PAGES)
         page = tl.where(known, ids, 0).to(tl.int64)
         slot = page * (PAGE_STRIDE // D) + token % PAGE
-        at = slot[:, None] * D + dim[None, :]
         # What is not visible is never loaded: NaN there cannot reach a sum.
-        mask = live[:, None]
-        if D < BLOCK_D:
-            mask = mask & (dim < D)[None, :]
-        k = tl.load(k_head + at, mask=mask, other=0.0)
-        v = tl.load(v_head + at, mask=mask, other=0.0)
+        k = numbers(k_head, slot, live, True, D, BLOCK_D, SCALED)
+        v = numbers(v_head, slot, live, True, D, BLOCK_D, SCALED)
         if SCALED:
             of_k = tl.load(k_scales + slot, mask=live, other=0.0)
             of_v = tl.load(v_scales + slot, mask=live, other=0.0)
-            k = k.to(tl.float32).to(q.dtype)  # not at once: sm_89 has no way
-            v = v.to(tl.float32).to(q.dtype)
         after = token + step
         ids = page_ids(table, after, after < end, PAGE)
-        products = tl.dot(q, tl.trans(k), input_precision="ieee")
+        products = keys_times(q, k, TYPE, SCALED)
         if SCALED:
-            products = products * of_k[None, :]
+            products = products * of_q[:, None] * of_k[None, :]
         logits = scaled(products, SCALE, SOFT_CAP)
         bias = tl.where(known & (broken == 0), 0.0, float("nan"))
+        if SCALED:
+            _, inverse, exponent = powers(of_v)
+            bias += exponent
         logits += tl.where(live, bias, -float("inf"))[None, :]
-        new_top = tl.maximum(top, tl.max(logits, 1))
+        highest = tl.max(logits, 1)
+        if SCALED:
+            highest -= ROOM
+        new_top = tl.maximum(top, highest)
         base = tl.where(new_top == -float("inf"), 0.0, new_top)
         weight = tl.exp2(logits - base[:, None])
         decay = tl.exp2(top - base)
-        total = total * decay + tl.sum(weight, 1)
-        acc = acc * decay[:, None]
         if SCALED:
-            weight = weight * of_v[None, :]
-        acc = tl.dot(weight.to(v.dtype), v, acc, input_precision="ieee")
+            total = total * decay + tl.sum(weight * inverse[None, :], 1)
+            weight = weight * (of_v * inverse)[None, :]
+        else:
+            total = total * decay + tl.sum(weight, 1)
+        sums = add_values(sums, decay, weight, v, TYPE, WIDE, SCALED)
         top = new_top
-    return acc, top, total
+    return end_sums(sums, M, BLOCK_D, SCALED), top, total
 
 
 @triton.jit
@@ -172,8 +163,10 @@ def append_newest(
     k = tl.load(new_k + at, mask=dim < D, other=0.0)
     v = tl.load(new_v + at, mask=dim < D, other=0.0)
     known = (page >= 0) & (page < PAGES) & (broken == 0)
-    slot = tl.where(known, page, 0).to(tl.int64) * (PAGE_STRIDE // D) + newest % PAGE
+    page = tl.where(known, page, 0).to(tl.int64)
+    at = page * PAGE_STRIDE + newest % PAGE * D + dim
     if SCALED:
+        slot = page * (PAGE_STRIDE // D) + newest % PAGE
         TYPE: tl.constexpr = k_head.dtype.element_ty
         k_numbers, k_scale = quantised(k[None, :], k_scales, False, LARGEST, TYPE)
         v_numbers, v_scale = quantised(v[None, :], v_scales, False, LARGEST, TYPE)
@@ -183,8 +176,8 @@ def append_newest(
         of_v = tl.sum(v_scale, 0)
         tl.store(k_scales + slot, of_k, mask=known)
         tl.store(v_scales + slot, of_v, mask=known)
-    tl.store(k_head + slot * D + dim, k, mask=(dim < D) & known)
-    tl.store(v_head + slot * D + dim, v, mask=(dim < D) & known)
+    tl.store(k_head + at, k, mask=(dim < D) & known)
+    tl.store(v_head + at, v, mask=(dim < D) & known)
     products = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1)
     v = v.to(tl.float32)
     if SCALED:

@@ -13,7 +13,7 @@ from ..cards import compute_capability
 from ..eight_bits import LARGEST
 from . import launch
 from .config import power
-from .tiles import quantised
+from .numbers import quantised
 
 __all__ = ["WRITTEN", "serves", "write_kernel", "write_tokens"]
 
