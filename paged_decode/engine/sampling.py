@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -188,52 +189,55 @@ def draw(
     """
     own = logits.astype(jnp.float32)  # the model's
     base = own if process is None else process(own)
-
-    def at_least(kind: Kind, found: Array, then: Callable, otherwise: Callable) -> Any:
-        if most is None:
-            return lax.cond(found, then, otherwise)
-        return then() if most >= kind else otherwise()
-
-    def number(logits: Array, highest: Array, tokens: Array) -> tuple[Array, Array]:
-        if numbers is None:
-            return _log_probability(logits, highest, tokens)
-        none = jnp.zeros(len(own), jnp.float32)
-        return lax.cond(
-            numbers, lambda: _log_probability(logits, highest, tokens), lambda: (none, none)
-        )
-
-    def shaped() -> tuple[Array, ...]:
-        logits = _shaped(base, rows, counts)
-        return logits, *_likeliest(logits)
-
     failed, first, highest = _likeliest(own)
     unshaped = base, *((failed, first, highest) if process is None else _likeliest(base))
-    logits, without, greedy, top = (
-        unshaped if plain else at_least(Kind.SHAPED, jnp.any(rows.shaped), shaped, lambda: unshaped)
-    )
     hot = rows.temperature > 0
     narrow = hot & ((rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0))
     heat = jnp.where(hot, rows.temperature, jnp.float32(1))[:, None]
+    none = jnp.zeros(len(own), jnp.float32)
 
-    def narrowed() -> Array:
-        return jnp.where(~narrow[:, None] | _kept(logits, top, heat, rows), logits, -jnp.inf)
+    def of(kind: Kind) -> Drawn:
+        logits, without, tokens, top = unshaped
+        if kind == Kind.SHAPED:
+            logits = _shaped(base, rows, counts)
+            without, tokens, top = _likeliest(logits)
 
-    def drawn() -> tuple[Array, Array]:
-        kept = at_least(Kind.NARROW, jnp.any(narrow), narrowed, lambda: logits)
-        noise = jax.vmap(_gumbel, (0, 0, None))(rows.seed, rows.index, logits.shape[-1])
-        cooled = _cooled(kept, top, heat)
-        choice = jnp.where(hot, jnp.argmax(cooled + noise, axis=-1).astype(jnp.int32), greedy)
-        logprob, _ = number(cooled, jnp.zeros_like(top), choice)
-        return choice, jnp.where(hot, logprob, jnp.float32(0))
+        def kept() -> Array:
+            return jnp.where(~narrow[:, None] | _kept(logits, top, heat, rows), logits, -jnp.inf)
 
-    tokens, processed = at_least(
-        Kind.WHOLE, jnp.any(hot), drawn, lambda: (greedy, jnp.zeros(len(own), jnp.float32))
-    )
+        cooled = None
+        if kind != Kind.GREEDY:
+            left = logits
+            if kind == Kind.NARROW:
+                left = kept()
+            elif kind == Kind.SHAPED:  # where nothing may be sorted
+                left = lax.cond(jnp.any(narrow), kept, lambda: logits)
+            cooled = _cooled(left, top, heat)
+            noise = jax.vmap(_gumbel, (0, 0, None))(rows.seed, rows.index, logits.shape[-1])
+            drawn = jnp.argmax(cooled + noise, axis=-1).astype(jnp.int32)
+            tokens = jnp.where(hot, drawn, tokens)
 
-    broken = jnp.where(without, jnp.int32(Broken.FORBIDDEN), jnp.int32(Broken.NO))
-    broken = jnp.where(failed, jnp.int32(Broken.MODEL), broken)
-    logprob, total = number(own, highest, tokens)
-    return Drawn(tokens, broken, logprob, processed, total)
+        def likely() -> tuple[Array, ...]:
+            logprob, total = _log_probability(own, highest, tokens)
+            if cooled is None:
+                return logprob, none, total
+            processed, _ = _log_probability(cooled, jnp.zeros_like(top), tokens)
+            return logprob, jnp.where(hot, processed, jnp.float32(0)), total
+
+        if numbers is None:
+            wanted = likely()
+        else:
+            wanted = lax.cond(numbers, likely, lambda: (none, none, none))
+        broken = jnp.where(without, jnp.int32(Broken.FORBIDDEN), jnp.int32(Broken.NO))
+        return Drawn(tokens, jnp.where(failed, jnp.int32(Broken.MODEL), broken), *wanted)
+
+    if most is not None:
+        return of(most)
+    found = jnp.int32(Kind.GREEDY)
+    for kind, rows_of in ((Kind.WHOLE, hot), (Kind.NARROW, narrow), (Kind.SHAPED, rows.shaped)):
+        found = jnp.where(jnp.any(rows_of), jnp.int32(kind), found)
+    kinds = [kind for kind in Kind if kind != Kind.SHAPED or not plain]
+    return lax.switch(found, [partial(of, kind) for kind in kinds])
 
 
 def _likeliest(logits: Array) -> tuple[Array, Array, Array]:
