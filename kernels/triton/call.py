@@ -35,6 +35,8 @@ def refusal(call: AttentionCall) -> str | None:
         return f"a card of compute capability {generation} has no float8_e4m3fn; use int8"
     if call.dim > MAX_DIM:
         return f"it serves D up to {MAX_DIM}; got D = {call.dim}"
+    if call.k_scales is not None and call.dim % 2:
+        return f"it reads pages of 8 bits by pairs of numbers; got D = {call.dim}"
     if call.group > MAX_GROUP:
         return f"it serves up to {MAX_GROUP} query heads a KV head; got {call.group}"
     if call.page_size & (call.page_size - 1):

@@ -14,14 +14,15 @@ that its weight comes from, and taken away again from what weights add up to.
 import triton
 import triton.language as tl
 
-from .. import eight_bits
+from .. import eight_bits, record
 
 __all__ = [
     "ROOM", "add_values", "begin_sums", "end_sums", "keys_times", "numbers", "powers", "quantised",
-    "query_parts",
+    "query_parts", "scales_of",
 ]  # fmt: skip
 
 LEAST = tl.constexpr(eight_bits.LEAST)
+LOG2E = tl.constexpr(record.LOG2E)
 # The greatest weight is 2**15 and not 2: the least that float16 tells from 0 is 2**-24.
 ROOM = tl.constexpr(14.0)
 # Inline assembler is for the card; the interpreter does the same in Triton's own words.
@@ -61,18 +62,27 @@ def powers(x):
 
 
 @triton.jit
-def query_parts(q, M: tl.constexpr, BLOCK_D: tl.constexpr, SCALED: tl.constexpr):
+def query_parts(
+    q,
+    M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    SCALED: tl.constexpr,
+):
     """A tile of q as `keys_times` takes it, and what to multiply its products by, `[M]`.
 
-    With SCALED, each row is divided by a power of two.
+    With SCALED, each row is divided by a power of two, which goes with what makes logits in base 2
+    of products, but for a soft cap.
     """
     if SCALED:
+        UNIT: tl.constexpr = 1.0 if SOFT_CAP > 0 else SCALE * LOG2E
         wide = q.to(tl.float32)
         power, inverse, _ = powers(tl.max(tl.abs(wide), 1))
         wide = wide * inverse[:, None]
         if q.dtype != tl.float32:
             wide = wide.to(tl.float16)
-        return tl.split(tl.reshape(wide, [M, BLOCK_D // 2, 2])), power
+        return tl.split(tl.reshape(wide, [M, BLOCK_D // 2, 2])), power * UNIT
     else:
         return q, tl.full([M], 1.0, tl.float32)
 
@@ -109,6 +119,16 @@ def numbers(
         return tl.load(head + at, mask=(dim < WIDTH)[None, :], other=0)
     else:
         return tl.load(head + at)
+
+
+@triton.jit
+def scales_of(head, slot, live):
+    """What `numbers` in these slots are multiplied by.
+
+    The sum of one number each keeps Triton from loading them in the layout of the products, where
+    every thread would copy those of all tokens.
+    """
+    return tl.sum(tl.load(head + slot[:, None], mask=live[:, None], other=0.0), 1)
 
 
 @triton.jit

@@ -61,7 +61,7 @@ def _decode(
     call: AttentionCall, card: Card, config: DecodeConfig, append: bool, slots: bool
 ) -> Plan:
     rows, heads = call.rows, call.kv_heads
-    block_g, block_d = power(call.group), max(power(call.dim), 16)
+    block_g, block_d = power(call.group), _block_d(call)
     full = -(-call.capacity // config.tokens)  # tiles of a row that fills its table
     # Every program adds up the tiles of all rows and KV heads in int32.
     fits = rows <= MAX_SPLIT_ROWS and rows * full * heads < INT32
@@ -100,7 +100,7 @@ def _decode(
 
 def _tail(call: AttentionCall, config: TailConfig) -> Plan:
     heads, m = call.kv_heads, config.queries
-    block_d = max(power(call.dim), 16)
+    block_d = _block_d(call)
     tiles = -(-call.tokens * call.group // m)
     items = call.rows * tiles
     blocks = -(-call.capacity // config.tokens)
@@ -131,6 +131,11 @@ def _tail(call: AttentionCall, config: TailConfig) -> Plan:
         constants["WINDOW"] = 0
     counters = items * heads if split else 0
     return _plan(call, config, programs * heads, constants, counters, (max(slots * heads, 1), m))
+
+
+def _block_d(call: AttentionCall) -> int:
+    """D as tiles have it: a product is over 16 numbers or more, and over halves of 8 bits."""
+    return max(power(call.dim), 16 if call.k_scales is None else 32)
 
 
 def _constants(call: AttentionCall) -> dict[str, Any]:

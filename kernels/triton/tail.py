@@ -31,6 +31,7 @@ from .numbers import (
     numbers,
     powers,
     query_parts,
+    scales_of,
 )  # fmt: skip
 from .tiles import LOG2E, page_ids, scaled
 from .work import padding_of, place_of_tile, visible_of_tile
@@ -109,14 +110,14 @@ def _attend_blocks(
         k = numbers(k_head, slot, mask, MASKED, D, BLOCK_D, SCALED)
         v = numbers(v_head, slot, mask, MASKED, D, BLOCK_D, SCALED)
         if SCALED:
-            of_k = tl.load(k_scales + slot, mask=mask, other=0.0)
-            of_v = tl.load(v_scales + slot, mask=mask, other=0.0)
+            of_k = scales_of(k_scales, slot, mask)
+            of_v = scales_of(v_scales, slot, mask)
         after = token + step
         ids = page_ids(table, after, after < end, PAGE)
         logits = keys_times(q, k, TYPE, SCALED)
         if SCALED:
             logits = logits * of_q[:, None] * of_k[None, :]
-        if not FOLDED:
+        if SOFT_CAP > 0 or not (FOLDED or SCALED):
             logits = scaled(logits, SCALE, SOFT_CAP)
         if SCALED:
             _, inverse, exponent = powers(of_v)
@@ -301,7 +302,7 @@ def tail_kernel(
         v_head = v_pages + head * D
         k_scales += head
         v_scales += head
-        q_parts, of_q = query_parts(q_tile, M, BLOCK_D, SCALED)
+        q_parts, of_q = query_parts(q_tile, M, BLOCK_D, SCALE, SOFT_CAP, SCALED)
         sums = begin_sums(M, BLOCK_D, SCALED)
         top = tl.full([M], -float("inf"), tl.float32)
         total = tl.zeros([M], tl.float32)

@@ -14,6 +14,7 @@ from .numbers import (
     powers,
     quantised,
     query_parts,
+    scales_of,
 )  # fmt: skip
 
 __all__ = ["LOG2E", "append_newest", "attend_tiles", "page_ids", "q_rows", "scaled"]
@@ -78,7 +79,7 @@ def attend_tiles(
     """
     TYPE: tl.constexpr = k_head.dtype.element_ty
     column = tl.arange(0, TOKENS)
-    q, of_q = query_parts(q, M, BLOCK_D, SCALED)
+    q, of_q = query_parts(q, M, BLOCK_D, SCALE, SOFT_CAP, SCALED)
     WIDE: tl.constexpr = q[0].dtype if SCALED else q.dtype
     sums = begin_sums(M, BLOCK_D, SCALED)
     top = tl.full([M], -float("inf"), tl.float32)
@@ -94,14 +95,16 @@ def attend_tiles(
         k = numbers(k_head, slot, live, True, D, BLOCK_D, SCALED)
         v = numbers(v_head, slot, live, True, D, BLOCK_D, SCALED)
         if SCALED:
-            of_k = tl.load(k_scales + slot, mask=live, other=0.0)
-            of_v = tl.load(v_scales + slot, mask=live, other=0.0)
+            of_k = scales_of(k_scales, slot, live)
+            of_v = scales_of(v_scales, slot, live)
         after = token + step
         ids = page_ids(table, after, after < end, PAGE)
         products = keys_times(q, k, TYPE, SCALED)
         if SCALED:
             products = products * of_q[:, None] * of_k[None, :]
-        logits = scaled(products, SCALE, SOFT_CAP)
+        logits = products
+        if SOFT_CAP > 0 or not SCALED:
+            logits = scaled(products, SCALE, SOFT_CAP)
         bias = tl.where(known & (broken == 0), 0.0, float("nan"))
         if SCALED:
             _, inverse, exponent = powers(of_v)

@@ -200,7 +200,13 @@ class SamplingParams:
     @property
     def is_shaped(self) -> bool:
         """Whether its logits are not those of the model."""
-        return self.is_penalized or self.allowed_tokens is not None or bool(self.named())
+        return self.is_penalized or self.names
+
+    @property
+    def names(self) -> bool:
+        """Whether it names tokens to allow, to forbid, or to add to their logits."""
+        some = self.logit_bias or self.bad_tokens or (self.min_new_tokens and self.stop_tokens)
+        return self.allowed_tokens is not None or bool(some)
 
     @property
     def searched(self) -> bool:
@@ -209,6 +215,8 @@ class SamplingParams:
 
     def named(self) -> list[tuple[int, float, int]]:
         """`id, what is added to its logit, before which token` of all that it names."""
+        if not self.names:
+            return []
         always = dict.fromkeys(self.allowed_tokens or (), 0.0)
         always |= dict(self.bias_pairs) | dict.fromkeys(self.bad_tokens, -_INF)
         early = set(self.stop_tokens) if self.min_new_tokens else set()

@@ -150,6 +150,14 @@ def test_pages_of_8_bits_spill_nothing_where_one_token_is_new(card, dtype):
     launch = launched(CARDS[card], append=True, **BASE | dict(dtype=dtype))
     need = needs(launch, CARDS[card])
     assert need.stack_bytes == 0 and need.shared_bytes <= CARDS[card].block_bytes
+    # Single bytes would come out of shared memory one by one.
+    assert "ld.shared.b8" not in need.listing and "ld.shared.u8" not in need.listing
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_pages_of_8_bits_compile_for_the_smallest_heads(tokens):
+    call = BASE | dict(dtype="int8", dim=16, rows=2, columns=4, tokens=tokens)
+    assert needs(launched(CARDS["sm_90"], **call), CARDS["sm_90"]).stack_bytes <= 192
 
 
 # One call for every tiling of T > 1; what a card without a table gets comes with the last three.
