@@ -18,7 +18,7 @@ import torch
 from paged_decode.kernels import paged_attention
 from paged_decode.kernels.eight_bits import LARGEST, LEAST
 
-__all__ = ["SYSTEMS", "Arrays", "GridCase", "warm_flashinfer", "wide"]
+__all__ = ["SYSTEMS", "Arrays", "GridCase", "pool_of", "warm_flashinfer", "wide"]
 
 Call = Callable[[], Any]
 Bind = Callable[["Arrays"], Call]
@@ -27,7 +27,7 @@ Bind = Callable[["Arrays"], Call]
 Pools = tuple[tuple[torch.Tensor, torch.Tensor], ...]
 
 
-def _pool(pages: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+def pool_of(pages: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Pages in this dtype and their scales `[N, Hk, S]`, which are 1 but for 8 bits."""
     if dtype == str(pages.dtype).removeprefix("torch."):
         return pages, torch.ones(pages.shape[:-1], device=pages.device)
@@ -93,7 +93,7 @@ class Arrays:
     def pools(self, dtype: str) -> Pools:
         """K and V as pages of this dtype, each with its scales: of 8 bits, those of the library."""
         if dtype not in self._pools:
-            self._pools[dtype] = tuple(_pool(pages, dtype) for pages in (self.k, self.v))
+            self._pools[dtype] = tuple(pool_of(pages, dtype) for pages in (self.k, self.v))
         return self._pools[dtype]
 
     def row(self, pages: torch.Tensor, row: int) -> torch.Tensor:

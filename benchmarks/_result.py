@@ -33,6 +33,13 @@ def spread(seconds: Iterable[float]) -> dict[str, float]:
     return {"median_s": statistics.median(times), "min_s": times[0], "max_s": times[-1]}
 
 
+def _is_installed(package: str) -> bool:
+    try:
+        return bool(metadata.version(package))
+    except metadata.PackageNotFoundError:
+        return False
+
+
 def write_result(
     name: str,
     records: Sequence[dict[str, Any]],
@@ -49,7 +56,7 @@ def write_result(
         and whatever else belongs to it, with units in the names.
       command: what to type to get the file again.
       device: an accelerator, as `jax.Device.device_kind` names it; None is the CPU.
-      packages: distributions whose versions matter.
+      packages: distributions whose versions matter, of those that are installed.
     """
     result = {
         "benchmark": name,
@@ -57,7 +64,7 @@ def write_result(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device or cpu_name(),
         "versions": {"python": platform.python_version()}
-        | {package: metadata.version(package) for package in packages},
+        | {package: metadata.version(package) for package in packages if _is_installed(package)},
         "records": list(records),
     }
     RESULTS.mkdir(exist_ok=True)

@@ -10,6 +10,8 @@ the host's.
 """
 
 import argparse
+import importlib
+import itertools
 import os
 import statistics
 import subprocess
@@ -311,6 +313,32 @@ def smollm2_cases() -> Iterator[tuple[str, Callable[[], float]]]:
     yield "SmolLM2, 8 rows, 96 tokens", lambda: run(8)
 
 
+def llama_cases() -> Iterator[tuple[str, Callable[[], float]]]:
+    """Llama-3.1-8B's shapes with random weights, on a CPU tiny ones: one request and 64."""
+    importlib.import_module("paged_decode")  # before `_llama_shapes` puts this checkout in front
+    import jax
+    from _engine_runs import make_engine, prompts, submit
+    from _llama_shapes import llama_shapes
+
+    small = jax.default_backend() == "cpu"
+    shapes = llama_shapes(small=small)
+    sizes: Any = dict(tokens=64 * 128, longest=128, max_rows=64, row_buckets=(1, 64))
+    seeds = itertools.count()
+    engine = make_engine(shapes, decode_steps=8, prefill_chunk=64, prefill_rows=8, **sizes)
+
+    def run(rows: int) -> float:
+        for prompt in prompts(shapes, [33] * rows, seed=next(seeds)):
+            submit(engine, prompt, 64)
+        start = time.perf_counter()
+        while not engine.idle:
+            engine.step()
+        return time.perf_counter() - start
+
+    name = "small" if small else "8B"
+    yield f"Llama {name}, 1 row, 64 tokens", lambda: run(1)
+    yield f"Llama {name}, 64 rows, 64 tokens", lambda: run(64)
+
+
 def work(kinds: list[str]) -> None:
     """Name the cases, then run the one whose number comes in, and print its seconds."""
     known = dict(
@@ -320,6 +348,7 @@ def work(kinds: list[str]) -> None:
         allocator=allocator_cases,
         engine=engine_cases,
         smollm2=smollm2_cases,
+        llama=llama_cases,
     )
     cases = [case for kind in kinds for case in known[kind]()]
     print("\t".join(name for name, _ in cases), flush=True)

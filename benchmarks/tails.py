@@ -2,6 +2,7 @@
 
 python benchmarks/tails.py                 # every case, about 5 minutes on 16 cores
 python benchmarks/tails.py --quick --name tails_quick
+python benchmarks/tails.py --eight-bits --name tails_8bit    # pages of 8 bits beside ours of 16
 
 Ours are both GPU kernels, called through JAX. The cases of `CHOICE` are for the choice of the
 dispatch between them, and no peer runs them. The time is device time with a cold L2
@@ -14,13 +15,15 @@ Peers are used if they are installed: flashinfer-python 0.5.3 (its FA2 and FA3 p
 
 import argparse
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import torch
 from _gpu_timing import Timer
+from _grid_systems import pool_of, wide
 from _result import spread, write_result
 
 from paged_decode import paged_attention
@@ -97,13 +100,13 @@ class Arrays:
         used = self.table[row, : self.ends[row + 1] - self.ends[row]].long()
         return pages[used].transpose(0, 1).reshape(KV_HEADS, -1, DIM)[:, : self.lens[row]]
 
-    def errors(self, out: torch.Tensor) -> float:
-        """Relative error of up to 64 queries of every row, compared in float32."""
+    def errors(self, out: torch.Tensor, pools: Sequence[torch.Tensor]) -> float:
+        """Relative error of up to 64 queries of every row over these pages, in float32."""
         some = np.unique(np.linspace(0, self.tokens - 1, 64).astype(int))
         wrong = size = 0.0
         for row, length in enumerate(self.lens):
             q = self.q[row, some].float().reshape(len(some), KV_HEADS, -1, DIM)
-            k, v = (self.row(pages, row).float() for pages in (self.k, self.v))
+            k, v = (self.row(pages, row).float() for pages in pools)
             logits = torch.einsum("thgd,hnd->hgtn", q, k) * DIM**-0.5
             seen = torch.arange(length, device="cuda")
             position = torch.from_numpy(some).cuda() + length - self.tokens
@@ -121,6 +124,30 @@ def ours(arrays: Arrays, implementation: str) -> Call:
     attend = jax.jit(lambda *a: paged_attention(*a, implementation=[implementation]))
     compiled = attend.lower(*given).compile()
     return lambda: compiled(*given).block_until_ready()
+
+
+def ours_in_8_bits(arrays: Arrays, dtype: str, implementation: str) -> Call:
+    """The same over pages of 8 bits with scales."""
+    pools = [pool_of(pages, dtype) for pages in (arrays.k, arrays.v)]
+    numbers = [_on_card(each.view(torch.int8))[0] for each, _ in pools]
+    k, v = (jax.lax.bitcast_convert_type(each, dtype) for each in numbers)
+    q, table, lens, of_k, of_v = _on_card(
+        arrays.q, arrays.table, arrays.seq_lens, *(scales for _, scales in pools)
+    )
+
+    @jax.jit
+    def attend(q: Any, k: Any, v: Any, table: Any, lens: Any, of_k: Any, of_v: Any) -> Any:
+        scales: Any = dict(k_scales=of_k, v_scales=of_v)
+        return paged_attention(q, k, v, table, lens, **scales, implementation=[implementation])
+
+    given = q, k, v, table, lens, of_k, of_v
+    compiled = attend.lower(*given).compile()
+
+    def call() -> Any:
+        return compiled(*given).block_until_ready()
+
+    call.pools = [wide(*each) for each in pools]  # pyright: ignore[reportFunctionMemberAccess]
+    return call
 
 
 def one_token(arrays: Arrays) -> Call:
@@ -173,6 +200,11 @@ OURS: dict[str, Callable[[Arrays], Call]] = {
     "paged-decode/triton": lambda a: ours(a, "triton"),
     "paged-decode/pallas_gpu": lambda a: ours(a, "pallas_gpu"),
 }
+EIGHT_BITS: dict[str, Callable[[Arrays], Call]] = {
+    f"{backend}/{dtype}": lambda a, d=dtype, b=backend: ours_in_8_bits(a, d, b)
+    for backend in ("triton", "pallas_gpu")
+    for dtype in ("int8", "float8_e4m3fn")
+}
 PEERS: dict[str, Callable[[Arrays], Call]] = {
     "flashinfer/fa3": lambda a: flashinfer(a, "fa3"),
     "flashinfer/fa2": lambda a: flashinfer(a, "fa2"),
@@ -199,7 +231,8 @@ def measure(
             continue
         torch.cuda.synchronize()
         out = torch.utils.dlpack.from_dlpack(out) if isinstance(out, jax.Array) else out
-        errors[name] = arrays.errors(out.reshape(arrays.q.shape))
+        pools = getattr(call, "pools", (arrays.k, arrays.v))
+        errors[name] = arrays.errors(out.reshape(arrays.q.shape), pools)
         if errors[name] > TOLERANCE:
             yield dict(case=case, system=name, error=f"wrong by {errors[name]:.1e}")
             continue
@@ -215,12 +248,14 @@ def main() -> None:
     """Run the cases and store them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--eight-bits", action="store_true", help="pages of 8 bits, no peers")
     parser.add_argument("--name", default="tails", help="of the result file")
     args = parser.parse_args()
     os.environ.setdefault("FLASHINFER_CUDA_ARCH_LIST", "9.0a")
     records, timer = [], Timer()
-    run = [] if args.quick else [(case, OURS) for case in CHOICE]
-    run += [(case, OURS | PEERS) for case in (QUICK if args.quick else CASES)]
+    run = [] if args.quick or args.eight_bits else [(case, OURS) for case in CHOICE]
+    beside = EIGHT_BITS if args.eight_bits else PEERS
+    run += [(case, OURS | beside) for case in (QUICK if args.quick else CASES)]
     for (tokens, lens), systems in run:
         for record in measure(timer, tokens, lens, systems):
             records.append(record)
@@ -233,7 +268,7 @@ def main() -> None:
                 f"T={tokens:5} {record['case']['lengths']:<34} {record['system']:23} {told}",
                 flush=True,
             )
-    command = "python benchmarks/tails.py" + " --quick" * args.quick
+    command = " ".join(["python", *sys.argv])
     packages = ["jax", "jaxlib", "triton", "torch"]
     if any(r["system"].startswith("flashinfer") and "error" not in r for r in records):
         packages.append("flashinfer-python")

@@ -17,6 +17,7 @@ __all__ = ["attend", "prefers", "refusal", "run"]
 DECODE_DIMS = (64, 128)
 MAX_GROUP = 64  # rows of a product of the matrix unit
 MIN_PAGE = 8  # rows of a swizzled block of shared memory
+WIDENED_BYTES = 2**30  # of pages of 8 bits that are made such of 16 for one call
 _INDEX = 2**31
 
 
@@ -26,12 +27,12 @@ def refusal(call: AttentionCall) -> str | None:
         return f"it runs on NVIDIA Hopper GPUs, not on {call.platform}"
     if (card := compute_capability()) != "9.0":
         return f"it is built for compute capability 9.0 (Hopper), not {card}"
-    return shape_refusal(call) or _missing()
+    return shape_refusal(call) or _missing() or _widening_refusal(call)
 
 
 def shape_refusal(call: AttentionCall) -> str | None:
     """Why no kernel can be built for the shapes and dtypes of `call`, or None."""
-    if (reason := call.pages_refusal()) is not None:
+    if (reason := call.pages_refusal(scales=call.tokens > 1)) is not None:
         return reason
     if call.tail_mask is not None:
         return "it does not serve tail_mask (draft trees)"
@@ -62,7 +63,11 @@ def prefers(call: AttentionCall) -> bool:
 
 
 def attend(call: AttentionCall) -> tuple[Float[Array, "B T Hq D"], Float[Array, "B T Hq"]]:
-    """Serve `call` in one launch."""
+    """Serve `call` in one launch, and one before it where pages have 8 bits."""
+    if call.k_scales is not None:
+        from ..triton.widen import widened
+
+        call = widened(call)
     return run(call, Plan.of(call, Card.here()))
 
 
@@ -116,6 +121,22 @@ def _tail(call: AttentionCall, plan: Plan, arrays: dict[str, Any], interpret: ob
     query_lens = call.seq_lens if call.query_lens is None else call.query_lens
     out, lse = launched(*Inputs(q=q, query_lens=query_lens, **arrays))
     return out[:, before:], jnp.swapaxes(lse, 1, 2)[:, before:]
+
+
+def _widening_refusal(call: AttentionCall) -> str | None:
+    """Why pages of 8 bits cannot be made such of 16 for this kernel, or None."""
+    if call.k_scales is None:
+        return None
+    if call.q.dtype != jnp.bfloat16:
+        return f"pages of 8 bits are made such of bfloat16, not of {call.q.dtype}"
+    try:
+        from ..triton import launch
+        from ..triton.widen import widened_bytes
+    except ImportError as error:
+        return f"pages of 8 bits are widened by Triton: {error}"
+    if (size := widened_bytes(call)) > WIDENED_BYTES:
+        return f"widened pages may take {WIDENED_BYTES >> 20} MiB; got {size >> 20} MiB"
+    return launch.problem()
 
 
 def _missing() -> str | None:

@@ -139,6 +139,17 @@ _DECODE = _Tuned(
         (256, "many long"): _Tiling(tokens=64, warps=8, stages=3, programs=1),
     },
 )
+# The same of pages of 8 bits, for all kinds of call: half as many bytes to fetch at a time, and
+# more to do with each.
+_EIGHT_BITS = _Tuned(
+    card="NVIDIA H200",
+    command="python benchmarks/tune_triton.py --dtype int8 --name tune_triton_8bit",
+    tilings={
+        64: _Tiling(tokens=128, warps=4, stages=3, programs=3),
+        128: _Tiling(tokens=128, warps=4, stages=3, programs=2),
+        256: _Tiling(tokens=64, warps=4, stages=3, programs=2),
+    },
+)
 # Full tiles, by head dim.
 _TAILS = _Tuned(
     card="NVIDIA H200",
@@ -182,7 +193,7 @@ def _decode_config(call: AttentionCall, card: Card) -> DecodeConfig:
     processors = card.processors
     twice = 2 * lanes * max(processors // lanes, 1)
     small = dict(even=twice, least=2 * processors)
-    if call.itemsize == 4:
+    if call.q.dtype.itemsize == 4:
         # Exact float32 products do not use the matrix unit: small tiles, many programs.
         return DecodeConfig(tokens=16, warps=4, stages=2, ragged=4 * processors, **small)
     if card.generation not in _BIG_SHARED_MEMORY:
@@ -192,7 +203,10 @@ def _decode_config(call: AttentionCall, card: Card) -> DecodeConfig:
     long = call.capacity > _LONG_ROW[kind]
     if kind == "few":
         long = long and call.rows > 1 and lanes * call.capacity >= _LONG_BATCH
-    found = _DECODE.tilings[_table_dim(call), kind + " long" * long]
+    dim = _table_dim(call)
+    found = _DECODE.tilings[dim, kind + " long" * long]
+    if call.itemsize == 1:
+        found = _EIGHT_BITS.tilings[dim]
     least = found.programs * processors * 19 // 20  # a wave may be a little short of full
     return DecodeConfig(
         tokens=found.tokens,
@@ -208,7 +222,7 @@ def _decode_config(call: AttentionCall, card: Card) -> DecodeConfig:
 def _tail_config(call: AttentionCall, card: Card) -> TailConfig:
     queries = max(power(call.tokens * call.group), 16)
     processors, dim = card.processors, _table_dim(call)
-    if call.itemsize == 4:
+    if call.q.dtype.itemsize == 4:
         # Exact float32 products do not use the matrix unit: small tiles, many programs.
         return TailConfig(queries=16, tokens=16, warps=4, stages=2, aim=4 * processors)
     if card.generation not in _WARPGROUPS:

@@ -83,7 +83,7 @@ def attend_tiles(
     WIDE: tl.constexpr = q[0].dtype if SCALED else q.dtype
     sums = begin_sums(M, BLOCK_D, SCALED)
     top = tl.full([M], -float("inf"), tl.float32)
-    total = tl.zeros([M], tl.float32)
+    total = tl.zeros([M, TOKENS], tl.float32)  # summed at the end: warps need not meet for it
     for tile in tl.range(begin, end, step, num_stages=STAGES):
         token = tile + column
         live = (token >= first) & (token < end)
@@ -118,13 +118,13 @@ def attend_tiles(
         weight = tl.exp2(logits - base[:, None])
         decay = tl.exp2(top - base)
         if SCALED:
-            total = total * decay + tl.sum(weight * inverse[None, :], 1)
+            total = total * decay[:, None] + weight * inverse[None, :]
             weight = weight * (of_v * inverse)[None, :]
         else:
-            total = total * decay + tl.sum(weight, 1)
+            total = total * decay[:, None] + weight
         sums = add_values(sums, decay, weight, v, TYPE, WIDE, SCALED)
         top = new_top
-    return end_sums(sums, M, BLOCK_D, SCALED), top, total
+    return end_sums(sums, M, BLOCK_D, SCALED), top, tl.sum(total, 1)
 
 
 @triton.jit

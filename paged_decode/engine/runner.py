@@ -259,7 +259,12 @@ class DeviceRunner:
     # ---- plans
 
     def prefill(self, plan: Prefill) -> Launched:
-        """Launch the program; nothing is read."""
+        """Launch the program; nothing is read.
+
+        Where the launching thread has nothing else to do, it returns when that has begun: the
+        thread needs Python's lock, which it would get late while the caller plans what comes next,
+        and the device would have nothing to do meanwhile.
+        """
         told = self._told(plan.enter, plan.tables)
         program = self._executable("score" if plan.scored else "prefill", plan.width)
         if plan.scored:
@@ -272,10 +277,14 @@ class DeviceRunner:
             self._cache = self._cache.copy_pages(plan.copies)
             self._tell(told)
             args = self._cache, self._table, self.params, self._put(message)
+            launched.begun.set()
             self._cache, over = program(*args)
             return over
 
+        idle = self._last is None or self._last.future.done()
         launched = self._launch(job)
+        if idle:
+            launched.begun.wait()
         if plan.scored:
             slots = np.array([chunk.slot for chunk in plan.chunks], np.int64)
             counts = [len(chunk.tokens) for chunk in plan.chunks]

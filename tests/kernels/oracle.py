@@ -48,7 +48,7 @@ MAY_REFUSE = {
     "pallas_tpu": _TPU,
     TPU: _TPU,
     "pallas_gpu": (
-        _TREES, "tf32", "q of dtype", "got D =", "page sizes; got", "does not read pages of 8 bits",
+        _TREES, "tf32", "q of dtype", "got D =", "page sizes; got", "pages of 8 bits",
     ),
 }  # fmt: skip
 
