@@ -17,7 +17,6 @@ __all__ = ["attend", "prefers", "refusal", "run"]
 DECODE_DIMS = (64, 128)
 MAX_GROUP = 64  # rows of a product of the matrix unit
 MIN_PAGE = 8  # rows of a swizzled block of shared memory
-WIDENED_BYTES = 2**30  # of pages of 8 bits that are made such of 16 for one call
 _INDEX = 2**31
 
 
@@ -124,19 +123,14 @@ def _tail(call: AttentionCall, plan: Plan, arrays: dict[str, Any], interpret: ob
 
 
 def _widening_refusal(call: AttentionCall) -> str | None:
-    """Why pages of 8 bits cannot be made such of 16 for this kernel, or None."""
+    """Why pages of 8 bits cannot be widened for this kernel, or None."""
     if call.k_scales is None:
         return None
-    if call.q.dtype != jnp.bfloat16:
-        return f"pages of 8 bits are made such of bfloat16, not of {call.q.dtype}"
     try:
-        from ..triton import launch
-        from ..triton.widen import widened_bytes
+        from ..triton import launch, widen
     except ImportError as error:
         return f"pages of 8 bits are widened by Triton: {error}"
-    if (size := widened_bytes(call)) > WIDENED_BYTES:
-        return f"widened pages may take {WIDENED_BYTES >> 20} MiB; got {size >> 20} MiB"
-    return launch.problem()
+    return widen.problem(call) or launch.problem()
 
 
 def _missing() -> str | None:

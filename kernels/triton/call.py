@@ -9,7 +9,8 @@ from jaxtyping import Array, Float, Int32
 
 from ..cards import Card, compute_capability, zero_counters
 from ..record import AttentionCall
-from . import launch
+from . import launch, widen
+from .config import FEW_QUERIES
 from .decode import decode_kernel
 from .plan import Plan
 from .tail import tail_kernel
@@ -71,6 +72,8 @@ def run(
     call: AttentionCall, card: Card, newest: tuple[Array, Array, Array | None] | None = None
 ) -> list[Array]:
     """The launch as a custom call: out, lse, two scratches and the pages, if they are written."""
+    if call.k_scales is not None and not call.one_token and _many_queries(call):
+        call = widen.widened(call)
     append, (k, v, slots) = newest is not None, newest or (None, None, None)
     plan = Plan.of(call, card, append=append, slots=slots is not None)
     inputs = _inputs(call, plan)
@@ -86,6 +89,12 @@ def run(
     written = dict(rewritten=WRITTEN[:count], aliases=POOLS_AT[:count] if append else ())
     written["constants"] = plan.constants | dict.fromkeys(WRITTEN[count:], 0)
     return _launched(decode_kernel, inputs, plan, "paged_decode", written)
+
+
+def _many_queries(call: AttentionCall) -> bool:
+    """Whether so many queries share keys and values that taking bytes apart for each tile of them
+    costs more than doing it once."""
+    return call.tokens * call.group > FEW_QUERIES and widen.problem(call) is None
 
 
 def _inputs(call: AttentionCall, plan: Plan) -> tuple[Array, ...]:

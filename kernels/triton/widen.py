@@ -16,8 +16,9 @@ from ..record import AttentionCall
 from . import launch
 from .config import power
 
-__all__ = ["widen_kernel", "widened", "widened_bytes"]
+__all__ = ["problem", "widen_kernel", "widened"]
 
+MOST_BYTES = 2**30  # of widened pages
 BLOCK = 8192  # numbers of K, and as many of V, that a program moves; a power of two
 WARPS = 8
 
@@ -70,10 +71,14 @@ def widen_kernel(
         tl.store(v_out + at, v.to(v_out.dtype.element_ty), mask=mask)
 
 
-def widened_bytes(call: AttentionCall) -> int:
-    """What `widened` makes of a call takes so much memory."""
-    tokens = call.rows * call.capacity
-    return 2 * tokens * call.kv_heads * call.dim * call.q.dtype.itemsize
+def problem(call: AttentionCall) -> str | None:
+    """Why `widened` is not for a call over pages of 8 bits, or None."""
+    if call.q.dtype != jnp.bfloat16:
+        return f"pages of 8 bits are widened to bfloat16, not to {call.q.dtype}"
+    size = 2 * call.rows * call.capacity * call.kv_heads * call.dim * call.q.dtype.itemsize
+    if size > MOST_BYTES:
+        return f"pages of 8 bits are widened to {MOST_BYTES >> 20} MiB at most; got {size >> 20}"
+    return None
 
 
 def widened(call: AttentionCall) -> AttentionCall:

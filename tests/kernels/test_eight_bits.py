@@ -21,6 +21,7 @@ READ = {
     "float32": Case((0, 1, 15, 16, 17, 48), 2, 3, 64, 16, 3),
     "bfloat16, D = 80": Case((33, 0, 1, 64), 1, 4, 80, 32, 2, dtype="bfloat16"),
     "float16, T = 3": Case((3, 20, 0, 40), 2, 2, 64, 16, 3, tokens=3, dtype="float16"),
+    "bfloat16, T = 24": Case((48, 0, 24, 40), 2, 3, 64, 16, 3, tokens=24, dtype="bfloat16"),
     "T = 5, options": Case(
         (0, 1, 15, 16, 17, 48),
         2,
@@ -216,7 +217,7 @@ def test_one_layer_of_a_stack_is_written_and_read(backend, pages, size):
     one = {name: jnp.array(pool) for name, pool in one.items()}
     call = dict(q=inputs.q, k=k, v=v, implementation=backend, **tables)
     want, got = append_and_attend(**call, **one), append_and_attend(**call, **three, layer=1)
-    same_bits(got[0], want[0])
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5, atol=1e-6)  # two programs
     same_bits([pool[1] for pool in got[1:]], want[1:])
     old = (inputs.k_pages, inputs.v_pages, *inputs.scales.values())
     same_bits([pool[2] for pool in got[1:]], old)
