@@ -101,13 +101,15 @@ def plan_adoption(
     for each in links[: len(state.entry_pages)]:
         found, page = cache.index.get(each.digest), int(pages[0][each.place])
         past = None if found is None else cache.eviction.known.get(found.page)
-        coming[page] = successor(page, each.depth, past)
+        coming[page] = successor(page, each.depth, past, each.digest)
     idle = [pages[0][state.entry_pages[state.evictable]]]
     retired: list[Any] = [cache.eviction.plan(idle[0].tolist(), coming) if caching else []]
     for group, its, ids in zip(others, state.groups, pages[1:], strict=True):
         gone, queue = ids[its.evicted_first], group.pool.cache.eviction
         if caching:  # who asks for the history of a page that is not published finds its depth
-            queue.depths[gone] = [links[entry].depth for entry in its.entries[its.evictable]]
+            theirs = [links[entry] for entry in its.entries[its.evictable].tolist()]
+            queue.depths[gone] = [link.depth for link in theirs]
+            queue.name(gone.tolist(), [link.digest for link in theirs])
         idle.append(gone)
         retired.append(queue.plan(gone[its.num_passed :].tolist()) if caching else [])
     return Adoption(roots, links, chains, idle, retired)

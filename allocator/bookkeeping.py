@@ -86,7 +86,7 @@ class Bookkeeping:
 
         self.main = group(0, cache)  # the first group is full, and has the tokens
         others = range(1, len(pools))
-        self.others = tuple(group(i, Companions(pools[i][0], cache)) for i in others)
+        self.others = tuple(group(i, Companions(pools[i][0], cache, i)) for i in others)
         cache.followers = [group.pool.drop for group in self.others]
         self.groups: tuple[PageGroup, ...] = (self.main, *self.others)
         self.windows = tuple(group for group in self.others if group.window is not None)

@@ -21,8 +21,8 @@ class Companions(CachedPages[TailQueue]):
       serials: int64 `[N]`, with which entry each published page goes.
     """
 
-    def __init__(self, num_pages: int, leader: PrefixCache):
-        super().__init__(num_pages, TailQueue(num_pages, leader.rank))
+    def __init__(self, num_pages: int, leader: PrefixCache, group: int = 1):
+        super().__init__(num_pages, TailQueue(num_pages, leader.rank, group))
         self.leader = leader
         self.pages: dict[int, int] = {}
         self.serials = np.zeros(num_pages, np.int64)
@@ -38,6 +38,7 @@ class Companions(CachedPages[TailQueue]):
         serials = [entry.serial for entry in entries]
         self.pages.update(zip(serials, pages, strict=True))
         self.serials[pages], self.eviction.depths[pages] = serials, depths
+        self.eviction.name(pages, [entry.digest for entry in entries])
         self.published[pages] = True
         self.eviction.inherit(pages, self.leader.eviction, [entry.page for entry in entries])
 

@@ -7,6 +7,7 @@ changed yet. What the ranks give is kept in a heap here, so nobody is asked to e
 import heapq
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -40,6 +41,8 @@ class CachedPage(NamedTuple):
       uses: how often that happened.
       inflation: the largest first number of a rank that was evicted so far, for ageing costs.
       priority: what `BlockAllocator.prioritize` was told, else 0.
+      digest: names its tokens and all before them, as `page_digests` does; it outlives the page.
+      group: of layers; in others than the first, 0, times count tails and not pages.
     """
 
     page: int
@@ -49,6 +52,8 @@ class CachedPage(NamedTuple):
     uses: int = 0
     inflation: Number = 0.0
     priority: int = 0
+    digest: bytes = b""
+    group: int = 0
 
 
 @runtime_checkable
@@ -139,16 +144,20 @@ class EvictionQueue(Ranked):
     def __len__(self) -> int:
         return len(self._queued)
 
-    def publish(self, page: int, depth: int, past: CachedPage | None = None) -> None:
+    def publish(
+        self, page: int, depth: int, past: CachedPage | None = None, digest: bytes = b""
+    ) -> None:
         """The page entered the cache; one that replaces an equal page inherits its history."""
         if self._rank is not None:
-            self.known[page] = successor(page, depth, past)
+            self.known[page] = successor(page, depth, past, digest)
 
-    def publish_each(self, pages: Iterable[int], depths: Iterable[int]) -> None:
+    def publish_each(
+        self, pages: Iterable[int], depths: Iterable[int], digests: Iterable[bytes]
+    ) -> None:
         """The same for many, of which none replaces another."""
         if self._rank is not None:
-            for page, depth in zip(pages, depths, strict=True):
-                self.publish(page, depth)
+            for page, depth, digest in zip(pages, depths, digests, strict=True):
+                self.publish(page, depth, None, digest)
 
     def plan(
         self, pages: Sequence[int], coming: Mapping[int, CachedPage] | None = None
@@ -164,19 +173,26 @@ class EvictionQueue(Ranked):
             known = coming[page] if coming else self.known[page]
             born = known.born or clock
             known = CachedPage(
-                page, known.depth, born, clock, known.uses + 1, self._inflation, known.priority
+                page,
+                known.depth,
+                born,
+                clock,
+                known.uses + 1,
+                self._inflation,
+                known.priority,
+                known.digest,
             )
             planned.append(Queued(self._ask(known), clock, known))
         return planned
 
-    def add(self, planned: list[int] | list[Queued]) -> None:
+    def add(self, planned: list[Any]) -> None:
         """The pages of a plan, or those of them that were published, lost their last owner."""
+        if self._rank is None:
+            self._queued.update(dict.fromkeys(planned))
+            return
         for entry in planned:
-            if isinstance(entry, Queued):
-                self._clock = entry.clock
-                self._queue(entry)
-            else:
-                self._queued[entry] = None
+            self._clock = entry.clock
+            self._queue(entry)
 
     def plan_priority(self, pages: Iterable[int], priority: int) -> list[Queued | CachedPage]:
         """What `set_priority` needs; pages that are not cached are passed over."""
@@ -212,6 +228,15 @@ class EvictionQueue(Ranked):
                 self._inflation = max(self._inflation, key[0])
                 return page
 
+    def pop_each(self, count: int) -> list[int]:
+        """So many, one after the other; there are so many."""
+        if self._rank is not None:
+            return [self.pop() for _ in range(count)]
+        pages = [*islice(self._queued, count)]
+        for page in pages:
+            del self._queued[page]
+        return pages
+
     def repair(self, published: dict[int, Any], idle: set[int]) -> None:
         """Queue only `idle` pages, and keep only the history of `published` ones."""
         queued = OrderedDict((p, each) for p, each in self._queued.items() if p in idle)
@@ -240,11 +265,11 @@ class EvictionQueue(Ranked):
             heapq.heapify(self._heap)
 
 
-def successor(page: int, depth: int, past: CachedPage | None) -> CachedPage:
+def successor(page: int, depth: int, past: CachedPage | None, digest: bytes) -> CachedPage:
     """The history of a page that takes the place of another in the cache, if it does."""
     if past is None:
-        return CachedPage(page, depth)
-    return CachedPage(page, depth, past.born, uses=past.uses, priority=past.priority)
+        return CachedPage(page, depth, digest=digest)
+    return CachedPage(page, depth, past.born, uses=past.uses, priority=past.priority, digest=digest)
 
 
 def _entry(queued: Queued) -> tuple[Key, int, int]:

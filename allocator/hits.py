@@ -138,7 +138,13 @@ def _plan_branches(
     for at in _ends(group, entries, end):
         last, span = entries[at - 1], entries[max(0, at - group.lookback) : at]
         priority = main.pool.cache.eviction.priority_of(last.page)
-        known = CachedPage(cache.page_of(last), at - 1, priority=priority)
+        known = CachedPage(
+            cache.page_of(last),
+            at - 1,
+            priority=priority,
+            digest=last.digest,
+            group=group.pool.number,
+        )
         tail = queue.plan_branch(known, queue.branches.get(last.serial))
         planned.append((tail, [(entry.serial, cache.page_of(entry)) for entry in span]))
 

@@ -3,7 +3,8 @@
 import hashlib
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import count
+from itertools import count, repeat
+from operator import attrgetter
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -30,6 +31,9 @@ Digest = Callable[[bytes, bytes], bytes]
 def blake2b_digest(key: bytes, payload: bytes) -> bytes:
     """The default digest: keyed BLAKE2b of 32 bytes, so nobody without the key finds collisions."""
     return hashlib.blake2b(payload, digest_size=32, key=key).digest()
+
+
+_digest_of = attrgetter("digest")
 
 
 def _no_digest(value: object) -> TypeError:
@@ -115,7 +119,7 @@ class CachedPages(Generic[Q]):
 
     def evict(self, count: int) -> list[int]:
         """Give up the pages whose turn it is; there are so many."""
-        pages = [self.eviction.pop() for _ in range(count)]
+        pages = self.eviction.pop_each(count)
         self.num_evicted += count
         self._forget(pages)
         return pages
@@ -208,10 +212,21 @@ class PrefixCache(CachedPages[EvictionQueue]):
         self, parent: bytes, page_tokens: np.ndarray, known: list[bytes] | None = None
     ) -> Iterator[bytes]:
         """Chained digests of the rows of `page_tokens` `[n, S]`, which are added to `known`."""
-        for page in self._pages(page_tokens):
-            parent = self._next(parent, page)
-            if known is not None:
-                known.append(parent)
+        note = (list[bytes]() if known is None else known).append
+        pages = self._pages(page_tokens)
+        if self._digest is not blake2b_digest:
+            for page in pages:
+                parent = self._next(parent, page)
+                note(parent)
+                yield parent
+            return
+        # The same, for most of what a prompt costs is here: the key is mixed in once.
+        begun = hashlib.blake2b(b"p", digest_size=32, key=self._hash_key)
+        for page in pages:
+            whole = begun.copy()
+            whole.update(parent + page)
+            parent = whole.digest()
+            note(parent)
             yield parent
 
     def _next(self, parent: bytes, page: bytes) -> bytes:
@@ -289,7 +304,7 @@ class PrefixCache(CachedPages[EvictionQueue]):
         self.next_serial += 1
         self.index[digest] = self.by_page[page] = entry
         self.published[page] = True
-        self.eviction.publish(page, depth, past)
+        self.eviction.publish(page, depth, past, digest)
         return entry
 
     def add_each(
@@ -301,12 +316,12 @@ class PrefixCache(CachedPages[EvictionQueue]):
     ) -> list[CacheEntry]:
         """`add` of many at once; they get the serials from `next_serial` on."""
         fields = zip(pages, digests, parents, count(self.next_serial))
-        entries = list(map(CacheEntry._make, fields))
+        entries = list(map(tuple.__new__, repeat(CacheEntry), fields))  # `_make`, but at once
         self.next_serial += len(entries)
         self.index.update(zip(digests, entries, strict=True))
         self.by_page.update(zip(pages, entries, strict=True))
         self.published[pages] = True
-        self.eviction.publish_each(pages, depths)
+        self.eviction.publish_each(pages, depths, digests)
         return entries
 
     def repair(self, allowed: np.ndarray, idle: np.ndarray) -> None:
@@ -325,9 +340,9 @@ class PrefixCache(CachedPages[EvictionQueue]):
         self.index = {entry.digest: entry for entry in kept.values()}
 
     def _forget(self, pages: list[int]) -> None:
-        entries = [self.by_page.pop(page) for page in pages]
-        for entry in entries:
-            del self.index[entry.digest]
+        entries = [*map(self.by_page.pop, pages)]
+        for digest in map(_digest_of, entries):
+            del self.index[digest]
         self.published[pages] = False
         self.eviction.forget(pages)
         for forget in self.followers:

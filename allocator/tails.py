@@ -40,10 +40,11 @@ class TailQueue(Ranked):
         there or not.
     """
 
-    def __init__(self, num_pages: int, rank: EvictionRank | None):
+    def __init__(self, num_pages: int, rank: EvictionRank | None, group: int = 1):
         super().__init__(LRU() if rank is None else rank)
         self.depths = np.zeros(num_pages, np.int64)
         self.branches: dict[int, Tail] = {}
+        self._digests, self._group = [b""] * num_pages, group
         self._passed: OrderedDict[int, None] = OrderedDict()
         self._tail_of: dict[int, Tail] = {}
         self._tails: dict[int, Tail] = {}  # those that have pages, by their clock
@@ -54,8 +55,16 @@ class TailQueue(Ranked):
 
     def history(self, page: int) -> CachedPage:
         """Of a published page."""
-        known, depth = self.known.get(page), int(self.depths[page])
-        return CachedPage(page, depth) if known is None else known._replace(page=page, depth=depth)
+        depth, digest = int(self.depths[page]), self._digests[page]
+        now = CachedPage(page, depth, digest=digest, group=self._group)
+        if (known := self.known.get(page)) is None:
+            return now
+        return known._replace(page=page, depth=now.depth, digest=now.digest)
+
+    def name(self, pages: Iterable[int], digests: Iterable[bytes]) -> None:
+        """Pages are about to be published beside entries with these digests."""
+        for page, digest in zip(pages, digests, strict=True):
+            self._digests[page] = digest
 
     # ---- pages without an owner
 
@@ -107,6 +116,10 @@ class TailQueue(Ranked):
         self._inflation = max(self._inflation, tail.key[0])
         self.remove(page)
         return page
+
+    def pop_each(self, count: int) -> list[int]:
+        """So many, one after the other; there are so many."""
+        return [self.pop() for _ in range(count)]
 
     def order(self) -> list[int]:
         """The pages, the first to be evicted first."""

@@ -3,6 +3,7 @@
     python benchmarks/pressure.py pool --traces DIR      # how small can the pool be?
     python benchmarks/pressure.py swap --traces DIR      # recompute or swap?
     python benchmarks/pressure.py eviction --traces DIR  # which eviction wins?
+    python benchmarks/pressure.py capacity --traces DIR  # how far is it from the best?
     python benchmarks/pressure.py speed --traces DIR     # how long does a simulation take?
 
 DIR holds mooncake_conversation.jsonl (kvcache-ai/Mooncake, FAST25-release/traces/
@@ -27,9 +28,10 @@ from _result import RESULTS, write_result
 from tqdm import tqdm
 
 from paged_decode.pressure import hit_rate, read_mooncake
-from paged_decode.pressure._case import CASE_FIELDS, EVICTIONS, Case
+from paged_decode.pressure._case import CASE_FIELDS, EVICTIONS, Case, read_workload
 from paged_decode.pressure._charts import draw_lines
 
+PLAIN = ("lru", "fifo", "lfu", "slru", "cost")
 PLOTS = Path(__file__).parents[1] / "docs"
 BASE = Case(
     workload="poisson",
@@ -95,7 +97,7 @@ def swap_cases(traces: Path) -> Iterable[Case]:
 def eviction_cases(traces: Path) -> Iterable[Case]:
     """Shared prefixes, over the size of the pool."""
     for workload, rate in (("tree", 8.0), ("chats", 8.0)):
-        for eviction in EVICTIONS:
+        for eviction in PLAIN:
             for pages in (512, 1024, 2048, 4096, 8192):
                 yield replace(
                     BASE, workload=workload, limit=2000, rate=rate, eviction=eviction, pages=pages
@@ -119,12 +121,28 @@ def figures(case: Case) -> dict[str, Any]:
     }
 
 
-def curve(task: tuple[Path, str, int]) -> dict[str, Any]:
-    """One point of the hit-rate curve of the Mooncake trace."""
+def curve(task: tuple[Path | str, str, int]) -> dict[str, Any]:
+    """One point of the hit-rate curve of a workload, one prompt after another.
+
+    It is the file of the Mooncake trace, or a word for 2000 generated requests.
+    """
     path, name, capacity = task
-    rate = hit_rate(read_mooncake(path), capacity, EVICTIONS[name]())
-    case = {"workload": "mooncake, one after another", "pages": capacity, "page_size": 512}
+    if isinstance(path, Path):
+        requests, word, size = read_mooncake(path), "mooncake", 512
+    else:
+        requests, word, size = read_workload(path, 2000, 8.0, 1.0, 0), path, 64
+    rate = hit_rate(requests, capacity, EVICTIONS[name]())
+    case = {"workload": f"{word}, one after another", "pages": capacity, "page_size": size}
     return {"case": case, "system": name, "hit_rate": rate}
+
+
+def capacity_tasks(traces: Path) -> Iterable[tuple[Path | str, str, int]]:
+    """What learns, and what knows the future, beside what does neither."""
+    trace = traces / "mooncake_conversation.jsonl"
+    for name in ("lru", "fifo", "lfu", "reuse", "belady"):
+        yield from ((trace, name, thousand * 1000) for thousand in (1, 2, 5, 10, 20, 50))
+        for word in ("tree", "chats"):
+            yield from ((word, name, 64 * 2**i) for i in range(6))
 
 
 def speed(traces: Path) -> list[dict[str, Any]]:
@@ -212,14 +230,14 @@ def plot_swap(records: list[dict[str, Any]]) -> None:
     plot("pressure_swap", panels)
 
 
-def plot_eviction(records: list[dict[str, Any]]) -> None:
+def plot_eviction(records: list[dict[str, Any]], file: str = "pressure_eviction") -> None:
     panels = []
     for name in dict.fromkeys(r["case"]["workload"] for r in records):
         mine = [r for r in records if r["case"]["workload"] == name]
         size = mine[0]["case"]["page_size"]
         lines = lines_of(mine, "pages", "hit_rate", lambda r: r["system"])
         panels.append((name, f"usable pages of {size} tokens", "hit rate", lines))
-    plot("pressure_eviction", panels)
+    plot(file, panels)
 
 
 def _trace(record: dict[str, Any]) -> str:
@@ -230,23 +248,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("question", choices=("pool", "swap", "eviction", "speed"))
+    parser.add_argument("question", choices=("pool", "swap", "eviction", "capacity", "speed"))
     parser.add_argument("--traces", type=Path, required=True, metavar="DIR")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--plot", action="store_true", help="draw what the results file has")
     args = parser.parse_args()
-    plots = {"pool": plot_pool, "swap": plot_swap, "eviction": plot_eviction}
+    plots = {
+        "pool": plot_pool,
+        "swap": plot_swap,
+        "eviction": plot_eviction,
+        "capacity": lambda records: plot_eviction(records, "pressure_capacity"),
+    }
     if args.plot:
         found = json.loads((RESULTS / f"pressure_{args.question}.json").read_text())
         return plots[args.question](found["records"])
     if args.question == "speed":
         records = speed(args.traces)
+    elif args.question == "capacity":
+        records = many(curve, capacity_tasks(args.traces), args.jobs)
     else:
         cases = {"pool": pool_cases, "swap": swap_cases, "eviction": eviction_cases}
         records = many(figures, cases[args.question](args.traces), args.jobs)
     if args.question == "eviction":
         trace = args.traces / "mooncake_conversation.jsonl"
-        tasks = [(trace, e, c * 1000) for e in EVICTIONS for c in (1, 5, 10, 20, 50)]
+        tasks = [(trace, e, c * 1000) for e in PLAIN for c in (1, 5, 10, 20, 50)]
         records += many(curve, tasks, args.jobs)
     command = f"python benchmarks/pressure.py {args.question} --traces DIR"
     write_result(f"pressure_{args.question}", records, command=command)

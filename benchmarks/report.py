@@ -25,6 +25,7 @@ from paged_decode.kernels.record import AttentionCall
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- results: made by benchmarks/report.py -->\n", "<!-- end of results -->\n"
+NEXT = None  # among the parts of a page: what follows is in its next block
 OURS = "paged-decode"
 
 
@@ -588,6 +589,38 @@ def drafts() -> Iterator[str]:
     yield f"\nLoad average of the machine: {before:.1f} before, {after:.1f} after.\n\n"
 
 
+def pressure_speed() -> Iterator[str]:
+    result = load("pressure_speed")
+    yield from heading(
+        "The whole Mooncake conversation trace simulated on one core, in a pool of 2**20 tokens",
+        result,
+        ("jax",),
+    )
+    yield head("tokens of a page", "seconds", "seconds of the core", "peak memory", "evictions")
+    for record in result["records"]:
+        yield line(
+            str(record["case"]["page_size"]),
+            f"{record['seconds']:.1f}",
+            f"{record['cpu_seconds']:.1f}",
+            f"{record['peak_rss_mib']:.0f} MiB",
+            f"{record['evictions']:,}",
+        )
+    yield "\n"
+
+
+def pressure_capacity() -> Iterator[str]:
+    result = load("pressure_capacity")
+    records = result["records"]
+    yield from heading("Blocks found, one prompt after another", result, ("numpy",))
+    systems = list(dict.fromkeys(r["system"] for r in records))
+    yield head("workload", "pages", *systems)
+    for case in {tuple(r["case"].items()): r["case"] for r in records}.values():
+        rates = {r["system"]: f"{r['hit_rate']:.1%}" for r in records if r["case"] == case}
+        name = case["workload"].partition(",")[0]
+        yield line(name, f"{case['pages']:,}", *(rates[system] for system in systems))
+    yield "\n"
+
+
 PAGES = {
     "README.md": (partial(decode_grid, BRIEFLY),),
     "docs/benchmarks.md": (
@@ -606,7 +639,7 @@ PAGES = {
     "docs/attention.md": (decode_models, hopper),
     "docs/snapshots.md": (snapshot, snapshot_gpu),
     "docs/planning.md": (memory,),
-    "docs/pressure.md": (tier,),
+    "docs/pressure.md": (tier, NEXT, pressure_speed, NEXT, pressure_capacity),
     "docs/sharding.md": (sharding_cost, sharding_talk, sharding_memory),
 }
 
@@ -620,10 +653,16 @@ def main() -> None:
     for name, parts in PAGES.items():
         path = ROOT / name
         text = path.read_text()
-        before, rest = text.split(BEGIN)
-        after = rest.split(END)[1]
-        tables = "".join("".join(part()) for part in parts)
-        new = before + BEGIN + "\n" + tables + END + after
+        blocks = [""]
+        for part in parts:
+            if part is NEXT:
+                blocks.append("")
+            else:
+                blocks[-1] += "".join(part())
+        first, *places = text.split(BEGIN)
+        after = [place.split(END)[1] for place in places]
+        pairs = zip(blocks, after, strict=True)
+        new = first + "".join(f"{BEGIN}\n{tables}{END}{rest}" for tables, rest in pairs)
         if args.check and new != text:
             sys.exit(f"{name} differs from the results: run python benchmarks/report.py")
         path.write_text(new)

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, SupportsIndex, TypeVar, runtime_checkable
 
+from ._reuse import ReuseAware
 from .allocator import LRU, CachedPage, EvictionRank
 from .allocator.arguments import as_count, as_counts
 from .allocator.eviction import Rank
@@ -44,6 +45,7 @@ __all__ = [
     "PreemptionPolicy",
     "Priority",
     "Recompute",
+    "ReuseAware",
     "SampleView",
     "Swap",
     "VictimPolicy",

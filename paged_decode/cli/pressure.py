@@ -32,6 +32,7 @@ from ..pressure._case import (
     read_workload,
 )
 from ..pressure._labels import MAIN_FIGURES, label, quantity, swept
+from ..pressure.clairvoyant import Belady
 from ..pressure.report import Report, as_json
 from ..pressure.workload import in_order
 from ._compare import print_runs, read_runs, write_csv
@@ -114,7 +115,8 @@ def add(subparsers: Any) -> None:
         "--num-pages", type=count(2), required=True, help="of the pool, the null page included"
     )
     run.add_argument("--vocab-size", type=count(1), help="of prompts (default: the engine's)")
-    option(run, "--eviction", "which cached page goes", default="lru", choices=list(EVICTIONS))
+    known = [name for name, each in EVICTIONS.items() if each is not Belady]
+    option(run, "--eviction", "which cached page goes", default="lru", choices=known)
     text = "seconds to wait per second between arrivals; 0: all requests at once"
     option(run, "--time-scale", text, type=number(zero=True), default=1.0)
     run.set_defaults(run=_told(_run))
@@ -183,6 +185,8 @@ def _settle(args: argparse.Namespace) -> None:
             f"{' and '.join(names)}: only of generated workloads, but {kind}: is a trace with its "
             "own arrivals; --stretch changes the time between them"
         )
+    if args.workload == "rollouts" and args.rate is not None:
+        raise OptionError("--rate: rollouts come all at once")
     defaults = dict(_GENERATED)
     if hasattr(args, "preemption"):
         if set(args.preemption) == {"recompute"} and (names := given(args, _SWAPPING)):

@@ -1,14 +1,17 @@
 """Memory-pressure experiments: what becomes of throughput, latency and hits as pages run out."""
 
+from .clairvoyant import Belady
 from .costs import CostModel, Measured, Program, Roofline
 from .real import ProgramTimer, run
 from .replay import hit_rate
 from .report import Record, Report
+from .sessions import agents, branches, rollouts
 from .simulate import simulate
 from .traces import read_azure, read_mooncake
 from .workload import Request, chats, poisson, prefix_tree
 
 __all__ = [
+    "Belady",
     "CostModel",
     "Measured",
     "Program",
@@ -17,12 +20,15 @@ __all__ = [
     "Report",
     "Request",
     "Roofline",
+    "agents",
+    "branches",
     "chats",
     "hit_rate",
     "poisson",
     "prefix_tree",
     "read_azure",
     "read_mooncake",
+    "rollouts",
     "run",
     "simulate",
 ]

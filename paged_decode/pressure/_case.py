@@ -24,13 +24,16 @@ from ..policies import (
     MostPages,
     MustFit,
     Recompute,
+    ReuseAware,
     Swap,
     Watermark,
 )
 from ..tiers import HostTier
 from ._values import as_number, as_whole
+from .clairvoyant import Belady
 from .costs import Roofline
 from .report import Report
+from .sessions import agents, branches, rollouts
 from .simulate import simulate
 from .traces import read_azure, read_mooncake
 from .workload import Request, chats, poisson, prefix_tree
@@ -50,7 +53,15 @@ __all__ = [
     "read_workload",
 ]
 
-EVICTIONS = {"lru": LRU, "fifo": FIFO, "lfu": LFU, "slru": SLRU, "cost": CostAware}
+EVICTIONS = {
+    "lru": LRU,
+    "fifo": FIFO,
+    "lfu": LFU,
+    "slru": SLRU,
+    "cost": CostAware,
+    "reuse": ReuseAware,
+    "belady": Belady,
+}
 VICTIMS = {
     "last": LastAdmitted,
     "least": LeastComputed,
@@ -59,7 +70,18 @@ VICTIMS = {
 }
 PREEMPTIONS = ("recompute", "swap", "cheaper")
 ADMISSIONS = {"watermark": Watermark, "must-fit": MustFit}
-WORKLOADS = ("mooncake:PATH", "azure:PATH", "poisson", "bursty", "chats", "tree", "samples")
+WORKLOADS = (
+    "mooncake:PATH",
+    "azure:PATH",
+    "poisson",
+    "bursty",
+    "chats",
+    "tree",
+    "samples",
+    "agents",
+    "branches",
+    "rollouts",
+)
 MODEL = {
     "weight_bytes": (16e9, "bytes of weights, two for each weight"),
     "kv_bytes_per_token": (131072.0, "bytes of keys and values of a token in all layers"),
@@ -233,6 +255,9 @@ def read_workload(
         "samples": lambda: poisson(count, rate, seed=seed, samples=4),
         "chats": lambda: chats(-(-count // 4), rate / 4, seed=seed),
         "tree": lambda: prefix_tree(count, rate, seed=seed),
+        "agents": lambda: agents(count, rate / 8, seed=seed)[:count],
+        "branches": lambda: branches(-(-count // 8), rate / 8, seed=seed),
+        "rollouts": lambda: rollouts(-(-count // 8), seed=seed),
     }
     readers = {"mooncake": read_mooncake, "azure": read_azure}
     check_workload(workload)

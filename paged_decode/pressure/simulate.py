@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +28,7 @@ from ..engine.swapping import TierSwapping
 from ..policies import AdmissionPolicy, PreemptionPolicy, VictimPolicy
 from ..tiers import HostTier
 from ._values import as_whole
+from .clairvoyant import Belady, ForetoldRoom
 from .costs import CostModel, Program
 from .report import TOO_LONG, Record, Report, UsageLog, summarize
 from .workload import FIRST_GENERATED, Request, in_order
@@ -134,12 +137,22 @@ class _ModelledRunner:
 class _Records:
     """What becomes of requests, in virtual time; tokens are counted, not kept as events."""
 
-    def __init__(self, clock: _Clock, runner: _ModelledRunner):
+    def __init__(self, clock: _Clock, runner: _ModelledRunner, belady: Belady | None):
         self.records: dict[int, Record] = {}
-        self._clock, self._runner = clock, runner
+        self._clock, self._runner, self._belady = clock, runner, belady
 
     def note_admission(self, sample: Sample) -> None:
         self.records[sample.request_id].note_admission(sample)
+        if self._belady is not None:
+            self._belady.begin(sample.request_id)
+            self._belady.come_back(sample)
+
+    def refuse(self, number: int) -> None:
+        """The request can never fit."""
+        record = self.records[number]
+        record.note_end(TOO_LONG, max(self._clock.now, record.arrival_seconds))
+        if self._belady is not None:
+            self._belady.begin(number)
 
     def put(self, serial: int, outcomes: Sequence[Outcome]) -> None:
         for sample, _, tokens, reason, *_ in outcomes:
@@ -152,6 +165,9 @@ class _Records:
                 record.output_tokens += len(tokens)
             if reason is not None:
                 record.note_end(reason, seconds)
+                if self._belady is not None:  # it may have waited
+                    self._belady.begin(sample.request_id)
+                    self._belady.come_back(sample)
 
 
 def simulate(
@@ -174,7 +190,7 @@ def simulate(
     not with the workload; the order is that of arrival.
 
     Args:
-      requests: in order of arrival; read as they are needed.
+      requests: in order of arrival; read as they are needed, and all at once for `Belady`.
       allocator: a fresh one, with the policies to try.
       costs: what device programs take.
       config: shapes and limits of the engine.
@@ -213,7 +229,24 @@ def simulate(
         preemption=preemption,
         admission=admission,
     )
-    return simulation.run(in_order(requests), queue_rows)
+    coming = in_order(requests)
+    if simulation.belady is not None:
+        known = list(coming)
+        simulation.belady.learn((request.prompt() for request in known), allocator)
+        coming = iter(known)
+    with _few_collections():
+        return simulation.run(coming, queue_rows)
+
+
+@contextmanager
+def _few_collections() -> Iterator[None]:
+    """Let Python look for cycles less often: millions of pages come and go, and none is in one."""
+    before = gc.get_threshold()
+    gc.set_threshold(max(before[0], 20_000) if before[0] else 0, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 class _Simulation:
@@ -242,13 +275,18 @@ class _Simulation:
         if tier is not None:
             tier.mover = _ModelledCopies(self.clock, costs)
             swapping = TierSwapping(tier, allocator, self.runner)
-        self.records = _Records(self.clock, self.runner)
+        rank, room = allocator.eviction, Room(allocator, config, **policies)
+        self.belady = rank if isinstance(rank, Belady) else None
+        if self.belady is not None:
+            room = ForetoldRoom(allocator, config, **policies)
+            room.belady = self.belady
+        self.records = _Records(self.clock, self.runner, self.belady)
         self.scheduler = Scheduler(
             allocator,
             config,
             self.records,
             self.stats,
-            Room(allocator, config, **policies),
+            room,
             limit=self.limit,
             swapping=swapping,
             clock=lambda: self.clock.now,
@@ -288,7 +326,7 @@ class _Simulation:
         record = Record(number, request.arrival_seconds, size, samples=request.samples)
         self.records.records[number] = record
         if size + 1 > self.limit:
-            record.note_end(TOO_LONG, max(self.clock.now, request.arrival_seconds))
+            self.records.refuse(number)
             return
         tokens: Any = array("i", request.prompt().tobytes())
         sampling = SamplingParams(max_new_tokens=request.output_tokens)

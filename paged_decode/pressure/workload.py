@@ -11,7 +11,15 @@ import numpy as np
 from .._text import shown
 from ._values import as_number, as_whole, as_wholes
 
-__all__ = ["FIRST_GENERATED", "Request", "chats", "in_order", "poisson", "prefix_tree"]
+__all__ = [
+    "FIRST_GENERATED",
+    "Request",
+    "chats",
+    "drawn_length",
+    "in_order",
+    "poisson",
+    "prefix_tree",
+]
 
 FIRST_GENERATED = 2**30
 """Tokens from here on stand for generated ones, which no prompt has."""
@@ -147,13 +155,20 @@ def poisson(
             np.ceil(rng.lognormal(np.log(median), sigma, count)).tolist() for median in medians
         )
     return [
-        Request(arrivals[i], (i,), size := _length(prompts[i]), size, _length(outputs[i]), samples)
+        Request(
+            arrivals[i],
+            (i,),
+            size := drawn_length(prompts[i]),
+            size,
+            drawn_length(outputs[i]),
+            samples,
+        )
         for i in range(count)
     ]
 
 
-def _length(tokens: float) -> int:
-    """Of a text, from a draw."""
+def drawn_length(tokens: float) -> int:
+    """Of a text, from a draw; ValueError if it is too long to be one."""
     if tokens < 2**31:
         return max(1, int(tokens))
     raise ValueError(f"a drawn length of {tokens:g} tokens is too long: smaller median or sigma")

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from paged_decode import BlockAllocator, SamplingParams
+from paged_decode import BlockAllocator, CacheLayout, PageSpec, SamplingParams
 from paged_decode.allocator.eviction import EvictionQueue
 from paged_decode.policies import (
     FIFO,
@@ -118,6 +118,35 @@ def test_every_victim_policy_leaves_the_greedy_tokens_as_they_are(victim):
     assert [c.tokens for c in done] == [dense_greedy(p, 20) for p in asked]
     engine.allocator.check_invariants()
     assert engine.allocator.num_used == 0
+
+
+def test_a_rank_sees_the_digest_of_what_a_page_holds_in_every_group_and_after_an_import():
+    class Noted:
+        def rank(self, page):
+            asked.append(page)
+            return page.last_used
+
+    asked: list = []
+    groups = (PageSpec((0,), 1, 4, 20), PageSpec((1,), 1, 4, 20, window=4))
+    first, second = (
+        BlockAllocator(CacheLayout(2, groups), hash_key=b"k", eviction=Noted()) for _ in range(2)
+    )
+    handle = first.allocate([1, 2, 3, 4, 5, 6, 7])
+    first.commit(handle, 6)
+    first.free(handle)
+    digests = first.page_digests([1, 2, 3, 4, 5, 6, 7])
+    wanted = [(2, digests[2]), (1, digests[1]), (0, digests[0]), (2, digests[2])]
+    assert [(page.depth, page.digest) for page in asked] == wanted
+    assert [page.group for page in asked] == [0, 0, 0, 1]
+    state, _ = first.export_state()
+    counts = [state.num_pages, *(group.num_pages for group in state.groups)]
+    pages = [second.allocate_pages(count, group=i) for i, count in enumerate(counts)]
+    asked.clear()
+    second.import_state(state, pages)
+    assert [(page.depth, page.digest) for page in asked] == wanted
+    assert [page.group for page in asked] == [0, 0, 0, 1]
+    assert first.eviction is not second.eviction
+    assert isinstance(first.eviction, Noted)
 
 
 def test_a_restored_cache_is_evicted_in_the_order_of_the_saved_one():
