@@ -144,7 +144,7 @@ def _publish(group: PageGroup, rows: RowTable, plan: Several) -> list[CacheEntry
         chain = chain[:keep]
     parent = chain[-1].serial if chain else rows.namespaces[row].key
     entries = group.pool.publish_chain(pages, digests, parent, keep)
-    if any(entry.page != page for entry, page in zip(entries, pages, strict=True)):
+    if [entry.page for entry in entries] != pages:
         rows.borrows[row] = True
     chain.extend(entries)  # in place: a long sequence's is not copied at every chunk
     rows.chains[row] = chain

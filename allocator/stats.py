@@ -114,9 +114,11 @@ def page_states(pool: PagePool) -> np.ndarray:
 
 def _stored_tokens(group: PageGroup, rows: RowTable) -> int:
     page_size, live = group.pool.page_size, rows.live
-    pages = group.table.ids[live]
-    first = np.arange(pages.shape[1]) * page_size
-    filled = (rows.length[live][:, None] - first).clip(0, page_size)
+    lengths = rows.length[live]
+    pages = group.table.ids[live, : group.pool.pages_for(int(lengths.max(initial=0)))]
+    filled = lengths[:, None] - np.arange(pages.shape[1]) * page_size
     most = np.zeros(len(group.pool.refs), np.int64)
-    np.maximum.at(most, pages, filled)  # a shared page is as full as its fullest owner has it
+    most[pages[filled >= page_size]] = page_size
+    part = (filled > 0) & (filled < page_size)
+    np.maximum.at(most, pages[part], filled[part])  # as full as its fullest owner has it
     return int(most[1:].sum())

@@ -169,7 +169,8 @@ class AllocatorView:
         key, cache, size = as_key(tokens, cache_salt), self._shards[0].cache, self.page_size
         count = len(key) if num_tokens is None else as_count("num_tokens", num_tokens, 0, len(key))
         chain = key.chain(cache, size)
-        found = list(islice(key.digests(cache, size, chain), count // size))
+        if len(found := chain.digests[: count // size]) < count // size:
+            found = list(islice(key.digests(cache, size, chain), count // size))
         root = chain.root.digest
         return found + self._partial(found, root, key.tokens[:count]) if partial else found
 

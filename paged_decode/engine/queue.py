@@ -118,7 +118,7 @@ class _PrefixesInFlight:
 
     def __init__(self, page_size: int) -> None:
         self._page_size = page_size
-        self._computing: dict[bytes, tuple[Sample, int]] = {}  # digest: by whom, which page
+        self._computing: dict[bytes, Sample] = {}  # digest: by whom; it is as deep in all
         self._digests: dict[int, list[bytes]] = {}  # id(sample): what it has put there
         # id(sample): by id, for which page who waits; and id(who waits): id(sample)
         self._aside: dict[int, dict[int, tuple[int, Sample]]] = {}
@@ -133,22 +133,22 @@ class _PrefixesInFlight:
     def begin(self, sample: Sample, digests: list[bytes]) -> None:
         """The sample is to compute its pages behind `computed`; `digests` are of all full ones."""
         first = sample.computed // self._page_size
-        own = self._digests[id(sample)] = []
-        for page, digest in enumerate(digests[first:], first):
-            if self._computing.setdefault(digest, (sample, page))[0] is sample:
-                own.append(digest)
+        by = self._computing.get
+        own = [digest for digest in digests[first:] if by(digest, sample) is sample]
+        self._digests[id(sample)] = own
+        self._computing.update(dict.fromkeys(own, sample))
 
     def set_aside(self, sample: Sample, digests: list[bytes]) -> bool:
         """Whether another one is computing a prefix of it; then it waits here."""
         if not self._computing:
             return False
-        for digest in reversed(digests):
-            if (found := self._computing.get(digest)) is not None:
-                other, page = found
-                self._aside.setdefault(id(other), {})[id(sample)] = page, sample
-                self._behind[id(sample)] = id(other)
-                return True
-        return False
+        if self._computing.keys().isdisjoint(digests):
+            return False
+        digest = next(filter(self._computing.__contains__, reversed(digests)))
+        other, page = self._computing[digest], digests.index(digest)
+        self._aside.setdefault(id(other), {})[id(sample)] = page, sample
+        self._behind[id(sample)] = id(other)
+        return True
 
     def progress(self, sample: Sample) -> list[Sample]:
         """Who need not wait for the sample any longer, now that it has computed so much."""

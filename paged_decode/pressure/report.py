@@ -183,7 +183,8 @@ class UsageLog:
             self._looks += 1
         self._visits += 1
         states, stamps = allocator.page_states(), allocator.page_stamps()
-        holds = (states != PageState.FREE) & (states != PageState.NULL)
+        # Of plain ints numpy makes no wider numbers.
+        holds = (states != int(PageState.FREE)) & (states != int(PageState.NULL))
         other = (stamps != self._stamps) | (holds != self._held)
         (changed,) = other.nonzero()
         ages = now - self._born[changed[self._held[changed]]]
@@ -201,9 +202,9 @@ class UsageLog:
         self._now = now
 
     def _point(self, states: np.ndarray) -> Point:
-        count = np.bincount(states, minlength=len(PageState)).tolist()
         kinds = PageState.FREE, PageState.CACHED, PageState.OWNED, PageState.SHARED
-        return (self._now, *(count[kind] for kind in kinds), *self._counts)
+        counts = (int(np.count_nonzero(states == int(kind))) for kind in kinds)
+        return (self._now, *counts, *self._counts)
 
     @property
     def timeline(self) -> Mapping[str, tuple[float | int, ...]]:
