@@ -33,7 +33,7 @@ def check(gguf: Path, golden: list[dict], folder: Path, options: str, atol: floa
     out = folder / "out.json"
     new = len(golden[0]["greedy_ids"])
     done = run(
-        *("--gguf", gguf, "--ids-file", folder / "in.json", "--max-new", new),
+        *("--model", gguf, "--ids-file", folder / "in.json", "--max-new", new),
         *("--dtype", "float32", "--top-logits", 5, "--json", out, *options.split()),
         cwd=folder,
     )
@@ -125,7 +125,7 @@ def test_a_small_gemma_says_what_a_dense_forward_says(tmp_path, options):
 )
 def test_a_bad_ids_file_is_one_line_on_stderr(tmp_path, ids, message):
     (tmp_path / "in.json").write_text(ids)
-    done = run("--gguf", "none.gguf", "--ids-file", tmp_path / "in.json")
+    done = run("--model", "none.gguf", "--ids-file", tmp_path / "in.json")
     assert done.returncode == 1 and message in done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
 
@@ -133,12 +133,12 @@ def test_a_bad_ids_file_is_one_line_on_stderr(tmp_path, ids, message):
 def test_pages_for_a_window_that_no_layer_has_are_refused(tmp_path):
     path = write_llama(tmp_path / "m.gguf", llama_weights())
     (tmp_path / "in.json").write_text('[{"name": "a", "prompt_ids": [1, 2]}]')
-    done = run("--gguf", path, "--ids-file", tmp_path / "in.json", "--window-pages", 9)
+    done = run("--model", path, "--ids-file", tmp_path / "in.json", "--window-pages", 9)
     assert done.returncode == 1 and "leave out --window-pages" in done.stderr
 
 
 def test_a_missing_model_is_one_line_on_stderr(tmp_path):
-    done = run("--gguf", tmp_path / "none.gguf", "hello")
+    done = run("--model", tmp_path / "none.gguf", "hello")
     assert done.returncode == 1 and "none.gguf" in done.stderr
     assert "Traceback" not in done.stderr
 
