@@ -200,10 +200,15 @@ def _attention_bias(keys: Keys, names: Names) -> None:
         names.update(_QKV_BIAS | _OUT_BIAS)
 
 
-def _windows(keys: Keys, local: Callable[[int], bool] = lambda layer: True) -> dict[str, Any]:
-    """The window, and which layers have none: by the file's list, or as `local` says."""
+def _windows(
+    keys: Keys, local: Callable[[int], bool] = lambda layer: True, *, optional: bool = False
+) -> dict[str, Any]:
+    """The window, and which layers have none: by the file's list, or as `local` says.
+
+    Where it is optional, the file must say that it is used.
+    """
     window = keys.take("sliding_window", int, None)
-    if not keys.take("use_sliding_window", bool, True):
+    if optional and not keys.take("use_sliding_window", bool, False):
         window = None
     count, kinds = keys.layers, {True: "sliding_attention", False: "full_attention"}
     default = [kinds[window is not None and local(layer)] for layer in range(count)]
@@ -289,7 +294,8 @@ def _smollm3(keys: Keys, names: Names) -> dict[str, Any]:
         keys.refuse("no_rope_layers", turned)
     unturned = tuple(layer for layer, each in enumerate(turned) if not each)
     keys.take("max_window_layers", int, None)  # unlike Qwen's, it says nothing
-    own = _windows(keys, lambda layer: layer in unturned) | dict(unturned_layers=unturned)
+    own = _windows(keys, lambda layer: layer in unturned, optional=True)
+    own |= dict(unturned_layers=unturned)
     return _plain(keys, names) | _rope(keys) | own
 
 
@@ -299,8 +305,8 @@ def _qwen2(keys: Keys, names: Names) -> dict[str, Any]:
     keys.only("use_mrope", False)
     names.update(_QKV_BIAS)
     first = keys.take("max_window_layers", int, 28)
-    keys.left.setdefault("use_sliding_window", False)
-    return _rope(keys, 10000.0) | _windows(keys, lambda layer: layer >= first)
+    windows = _windows(keys, lambda layer: layer >= first, optional=True)
+    return _rope(keys, 10000.0) | windows
 
 
 def _qwen3(keys: Keys, names: Names) -> dict[str, Any]:
