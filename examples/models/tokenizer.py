@@ -215,7 +215,7 @@ def _of_gguf(path: Path) -> Tokenizer:
 def _of_folder(folder: Path) -> Tokenizer:
     path, config_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: vocabularies of other files are not served")
+        raise FileNotFoundError(f"{path} is missing: vocabularies in other files are not read")
     try:
         inner = _Tokenizer.from_file(str(path))
     except Exception as error:  # the binding raises plain Exception

@@ -103,10 +103,13 @@ def test_a_chat_is_what_the_files_template_writes(tmp_path):
 
 
 def test_the_begin_token_of_a_chat_is_the_templates_own(tmp_path):
-    changes = dict(tokenizer__ggml__add_bos_token=("bool", True))
     template = "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"
-    changes |= dict(tokenizer__chat_template=("string", template))
-    words = tokenizer.load(tiny_file(tmp_path, **changes))
+    path = tiny_file(
+        tmp_path,
+        tokenizer__ggml__add_bos_token=("bool", True),
+        tokenizer__chat_template=("string", template),
+    )
+    words = tokenizer.load(path)
     assert words.encode_chat("hello") == [*words.encode("hello"), words.eos_id]
 
 
