@@ -1,7 +1,7 @@
 """A chat in the terminal. It can stop in mid-answer, be saved, and go on in a new process.
 
     python examples/chat.py
-    python examples/chat.py --gguf FILE --temperature 0.7 --top-p 0.9 --system "You are brief."
+    python examples/chat.py --model ~/Qwen3-0.6B --temperature 0.7 --top-p 0.9 --system "Be brief."
     python examples/chat.py --dtype bfloat16 --pages-dtype int8 --draft 4
 
 Answers go to stdout, all else to stderr, and lines may come from a pipe. What a later turn has in
@@ -42,10 +42,13 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    named = ", ".join(weights.RELEASES)
-    parser.add_argument("--model", default="smollm2", help=f"{named}, or a file or a folder")
+    parser.add_argument(
+        "--model",
+        default="smollm2",
+        metavar=f"DIR|FILE.gguf|{'|'.join(weights.RELEASES)}",
+        help="default: smollm2",
+    )
     parser.add_argument("--accept-terms", action="store_true", help="of use, of --model")
-    parser.add_argument("--gguf", type=Path, help="your own model file in place of --model")
     parser.add_argument("--system", metavar="TEXT", help="what the model is told first")
     parser.add_argument("--max-new", type=int, default=512, help="tokens of an answer at most")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
@@ -75,13 +78,12 @@ def fingerprint(path: Path, dtype: str) -> bytes:
 
 
 def make_engine(args: argparse.Namespace, path: Path, words: tokenizer.Tokenizer) -> pd.Engine:
-    config, params = decoder.load(path, dtype=args.dtype)
+    mesh = parallel.make_mesh(args.devices) if args.devices != 1 else None
+    config, params = decoder.load(path, dtype=args.dtype, mesh=mesh)
     model = decoder.make_model(config, every_token=bool(args.draft))
     where: dict[str, Any] = {}
-    if args.devices != 1:
-        mesh = parallel.make_mesh(args.devices)
+    if mesh is not None:
         model = parallel.make_parallel_model(config, params, mesh)
-        params = parallel.split_params(config, params, mesh)
         where = dict(mesh=mesh, head_axis=parallel.AXIS)
     size, most = args.page_size, min(config.max_positions, MOST_TOKENS)
     pages = -(-most // size) + 1 if args.num_pages is None else args.num_pages
@@ -220,8 +222,8 @@ def main() -> None:
     args = arguments()
     if args.devices > 1:  # only a CPU obeys: one process then shows as many devices
         jax.config.update("jax_num_cpu_devices", args.devices)
-    path = args.gguf or Path(args.model)
-    if not args.gguf and (release := weights.RELEASES.get(args.model)):
+    path = Path(args.model)
+    if (release := weights.RELEASES.get(args.model)) is not None:
         path = weights.fetch(release, accept_terms=args.accept_terms)
     words = tokenizer.load(path)
     chat = Chat(make_engine(args, path, words), words, args)

@@ -208,7 +208,7 @@ def main() -> None:
         words = tokenizer.load(path)
         encode = words.encode_chat if words.chats else words.encode
         cases = [{"name": p, "prompt_ids": encode(p)} for p in args.prompt]
-        stop = (words.eos_id,)
+        stop = words.eos_ids
     prompts = [case["prompt_ids"] for case in cases]
     sampling = SamplingParams(
         max_new_tokens=args.max_new,

@@ -80,7 +80,7 @@ def talk(monkeypatch, tmp_path, capsys):
 
     def talk(*lines: str, options: tuple[str, ...] = (), screen: Screen | None = None):
         screen = screen or Screen()
-        args = ["chat.py", "--gguf", str(model), "--max-new", "40", "--page-size", "4", *options]
+        args = ["chat.py", "--model", str(model), "--max-new", "40", "--page-size", "4", *options]
         monkeypatch.setattr(sys, "argv", args)
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
         with monkeypatch.context() as patch:
@@ -131,7 +131,7 @@ def test_an_answer_goes_on_in_a_new_process_as_if_it_had_never_stopped(talk, tmp
     begun, err = talk("hello", "/save c.pgd", options=options, screen=Screen(every=5, times=1))
     assert answer.startswith(begun[:-1]) and len(begun) < len(answer) and "[stopped" in err
     script, model = Path(chat.__file__), tmp_path / "m.gguf"
-    command = [sys.executable, str(script), "--gguf", str(model), "--max-new", "40"]
+    command = [sys.executable, str(script), "--model", str(model), "--max-new", "40"]
     done = subprocess.run(
         [*command, "--page-size", "4", *options],
         input="/load c.pgd\nmore\n",
@@ -196,7 +196,7 @@ def test_what_goes_wrong_is_one_line_and_loses_nothing(talk, tmp_path):
 def test_a_model_that_cannot_chat_so_is_one_line_on_stderr(tmp_path):
     def refused(template: str | None, *options: str) -> str:
         model = write_model(tmp_path / "m.gguf", template=template)
-        command = [sys.executable, chat.__file__, "--gguf", str(model), *options]
+        command = [sys.executable, chat.__file__, "--model", str(model), *options]
         done = subprocess.run(command, input="", capture_output=True, text=True, timeout=120)
         (line,) = done.stderr.splitlines()
         assert done.returncode == 1 and not done.stdout

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from .test_gemma import dense_logits
 from .tiny_gguf import llama_weights, write_llama
@@ -141,6 +143,19 @@ def test_a_missing_model_is_one_line_on_stderr(tmp_path):
     done = run("--model", tmp_path / "none.gguf", "hello")
     assert done.returncode == 1 and "none.gguf" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_folder_of_a_model_hub_reads_and_says_words(tmp_path):
+    """Words of a checkpoint whose golden ids are known."""
+    shutil.copytree(ROOT / "tests/examples/golden/smollm2", tmp_path, dirs_exist_ok=True)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(72)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.save(str(tmp_path / "tokenizer.json"))
+    golden = np.load(tmp_path / "golden.npz")
+    prompt, answer = (" ".join(f"w{i}" for i in golden[name]) for name in ("prompt1", "greedy1"))
+    done = run("--model", tmp_path, prompt, "--max-new", len(golden["greedy1"]))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:2] == [f"> {prompt}", answer]
 
 
 @pytest.mark.long
