@@ -168,7 +168,7 @@ def test_what_goes_wrong_is_one_line_and_loses_nothing(talk, tmp_path):
     whole, _ = talk("hello", "more")
     other = write_model(tmp_path / "other.gguf", seed=1)
     talk(
-        "hello", "/save other.pgd", options=("--gguf", str(other)), screen=Screen(every=5, times=1)
+        "hello", "/save other.pgd", options=("--model", str(other)), screen=Screen(every=5, times=1)
     )
     engine_of(other, tokenizer.load(other)).save("engine.pgd")
     (tmp_path / "text.pgd").write_text("hello")
