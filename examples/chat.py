@@ -222,9 +222,7 @@ def main() -> None:
     args = arguments()
     if args.devices > 1:  # only a CPU obeys: one process then shows as many devices
         jax.config.update("jax_num_cpu_devices", args.devices)
-    path = Path(args.model)
-    if (release := weights.RELEASES.get(args.model)) is not None:
-        path = weights.fetch(release, accept_terms=args.accept_terms)
+    path = weights.find(args.model, accept_terms=args.accept_terms)
     words = tokenizer.load(path)
     chat = Chat(make_engine(args, path, words), words, args)
     prompt = "> " if sys.stdin.isatty() else ""

@@ -198,11 +198,7 @@ def main() -> None:
     if args.devices > 1:  # only a CPU obeys: one process then shows as many devices
         jax.config.update("jax_num_cpu_devices", args.devices)
     cases = read_ids(args.ids_file) if args.ids_file else []
-    path = Path(args.model).expanduser()
-    if args.model in weights.RELEASES:
-        path = weights.fetch(weights.RELEASES[args.model], accept_terms=args.accept_terms)
-    elif not path.exists():
-        raise ValueError(f"{path} is no folder, no file and none of {', '.join(weights.RELEASES)}")
+    path = weights.find(args.model, accept_terms=args.accept_terms)
     words, stop = None, ()
     if not cases:
         words = tokenizer.load(path)
