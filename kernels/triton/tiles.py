@@ -15,7 +15,7 @@ from .numbers import (
     quantised,
     query_parts,
     scales_of,
-)  # fmt: skip
+)
 
 __all__ = ["LOG2E", "append_newest", "attend_tiles", "page_ids", "q_rows", "scaled"]
 
