@@ -52,7 +52,7 @@ class Renews(TakesUp):
 
     def store_all(self) -> None:
         """The pages are about to go: what the host tier is to have of them is copied out."""
-        for sample in self.running:
+        for sample in self._seats.running:
             self._store(sample)
         if self.swapping is not None:
             self.swapping.settle()

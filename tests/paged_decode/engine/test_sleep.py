@@ -32,9 +32,10 @@ PROMPTS = prompts(4, low=9, high=20)
 
 
 def pool_bytes() -> int:
-    """Of the arrays of keys and values on all devices: those with 4 axes."""
+    """Of the arrays of keys and values in the memory of all devices: those with 4 axes."""
     gc.collect()
-    return sum(a.nbytes for a in jax.live_arrays() if a.ndim == 4)
+    arrays = [a for a in jax.live_arrays() if a.ndim == 4]
+    return sum(a.nbytes for a in arrays if a.sharding.memory_kind == "device")
 
 
 def begun(engine) -> list:
@@ -72,10 +73,23 @@ def check(engine, events, expected) -> None:
     assert engine.allocator.num_used == 0
 
 
-@pytest.mark.parametrize("pages", ["recompute", "host"])
+@pytest.fixture
+def pinned(monkeypatch):
+    """As on an accelerator, whose page-locked memory a CPU has in name."""
+
+    def sharding(array):
+        return array.sharding.with_memory_kind("pinned_host")
+
+    monkeypatch.setattr("paged_decode.engine.resting.pinned_sharding", sharding)
+
+
+@pytest.mark.parametrize("pages", ["recompute", "host", "pinned"])
 def test_requests_in_flight_get_the_same_tokens_and_the_memory_is_gone_meanwhile(
-    engine, expected, compiled, pages
+    engine, expected, compiled, pages, request
 ):
+    if pages == "pinned":
+        request.getfixturevalue("pinned")
+        pages = "host"
     whole = pool_bytes()
     shapes = [(a.shape, a.sharding) for a in jax.tree.leaves(engine.cache)]
     events = begun(engine)
@@ -191,6 +205,25 @@ def test_pages_of_others_are_not_lost(engine):
     engine.allocator.free(handle)
 
 
+@pytest.mark.parametrize("pages", ["recompute", "host"])
+def test_without_memory_to_wake_the_engine_stays_asleep(engine, pages, monkeypatch):
+    def fail(*_):
+        raise MemoryError("none is left")
+
+    engine.submit(PROMPTS[0], GREEDY)
+    engine.step()
+    engine.sleep(pages)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            f"paged_decode.engine.resting.{dict(host='_put').get(pages, 'empty_like')}", fail
+        )
+        with pytest.raises(MemoryError, match="none is left"):
+            engine.wake()
+    assert engine.asleep
+    engine.wake()
+    assert list(texts(engine.stream()).values()) == [dense_greedy(PROMPTS[0], 12)]
+
+
 def test_a_word_that_is_none_changes_nothing(engine, unchecked):
     with pytest.raises(ValueError, match="pages must be one of"):
         engine.sleep("disk")
@@ -214,7 +247,7 @@ def test_tasks_are_told_that_the_engine_is_asleep(engine):
     assert engine.idle
 
 
-def test_on_a_mesh_every_shard_goes_and_comes_back(compiled):
+def test_on_a_mesh_every_shard_goes_and_comes_back(compiled, request):
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), devices=jax.devices()[:4])
     cache = KVCache.create(
         num_layers=tiny.LAYERS,
@@ -233,7 +266,10 @@ def test_on_a_mesh_every_shard_goes_and_comes_back(compiled):
     engine.warmup()
     own = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.cache))
     compiled.clear()
-    for pages in ("recompute", "host"):
+    for pages in ("recompute", "host", "pinned"):
+        if pages == "pinned":
+            request.getfixturevalue("pinned")
+            pages = "host"
         for prompt in PROMPTS[:3]:
             engine.submit(prompt, GREEDY)
         events = []
@@ -246,4 +282,8 @@ def test_on_a_mesh_every_shard_goes_and_comes_back(compiled):
         assert [leaf.sharding for leaf in jax.tree.leaves(engine.cache)] == shardings
         got = texts([*events, *engine.stream()])
         assert list(got.values()) == [dense_greedy(prompt, 12) for prompt in PROMPTS[:3]]
+    for word in ("keep", "end"):
+        engine.update_params(jax.tree.map(jnp.asarray, OTHER), in_flight=word)
+    done = engine.generate(PROMPTS[:3], GREEDY)
+    assert [each.tokens for each in done] == [dense_greedy(p, 12, OTHER) for p in PROMPTS[:3]]
     assert not compiled and engine.allocator.num_used == 0
