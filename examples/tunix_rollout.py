@@ -1,10 +1,10 @@
 """google-tunix's rollout interface over the engine, for its Llama 3, Qwen 3 and Gemma 3 models.
 
-    rollout = EngineRollout(model, tokenizer)  # in the place of tunix's VanillaRollout
+    cluster_config = ClusterConfig(..., rollout_engine=EngineRollout)  # or a partial of it
 
 The modules of the model are called as they are, but for attention, whose keys and values go to
-pages. The weights are the trainer's own arrays. Equal prompts of a call, such as the G of a GRPO
-group, become the samples of one request, which share the prompt's pages.
+pages. The weights are the trainer's own arrays. Equal prompts of a call, such as the G of a group,
+become the samples of one request, which share its pages.
 """
 
 import sys
@@ -36,10 +36,8 @@ def attention(module, x, positions, attend):
     rope = sys.modules[type(module).__module__].apply_rope
     options = dict(head_dim=module.head_dim)
     if hasattr(module, "attn_vec_einsum"):  # Gemma 3
-        if module.use_qkv_einsum:
-            q, k, v = module.qkv_einsum(x)
-        else:
-            q, (k, v) = module.q_einsum(x), module.kv_einsum(x)
+        whole = module.use_qkv_einsum
+        q, k, v = module.qkv_einsum(x) if whole else (module.q_einsum(x), *module.kv_einsum(x))
         q, k = module._query_norm(q), module._key_norm(k)
         options |= dict(base_frequency=module.rope_base_frequency)
         options |= dict(scale_factor=module.rope_scale_factor)
@@ -72,8 +70,7 @@ def model_of(graph):
 
             def attend(q, k, v, scale, number=number):
                 nonlocal cache
-                kept = cache.k_pages[0].dtype
-                q, k, v = q.astype(kept), k.astype(kept), v.astype(kept)
+                q, k, v = (each.astype(cache.k_pages[0].dtype) for each in (q, k, v))
                 seen, cache = cache.append_and_attend(number, q, k, v, batch, scale=scale)
                 return seen
 
@@ -106,8 +103,10 @@ class EngineRollout(BaseRollout):
     """Rollouts by a paged engine in the trainer's process.
 
     Args:
-      model: `Llama3`, `Qwen3` or `Gemma3` of tunix, on one device.
+      rollout_actor: `Llama3`, `Qwen3` or `Gemma3` of tunix.
       tokenizer: as tunix takes it.
+      mesh: where the model lies: one device, so far.
+      rollout_config: of tunix, whose `kv_cache_size` is `max_tokens` if that is not given.
       max_rows: samples that are decoded at once; more wait.
       max_tokens: of a prompt and its completion.
       page_size: tokens of a page.
@@ -120,30 +119,33 @@ class EngineRollout(BaseRollout):
 
     def __init__(
         self,
-        model: nnx.Module,
+        rollout_actor: nnx.Module,
         tokenizer,
+        mesh=None,
+        rollout_config: RolloutConfig | None = None,
         *,
         max_rows: int = 64,
-        max_tokens: int = 1024,
+        max_tokens: int | None = None,
         page_size: int = 16,
         num_pages: int | None = None,
-        decode_steps: int = 8,
         prefill_chunk: int = 64,
         **engine,
     ):
+        if mesh is not None and mesh.size > 1:
+            raise NotImplementedError(f"rollouts on one device, got a mesh of {mesh.size}")
+        max_tokens = max_tokens or (rollout_config or RolloutConfig()).kv_cache_size
         own = isinstance(tokenizer, TokenizerAdapter)
         self.tokenizer = tokenizer if own else TokenizerAdapter(tokenizer)
-        self._graph, self._state = nnx.split(model)
-        chunk = max(prefill_chunk, decode_steps)
-        layout = layout_of(model, max_rows, max_tokens, chunk, page_size, num_pages)
+        self._actor, graph = rollout_actor, nnx.graphdef(rollout_actor)
+        sizes = max_rows, max_tokens, prefill_chunk, page_size, num_pages
+        layout = layout_of(rollout_actor, *sizes)
         config = EngineConfig(
             max_rows=max_rows,
-            decode_steps=decode_steps,
             prefill_chunk=prefill_chunk,
             max_sequence_tokens=max_tokens,
         )
         pool = KVCache.create(layout=layout), BlockAllocator(layout)
-        self.engine = Engine(model_of(self._graph), self._state, *pool, config, **engine)
+        self.engine = Engine(model_of(graph), _state_of(self._actor), *pool, config, **engine)
 
     def generate(
         self, prompts: list[str], rollout_config: RolloutConfig, **_kwargs
@@ -154,6 +156,7 @@ class EngineRollout(BaseRollout):
         distribution that a token was drawn from; of greedy ones, the model's own. No `seed`: the
         engine draws one for each call.
         """
+        self._follow()
         config = rollout_config
         tokens = [self._encode(prompt) for prompt in prompts]
         places = defaultdict(list)
@@ -176,7 +179,7 @@ class EngineRollout(BaseRollout):
                 done[place] = next(made)
         out, logprobs = [], []
         for _, each in sorted(done.items()):
-            count = len(each.tokens) - (each.tokens[-1:] != () and each.tokens[-1] in stops)
+            count = len(each.tokens) - (each.finish_reason == "stop")
             out.append(np.array(each.tokens[:count], np.int32))
             numbers = each.logprobs if greedy else each.processed_logprobs
             logprobs.append(np.array(numbers[:count], np.float32))
@@ -192,29 +195,29 @@ class EngineRollout(BaseRollout):
         self, prompt_tokens: jax.Array, completion_tokens: jax.Array
     ) -> jax.Array:
         """Log-probabilities `[B, T]` of completions by tunix's own dense forward."""
-        return common.compute_per_token_logps(
-            self._graph,
-            self._state,
-            prompt_tokens=prompt_tokens,
-            completion_tokens=completion_tokens,
-            pad_id=self.pad_id(),
-            eos_id=self.eos_id(),
-        )
+        given = dict(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
+        own = dict(pad_id=self.pad_id(), eos_id=self.eos_id())
+        return common.compute_per_token_logps(*nnx.split(self._actor), **given, **own)
 
     def update_params(self, params, filter_types=None) -> None:
         """Go on with these weights, or with these of all, such as LoRA's; none is copied that has
         the dtype and the place of those before."""
         if filter_types is not None:
-            params = reshard.reshard_pytree(params, nnx.state(self.model(), filter_types))
-        new, _ = utils.to_flat_dict(params)
-        leaves, tree = jax.tree.flatten(self._state)
-        old, _ = utils.to_flat_dict(self._state)
+            params = reshard.reshard_pytree(params, nnx.state(self._actor, filter_types))
+        state = _state_of(self._actor)
+        (new, _), (old, _) = map(utils.to_flat_dict, (params, state))
         if unknown := new.keys() - old.keys():
             raise ValueError(f"the model has no weights at {min(unknown)}")
         leaves = [new[path].astype(a.dtype) if path in new else a for path, a in old.items()]
-        state = jax.tree.unflatten(tree, leaves)
-        self.engine.update_params(state)
-        self._state = state
+        nnx.update(self._actor, jax.tree.unflatten(jax.tree.structure(state), leaves))
+        self._follow()
+
+    def _follow(self):
+        """Take up the arrays that the actor has now: a trainer may share it, and tell nobody."""
+        state = _state_of(self._actor)
+        pairs = zip(*map(jax.tree.leaves, (state, self.engine.params)), strict=True)
+        if any(a is not b for a, b in pairs):
+            self.engine.update_params(state)
 
     def pad_id(self) -> int:
         return self.tokenizer.pad_id()
@@ -223,7 +226,7 @@ class EngineRollout(BaseRollout):
         return self.tokenizer.eos_id()
 
     def model(self) -> nnx.Module:
-        return nnx.merge(self._graph, self._state)
+        return self._actor
 
     def _encode(self, text):
         """As tunix's own sampler does."""
@@ -236,8 +239,11 @@ class EngineRollout(BaseRollout):
         return np.array([[self.pad_id()] * (length - len(each)) + each for each in prompts])
 
 
+def _state_of(module):
+    """Its arrays of now; those of `nnx.state` change with the module."""
+    return jax.tree.map(lambda array: array, nnx.state(module))
+
+
 def _seed_of(seed):
-    """An int of what tunix takes for a seed; None stays."""
-    if seed is None or isinstance(seed, int):
-        return seed
-    return np.asarray(jax.random.key_data(seed)).tolist()
+    """Ints of what tunix takes for a seed; None stays."""
+    return np.asarray(jax.random.key_data(seed)).tolist() if isinstance(seed, jax.Array) else seed

@@ -93,7 +93,9 @@ class Trains(Keeps):
                 self._take_calls()
                 self.loop.change(self.scheduler.end_all)
             if not keep_cached:
-                self._forget(keep_pages=in_flight == "keep")
+                scheduler = self.scheduler
+                rows = self.loop.in_flight or scheduler.running or scheduler.ending
+                self._forget(keep_pages=in_flight == "keep" or not rows)  # an idle device rests
             version = self.version + 1
 
             def change(cache: Any) -> Any:  # where no interrupt comes between two lines

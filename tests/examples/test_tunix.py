@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import import_module
 
 import jax
@@ -54,9 +55,10 @@ def make(family: str, seed: int = 0):
 
 @pytest.fixture(autouse=True)
 def of_its_own():
-    """tunix does not promise strict promotion."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+    """tunix does not promise strict promotion, in whatever thread of its own."""
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    yield
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 @pytest.mark.parametrize("family", ["llama3", "qwen3", "gemma3"])
@@ -97,6 +99,44 @@ def test_greedy_tokens_and_log_probabilities_are_those_of_tunixs_own_sampler(fam
     compare()
     assert rollout.engine.version == 1 and type(rollout.model()) is type(model)
     assert (rollout.pad_id(), rollout.eos_id()) == (0, 2)
+
+
+def test_grpo_of_tunix_learns_a_toy_reward_through_the_engine():
+    """Actor and rollout share their module, and the trainer tells nobody of its steps."""
+    import optax
+    from tunix.rl.grpo.grpo_learner import GRPOConfig, GRPOLearner
+    from tunix.rl.rl_cluster import ClusterConfig, RLCluster, RLTrainingConfig, Role
+    from tunix.rl.rollout.base_rollout import RolloutConfig
+
+    rewards = []
+
+    def reward(prompts, completions, **_):
+        """Which part of a text is of odd letters."""
+        each = [float(np.mean([ord(c) % 2 for c in text])) if text else 0.0 for text in completions]
+        rewards.append(float(np.mean(each)))
+        return each
+
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
+    adam = RLTrainingConfig(actor_optimizer=optax.adam(3e-3), eval_every_n_steps=100, max_steps=20)
+    cluster = RLCluster(
+        actor=make("qwen3"),
+        tokenizer=Letters(),
+        cluster_config=ClusterConfig(
+            role_to_mesh=dict.fromkeys((Role.ACTOR, Role.REFERENCE, Role.ROLLOUT), mesh),
+            rollout_engine=partial(
+                import_module("tunix_rollout").EngineRollout, max_rows=32, page_size=4
+            ),
+            training_config=adam,
+            rollout_config=RolloutConfig(
+                8, temperature=1.0, max_prompt_length=8, kv_cache_size=64, seed=7
+            ),
+        ),
+    )
+    config = GRPOConfig(num_generations=8, num_iterations=1, beta=0.0)
+    learner = GRPOLearner(rl_cluster=cluster, reward_fns=reward, algo_config=config)
+    learner.train([{"prompts": np.array(["ab", "cd", "ef", "gh"])}] * 20)
+    assert len(rewards) == 20 and cluster.rollout.engine.version == 19
+    assert np.mean(rewards[:3]) < 0.6 and np.mean(rewards[-3:]) > 0.75
 
 
 def test_groups_share_a_request_and_drawn_log_probabilities_are_the_trainers():

@@ -240,6 +240,15 @@ def test_arrays_are_used_as_they_are_and_old_ones_are_gone_at_once_if_they_are_d
     assert engine.generate(PROMPTS[:1], GREEDY)[0].tokens == dense_greedy(PROMPTS[0], 12, dense)
 
 
+def test_the_update_of_an_idle_engine_moves_nothing(engine):
+    """As google-tunix demands it of whoever has its weights."""
+    new = jax.device_put(OTHER)
+    engine.generate(PROMPTS[:1], GREEDY)
+    with jax.transfer_guard("disallow_explicit"):
+        engine.update_params(new)
+    assert engine.generate(PROMPTS[:1], GREEDY)[0].tokens == dense_greedy(PROMPTS[0], 12, OTHER)
+
+
 def test_a_hundred_updates_leak_nothing(engine, compiled):
     trees = [jax.device_put(PARAMS), jax.device_put(OTHER)]
 
