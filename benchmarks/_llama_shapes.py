@@ -19,7 +19,7 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "examples")]
-from models.config import ModelConfig  # noqa: E402
+from models.config import ModelConfig, Rope, rope_frequencies  # noqa: E402
 from models.decoder import make_model  # noqa: E402
 
 __all__ = ["LlamaShapes", "llama_shapes"]
@@ -33,7 +33,7 @@ LARGE = ModelConfig(
     num_kv_heads=8,
     head_dim=128,
     max_positions=131072,
-    rope_theta=500000.0,
+    rope=Rope(500000.0),
 )
 SMALL = replace(
     LARGE,
@@ -102,7 +102,7 @@ def _params(config: ModelConfig, dtype: Any, by_columns: bool) -> dict[str, Any]
 
     width, inner = config.width, config.inner_width
     queries, keys = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
-    ones, half = jnp.ones(width, dtype), config.head_dim // 2
+    ones = jnp.ones(width, dtype)
     layers = [
         {
             "attention_norm": ones,
@@ -114,7 +114,7 @@ def _params(config: ModelConfig, dtype: Any, by_columns: bool) -> dict[str, Any]
         }
         for _ in range(config.num_layers)
     ]
-    frequencies = config.rope_theta ** -(np.arange(half) / half)
+    frequencies = rope_frequencies(config.rope, config.head_dim)
     return {
         "embed": matrix(width, config.vocab_size),
         "head": matrix(width, config.vocab_size),

@@ -198,8 +198,9 @@ def main() -> None:
     path = weights.fetch()
     words = tokenizer.load(path)
     questions = [q for pair in zip(SHARED, ALONE, strict=True) for q in pair]
-    system = " ".join(SYSTEM.split())
-    prompts = [words.encode_chat(q, system if q in SHARED else None) for q in questions]
+    system = dict(role="system", content=" ".join(SYSTEM.split()))
+    chats = [[system] * (q in SHARED) + [dict(role="user", content=q)] for q in questions]
+    prompts = [words.encode_chat(chat) for chat in chats]
     engine = make_engine(path, max(map(len, prompts)))
     console.print("Compiling ...")
     compiled = count_compilations()

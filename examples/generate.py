@@ -1,14 +1,16 @@
-"""Generate with a GGUF model (Llama family, Gemma 3, gpt-oss) through a paged cache.
+"""Generate with a model of your own, or one that is fetched, through a paged cache.
 
     python examples/generate.py "Why is the sky blue?" "Name three rivers."
     python examples/generate.py --model gemma3-270m "The sea is"
+    python examples/generate.py --model ~/Qwen3-0.6B --dtype bfloat16 --ids-file in.json
     python examples/generate.py --ids-file in.json --max-new 64 --top-logits 5 --json out.json
 
 An ids file is `[{"name": ..., "prompt_ids": [...]}, ...]`; the result has per case `name`,
 `greedy_ids`, `finish_reason` and, with --top-logits K, `last_prompt_topK`: [[id, logit], ...], of
 the first token, and `final_step_topK`, of the last.
-Without --gguf, the model named is fetched once and checked by its hash. Gemma has terms of use,
-which you are shown and must accept. A model without a chat template continues the prompts.
+A model is a checkpoint's folder (config.json, safetensors), a GGUF file, or the name of one that is
+fetched once and checked by its hash. Gemma has terms of use, which you are shown and must accept. A
+model without a chat template continues the prompts.
 """
 
 from __future__ import annotations
@@ -40,9 +42,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--ids-file", type=Path, help="prompts as token ids; EOS does not stop them"
     )
-    parser.add_argument("--model", choices=weights.RELEASES, default="smollm2")
+    parser.add_argument(
+        "--model",
+        default="smollm2",
+        metavar=f"DIR|FILE.gguf|{'|'.join(weights.RELEASES)}",
+        help="default: smollm2",
+    )
     parser.add_argument("--accept-terms", action="store_true", help="of use, of --model")
-    parser.add_argument("--gguf", type=Path, help="your own model file in place of --model")
     parser.add_argument("--max-new", type=int, default=64, help="tokens to generate")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument(
@@ -105,13 +111,12 @@ class Engines:
 
     def __init__(self, args: argparse.Namespace, prompts: list[list[int]], path: Path):
         self.args = args
-        self.config, self.params = decoder.load(path, dtype=args.dtype)
+        mesh = parallel.make_mesh(args.devices) if args.devices != 1 else None
+        self.config, self.params = decoder.load(path, dtype=args.dtype, mesh=mesh)
         self.model = decoder.make_model(self.config)
         self.where: dict[str, Any] = {}
-        if args.devices != 1:
-            mesh = parallel.make_mesh(args.devices)
+        if mesh is not None:
             self.model = parallel.make_parallel_model(self.config, self.params, mesh)
-            self.params = parallel.split_params(self.config, self.params, mesh)
             self.where = dict(mesh=mesh, head_axis=parallel.AXIS)
         self.totals = [len(prompt) + args.max_new for prompt in prompts]
         needed = sum(-(-tokens // args.page_size) for tokens in self.totals)
@@ -192,17 +197,14 @@ def main() -> None:
     args = arguments()
     if args.devices > 1:  # only a CPU obeys: one process then shows as many devices
         jax.config.update("jax_num_cpu_devices", args.devices)
-    release = weights.RELEASES[args.model]
-    path = args.gguf or weights.fetch(release, accept_terms=args.accept_terms)
-    words = None
-    if args.ids_file:
-        cases = read_ids(args.ids_file)
-        stop: tuple[int, ...] = ()
-    else:
+    cases = read_ids(args.ids_file) if args.ids_file else []
+    path = weights.find(args.model, accept_terms=args.accept_terms)
+    words, stop = None, ()
+    if not cases:
         words = tokenizer.load(path)
         encode = words.encode_chat if words.chats else words.encode
         cases = [{"name": p, "prompt_ids": encode(p)} for p in args.prompt]
-        stop = (words.eos_id,)
+        stop = words.eos_ids
     prompts = [case["prompt_ids"] for case in cases]
     sampling = SamplingParams(
         max_new_tokens=args.max_new,

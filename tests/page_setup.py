@@ -38,6 +38,18 @@ def engine() -> Names:
     return dict(model=model, params=PARAMS, prompt_ids=PROMPT, layer=0)
 
 
+def training() -> Names:
+    """And a train step that learns nothing."""
+    cache, allocator = pair()
+
+    def train(params, *_):
+        return params * 0.99
+
+    names = dict(policy=model, params=PARAMS, cache=cache, allocator=allocator, train=train)
+    own = dict(Engine=Engine, EngineConfig=EngineConfig, SamplingParams=SamplingParams)
+    return names | own | dict(prompts=[PROMPT, [2, 7]])
+
+
 def allocator() -> Names:
     cache, allocator = pair()
     handles = [allocator.allocate(PROMPT), allocator.allocate([2, 7])]

@@ -181,10 +181,10 @@ def test_every_command_of_a_plain_install_runs_or_names_the_extra_in_one_line(pl
         assert word in text
     scripts = [
         run(plain / "python", ROOT / "examples" / name, cwd=tmp_path, status=1)
-        for name in ("demo.py", "generate.py")
+        for name in ("demo.py", "generate.py", "chat.py")
     ]
     for extra, text in zip(
-        ("pressure", "pressure", "examples", "examples"),
+        ("pressure", "pressure", "examples", "examples", "examples"),
         (told[4][1], told[5][1], *scripts),
         strict=True,
     ):

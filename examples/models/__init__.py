@@ -1,8 +1,10 @@
-"""Model families from GGUF files, written against the public API of paged_decode.
+"""Models that people have, written against the public API of paged_decode.
 
-Llama (SmolLM2, Mistral), Gemma 3 and gpt-oss: one configuration, one loader and one forward pass.
+One configuration and one forward pass for all families: a folder of a model hub (Llama, Mistral,
+SmolLM, Qwen, Gemma, gpt-oss, Phi), or a GGUF file (Llama, Gemma 3, gpt-oss).
 
-weights: fetch them · gguf_reader, quants: read the file · config: its sizes, and the cache's layout
-· checkpoint: its weights · tokenizer: text to ids and back · decoder, experts: the forward pass ·
-parallel: over several devices.
+config: what a model is, and the cache's layout · families: that from config.json · checkpoint: its
+weights · decoder: the forward pass · sharding, parallel: over several devices · tokenizer: text and
+chats to ids and back · gguf_families, gguf_vocabulary, gguf_reader: the other kind of file ·
+weights: fetch some
 """

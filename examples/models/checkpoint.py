@@ -1,213 +1,236 @@
-"""From a GGUF file to a configuration and a pytree of weights: Llama, Gemma 3 and gpt-oss.
+"""From a folder with config.json and safetensors, or a GGUF file, to a pytree of weights.
 
-A family says what its layers have; names and shapes are those of llama.cpp's files.
+A family says what its layers have and how that is called; what is read, it is read here. One layer
+at a time goes to the device, or to several, so the host never holds many.
 """
 
 from __future__ import annotations
 
-import math
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from functools import partial
 from os import PathLike
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jax.sharding import Mesh
 
-from .config import ModelConfig, read_config
-from .gguf_reader import GGUF, read_gguf
+from .config import ModelConfig, rope_frequencies
+from .families import CheckpointError, Names, Recipe, read_recipe
+from .gguf_families import read_gguf_recipe
+from .gguf_reader import read_gguf
+from .sharding import split_part
 
-__all__ = ["Params", "load", "rope_frequencies"]
+__all__ = ["CheckpointError", "Params", "Safetensors", "load"]
 
 Params = dict[str, Any]
 
 
-def load(path: str | PathLike[str], dtype: Any = "float32") -> tuple[ModelConfig, Params]:
-    """Read a GGUF file of a family that is served and convert its weights to `dtype`.
+def load(
+    path: str | PathLike[str], dtype: Any = "float32", *, mesh: Mesh | None = None
+) -> tuple[ModelConfig, Params]:
+    """Read a checkpoint's folder, or a GGUF file, and convert its weights to `dtype`.
 
     Matrices are laid out `[in, out]`, and those that read the same input lie side by side: of
     all layouts tried with XLA on a CPU, one `[in, out]` product of all of them streams the weights
     fastest, for one row and for several. The embedding is `[E, V]`, so that a model whose
-    output head is tied to it holds one copy.
+    output head is tied to it holds one copy. Norms, sinks and frequencies are float32, as all
+    that they are used with. With `mesh`, every device gets its own part (`sharding.py`), layer by
+    layer.
 
     Raises:
-      GGUFError: the file is broken, or its tensors do not fit its sizes.
-      NotImplementedError: another architecture, or a feature of the family that is not here.
+      CheckpointError, GGUFError: something is missing or broken, or does not fit the sizes.
+      NotImplementedError: another architecture, or anything that is not understood.
 
     Example:
       >>> config, params = load("SmolLM2-135M-Instruct.Q4_1.gguf")  # doctest: +SKIP
       >>> config.num_layers, params["embed"].shape  # doctest: +SKIP
       (30, (576, 49152))
     """
-    gguf = read_gguf(path)
-    architecture, config = read_config(gguf)
-    return config, _FAMILIES[architecture](gguf, config, jnp.dtype(dtype)).params()
+    path = Path(path)
+    if path.is_dir():
+        recipe, source = read_recipe(path), Safetensors(path)
+    else:
+        source = read_gguf(path)
+        recipe = read_gguf_recipe(source)
+    config = recipe.config
+    put = partial(jax.tree.map, jnp.asarray)
+    if mesh is not None:
+        put = partial(split_part, config, mesh=mesh)
+    reader = _Reader(source, recipe, jnp.dtype(dtype))
+    reader.check_names()
+    params = put(reader.parameters(recipe.top) | reader.frequencies())
+    numbers = _shown(range(config.num_layers), f"reading {path.name}")
+    params["layers"] = [put(reader.parameters(recipe.layer, number)) for number in numbers]
+    return config, params
 
 
-def rope_frequencies(config: ModelConfig) -> np.ndarray:
-    """Radians per token of every pair of a head, float64 `[D / 2]`.
+class _Source(Protocol):
+    """Where tensors come from."""
 
-    With YaRN (Peng et al., "YaRN", 2023) those pairs that turn 32 times or more in the first
-    context keep their speed, those that turn once or less are slowed down by the whole scale.
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def tensors(self) -> Any: ...  # a container of names
+
+    def info(self, name: str) -> Any: ...  # raises if there is no such tensor
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> np.ndarray: ...
+
+
+class Safetensors:
+    """The tensors of a folder, in one file or in several with an index; files are mapped.
+
+    Raises:
+      CheckpointError: no such files, or one that is broken or not what the index says.
     """
-    half, theta = config.head_dim // 2, config.rope_theta
-    frequencies = theta ** -(np.arange(half) / half)
-    slowed = frequencies / config.rope_scale
-    if config.yarn_positions is None:
-        return slowed
-    turns = config.yarn_positions / (2 * math.pi)  # of the fastest pair, of which all are a power
-    low, high = (half * math.log(turns / some) / math.log(theta) for some in (32, 1))
-    low, high = max(low, 0), min(high, config.head_dim - 1)
-    ramp = np.clip((np.arange(half) - low) / max(high - low, 1e-3), 0, 1)
-    return slowed * ramp + frequencies * (1 - ramp)
+
+    def __init__(self, path: Path):
+        from safetensors import SafetensorError, safe_open
+
+        self.path = path
+        self.tensors: dict[str, Any] = {}
+        index, files = path / "model.safetensors.index.json", ["model.safetensors"]
+        try:
+            if index.is_file():
+                files = sorted(
+                    {Path(f).name for f in json.loads(index.read_text())["weight_map"].values()}
+                )
+            for name in files:
+                file = safe_open(path / name, framework="numpy")
+                self.tensors |= dict.fromkeys(file.keys(), file)
+        except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: expected {' and '.join(files)}: {error}") from error
+
+    def info(self, name: str) -> Any:
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.path}: expected a tensor {name!r}, the files have none")
+        return self.tensors[name].get_slice(name)
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        info = self.info(name)
+        if (found := tuple(info.get_shape())) != shape:
+            raise CheckpointError(f"{self.path}: expected {name!r} of shape {shape}, got {found}")
+        if (kind := info.get_dtype()) not in ("F32", "F16", "BF16"):
+            raise NotImplementedError(f"{self.path}: {name!r} of dtype {kind} is not served")
+        return self.tensors[name].get_tensor(name)
 
 
-class _Llama:
-    """Reads every tensor once, and knows which ones nobody asked for."""
+class _Reader:
+    """Makes parameters of a file's tensors."""
 
-    inner_norm = "ffn_norm"
+    def __init__(self, source: _Source, recipe: Recipe, dtype: Any):
+        self.source, self.recipe, self.dtype = source, recipe, dtype
+        self.pieces = _pieces(recipe.config)
 
-    def __init__(self, gguf: GGUF, config: ModelConfig, dtype: Any):
-        self.gguf, self.config, self.dtype = gguf, config, dtype
-        self.unread = set(gguf.tensors)
-
-    def params(self) -> Params:
-        config = self.config
-        embedding = (config.vocab_size, config.width)
-        params: Params = {
-            "embed": self.joined(embedding, "token_embd"),
-            "norm": self.vector("output_norm", config.width),
-            "layers": [self.layer(f"blk.{i}.") for i in range(config.num_layers)],
-            **self.frequencies(),  # last: now head_dim is known to be true
-        }
-        if "output.weight" in self.unread:
-            params["head"] = self.joined(embedding, "output")
-        if self.unread:
+    def check_names(self) -> None:
+        """Before anything is read: everything is there, and nothing that has no place."""
+        known = ("rotary_emb.inv_freq", "rope_freqs.weight")  # of old files; see `frequencies`
+        unread = {name for name in self.source.tensors if not name.endswith(known)}
+        for template, layer in self.names():
+            for expert in range(self.recipe.config.num_experts if "{expert}" in template else 1):
+                name = template.format(layer=layer, expert=expert)
+                self.source.info(name)
+                unread.discard(name)
+        if unread:
             raise NotImplementedError(
-                f"{self.gguf.path}: {len(self.unread)} tensors have no place in this model, such "
-                f"as {sorted(self.unread)[:3]}: this family is served without them"
+                f"{self.source.path}: {len(unread)} tensors have no place in this model, such "
+                f"as {sorted(unread)[:3]}: this family is served without them"
             )
+
+    def names(self) -> Iterator[tuple[str, int]]:
+        recipe = self.recipe
+        yield from ((name, 0) for names in recipe.top.values() for name in names)
+        for layer in range(recipe.config.num_layers):
+            yield from ((name, layer) for names in recipe.layer.values() for name in names)
+
+    def parameters(self, names: Names, layer: int = 0) -> Params:
+        return {role: self.parameter(role, each, layer) for role, each in names.items()}
+
+    def parameter(self, role: str, names: tuple[str, ...], layer: int) -> np.ndarray:
+        pieces = self.pieces[role]
+        matrix = role in _MATRICES
+        axis = -2 if matrix else -1
+        if len(names) == 1:  # a tensor that has them all
+            shape = list(pieces[0])
+            shape[axis] = sum(piece[axis] for piece in pieces)
+            pieces = (tuple(shape),)
+        found = [self.read(n, p, layer) for n, p in zip(names, pieces, strict=True)]
+        if "norm" in role:
+            found = [each.astype(np.float32) + self.recipe.norm_offset for each in found]
+        elif role != "sinks":
+            found = [each.astype(self.dtype) for each in found]
+        if matrix:
+            found = [each.swapaxes(-1, -2) for each in found]
+        joined = np.ascontiguousarray(np.concatenate(found, axis=-1))
+        if role == "sinks":
+            return joined.astype(np.float32)[:, None]
+        return joined.reshape(2, -1) if role == "qk_norm" else joined
+
+    def read(self, template: str, shape: tuple[int, ...], layer: int) -> np.ndarray:
+        if "{expert}" in template:
+            names = (template.format(layer=layer, expert=e) for e in range(shape[0]))
+            return np.stack([self.source.tensor(name, shape[1:]) for name in names])
+        name, stored = template.format(layer=layer), self.recipe.stored.get(template)
+        if stored is None:
+            return self.source.tensor(name, shape)
+        return stored.ours(self.source.tensor(name, stored.shape(shape)))
+
+    def frequencies(self) -> Params:
+        """float32 `[R / 2]`; some GGUF files of Llama 3 say by what to divide them."""
+        config = self.recipe.config
+        turned = config.rotary_dim or config.head_dim
+        found = rope_frequencies(config.rope, turned)
+        if "rope_freqs.weight" in self.source.tensors:
+            found = found / self.source.tensor("rope_freqs.weight", found.shape)
+        params = {"rope_frequencies": found.astype(np.float32)}
+        if config.local_rope is not None:
+            local = rope_frequencies(config.local_rope, turned)
+            params["local_rope_frequencies"] = local.astype(np.float32)
         return params
 
-    def layer(self, prefix: str) -> Params:
-        width = self.config.width
-        return {
-            "attention_norm": self.vector(prefix + "attn_norm", width),
-            "inner_norm": self.vector(prefix + self.inner_norm, width),
-            **self.attention(prefix),
-            **self.feed_forward(prefix),
-        }
 
-    def attention(self, prefix: str) -> Params:
-        c = self.config
-        q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        return {
-            "qkv": self.array(
-                self.rotated(prefix + "attn_q", c.num_heads),
-                self.rotated(prefix + "attn_k", c.num_kv_heads),
-                self.read(prefix + "attn_v.weight", (kv, c.width)),
-            ),
-            "out": self.joined((c.width, q), prefix + "attn_output"),
-        }
-
-    def feed_forward(self, prefix: str) -> Params:
-        wide, inner = self.config.width, self.config.inner_width
-        return {
-            "gate_up": self.joined((inner, wide), prefix + "ffn_gate", prefix + "ffn_up"),
-            "down": self.joined((wide, inner), prefix + "ffn_down"),
-        }
-
-    def rotated(self, name: str, heads: int) -> np.ndarray:
-        """A matrix whose heads are turned: here the two halves of every one are interleaved."""
-        dim, width = self.config.head_dim, self.config.width
-        matrix = self.read(name + ".weight", (heads * dim, width))
-        return matrix.reshape(heads, dim // 2, 2, width).swapaxes(1, 2).reshape(-1, width)
-
-    def frequencies(self) -> Params:
-        """float32 `[D / 2]`; Llama 3.1 and later divide them by factors stored in the file."""
-        frequencies = rope_frequencies(self.config)
-        if "rope_freqs.weight" in self.unread:
-            frequencies = frequencies / self.read("rope_freqs.weight", frequencies.shape)
-        return {"rope_frequencies": jnp.asarray(frequencies.astype(np.float32))}
-
-    # ---- how tensors are read
-
-    def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        self.unread.discard(name)
-        return self.gguf.tensor(name, shape)
-
-    def vector(self, name: str, size: int) -> Array:
-        return jnp.asarray(self.read(name + ".weight", (size,)).astype(self.dtype))
-
-    def joined(self, shape: tuple[int, ...], *names: str) -> Array:
-        return self.array(*(self.read(name + ".weight", shape) for name in names))
-
-    def array(self, *matrices: np.ndarray) -> Array:
-        """Side by side and transposed: `(..., out, in)` each, to `[..., in, out + out + ...]`."""
-        joined = [matrix.astype(self.dtype).swapaxes(-1, -2) for matrix in matrices]
-        return jnp.asarray(np.ascontiguousarray(np.concatenate(joined, axis=-1)))
+_MATRICES = frozenset(("embed", "head", "qkv", "out", "gate_up", "down", "router"))
 
 
-class _Halves(_Llama):
-    """Heads lie in two halves, as they are turned."""
-
-    def rotated(self, name: str, heads: int) -> np.ndarray:
-        return self.read(name + ".weight", (heads * self.config.head_dim, self.config.width))
-
-
-class _Gemma3(_Halves):
-    """Norms around both blocks and over queries and keys; the 1 is in the file's weights."""
-
-    def layer(self, prefix: str) -> Params:
-        dim, width = self.config.head_dim, self.config.width
-        norms = (self.read(f"{prefix}attn_{each}_norm.weight", (dim,)) for each in "qk")
-        return super().layer(prefix) | {
-            "qk_norm": jnp.asarray(np.stack([*norms]).astype(self.dtype)),
-            "attention_end_norm": self.vector(prefix + "post_attention_norm", width),
-            "inner_end_norm": self.vector(prefix + "post_ffw_norm", width),
-        }
-
-    def frequencies(self) -> Params:
-        """Those of the layers with a window beside them."""
-        half = self.config.head_dim // 2
-        theta = self.config.local_rope_theta or self.config.rope_theta
-        local = theta ** -(np.arange(half) / half)
-        return super().frequencies() | {
-            "local_rope_frequencies": jnp.asarray(local.astype(np.float32))
-        }
-
-
-class _GptOss(_Halves):
-    """Biases, a sink for every head, and experts in the place of one feed-forward block."""
-
-    inner_norm = "post_attention_norm"
-
-    def attention(self, prefix: str) -> Params:
-        c = self.config
-        q, kv = (c.num_heads * c.head_dim,), (c.num_kv_heads * c.head_dim,)
-        sinks = self.read(prefix + "attn_sinks.weight", (c.num_heads,))
-        return super().attention(prefix) | {
-            "qkv_bias": self.biases(prefix, attn_q=q, attn_k=kv, attn_v=kv),
-            "out_bias": self.biases(prefix, attn_output=(c.width,)),
-            "sinks": jnp.asarray(sinks[:, None]),  # float32, as the softmax that they join
-        }
-
-    def feed_forward(self, prefix: str) -> Params:
-        experts, width, inner = self.config.num_experts, self.config.width, self.config.inner_width
-        up, down = (experts, inner), (experts, width)
-        gate_up = (prefix + "ffn_gate_exps", prefix + "ffn_up_exps")
-        return {
-            "router": self.joined((experts, width), prefix + "ffn_gate_inp"),
-            "router_bias": self.biases(prefix, ffn_gate_inp=(experts,)),
-            "gate_up": self.joined((experts, inner, width), *gate_up),
-            "gate_up_bias": self.biases(prefix, ffn_gate_exps=up, ffn_up_exps=up),
-            "down": self.joined((experts, width, inner), prefix + "ffn_down_exps"),
-            "down_bias": self.biases(prefix, ffn_down_exps=down),
-        }
-
-    def biases(self, prefix: str, **shapes: tuple[int, ...]) -> Array:
-        """Of several tensors, side by side."""
-        found = [self.read(f"{prefix}{name}.bias", shape) for name, shape in shapes.items()]
-        return jnp.asarray(np.concatenate(found, axis=-1).astype(self.dtype))
+def _pieces(c: ModelConfig) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """By parameter: the shapes `(..., out, in)` of what lies side by side in it."""
+    q, kv, wide, inner = (
+        c.num_heads * c.head_dim,
+        c.num_kv_heads * c.head_dim,
+        c.width,
+        c.inner_width,
+    )
+    each = (c.num_experts,) if c.num_experts else ()
+    norms = ("norm", "attention_norm", "inner_norm", "attention_end_norm", "inner_end_norm")
+    return dict.fromkeys(norms, ((wide,),)) | {
+        "embed": ((c.vocab_size, wide),),
+        "head": ((c.vocab_size, wide),),
+        "qk_norm": ((c.head_dim,), (c.head_dim,)),
+        "qkv": ((q, wide), (kv, wide), (kv, wide)),
+        "qkv_bias": ((q,), (kv,), (kv,)),
+        "out": ((wide, q),),
+        "out_bias": ((wide,),),
+        "sinks": ((c.num_heads,),),
+        "router": ((c.num_experts, wide),),
+        "router_bias": ((c.num_experts,),),
+        "gate_up": ((*each, inner, wide),) * 2,
+        "gate_up_bias": ((*each, inner),) * 2,
+        "down": ((*each, wide, inner),),
+        "down_bias": ((*each, wide),),
+    }
 
 
-_FAMILIES = {"llama": _Llama, "gemma3": _Gemma3, "gpt-oss": _GptOss}
+def _shown(numbers: Iterable[int], what: str) -> Iterable[int]:
+    """With a bar of progress, if somebody watches."""
+    if not sys.stderr.isatty():
+        return numbers
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(numbers, what, console=Console(stderr=True), transient=True)

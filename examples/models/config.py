@@ -1,12 +1,11 @@
-"""Sizes and constants of a model, from the metadata of a GGUF file; the cache that goes with them.
+"""What one model is, in one record for all families; the cache that goes with it.
 
-One record serves every family: what a plain Llama does not have is off by default. The names of
-the keys are those of llama.cpp's files.
+What a plain Llama does not have is off by default.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +13,33 @@ import numpy as np
 
 from paged_decode import CacheLayout, PageSpec
 
-from .gguf_reader import GGUF, GGUFError
+__all__ = ["ModelConfig", "Rope", "layout", "rope_frequencies"]
 
-__all__ = ["ModelConfig", "layout", "read_config"]
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """How heads are turned by their positions.
+
+    Attributes:
+      theta: base of the frequencies.
+      kind: "plain"; "linear", where all are slowed down alike; "llama3" or "yarn", where only the
+        slow ones are.
+      factor: by how much they are slowed down.
+      first_positions: the context before they were.
+      fast: pairs that turn so often in it keep their speed.
+      slow: those that do not turn oftener are slowed down by the whole factor.
+      truncate: whether "yarn" rounds these two bounds outwards to whole pairs.
+      magnitude: of what is turned; "yarn" sharpens attention over its longer context.
+    """
+
+    theta: float = 10000.0
+    kind: str = "plain"
+    factor: float = 1.0
+    first_positions: int = 0
+    fast: float = 32.0
+    slow: float = 1.0
+    truncate: bool = False
+    magnitude: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,26 +50,27 @@ class ModelConfig:
       vocab_size: V.
       num_layers: L.
       width: E.
-      inner_width: of the feed-forward block, or of one expert.
-      num_heads: Hq.
+      inner_width: I, of the feed-forward block, or of one expert.
+      num_heads: Hq, a multiple of Hk.
       num_kv_heads: Hk.
       head_dim: D.
       max_positions: tokens that the model was made for.
-      rope_theta: base of the rotary frequencies.
-      rope_scale: by how much they are slowed down.
-      yarn_positions: the context before `rope_scale` made it longer, by YaRN; None: all
-        frequencies are slowed down alike.
+      rope: of all layers, or of those that see all tokens.
+      local_rope: of the layers with a window; None: they turn as the others do.
+      rotary_dim: how many numbers of a head are turned, the first ones; None: all D.
+      unturned_layers: whose heads are not turned at all.
       norm_eps: of every RMS norm.
       sliding_window: W, the newest tokens that a layer sees, itself included; None: all.
-      full_every: layer l sees all tokens in spite of it if (l + 1) is a multiple; None: none does.
-      local_rope_theta: base in the layers with a window, never slowed down; None: they turn as
-        the others do.
+      full_layers: which see all tokens in spite of it.
       query_scale: of the products of queries and keys; None is D**-0.5.
+      attention_cap: c of these products, which become c * tanh(x / c); None: they stay.
+      logit_cap: the same of the logits.
       embedding_scale: of the embedded tokens.
       gate: how that of a feed-forward block bends: "silu", "gelu", or "clamped" as in gpt-oss.
       num_experts: X, feed-forward blocks of a layer that a router chooses from; 0: there is one
         alone.
       experts_per_token: K, how many it chooses.
+      weigh_chosen: whether their weights are a softmax over the chosen ones; False: over all X.
     """
 
     vocab_size: int
@@ -57,24 +81,64 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     max_positions: int
-    rope_theta: float = 10000.0
-    rope_scale: float = 1.0
-    yarn_positions: int | None = None
+    rope: Rope = Rope()
+    local_rope: Rope | None = None
+    rotary_dim: int | None = None
+    unturned_layers: tuple[int, ...] = ()
     norm_eps: float = 1e-5
     sliding_window: int | None = None
-    full_every: int | None = None
-    local_rope_theta: float | None = None
+    full_layers: tuple[int, ...] = ()
     query_scale: float | None = None
+    attention_cap: float | None = None
+    logit_cap: float | None = None
     embedding_scale: float = 1.0
     gate: str = "silu"
     num_experts: int = 0
     experts_per_token: int = 1
+    weigh_chosen: bool = True
+
+    def __post_init__(self) -> None:
+        turned = self.head_dim if self.rotary_dim is None else self.rotary_dim
+        if self.num_heads % self.num_kv_heads or turned % 2 or not 0 < turned <= self.head_dim:
+            raise ValueError(
+                "expected query heads a multiple of KV heads and an even number of turned "
+                f"dimensions in a head, got {self.num_heads}, {self.num_kv_heads} and {turned} of "
+                f"{self.head_dim}"
+            )
+        if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
+            raise ValueError(
+                f"expected at most all {self.num_experts} experts to be used for a token, got "
+                f"{self.experts_per_token}"
+            )
 
     def window(self, layer: int) -> int | None:
         """How many of the newest tokens a layer sees, itself included; None: all of them."""
-        if self.full_every is not None and (layer + 1) % self.full_every == 0:
-            return None
-        return self.sliding_window
+        return None if layer in self.full_layers else self.sliding_window
+
+
+def rope_frequencies(rope: Rope, dim: int) -> np.ndarray:
+    """Radians per token of every pair of `dim` numbers, float64 `[dim / 2]`.
+
+    "llama3" (Llama 3.1) goes from kept to slowed frequencies by how often a pair turns in the
+    first context; "yarn" (Peng et al., "YaRN", 2023) by the number of the pair.
+    """
+    half = dim // 2
+    frequencies = rope.theta ** -(np.arange(half) / half)
+    if rope.kind in ("plain", "linear"):
+        return frequencies / rope.factor
+    turns = rope.first_positions * frequencies / (2 * math.pi)
+    if rope.kind == "llama3":
+        kept = np.clip((turns - rope.slow) / (rope.fast - rope.slow), 0, 1)
+    else:
+        bounds = (
+            half * math.log(turns[0] / t) / math.log(rope.theta) for t in (rope.fast, rope.slow)
+        )
+        low, high = bounds
+        if rope.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dim - 1)
+        kept = 1 - np.clip((np.arange(half) - low) / max(high - low, 1e-3), 0, 1)
+    return frequencies * kept + frequencies / rope.factor * (1 - kept)
 
 
 def layout(
@@ -113,145 +177,3 @@ def layout(
         pages = num_pages if window_pages is None else window_pages
         groups += (PageSpec(local, *sizes, pages, dtype, config.sliding_window),)
     return CacheLayout(page_size, groups)
-
-
-def read_config(gguf: GGUF) -> tuple[str, ModelConfig]:
-    """The architecture of a file, and its configuration.
-
-    Raises:
-      GGUFError: the file is no model, or its sizes do not fit each other.
-      NotImplementedError: another architecture, or a feature of the family that is not here.
-    """
-    architecture = gguf.value("general.architecture", str)
-    if architecture not in _FAMILIES:
-        known = ", ".join(map(repr, _FAMILIES))
-        raise NotImplementedError(
-            f"{gguf.path}: expected an architecture of {known}, got {architecture!r}"
-        )
-    keys = _Keys(gguf, architecture)
-    own = _FAMILIES[architecture](keys)
-    width, heads = keys.size("embedding_length"), keys.size("attention.head_count")
-    head_dim = keys.size("attention.key_length", max(width // heads, 1))
-    kv_heads = keys.size("attention.head_count_kv", heads)
-    if heads % kv_heads or head_dim % 2:
-        raise GGUFError(
-            f"{gguf.path}: expected query heads a multiple of KV heads and an even head size, got "
-            f"{heads}, {kv_heads} and {head_dim}"
-        )
-    for key in ("rope.dimension_count", "attention.value_length"):
-        keys.served(key, keys.size(key, head_dim), (head_dim,))
-    return architecture, ModelConfig(
-        vocab_size=gguf.info("token_embd.weight").shape[0],
-        num_layers=keys.size("block_count"),
-        width=width,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        max_positions=keys.size("context_length"),
-        rope_theta=keys.number("rope.freq_base", 10000.0),
-        norm_eps=keys.number("attention.layer_norm_rms_epsilon", 1e-5),
-        **own,
-    )
-
-
-class _Keys:
-    """The metadata of one architecture, with its checks."""
-
-    def __init__(self, gguf: GGUF, architecture: str):
-        self.gguf, self.prefix = gguf, architecture + "."
-
-    def __contains__(self, key: str) -> bool:
-        return self.prefix + key in self.gguf.metadata
-
-    def size(self, key: str, default: int | None = None) -> int:
-        found = self.gguf.value(self.prefix + key, int, default)
-        if not 1 <= found < 2**31:
-            raise GGUFError(
-                f"{self.gguf.path}: expected a positive {self.prefix + key!r}, got {found}"
-            )
-        return found
-
-    def number(self, key: str, default: float | None = None) -> float:
-        found = self.gguf.value(self.prefix + key, (float, int), default)
-        if not 0 < found < float("inf"):
-            raise GGUFError(
-                f"{self.gguf.path}: expected a positive {self.prefix + key!r}, got {found}"
-            )
-        return found
-
-    def served(self, key: str, found: object, served: tuple[object, ...]) -> None:
-        if found not in served:
-            raise NotImplementedError(
-                f"{self.gguf.path}: {self.prefix + key!r} = {found!r} is not served, only {served}"
-            )
-
-    def full_every(self, default: int) -> int:
-        """Which layers have no window: a period in the file, a list of those that have one, or
-        what files of the family leave out."""
-        key = "attention.sliding_window_pattern"
-        found = self.gguf.metadata.get(self.prefix + key)
-        if not isinstance(found, np.ndarray):
-            return self.size(key, default)
-        local = found.astype(bool).tolist()
-        period = local.index(False) + 1 if False in local else len(local) + 1
-        regular = [(layer + 1) % period != 0 for layer in range(len(local))]
-        self.served(key, local, (regular,))
-        return period
-
-    def scaling(self, *served: str) -> str:
-        """How positions past the first context are served; "none" if the file says nothing."""
-        found = self.gguf.value(self.prefix + "rope.scaling.type", str, "none")
-        self.served("rope.scaling.type", found, ("none", *served))
-        return found
-
-
-def _llama(keys: _Keys) -> dict[str, Any]:
-    own: dict[str, Any] = dict(inner_width=keys.size("feed_forward_length"))
-    if keys.scaling("linear") == "linear":
-        own["rope_scale"] = keys.number("rope.scaling.factor", 1.0)
-    if "attention.sliding_window" in keys:
-        own["sliding_window"] = keys.size("attention.sliding_window")
-    return own
-
-
-def _gemma3(keys: _Keys) -> dict[str, Any]:
-    """Gemma 3 (Gemma Team, 2025). Files leave out what all of its sizes have in common."""
-    width, heads = keys.size("embedding_length"), keys.size("attention.head_count")
-    own = _llama(keys) | dict(
-        sliding_window=keys.size("attention.sliding_window"),
-        full_every=keys.full_every(6),
-        local_rope_theta=keys.number("rope.freq_base_swa", 10000.0),
-        embedding_scale=width**0.5,
-        gate="gelu",
-    )
-    if keys.size("block_count") == 62:  # the 27B alone takes another scale, which no key tells
-        own["query_scale"] = (width / heads) ** -0.5
-    return own
-
-
-def _gpt_oss(keys: _Keys) -> dict[str, Any]:
-    """gpt-oss (OpenAI, 2025)."""
-    own: dict[str, Any] = dict(
-        inner_width=keys.size("expert_feed_forward_length"),
-        sliding_window=keys.size("attention.sliding_window"),
-        full_every=keys.full_every(2),
-        gate="clamped",
-        num_experts=keys.size("expert_count"),
-        experts_per_token=keys.size("expert_used_count"),
-    )
-    if own["experts_per_token"] > own["num_experts"]:
-        raise GGUFError(
-            f"{keys.gguf.path}: expected at most all {own['num_experts']} experts to be used for a "
-            f"token, got {own['experts_per_token']}"
-        )
-    if keys.scaling("yarn") == "yarn":
-        own["rope_scale"] = keys.number("rope.scaling.factor")
-        own["yarn_positions"] = keys.size("rope.scaling.original_context_length")
-    return own
-
-
-_FAMILIES: dict[str, Callable[[_Keys], dict[str, Any]]] = {
-    "llama": _llama,
-    "gemma3": _gemma3,
-    "gpt-oss": _gpt_oss,
-}

@@ -1,16 +1,15 @@
-"""A decoder in JAX that keeps its keys and values in a paged cache: Llama, Gemma 3 and gpt-oss.
+"""A decoder in JAX that keeps its keys and values in a paged cache, for all families.
 
 Everything the cache needs from a model is one call in `_attention`, which writes this step's K and
 V and attends through `batch`. The rest is an ordinary decoder, in which the weights of a layer say
 what it has: norms behind its blocks or over its heads, biases, sinks, experts.
 
 Axes: B rows, T tokens per row, M = B * T, E model width, V vocabulary, Hq and Hk query and KV
-heads, D head dim, X experts, K of them for a token.
+heads, D head dim, I inner width, X experts, K of them for a token.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import jax
@@ -20,12 +19,12 @@ from jaxtyping import Array, Float, Int
 
 from paged_decode import DecodeBatch, KVCache
 
-from .checkpoint import Params, load, rope_frequencies
-from .config import ModelConfig, layout
-from .experts import gated, mix_experts
+from .checkpoint import Params, load
+from .config import ModelConfig, Rope, layout, rope_frequencies
 
-__all__ = ["ModelConfig", "layout", "load", "make_model", "rope_frequencies"]
+__all__ = ["ModelConfig", "Rope", "layout", "load", "make_model", "rope_frequencies"]
 
+_ALPHA, _LIMIT = 1.702, 7.0  # of gpt-oss's gate
 Model = Callable[[Params, KVCache, Array, DecodeBatch], tuple[Array, KVCache]]
 
 
@@ -64,7 +63,11 @@ def make_model(
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
         ropes = _ropes(config, params, batch.positions)
         for index, layer in enumerate(params["layers"]):
+            if axis is not None:
+                layer = _added_once(layer, axis)
             rope = ropes[config.window(index) is not None]
+            if index in config.unturned_layers:
+                rope = None
             normed = _rms_norm(x, layer["attention_norm"], config.norm_eps)
             mixed, cache = _attention(config, layer, index, normed, rope, cache, batch)
             x = x + _end_norm(config, layer, "attention_end_norm", _total(mixed, axis))
@@ -73,10 +76,19 @@ def make_model(
             x = x + _end_norm(config, layer, "inner_end_norm", _total(mixed, axis))
         x = x.reshape(rows, columns, -1)
         x = _rms_norm(x if every_token else x[:, -1], params["norm"], config.norm_eps)
-        head = params.get("head", embed)
-        return jnp.matmul(x, head, preferred_element_type=jnp.float32), cache
+        logits = jnp.matmul(x, params.get("head", embed), preferred_element_type=jnp.float32)
+        if config.logit_cap is not None:
+            logits = config.logit_cap * jnp.tanh(logits / config.logit_cap)
+        return logits, cache
 
     return model
+
+
+def _added_once(layer: Params, axis: str) -> Params:
+    """Biases at the end of a block, which are whole on every device, stay on the first alone."""
+    first = jax.lax.axis_index(axis) == 0
+    ends = {"out_bias", "down_bias"} & layer.keys()
+    return layer | {name: jnp.where(first, layer[name], 0) for name in ends}
 
 
 def _total(part: Float[Array, "M E"], axis: str | None) -> Float[Array, "M E"]:
@@ -100,7 +112,7 @@ def _attention(
     layer: Params,
     index: int,
     x: Float[Array, "M E"],
-    rope: tuple[Array, Array],
+    rope: tuple[Array, Array] | None,
     cache: KVCache,
     batch: DecodeBatch,
 ) -> tuple[Float[Array, "M E"], KVCache]:
@@ -113,22 +125,59 @@ def _attention(
         counts = np.array([config.num_heads, config.num_kv_heads])
         weight = jnp.repeat(layer["qk_norm"], counts, axis=0, total_repeat_length=rotated)
         turned = _rms_norm(turned, weight, config.norm_eps)
-    q, k = jnp.split(_rotate(turned, *rope), [config.num_heads], axis=2)
+    if rope is not None:
+        turned = _rotate(turned, *rope)
+    q, k = jnp.split(turned, [config.num_heads], axis=2)
     # A group with a window passes it itself; said here, a cache of one group sees the same.
     seen, cache = cache.append_and_attend(
         index,
         *(q, k, heads[:, :, rotated:], batch),
         sliding_window=config.window(index),
         scale=config.query_scale,
+        soft_cap=config.attention_cap,
         sinks=layer.get("sinks"),
     )
     return _linear(seen.reshape(len(x), -1), layer, "out"), cache
 
 
 def _feed_forward(config: ModelConfig, layer: Params, x: Float[Array, "M E"]) -> Array:
-    if config.num_experts:
-        return mix_experts(config, layer, x)
-    return gated(config.gate, x @ layer["gate_up"]) @ layer["down"]
+    if "router" in layer:
+        return _mix_experts(config, layer, x)
+    return _linear(_gated(config.gate, _linear(x, layer, "gate_up")), layer, "down")
+
+
+def _gated(kind: str, gate_up: Float[Array, "M 2I"]) -> Float[Array, "M I"]:
+    """What a feed-forward block passes on: its gate, bent, times what lies beside it."""
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    if kind == "silu":
+        return jax.nn.silu(gate) * up
+    if kind == "gelu":
+        return jax.nn.gelu(gate, approximate=True) * up
+    gate, up = jnp.minimum(gate, _LIMIT), jnp.clip(up, -_LIMIT, _LIMIT)
+    return gate * jax.nn.sigmoid(_ALPHA * gate) * (up + 1)
+
+
+def _mix_experts(config: ModelConfig, layer: Params, x: Float[Array, "M E"]) -> Array:
+    """The K experts with the best scores for each token, weighted by a softmax.
+
+    Tokens are sorted by expert, so that each expert is one product of all tokens that chose it.
+    """
+    scores = _linear(x, layer, "router")
+    best, chosen = jax.lax.top_k(scores, config.experts_per_token)
+    order = jnp.argsort(chosen.reshape(-1))
+    expert = chosen.reshape(-1)[order]
+    sizes = jnp.bincount(expert, length=config.num_experts).astype(jnp.int32)
+
+    def each(x: Array, name: str) -> Array:
+        product = jax.lax.ragged_dot(x, layer[name], sizes)
+        return product + layer[name + "_bias"][expert] if name + "_bias" in layer else product
+
+    inner = each(x[order // config.experts_per_token], "gate_up")
+    out = each(_gated(config.gate, inner), "down")[jnp.argsort(order)]
+    best, scores = best.astype(jnp.float32), scores.astype(jnp.float32)
+    over = best if config.weigh_chosen else scores
+    weight = jnp.exp(best - jax.nn.logsumexp(over, axis=-1, keepdims=True)).astype(x.dtype)
+    return jnp.einsum("mk,mke->me", weight, out.reshape(*chosen.shape, -1))
 
 
 def _linear(x: Float[Array, "M in"], layer: Params, name: str) -> Float[Array, "M out"]:
@@ -151,26 +200,26 @@ def _ropes(
     config: ModelConfig, params: Params, positions: Int[Array, "B T"]
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     """Of layers that see all tokens, and of those with a window; each once a step."""
-    magnitude = 1.0
-    if config.yarn_positions is not None:  # YaRN sharpens attention over its longer context
-        magnitude = 0.1 * math.log(config.rope_scale) + 1
-    angles = _rope_angles(params["rope_frequencies"], positions, magnitude)
-    if config.local_rope_theta is None:
+    angles = _rope_angles(params["rope_frequencies"], positions, config.rope.magnitude)
+    local = config.local_rope
+    if local is None:
         return angles, angles
-    return angles, _rope_angles(params["local_rope_frequencies"], positions)
+    return angles, _rope_angles(params["local_rope_frequencies"], positions, local.magnitude)
 
 
 def _rope_angles(
-    frequencies: Float[Array, " half"], positions: Int[Array, "B T"], magnitude: float = 1.0
+    frequencies: Float[Array, " half"], positions: Int[Array, "B T"], magnitude: float
 ) -> tuple[Array, Array]:
-    """cos and sin `[B, T, 1, D/2]`, made once a step for all layers and heads."""
+    """cos and sin `[B, T, 1, R/2]`, made once a step for all layers and heads."""
     angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return (cos, sin) if magnitude == 1.0 else (cos * magnitude, sin * magnitude)
 
 
 def _rotate(x: Float[Array, "B T H D"], cos: Array, sin: Array) -> Float[Array, "B T H D"]:
-    """Rotate the pairs (i, i + D/2)."""
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
+    """Rotate the pairs (i, i + R/2) of the first R numbers of a head."""
+    turned, rest = jnp.split(x, [2 * cos.shape[-1]], axis=-1)
+    pairs = turned.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
     cos, sin = cos[..., None, :], jnp.stack([-sin, sin], axis=-2)
-    return (pairs * cos + pairs[..., ::-1, :] * sin).reshape(x.shape).astype(x.dtype)
+    turned = (pairs * cos + pairs[..., ::-1, :] * sin).reshape(turned.shape).astype(x.dtype)
+    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned

@@ -1,67 +1,54 @@
-"""Text to token ids and back, from the vocabulary inside a GGUF file, by `tokenizers`."""
+"""Text and chats to token ids and back, for a GGUF file or a folder of a model hub."""
 
 from __future__ import annotations
 
-import codecs
-from collections.abc import Callable, Iterable, Sequence
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from os import PathLike
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
-from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
+from jinja2 import TemplateError, nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as _Tokenizer
 
-from .gguf_reader import GGUF, GGUFError, read_gguf
+from .gguf_reader import GGUFError, read_gguf
+from .gguf_vocabulary import SPACE, build
 
-__all__ = ["StreamDecoder", "Tokenizer", "load"]
+__all__ = ["ChatTemplate", "Message", "Tokenizer", "load"]
 
-_CONTROL = 3  # token type: control tokens such as <|im_end|>, matched before anything else
-_USER_DEFINED = 4
-_SPACE = "\u2581"  # how a scored vocabulary writes one
-
-
-def _byte_level(use_regex: bool = True) -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
-
-
-def _llama3() -> pre_tokenizers.PreTokenizer:
-    pattern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
-    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-    return pre_tokenizers.Sequence([split, _byte_level(use_regex=False)])
-
-
-def _smollm() -> pre_tokenizers.PreTokenizer:
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    return pre_tokenizers.Sequence([digits, _byte_level()])
-
-
-# By `tokenizer.ggml.pre`: how text is cut before the merges. A wrong one still yields tokens,
-# and quietly other ones, so an unknown name is refused.
-_PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
-    "smollm": _smollm,
-    "gpt-2": _byte_level,
-    "llama-bpe": _llama3,
-}
+Message = Mapping[str, str]  # {"role": "system", "user" or "assistant", "content": its text}
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")  # what templates know them by
 
 
 def load(path: str | PathLike[str]) -> Tokenizer:
-    """Build the tokenizer of a GGUF file; raises as `read_gguf` and `Tokenizer` do."""
-    return Tokenizer(read_gguf(path))
+    """The tokenizer of a GGUF file, or of a folder with tokenizer.json.
+
+    End tokens of a folder are all that tokenizer_config.json, special_tokens_map.json,
+    generation_config.json and config.json name. Its chat template is chat_template.jinja, or that
+    of tokenizer_config.json.
+
+    Raises:
+      ValueError: a file is not what it should be, or no end token is named.
+      NotImplementedError: another kind of vocabulary; several chat templates without a default.
+      OSError: a file cannot be read, or the folder has no tokenizer.json.
+    """
+    path = Path(path)
+    return _of_folder(path) if path.is_dir() else _of_gguf(path)
 
 
 class Tokenizer:
-    """The tokenizer that a GGUF file describes: byte-level BPE, or a scored vocabulary's (Gemma).
+    """Token ids of texts and chats, and the text of ids.
 
     Attributes:
       tokens: the spelling of every token.
-      eos_id: the token that ends an answer.
-      chats: whether the file has a chat template; a base model has none.
-
-    Raises:
-      NotImplementedError: another kind of vocabulary or pre-tokenizer.
-      GGUFError: the entries are missing or do not fit together.
+      eos_ids: the tokens that end an answer.
+      eos_id: the first of them.
+      chats: whether there is a chat template; a base model has none.
 
     Example:
       >>> tokenizer = load(path)  # doctest: +SKIP
@@ -69,150 +56,221 @@ class Tokenizer:
       [504, 3575, 282, 4649, 314]
     """
 
-    def __init__(self, gguf: GGUF):
-        model = gguf.value("tokenizer.ggml.model", str)
-        pre = gguf.value("tokenizer.ggml.pre", str, "default")
-        scored = model == "llama" and not gguf.value("tokenizer.ggml.add_space_prefix", bool, True)
-        if not scored and (model != "gpt2" or pre not in _PRE_TOKENIZERS):
-            raise NotImplementedError(
-                f"{gguf.path}: vocabulary {model!r} with pre-tokenizer {pre!r} is not served; "
-                f"known are 'gpt2' with {', '.join(map(repr, _PRE_TOKENIZERS))}, and 'llama' "
-                "without a space in front. The model itself can still be run on token ids"
-            )
-        tokens = gguf.value("tokenizer.ggml.tokens", list)
-        types = gguf.metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
-        if len(types) != len(tokens) or not all(isinstance(token, str) for token in tokens):
-            raise GGUFError(
-                f"{gguf.path}: expected {len(tokens)} token strings and as many types, got "
-                f"{len(types)} types"
-            )
-        self.tokens = tokens
-        build = _build_scored if scored else _build_byte_level
-        self._tokenizer, self._bytes_of = build(gguf, tokens, types), _said if scored else _spelt
-        self._special = {i for i, kind in enumerate(types) if kind == _CONTROL}
-        self._template = gguf.value("tokenizer.chat_template", str, "")
-        self.chats = bool(self._template)
-        add_bos = gguf.value("tokenizer.ggml.add_bos_token", bool, scored or pre == "llama-bpe")
-        self._prefix = [gguf.value("tokenizer.ggml.bos_token_id", int)] if add_bos else []
-        self.eos_id = gguf.value("tokenizer.ggml.eos_token_id", int)
+    def __init__(
+        self,
+        inner: _Tokenizer,
+        tokens: list[str],
+        eos_ids: tuple[int, ...],
+        template: ChatTemplate | None,
+    ):
+        self._inner, self.tokens, self.eos_ids, self._template = inner, tokens, eos_ids, template
+        added = inner.get_added_tokens_decoder()
+        self._special = {i for i, token in added.items() if token.special}
+        self._has_bytes = inner.token_to_id("<0x0A>") is not None
+
+    @property
+    def eos_id(self) -> int:
+        return self.eos_ids[0]
+
+    @property
+    def chats(self) -> bool:
+        return self._template is not None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, behind the begin token if the file asks for one.
+        """Token ids of a text, behind the begin token if the model has one.
 
-        Control tokens spelt out in the text count as such: do not pass untrusted text through a
-        chat template without removing them.
+        Control tokens spelt out in the text count as such, here and in chats: remove them from
+        text that is not to be trusted.
         """
-        return self._prefix + self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self._inner.encode(text).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of some tokens, without control tokens."""
-        stream = StreamDecoder(self)
-        return "".join([*map(stream.push, ids), stream.flush()])
+        """The text of some tokens, without control tokens; half a character ends in U+FFFD."""
+        return self._inner.decode(list(ids), skip_special_tokens=True)
 
-    def encode_chat(self, user: str, system: str | None = None) -> list[int]:
-        """Token ids of one question in the file's chat format, ready to be answered.
+    def encode_chat(self, messages: str | Sequence[Message]) -> list[int]:
+        """Token ids of a chat in the model's own format, ready to be answered.
+
+        Args:
+          messages: of roles "system" (the first, if any), "user" and "assistant", in turns; a
+            string is one of the user.
 
         Raises:
-          NotImplementedError: the file's template is not the `<|im_start|>` one.
+          ValueError: there is no chat template, or it refuses the messages, or is broken.
         """
-        if "<|im_start|>" not in self._template:
-            raise NotImplementedError(
-                "only the <|im_start|> chat template is served; format the prompt yourself"
-            )
-        if system is None:
-            system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-        turns = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n"
-        return self.encode(turns + "<|im_start|>assistant\n")
+        if self._template is None:
+            raise ValueError("the model has no chat template: it continues texts, and has no turns")
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        text = self._template.render(messages)  # which spells the begin token itself
+        return self._inner.encode(text, add_special_tokens=False).ids
 
     def token_bytes(self, token: int) -> bytes:
         """What one token stands for; control tokens stand for nothing."""
         if token in self._special or not 0 <= token < len(self.tokens):
             return b""
-        return self._bytes_of(self.tokens[token])
+        text = self.tokens[token]
+        if self._has_bytes:
+            return _BYTE_NAMES.get(text) or text.replace(SPACE, " ").encode()
+        if all(char in _BYTE_OF for char in text):
+            return bytes(_BYTE_OF[char] for char in text)
+        return text.encode()  # a token that was added is spelt in plain text
 
 
-class StreamDecoder:
-    """Decode tokens as they come; text appears as soon as its UTF-8 bytes are complete.
+@dataclass(frozen=True, slots=True)
+class ChatTemplate:
+    """The program that a model's authors write chats with, in Jinja, as transformers runs it.
 
-    Example:
-      >>> stream = StreamDecoder(tokenizer)  # doctest: +SKIP
-      >>> print(*(stream.push(i) for i in ids), stream.flush(), sep="")  # doctest: +SKIP
-      Hello, world
+    It runs in jinja2's sandbox, reaches nothing of Python and no file, and changes nothing that
+    it is given. How long it runs is not bounded.
+
+    Attributes:
+      path: the file that it is from.
+      text: the program.
+      special: the spelling of special tokens, by the names that it knows them by.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._token_bytes = tokenizer.token_bytes
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    path: Path
+    text: str
+    special: Mapping[str, str]
 
-    def push(self, token: int) -> str:
-        """The text that this token completes, perhaps none."""
-        return self._utf8.decode(self._token_bytes(token))
+    def render(self, messages: Sequence[Message]) -> str:
+        """The chat as text, up to where the answer begins.
 
-    def flush(self) -> str:
-        """What is left at the end: U+FFFD if the last character was never completed."""
-        return self._utf8.decode(b"", final=True)
-
-
-def _build_byte_level(gguf: GGUF, tokens: list[str], types: Sequence[int]) -> _Tokenizer:
-    pre = gguf.value("tokenizer.ggml.pre", str)
-    listed = gguf.value("tokenizer.ggml.merges", list)
-    if not all(isinstance(merge, str) for merge in listed):
-        raise GGUFError(f"{gguf.path}: expected merges as strings")
-    vocab = {token: i for i, token in enumerate(tokens)}
-    merges = [tuple(merge.split(" ")) for merge in listed]
-    # Llama 3 keeps a word whole that is in its vocabulary, even if no merges lead there.
-    tokenizer = _bpe(gguf, vocab, merges, ignore_merges=pre == "llama-bpe")
-    tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]()
-    _add_whole(tokenizer, _of_type(_CONTROL, tokens, types), _of_type(_USER_DEFINED, tokens, types))
-    return tokenizer
-
-
-def _build_scored(gguf: GGUF, tokens: list[str], types: Sequence[int]) -> _Tokenizer:
-    """SentencePiece's BPE: every pair that makes a token is a merge, in the order of the tokens.
-
-    The file's scores are that order too, but for tokens of whitespace, which have none.
-    """
-    written = [
-        text.replace(" ", _SPACE) if kind == _USER_DEFINED else text
-        for text, kind in zip(tokens, types, strict=True)
-    ]
-    vocab = {text: i for i, text in enumerate(written)}
-    if missing := [name for name in _BYTE_NAMES if name not in vocab]:
-        raise GGUFError(
-            f"{gguf.path}: expected a token for every byte, such as {missing[0]!r}, without which "
-            f"some texts cannot be spelt; {len(missing)} are missing"
+        Raises:
+          ValueError: it refuses the messages, uses what is not there, or what is not for it.
+        """
+        environment = _Sandbox(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=["jinja2.ext.loopcontrols", _Generation],
         )
-    merges = [
-        (text[:at], text[at:])
-        for text in written
-        for at in range(len(text) - 1, 0, -1)  # the longer beginning first
-        if text[:at] in vocab and text[at:] in vocab
-    ]
-    tokenizer = _bpe(gguf, vocab, merges, byte_fallback=True)
-    tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
-    own = [text for text in _of_type(_USER_DEFINED, tokens, types) if text.strip(" ")]
-    _add_whole(tokenizer, _of_type(_CONTROL, tokens, types), own)
-    return tokenizer
+        environment.filters["tojson"] = _to_json
+        environment.globals |= dict(raise_exception=_refuse, strftime_now=_now)
+        given = dict(messages=[dict(message) for message in messages], tools=None, documents=None)
+        try:
+            template = environment.from_string(self.text)
+            return template.render(**self.special, **given, add_generation_prompt=True)
+        except Exception as error:  # of a program that others wrote: anything
+            said = " ".join(str(error).split())
+            raise ValueError(f"{self.path}: the chat template refuses or fails: {said}") from error
 
 
-def _of_type(kind: int, tokens: list[str], types: Sequence[int]) -> list[str]:
-    return [text for text, its in zip(tokens, types, strict=True) if its == kind]
+class _Sandbox(ImmutableSandboxedEnvironment):
+    def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
+        """Jinja would only raise where the attribute is used."""
+        raise SecurityError(f"{attribute!r} of a {type(obj).__name__} is not for templates")
 
 
-def _bpe(gguf: GGUF, vocab: dict[str, int], merges: list[Any], **options: Any) -> _Tokenizer:
+class _Generation(Extension):
+    """`{% generation %}` marks the answers, for training; here it says nothing."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> nodes.Node | list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own escapes what HTML does not like."""
+    options = dict[str, Any](indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+def _of_gguf(path: Path) -> Tokenizer:
+    gguf = read_gguf(path)
+    inner, tokens = build(gguf)
+    ids = {
+        name: gguf.value(f"tokenizer.ggml.{name}_token_id", int, -1)
+        for name in ("bos", "eot", "eom", "unknown", "padding")
+    }
+    ends = [gguf.value("tokenizer.ggml.eos_token_id", int), ids["eot"], ids["eom"]]
+    if not 0 <= ends[0] < len(tokens):
+        raise GGUFError(f"{path}: expected an eos_token_id below {len(tokens)}, got {ends[0]}")
+    template = None
+    if text := gguf.value("tokenizer.chat_template", str, ""):
+        places = dict(
+            zip(_SPECIAL, (ids["bos"], ends[0], ids["unknown"], ids["padding"]), strict=True)
+        )
+        special = {name: tokens[i] for name, i in places.items() if 0 <= i < len(tokens)}
+        template = ChatTemplate(path, text, special)
+    return Tokenizer(inner, tokens, tuple(dict.fromkeys(i for i in ends if i >= 0)), template)
+
+
+def _of_folder(folder: Path) -> Tokenizer:
+    path, config_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: vocabularies in other files are not read")
     try:
-        return _Tokenizer(models.BPE(vocab=vocab, merges=merges, **options))
+        inner = _Tokenizer.from_file(str(path))
     except Exception as error:  # the binding raises plain Exception
-        raise GGUFError(
-            f"{gguf.path}: the vocabulary and its merges do not fit: {error}"
-        ) from error
+        raise ValueError(f"{path}: {error}") from error
+    inner.no_truncation()  # which a file may ask for
+    inner.no_padding()
+    config, named = _entries(config_path), _entries(folder / "special_tokens_map.json")
+    spelt = {name: _spelling(config.get(name) or named.get(name)) for name in _SPECIAL}
+    special = {name: text for name, text in spelt.items() if text is not None}
+    ends = [inner.token_to_id(special["eos_token"])] if "eos_token" in special else []
+    for name in ("generation_config.json", "config.json"):
+        found = _entries(folder / name).get("eos_token_id")
+        ends += found if isinstance(found, list) else [found]
+    eos_ids = tuple(dict.fromkeys(i for i in ends if i is not None))
+    if not eos_ids or not all(isinstance(i, int) and i >= 0 for i in eos_ids):
+        raise ValueError(f"{folder}: expected files that name the tokens at the end, got {eos_ids}")
+    size = max(inner.get_vocab().values(), default=-1) + 1
+    tokens = [inner.id_to_token(i) or "" for i in range(size)]
+    return Tokenizer(inner, tokens, eos_ids, _template_of(folder, config_path, config, special))
 
 
-def _add_whole(tokenizer: _Tokenizer, control: Iterable[str], own: Iterable[str]) -> None:
-    """Tokens that are found in a text before anything is cut."""
-    for texts, special in ((control, True), (own, False)):
-        tokenizer.add_tokens([AddedToken(t, normalized=False, special=special) for t in texts])
+def _template_of(
+    folder: Path, path: Path, config: Mapping[str, Any], special: Mapping[str, str]
+) -> ChatTemplate | None:
+    text = config.get("chat_template")
+    if (own := folder / "chat_template.jinja").is_file():
+        path, text = own, own.read_text(encoding="utf-8")
+    if isinstance(text, list):  # several, each with a name
+        every = [each for each in text if isinstance(each, dict)]
+        of_name = {each.get("name"): each.get("template") for each in every}
+        if "default" not in of_name:
+            raise NotImplementedError(f"{path}: no chat template is the default of {[*of_name]}")
+        text = of_name["default"]
+    if not isinstance(text, str | None):
+        raise ValueError(f"{path}: expected a chat template as text, got {type(text).__name__}")
+    return ChatTemplate(path, text, special) if text else None
+
+
+def _entries(path: Path) -> dict[str, Any]:
+    """The entries of a JSON file; none if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected an object, got {type(found).__name__}")
+    return found
+
+
+def _spelling(token: Any) -> str | None:
+    """Of a token in a config: text, or an object with its content."""
+    found = token.get("content") if isinstance(token, dict) else token
+    return found if isinstance(found, str) else None
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -225,15 +283,3 @@ def _byte_alphabet() -> dict[str, int]:
 
 _BYTE_OF = _byte_alphabet()
 _BYTE_NAMES = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
-
-
-def _spelt(text: str) -> bytes:
-    """What a token of a byte-level vocabulary stands for."""
-    if all(char in _BYTE_OF for char in text):
-        return bytes(_BYTE_OF[char] for char in text)
-    return text.encode()  # a user-defined token is spelt in plain text
-
-
-def _said(text: str) -> bytes:
-    """What a token of a scored vocabulary stands for."""
-    return _BYTE_NAMES.get(text) or text.replace(_SPACE, " ").encode()

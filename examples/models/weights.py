@@ -31,6 +31,7 @@ __all__ = [
     "Terms",
     "WeightsError",
     "fetch",
+    "find",
     "folder",
     "present",
 ]
@@ -195,6 +196,20 @@ def fetch(release: Release = SMOLLM2, *, accept_terms: bool = False) -> Path:
             "folder that can be written"
         ) from error
     return target
+
+
+def find(model: str, *, accept_terms: bool = False) -> Path:
+    """The folder or file that a user names, or a release by its name, which is fetched.
+
+    Raises:
+      ValueError: there is no such thing.
+      WeightsError: as `fetch`.
+    """
+    if (release := RELEASES.get(model)) is not None:
+        return fetch(release, accept_terms=accept_terms)
+    if not (path := Path(model).expanduser()).exists():
+        raise ValueError(f"{path} is no folder, no file and none of {', '.join(RELEASES)}")
+    return path
 
 
 def _fetch_terms(terms: Terms, weights: Path) -> Path:

@@ -32,7 +32,7 @@ from .numbers import (
     powers,
     query_parts,
     scales_of,
-)  # fmt: skip
+)
 from .tiles import LOG2E, page_ids, scaled
 from .work import padding_of, place_of_tile, visible_of_tile
 

@@ -15,7 +15,7 @@ from .numbers import (
     quantised,
     query_parts,
     scales_of,
-)  # fmt: skip
+)
 
 __all__ = ["LOG2E", "append_newest", "attend_tiles", "page_ids", "q_rows", "scaled"]
 
@@ -83,7 +83,10 @@ def attend_tiles(
     WIDE: tl.constexpr = q[0].dtype if SCALED else q.dtype
     sums = begin_sums(M, BLOCK_D, SCALED)
     top = tl.full([M], -float("inf"), tl.float32)
-    total = tl.zeros([M, TOKENS], tl.float32)  # summed at the end: warps need not meet for it
+    if SCALED:
+        total = tl.zeros([M, TOKENS], tl.float32)  # summed at the end: warps need not meet for it
+    else:
+        total = tl.zeros([M], tl.float32)
     for tile in tl.range(begin, end, step, num_stages=STAGES):
         token = tile + column
         live = (token >= first) & (token < end)
@@ -121,10 +124,12 @@ def attend_tiles(
             total = total * decay[:, None] + weight * inverse[None, :]
             weight = weight * (of_v * inverse)[None, :]
         else:
-            total = total * decay[:, None] + weight
+            total = total * decay + tl.sum(weight, 1)
         sums = add_values(sums, decay, weight, v, TYPE, WIDE, SCALED)
         top = new_top
-    return end_sums(sums, M, BLOCK_D, SCALED), top, tl.sum(total, 1)
+    if SCALED:
+        total = tl.sum(total, 1)
+    return end_sums(sums, M, BLOCK_D, SCALED), top, total
 
 
 @triton.jit

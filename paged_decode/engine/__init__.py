@@ -2,6 +2,7 @@
 
 ```
 engine.py     Engine: submit, fork, cancel, step, stream, generate
+weights.py    its update_params, sleep, wake
 keeping.py    and its pin, save, restore
 aio.py        AsyncEngine: the same for asyncio
 calls.py      what other threads ask of it
@@ -14,6 +15,7 @@ scheduler.py  who runs, on which pages, who gives them up          host only
   pins.py       prefixes that stay
   forking.py    samples that share a text
   taking_up.py  those of another engine
+  renewal.py    those of other weights
   journal.py    what has become of samples
   plans.py      from samples to the records of a plan
 params.py     what a request asks for
@@ -21,6 +23,8 @@ requests.py   and what is known of it
 events.py     what it is told
 records.py    what goes between the two: plans, tickets, results; the Runner protocol
 runner.py     launches, their shapes, warm-up                      device
+  launching.py  the thread that gives programs to the device
+  resting.py    pools whose memory is given back
   rows.py       the state of the rows, and messages to it
   packing.py    from plans to the messages of programs
   programs.py   what is compiled

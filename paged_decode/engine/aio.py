@@ -118,6 +118,8 @@ class AsyncEngine:
             except Exception as error:  # of a program, a policy: the engine goes on
                 for queue in self._queues.values():
                     queue.put_nowait(error)
+                if self.engine.asleep:
+                    return
 
     async def aclose(self) -> None:
         """Cancel what has not ended, and let the thread end."""

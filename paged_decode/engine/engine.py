@@ -30,7 +30,6 @@ from .config import EngineConfig, EngineStats, sequence_limit
 from .drafting import Drafter
 from .events import Completion, Events, OnToken, TokenEvent, check_callback, gather
 from .figures import Gauges, check_gauges
-from .keeping import Keeps
 from .loop import Loop
 from .model import Model
 from .outbox import Outbox
@@ -44,11 +43,12 @@ from .scheduler import Scheduler
 from .swapping import TierSwapping
 from .text import Detokenizer, check_detokenizer
 from .turn import Turn, refuse_copy
+from .weights import Trains
 
 __all__ = ["Engine"]
 
 
-class Engine(Keeps):
+class Engine(Trains):
     """Generate for many requests at once from one pool of pages.
 
     Args:
@@ -170,37 +170,6 @@ class Engine(Keeps):
         """The living cache; keep it no longer than to the next call."""
         return self.runner.cache
 
-    @property
-    def params(self) -> Any:
-        """The weights; to assign others is `update_params`."""
-        return self._params
-
-    @params.setter
-    def params(self, params: Any) -> None:
-        self.update_params(params)
-
-    def update_params(self, params: Any, *, keep_cached: bool = False) -> None:
-        """Go on with other weights; call it between steps, or in a callback.
-
-        Nothing that was computed with the old ones is used again: the prefix cache, the host tier
-        and its disk tier forget their pages, and requests that run compute theirs again, with the
-        tokens that were read: those of events that were returned, or that wait to be (after `save`,
-        or a callback that raised). Weights of the same shapes compile nothing.
-
-        Args:
-          params: the new weights. An array of the old ones that is changed in place is not seen.
-          keep_cached: keep every page, of running requests too: for weights with the same numbers,
-            or where the difference does not matter. A visit that is in flight has the old ones.
-        """
-        with self._alone():
-            if not keep_cached:
-                if self.tier is not None:
-                    self.tier.clear()
-                self.allocator.new_weights()
-                self.loop.discard()
-            self.runner.set_params(params)
-            self._params = params
-
     def submit(
         self,
         prompt: Ints,
@@ -271,7 +240,7 @@ class Engine(Keeps):
         if sampling.prompt_logprobs is not None:
             raise ValueError("prompt_logprobs is for submit: the prompt of a fork is computed")
         check_callback(on_token)
-        with self._alone():
+        with self._awake():
             rows = (*self.scheduler.running, *self.scheduler.ending)
             index = None if sample is None else as_int("sample", sample)
             parent = choose_decoding(rows, request_id, index)
@@ -343,13 +312,13 @@ class Engine(Keeps):
         the next step goes on; so does it after an interrupt anywhere.
 
         Raises:
-          RuntimeError: another thread is in `step`.
+          RuntimeError: another thread is in `step`, or the engine is asleep.
         """
         self._step()
         return self._outbox.take()
 
     def _step(self) -> None:
-        with self._alone():
+        with self._awake():
             self._take_calls()
             if self.scheduler.limits.passed:
                 self.loop.change(self.scheduler.expire)
@@ -415,7 +384,7 @@ class Engine(Keeps):
 
         Several are compiled at a time. `progress(done, total)` is called after each.
         """
-        with self._alone():
+        with self._awake():
             self.loop.collect()
             before = self.stats.programs
             self.loop.change(lambda: self._warm(progress))
@@ -443,9 +412,20 @@ class Engine(Keeps):
             yield
 
     @contextmanager
+    def _awake(self) -> Iterator[None]:
+        """The same, and there are pages."""
+        with self._alone():
+            if self.asleep:
+                raise RuntimeError(
+                    "the engine is asleep: call wake() first; until then it takes submit, cancel, "
+                    "pin, unpin, update_params and gauges alone"
+                )
+            yield
+
+    @contextmanager
     def _settled(self) -> Iterator[None]:
         """The same, and no visit is in flight: all is known."""
-        with self._alone():
+        with self._awake():
             self._take_calls()
             self.loop.collect()
             yield

@@ -29,7 +29,8 @@ class TokenEvent(NamedTuple):
         token had a NaN, or nothing but -inf: its weights or its pages are broken),
         "no_allowed_token" (what the request allows has no chance in these logits), "mask_failed"
         (its `mask` has raised), "detokenizer_failed" (the engine's `detokenize` has),
-        "waited_too_long" (`max_wait` had passed, and it had not been admitted), "timeout".
+        "waited_too_long" (`max_wait` had passed, and it had not been admitted), "timeout",
+        "new_weights" (`update_params(in_flight="end")`).
       top_logits: the largest logits of this step as (id, logit) pairs, if the engine keeps them.
       detail: of an end at "capacity" without a token: what holds the pages; of what failed: what
         was raised.
@@ -42,6 +43,8 @@ class TokenEvent(NamedTuple):
       text: what has become certain with this token, if the engine has a `detokenize`. All of them
         joined are the sample's text; what may be half a character or part of a stop string waits.
       figures: of the last event: what became of the sample, and how long it took.
+      version: of the weights that the token was drawn with, as `Engine.version` counts them; of an
+        end without a token, those of then.
     """
 
     request_id: int
@@ -57,6 +60,7 @@ class TokenEvent(NamedTuple):
     prompt_logprobs: PromptLogprobs | None = None
     text: str = ""
     figures: Figures | None = None
+    version: int = 0
 
 
 OnToken = Callable[[TokenEvent], object]
@@ -140,7 +144,8 @@ _make_event = partial(tuple.__new__, TokenEvent)
 class Completion:
     """Everything one sample of a request generated; fields as in `TokenEvent`, `text` joined.
 
-    `logprobs` and `processed_logprobs` have a number for each token if the request asked for them.
+    `logprobs` and `processed_logprobs` have a number for each token if the request asked for them;
+    `versions` has one for each in any case.
     """
 
     request_id: int
@@ -154,6 +159,7 @@ class Completion:
     prompt_logprobs: PromptLogprobs | None = None
     text: str = ""
     figures: Figures | None = None
+    versions: tuple[int, ...] = ()
 
 
 def check_callback(on_token: OnToken | None) -> None:
@@ -182,6 +188,7 @@ def gather(events: Iterable[TokenEvent]) -> list[Completion]:
             prompt_logprobs=stream[0].prompt_logprobs,
             text="".join(e.text for e in stream),
             figures=stream[-1].figures,
+            versions=tuple(e.version for e in stream if e.token is not None),
         )
         for key, stream in sorted(streams.items())
     ]

@@ -32,6 +32,7 @@ class Outcome(NamedTuple):
     prompt: PromptLogprobs | None = None  # with the first token
     told: Told | None = None
     figures: Figures | None = None
+    version: int | None = None  # of the weights; None: those of now
 
 
 _REASONS = {Broken.MODEL: "invalid_logits", Broken.FORBIDDEN: "no_allowed_token"}
@@ -55,6 +56,7 @@ class Journal:
       living: by request, its samples that have not ended.
       texts: what reads their text, if there is something.
       clock: says when something is entered.
+      version: of the weights, for ends without a token.
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class Journal:
         clock: Callable[[], float] = time.monotonic,
     ):
         self.living: dict[int, list[Sample]] = {}
-        self.texts, self.clock = texts, clock
+        self.texts, self.clock, self.version = texts, clock, 0
         self._outcomes, self._serials = outcomes, itertools.count()
         self._open: tuple[int, Sequence[Outcome], float] | None = None
 
@@ -75,6 +77,9 @@ class Journal:
             outcomes = [
                 o if o.tokens or o.told else o._replace(told=texts.rest(o.sample)) for o in outcomes
             ]
+        outcomes = [
+            o if o.version is not None else o._replace(version=self.version) for o in outcomes
+        ]
         self._open = next(self._serials), outcomes, self.clock()
         self.replay()
 
@@ -140,7 +145,8 @@ def outcomes_of(
             asked = sample.sampling.prompt_logprobs
             if asked is not None and at == sample.prompt_len and sample.scores is not None:
                 prompt = sample.scores.reported(asked)
-            outcomes.append(Outcome(sample, at, tokens, reason, tops, "", logprobs, prompt, told))
+            own = reason, tops, "", logprobs, prompt, told, None, plan.version
+            outcomes.append(Outcome(sample, at, tokens, *own))
         counts.append(count)
         failure = None if told is None else told.failure
         if reason is None and (broken or failure is not None):

@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from ..cache import DecodeBatch, KVCache
 
-__all__ = ["Model", "call_model"]
+__all__ = ["Model", "call_model", "check_alike"]
 
 
 @runtime_checkable
@@ -71,3 +71,24 @@ def call_model(
             "return what cache.append or cache.append_and_attend returned last"
         )
     return logits, after
+
+
+def check_alike(old: Any, new: Any) -> None:
+    """Refuse weights for which the programs of others would have to be traced anew.
+
+    Raises:
+      ValueError: the trees differ, or the shape or dtype of a leaf, which is named.
+    """
+    (before, tree), (after, other) = map(jax.tree_util.tree_flatten_with_path, (old, new))
+    if tree != other:
+        paths = [{jax.tree_util.keystr(path) for path, _ in each} for each in (before, after)]
+        which = sorted(paths[0] ^ paths[1])[:1]
+        where = f", such as at {which[0]}" if which else ""
+        raise ValueError(f"the new weights are a tree of another structure than the old{where}")
+    for (path, a), (_, b) in zip(before, after, strict=True):
+        kinds = [(getattr(x, "shape", None), getattr(x, "dtype", None)) for x in (a, b)]
+        if kinds[0] != kinds[1]:
+            raise ValueError(
+                f"the new weights differ at {jax.tree_util.keystr(path) or 'their root'}: the old "
+                "have shape {} and dtype {}, these {} and {}".format(*kinds[0], *kinds[1])
+            )

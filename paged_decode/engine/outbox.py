@@ -162,15 +162,16 @@ class Outbox:
 
 
 def _events(outcomes: Iterable[Outcome]) -> Events:
-    request_ids, samples, indices, tokens, total = [], [], [], [], 0
+    request_ids, samples, indices, tokens, versions, total = [], [], [], [], [], 0
     special: list[tuple[int, Outcome]] = []  # with the place behind its last event
     for outcome in outcomes:
-        sample, at, new, reason, tops, _, logprobs, prompt, told, _ = outcome
+        sample, at, new, reason, tops, _, logprobs, prompt, told, _, version = outcome
         count, first = len(new) or 1, at - sample.prompt_len
         request_ids += [sample.request_id] * count
         samples += [sample.index] * count
         indices += range(first, first + count)
         tokens += new or (None,)
+        versions += [version] * count
         total += count
         if told or any(each is not None for each in (reason, tops, logprobs, prompt)):
             special.append((total, outcome))
@@ -183,7 +184,7 @@ def _events(outcomes: Iterable[Outcome]) -> Events:
     prompts: list[PromptLogprobs | None] = [None] * total
     texts = [""] * total
     all_figures: list[Figures | None] = [None] * total
-    for end, (sample, _, new, reason, tops, detail, logprobs, prompt, told, figures) in special:
+    for end, (sample, _, new, reason, tops, detail, logprobs, prompt, told, figures, _) in special:
         reasons[end - 1], details[end - 1], all_figures[end - 1] = reason, detail, figures
         if prompt is not None:
             prompts[end - len(new)] = prompt
@@ -198,7 +199,7 @@ def _events(outcomes: Iterable[Outcome]) -> Events:
                 ids, logits = (each[:, :asked] for each in tops)
                 likeliest[end - len(new) : end] = _pairs(ids, logits - logprobs[2][:, None])
     columns = [request_ids, samples, indices, tokens, reasons, pairs, details]
-    return Events([*columns, own, processed, likeliest, prompts, texts, all_figures])
+    return Events([*columns, own, processed, likeliest, prompts, texts, all_figures, versions])
 
 
 def _pairs(ids: Any, logits: Any) -> list[tuple[tuple[int, float], ...]]:

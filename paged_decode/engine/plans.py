@@ -174,14 +174,16 @@ def decode_plan(
     tables: tuple[TableDelta, ...],
     masks: Mapping[Sample, np.ndarray] = MappingProxyType({}),
     scored: tuple[tuple[Scores, int], ...] = (),
+    version: int = 0,
 ) -> Decode:
     """The steps of the rows that may go on, with the masks of those that have any, and what was
-    scored before them."""
+    scored before them; by weights of that version."""
     slots, budgets = grown.slots.astype(np.int32), grown.budgets.astype(np.int32)
     rows = tuple(grown.rows)
     bits = tuple((slot_of(sample), masks[sample]) for sample in rows if sample in masks)
     copies, lengths = grown.taken.copies, grown.lengths
-    return Decode(number, copies, tables, enter, slots, budgets, lengths, rows, bits, scored)
+    told = bits, scored, version
+    return Decode(number, copies, tables, enter, slots, budgets, lengths, rows, *told)
 
 
 def filled_masks(

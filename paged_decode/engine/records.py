@@ -108,6 +108,7 @@ class Decode(NamedTuple):
       context: int64 `[n]`, tokens of each row at its first step, for cost models.
       samples: the sample of every row: the scheduler's own.
       scored: what the programs before it have scored, and from which position.
+      version: of the weights, as `Engine.version` counts them.
       masks: of rows that have one, which then take one step: slot, and int32 words of bits.
     """
 
@@ -121,6 +122,7 @@ class Decode(NamedTuple):
     samples: tuple[Sample, ...]
     masks: tuple[tuple[int, np.ndarray], ...] = ()
     scored: tuple[tuple[Scores, int], ...] = ()
+    version: int = 0
 
     @property
     def shared(self) -> Decode:

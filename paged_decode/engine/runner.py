@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from .._devices import put_beside, tied
@@ -16,13 +14,15 @@ from ..allocator import PageCopies
 from ..cache import KVCache
 from .config import EngineConfig, EngineStats
 from .drafting import Drafter, check_drafter
-from .model import Model
+from .launching import Launched, Launching
+from .model import Model, check_alike
 from .packing import Packing
 from .params import Kind
 from .plans import Taken
 from .processing import ProcessLogits, check_process
 from .programs import DecodeOut, Programs, detail, masks, update
 from .records import Decode, Enter, Prefill, Result, TableDelta, Ticket
+from .resting import Rested, empty_like, rest, woken
 from .rows import (
     MessageSizes,
     RowSizes,
@@ -38,20 +38,7 @@ Progress = Callable[[int, int], object]
 _KIND = ("shape", "dtype", "weak_type", "format")  # what a program is compiled for
 
 
-class Launched:
-    """A job of the launching thread: what it will return, and when it went to the device.
-
-    Attributes:
-      future: of what the job returns.
-      begun: set when the launching thread is about to give its last program to the device.
-    """
-
-    def __init__(self) -> None:
-        self.future: Future[Any] = Future()
-        self.begun = threading.Event()
-
-
-class DeviceRunner:
+class DeviceRunner(Launching):
     """The device half of an engine. The host waits for the device in `wait` and `collect` alone.
 
     On a GPU XLA asks the host whether a loop goes on and which branch is taken, and each answer
@@ -97,10 +84,8 @@ class DeviceRunner:
         score: Model | None = None,
     ):
         self._cache, self._config, self._stats, self._check = cache, config, stats, check
-        self._thread = ThreadPoolExecutor(1, "paged-decode-launch")
-        self._last: Launched | None = None
-        self._launcher: int | None = None
-        self._failure: BaseException | None = None  # of a job: those behind it are not run
+        self._rested: Rested | None = None
+        super().__init__()
         self._models = model, score  # kept alive: programs refer to them weakly
         self._programs = Programs.of(model)
         self._scoring = self._programs if score is None else Programs.of(score)
@@ -108,7 +93,8 @@ class DeviceRunner:
         self._executables: dict[tuple[str, Any], Any] = {}  # by kind and size
         self._known: set[tuple[str, Any]] = set()
         self._kind: Any = None  # shapes of the weights for which these are
-        self.set_params(params)
+        self.params: Any = None
+        self.use(self.placed(params))
         self._pages = [pages // cache.data_shards for pages, _ in cache.pools]
         self._slots = cache.data_shards * config.max_rows
         self._shape = len(self._pages), self._slots, columns
@@ -142,14 +128,26 @@ class DeviceRunner:
         self._drain()
         self._cache = cache
 
-    def set_params(self, params: Any) -> None:
-        """Take weights; what lies on the host is put on the device once, not at every launch."""
+    def placed(self, params: Any) -> Any:
+        """Weights as programs take them: what lies on the host is put on the device once, not at
+        every launch.
+
+        Raises:
+          ValueError: they are not alike to those that are in use.
+        """
+        placed = jax.tree.map(self._on_device, params)
+        if self._kind is not None:
+            check_alike(self.params, placed)
+        return placed
+
+    def use(self, placed: Any) -> None:
+        """Launch with these weights from now on."""
         self._drain()
-        self.params = jax.tree.map(self._on_device, params)
-        leaves, tree = jax.tree.flatten(self.params)
+        leaves, tree = jax.tree.flatten(placed)
         kind = tree, [[getattr(leaf, name, None) for name in _KIND] for leaf in leaves]
         if kind != self._kind:
             self._kind, self._executables = kind, {}
+        self.params = placed
 
     def _on_device(self, leaf: Any) -> Any:
         """What lies on the host goes to the cache's devices; to the first one uncommitted, as an
@@ -157,7 +155,7 @@ class DeviceRunner:
         if not isinstance(leaf, np.ndarray | np.generic | int | float | complex):
             return leaf
         pages = self._cache.k_pages[0]
-        if pages.devices() == {jax.local_devices()[0]}:
+        if pages.sharding.device_set == {jax.local_devices()[0]}:  # of a deleted array, too
             return jax.device_put(leaf)
         return put_beside(pages, leaf)
 
@@ -172,33 +170,7 @@ class DeviceRunner:
     def _nobody(self) -> RowState:
         return RowState.empty(self._slots, self._pack.sizes)
 
-    # ---- the launching thread
-
-    def _launch(self, job: Callable[[Launched], Any]) -> Launched:
-        """Queue a job; an interrupt here leaves it in the queue, or takes it out."""
-        launched, before = Launched(), self._last
-        try:
-            self._last = launched
-            self._thread.submit(self._run, job, launched)
-        except BaseException:
-            if launched.future.cancel():
-                self._last = before  # which may still be at work
-            raise
-        return launched
-
-    def _run(self, job: Callable[[Launched], Any], launched: Launched) -> None:
-        if not launched.future.set_running_or_notify_cancel():
-            return
-        self._launcher = threading.get_ident()
-        try:
-            if self._failure is not None:
-                raise self._failure
-            launched.future.set_result(job(launched))
-        except BaseException as error:  # handed to whoever waits
-            self._failure = error
-            launched.future.set_exception(error)
-        finally:
-            launched.begun.set()
+    # ---- programs
 
     def _executable(self, kind: str, size: Any) -> Any:
         """A program of some size; one that is new is traced and compiled by the caller's thread,
@@ -248,13 +220,6 @@ class DeviceRunner:
                     progress(done, len(lowered))
         self._known |= self._executables.keys()
         self._stats.programs = len(self._known)
-
-    def _drain(self) -> None:
-        """Return when everything is launched, or has failed."""
-        if threading.get_ident() == self._launcher:
-            return  # the check asks, for one
-        if self._last is not None:
-            self._last.future.exception()
 
     # ---- plans
 
@@ -335,6 +300,30 @@ class DeviceRunner:
         if (error := self._launch(job).future.result()) is not None:
             raise error
 
+    @property
+    def asleep(self) -> bool:
+        """Whether the cache rests."""
+        return self._rested is not None
+
+    def sleep(self, *, copy: bool) -> None:
+        """Give the memory of the pools back; `copy`: what they hold stays on the host."""
+
+        def change(cache: KVCache) -> KVCache:
+            self._rested = rest(tied(cache) if copy else cache, copy=copy)
+            return self._rested.cache
+
+        self.exchange(change)
+
+    def wake(self) -> None:
+        """Make the pools again, where they rest."""
+
+        def change(cache: KVCache) -> KVCache:
+            if self._rested is not None:
+                cache, self._rested = woken(self._rested), None
+            return cache
+
+        self.exchange(change)
+
     def copy(self, copies: tuple[PageCopies, ...]) -> None:
         """Copy pages of every group, or of none, in the order of the programs around it."""
         if any(len(each.src) for each in copies):
@@ -374,18 +363,15 @@ class DeviceRunner:
     @property
     def is_lost(self) -> bool:
         """Whether pages may not hold what they should: a launch has failed, perhaps with the
-        cache."""
-        return self.cache.is_deleted or self._failure is not None
+        cache. Of one that rests nothing is lost."""
+        return self._failure is not None or (self.cache.is_deleted and self._rested is None)
 
     def restart(self, *, lost: bool) -> None:
         """Begin without rows; with an empty cache, if what it held is lost."""
         self._drain()
         self._failure, self._scored = None, []
         if lost:
-            self._cache = jax.tree.map(
-                lambda a: jnp.zeros(a.shape, a.dtype, device=a.sharding if a.committed else None),
-                self._cache,
-            )
+            self._cache = empty_like(self._cache)
         self._enter_nobody()
 
     # ---- what a launch takes

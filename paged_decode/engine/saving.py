@@ -76,7 +76,8 @@ def plan_engine_save(
     if missing := (wanted or set()) - known:
         raise KeyError(f"requests {sorted(missing)} are not in the engine")
     limits = scheduler.limits
-    state = EngineState(running, pins + waiting, events, calls.next_id, limits.now)
+    own = calls.next_id, limits.now, scheduler.version
+    state = EngineState(running, pins + waiting, events, *own)
     return plan_save(
         path,
         cache,
@@ -225,6 +226,7 @@ def adopt(
     scheduler.take_up(
         state.running, state.waiting, may_run=lambda s: id(s) in alone and not s.unscored
     )
+    scheduler.version = max(scheduler.version, state.version)
     events = [(p.event._replace(request_id=ids[p.event.request_id]), p.shown) for p in state.events]
     outbox.put_back([e for e, shown in events if not shown], [e for e, shown in events if shown])
     return RestoredRequests(ids, loaded)

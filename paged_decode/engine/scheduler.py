@@ -33,13 +33,13 @@ from .plans import Growth, decode_plan, filled_masks, growing
 from .prefilling import Chunks, Prefilling, scored_by
 from .queue import WaitingQueue
 from .records import Decode, Prefill, Result, Ticket
+from .renewal import Renews
 from .requests import Sample
 from .room import Allocator, Room
 from .sampling import Broken
 from .scores import Scores
 from .seats import Seats
 from .swapping import Swapping
-from .taking_up import TakesUp
 from .text import Texts
 
 __all__ = ["NeedsTruth", "Scheduler"]
@@ -49,7 +49,7 @@ class NeedsTruth(Exception):
     """There is no plan before all visits in flight are booked; nothing has changed."""
 
 
-class Scheduler(TakesUp):
+class Scheduler(Renews):
     """The queues of an engine, and the plans that follow: the same calls give the same plans.
 
     Whatever is raised in a call, `reset` makes it whole.
@@ -346,7 +346,8 @@ class Scheduler(TakesUp):
             return None
         enter, tables = self._seats.enter(self.allocator, grown.taken.tables)
         scored, self._scored = tuple(self._scored), []
-        plan = decode_plan(next(self._visits), grown, enter, tables, masks, scored)
+        told = masks, scored, self.version
+        plan = decode_plan(next(self._visits), grown, enter, tables, *told)
         self.flights += 1
         if over := grown.fly():  # they give rows to others, though their tokens are still to come
             self.ending += over
@@ -402,15 +403,19 @@ class Scheduler(TakesUp):
 
     def preempt(self, sample: Sample) -> None:
         """Take a sample's pages; it waits where it was, and comes back with its tokens."""
-        if self.swapping is not None and sample.computed and self.room.swaps(sample):
-            stored = self.swapping.store(sample.handle)
-            self.stats.swaps += stored > 0
-            self.stats.swapped_out_pages += stored
+        self._store(sample)
         self._leave(sample)
         sample.preemptions += 1
         self.stats.preemptions += 1
         self.waiting.put(sample)
         self.release()
+
+    def _store(self, sample: Sample) -> None:
+        """Begin to copy the pages of a sample to the host tier, if they are to go there."""
+        if self.swapping is not None and sample.computed and self.room.swaps(sample):
+            stored = self.swapping.store(sample.handle)
+            self.stats.swaps += stored > 0
+            self.stats.swapped_out_pages += stored
 
     # ---- what came out
 

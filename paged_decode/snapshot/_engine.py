@@ -18,18 +18,26 @@ from ..engine.requests import Sample
 from ..errors import SnapshotCorrupt
 from ._asked import OWN, pack_asked, require_one_form, unpack_asked
 from ._beside import own_of, require_own, require_pins, require_places, turn_and_limits
-from ._format import ASKED_LENGTH, require
+from ._format import ASKED_LENGTH, WEIGHTS, Header, require
 from ._state import pack_bytes, require_split, typed, unpack_bytes
 from ._told import TOLD, told_columns, told_from
 
-__all__ = ["ASKED", "ENGINE", "EngineState", "PendingEvent", "engine_arrays", "engine_from"]
+__all__ = [
+    "EngineState",
+    "PendingEvent",
+    "arrays_of",
+    "engine_arrays",
+    "engine_from",
+]
 
 MAX_ID = 2**53
-_MAX_COUNT = 2**63 - 1
+_MAX_COUNT = _MAX_VERSION = 2**63 - 1
 _NEW = ("no_allowed_token", "waited_too_long", "timeout", "detokenizer_failed", "mask_failed")
 """Of version 4; none has a token."""
+_NEWEST = ("new_weights",)
+"""Of version 5; none has a token."""
 _OLD = (None, "stop", "length", "capacity", "cancelled", "invalid_logits")
-REASONS = _OLD + _NEW
+REASONS = _OLD + _NEW + _NEWEST
 
 ENGINE = {
     "engine/next_id": ("int64", 1),
@@ -71,6 +79,8 @@ ASKED = {
     **TOLD,
 }
 """Those that one of version 4 has besides `ENGINE`."""
+RENEWED = {WEIGHTS: ("int64", 1), "engine/event_version": ("int64", 1)}
+"""Those that one of version 5 has besides both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +102,15 @@ class PendingEvent:
 
 @dataclass(frozen=True, slots=True)
 class EngineState:
-    """Samples in order: those with pages by admission, the others as they queue; and what time it
-    is by the clock of their limits."""
+    """Samples in order: those with pages by admission, the others as they queue; what time it is
+    by the clock of their limits; and the version of the weights."""
 
     running: list[Sample]
     waiting: list[Sample]
     events: list[PendingEvent]
     next_id: int
     now: float = 0.0
+    version: int = 0
 
     @property
     def samples(self) -> list[Sample]:
@@ -107,8 +118,14 @@ class EngineState:
         return [s for first in (*self.running, *self.waiting) for s in (first, *first.siblings)]
 
 
+def arrays_of(header: Header) -> dict[str, tuple[str, int]]:
+    """Those that a snapshot of an engine with that header has."""
+    newest = RENEWED if header.renewed else {}
+    return ENGINE | ASKED | newest if header.asks else ENGINE | newest
+
+
 def engine_arrays(state: EngineState) -> dict[str, np.ndarray]:
-    """The state under the names and dtypes of `ENGINE`, and of `ASKED` where they are needed.
+    """The state under the names and dtypes of `ENGINE`, and of the others where they are needed.
 
     Raises:
       ValueError: no reader would take it.
@@ -149,8 +166,12 @@ def engine_arrays(state: EngineState) -> dict[str, np.ndarray]:
     }
     arrays = typed(columns | _event_columns(state.events), ENGINE)
     asked = tuple(map(pack_asked, params, own_of(samples, state.now)))
-    if any(asked) or any(p.is_new for p in state.events):
+    if any(asked) or any(p.is_new for p in state.events) or state.version:
         arrays |= typed(_asked_columns(asked, state.events), ASKED)
+    if state.version:
+        versions = [min(p.event.version, _MAX_VERSION) for p in state.events]
+        now = [min(state.version, _MAX_VERSION)]
+        arrays |= typed({WEIGHTS: now, "engine/event_version": versions}, RENEWED)
     return arrays
 
 
@@ -190,7 +211,7 @@ def engine_from(arrays: Mapping[str, np.ndarray], pages: AllocatorState) -> Engi
     """The checked state: it agrees with itself, and with the sequences of the allocator.
 
     Args:
-      arrays: those of `ENGINE`, and of `ASKED` in version 4.
+      arrays: those of `arrays_of`.
       pages: what the allocator has.
 
     Raises:
@@ -220,7 +241,8 @@ def engine_from(arrays: Mapping[str, np.ndarray], pages: AllocatorState) -> Engi
     running, next_id = int(columns["running"][0]), int(columns["next_id"][0])
     samples = list(_samples(columns))
     events = list(_events(columns, new))
-    if new:
+    version = _version(columns, events)
+    if new and not version:
         require(
             bool(columns["asked_length"].any()) or any(p.is_new for p in events),
             "it is of version 4, but nothing in it needs that",
@@ -235,7 +257,7 @@ def engine_from(arrays: Mapping[str, np.ndarray], pages: AllocatorState) -> Engi
     require(len(names) == count, "a sample of a request is there twice")
     firsts = _link_siblings(samples, columns["sibling_of"].tolist())
     require(0 <= running <= len(firsts), f"{running} of {len(firsts)} requests cannot run")
-    state = EngineState(firsts[:running], firsts[running:], events, next_id)
+    state = EngineState(firsts[:running], firsts[running:], events, next_id, version=version)
     require(
         all(s.admit_by == math.inf for s in state.running),
         "a request has pages and a max_wait",
@@ -321,9 +343,11 @@ def _events(columns: Mapping[str, np.ndarray], new: bool) -> Iterator[PendingEve
     chances = _chances(columns, len(fields["token"]), new)
     count = len(fields["token"])
     told = told_from(columns, count) if new else ({} for _ in range(count))
-    known = REASONS if new else _OLD
+    versions = columns.get("event_version", np.zeros(count, np.int64)).tolist()
+    require(len(versions) == count, "event_version has not one value for every event")
+    known = REASONS if "version" in columns else _OLD + _NEW if new else _OLD
     end, rows = 0, zip(*(field.tolist() for field in fields.values()), strict=True)
-    for row, chance, more in zip(rows, chances, told, strict=True):
+    for row, chance, more, version in zip(rows, chances, told, versions, strict=True):
         each = dict(zip(fields, row, strict=True))
         require(
             0 <= each["reason"] < len(known)
@@ -334,7 +358,7 @@ def _events(columns: Mapping[str, np.ndarray], new: bool) -> Iterator[PendingEve
             "an event has an impossible value",
         )
         require(
-            each["token"] < 0 or known[each["reason"]] not in _NEW,
+            each["token"] < 0 or known[each["reason"]] not in _NEW + _NEWEST,
             f"an event has a token, and ends by {known[each['reason']]}",
         )
         require(
@@ -358,10 +382,25 @@ def _events(columns: Mapping[str, np.ndarray], new: bool) -> Iterator[PendingEve
             token=None if each["token"] < 0 else each["token"],
             finish_reason=REASONS[each["reason"]],
             top_logits=tuple(zip(ids[begin:end].tolist(), values[begin:end].tolist(), strict=True)),
+            version=version,
             **chance,
             **more,
         )
         yield PendingEvent(event, bool(each["shown"]))
+
+
+def _version(columns: Mapping[str, np.ndarray], events: Sequence[PendingEvent]) -> int:
+    """Of the weights; 0 before version 5."""
+    if "version" not in columns:
+        return 0
+    require(len(columns["version"]) == 1, "engine/version has not one value")
+    version = int(columns["version"][0])
+    require(version >= 1, f"it is of version 5, but the weights are of version {version}")
+    require(
+        all(0 <= p.event.version <= version for p in events),
+        f"an event has a version of the weights that is not from 0 to {version}",
+    )
+    return version
 
 
 def _chances(columns: Mapping[str, np.ndarray], count: int, new: bool) -> Iterator[dict[str, Any]]:

@@ -12,7 +12,8 @@ from jax.core import Tracer
 
 from .._text import shown
 from ..kernels.checks import check_live
-from ._format import EXTRA, EXTRA_DTYPES, MAX_DIMENSION, MAX_EXTRA_AXES, is_extra_name
+from ._format import EXTRA_DTYPES, MAX_DIMENSION, MAX_EXTRA_AXES
+from ._names import EXTRA, is_extra_name
 
 __all__ = ["extra_arrays"]
 

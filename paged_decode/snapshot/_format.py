@@ -21,6 +21,7 @@ import numpy as np
 
 from .._text import printable, shown
 from ..errors import SnapshotCorrupt, SnapshotVersion
+from ._names import EXTRA, MAX_NAME_BYTES, is_extra_name, is_name, is_plain_name, is_text
 
 __all__ = [
     "ArraySpec",
@@ -35,7 +36,8 @@ __all__ = [
 ]
 
 MAGIC = b"\x89PGD\r\n\x1a\n"
-VERSIONS = (1, 2, 3, 4)  # of one group of layers, of several, with the user's arrays, with more
+# Of one group of layers, of several, with the user's arrays, with more, after new weights.
+VERSIONS = (1, 2, 3, 4, 5)
 PREFIX = struct.Struct("<8sIQQI")  # magic, version, header bytes, file bytes, CRC
 ALIGNMENT = 64
 CHUNK_BYTES = 1 << 22  # so few that several wait in memory while one is written
@@ -44,13 +46,12 @@ MAX_DIMENSION = 1 << 31  # products of a few stay Python ints: nothing is made o
 MAX_AXES = 8
 MAX_EXTRA_AXES = 32
 MAX_ARRAY_BYTES = 1 << 63  # NumPy counts them in 64 bits, with a sign, even if an axis is 0
-MAX_NAME_BYTES = 255
 MAX_METADATA = 4096  # keys
 MAX_PARENTS = 256  # files that are open at once while a chain is read
 MAX_GROUPS = 256
 KEYS = ["arrays", "fingerprint", "metadata", "page_size", "pages", "parent"]
-EXTRA = "extra/"  # how names of the user's arrays begin
-ASKED_LENGTH = "engine/asked_length"  # it is in the files of version 4 and in no others
+ASKED_LENGTH = "engine/asked_length"  # it is in the files of versions 4 and 5 and in no others
+WEIGHTS = "engine/version"  # it is in the files of version 5 and in no others
 
 DTYPES = {
     str(np.dtype(t)): np.dtype(t).newbyteorder("<")
@@ -177,10 +178,15 @@ class Header:
         return any(spec.name == ASKED_LENGTH for spec in self.arrays)
 
     @property
+    def renewed(self) -> bool:
+        """Whether it is of an engine whose weights were replaced."""
+        return any(spec.name == WEIGHTS for spec in self.arrays)
+
+    @property
     def version(self) -> int:
         """Of the format: the first one that has what is here."""
         older = 3 if self.extra else 2 if self.groups else 1
-        return 4 if self.asks else older
+        return 5 if self.renewed else 4 if self.asks else older
 
     def arrays_of_groups(self) -> list[list[ArraySpec]]:
         """The arrays of keys and values of every group."""
@@ -290,7 +296,7 @@ def split_prefix(front: bytes, file_bytes: int) -> int:
     _, version, header_bytes, declared, _ = PREFIX.unpack(front)
     if version not in VERSIONS:
         raise SnapshotVersion(
-            f"the file has format version {version}, this release reads versions 1 to 4; use "
+            f"the file has format version {version}, this release reads versions 1 to 5; use "
             "the release that wrote it, or a newer one"
         )
     require(
@@ -336,12 +342,16 @@ def decode_header(front: bytes) -> Header:
         groups=_groups(fields["groups"]) if grouped else (),
     )
     require(
-        (version == 4) == header.asks,
-        f"{ASKED_LENGTH} is in a file of version 4, and in every one",
+        (version >= 4) == header.asks,
+        f"{ASKED_LENGTH} is in a file of version 4 or 5, and in every one",
     )
     require(
-        (version == 3) == bool(header.extra) or version == 4,
-        "arrays of the user are in a file of version 3, and in every one, or in one of version 4",
+        (version == 5) == header.renewed, f"{WEIGHTS} is in a file of version 5, and in every one"
+    )
+    require(
+        (version == 3) == bool(header.extra) or version >= 4,
+        "arrays of the user are in a file of version 3, and in every one, or in one of version 4 "
+        "or 5",
     )
     if header.groups:
         _require_layers(header)
@@ -431,30 +441,6 @@ def _require_layers(header: Header) -> None:
     )
     found = {layer_of(spec.name) for spec in header.arrays if spec.name.startswith("kv/")}
     require(found == known, "the arrays of keys and values are not those of the groups' layers")
-
-
-def is_name(name: str) -> bool:
-    """Whether the format can hold it: 1 to 255 bytes of UTF-8."""
-    return is_text(name) and 0 < len(name.encode()) <= MAX_NAME_BYTES
-
-
-def is_text(text: str) -> bool:
-    """Whether it is valid Unicode: a path that is not UTF-8 and half of a pair are not."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def is_plain_name(name: str) -> bool:
-    """Whether it names a file in the same folder, on every system."""
-    return is_name(name) and name not in (".", "..") and not set(name) & {"/", "\\", ":", "\0"}
-
-
-def is_extra_name(name: str) -> bool:
-    """Whether it is `extra/` and a name that no system takes for a path."""
-    return name.startswith(EXTRA) and is_name(name) and is_plain_name(name.removeprefix(EXTRA))
 
 
 def _directory(value: Any) -> tuple[tuple[ArraySpec, ...], tuple[tuple[int, ...], ...]]:

@@ -13,8 +13,9 @@ import numpy as np
 from ..allocator import AllocatorState
 from ..errors import SnapshotCorrupt, SnapshotMismatch
 from ._about import about
-from ._engine import ASKED, ENGINE, EngineState, engine_from
-from ._format import EXTRA, ArraySpec, Parent, SavedGroup, Scalar, layer_of
+from ._engine import EngineState, arrays_of, engine_from
+from ._format import ArraySpec, Parent, SavedGroup, Scalar, layer_of
+from ._names import EXTRA
 from ._reader import Chain, Counter, Progress, SnapshotFile
 from ._state import require_shapes, state_from, state_names
 
@@ -142,7 +143,7 @@ def _bookkeeping(file: SnapshotFile) -> tuple[AllocatorState, EngineState | None
     names, wanted = [s.name for s in file.header.arrays], state_names(len(file.header.counts))
     engine = any(name.startswith("engine/") for name in names)
     require_shapes(file.specs, wanted)
-    requests = (ENGINE | ASKED if file.header.asks else ENGINE) if engine else {}
+    requests = arrays_of(file.header) if engine else {}
     require_shapes(file.specs, requests)
     kv = sum(name.startswith("kv/") for name in names) + len(file.header.extra)
     sources = len(file.header.counts) if file.header.parent else 0

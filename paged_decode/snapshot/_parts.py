@@ -20,7 +20,8 @@ from ..allocator import BlockAllocator
 from ..allocator.calls import AllocatorCalls
 from ..cache import KVCache
 from ..kernels.checks import check_live
-from ._format import DTYPES, MAX_AXES, MAX_NAME_BYTES, ArraySpec, is_name, layer_of
+from ._format import DTYPES, MAX_AXES, ArraySpec, layer_of
+from ._names import MAX_NAME_BYTES, is_name
 
 __all__ = ["Part", "parts_of"]
 

@@ -26,8 +26,8 @@ from ._format import (
     SavedGroup,
     Scalar,
     check_metadata,
-    is_plain_name,
 )
+from ._names import is_plain_name
 from ._out import page_chunks
 from ._parts import Part, parts_of
 from ._reader import Progress, SnapshotFile, source_name

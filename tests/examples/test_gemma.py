@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from models import config, decoder, tokenizer
+from models import decoder, gguf_families, tokenizer
 from models.gguf_reader import GGUFError, read_gguf
 
 from paged_decode.planning import read_model
@@ -113,7 +113,7 @@ def test_a_window_of_one_token_more_or_less_would_show():
 
 def config_of(tmp_path, **changes):
     path = write_gemma(tmp_path / "m.gguf", gemma_weights(), **changes)
-    return config.read_config(read_gguf(path))[1]
+    return gguf_families.read_gguf_recipe(read_gguf(path)).config
 
 
 def test_the_sixth_layer_sees_all_tokens_unless_the_file_says_otherwise(tmp_path):
@@ -126,15 +126,17 @@ def test_the_sixth_layer_sees_all_tokens_unless_the_file_says_otherwise(tmp_path
     windows = [found.window(layer) for layer in range(18)]
     assert [i for i, window in enumerate(windows) if window is None] == [5, 11, 17]
     assert set(windows) == {None, GEMMA_WINDOW}
-    assert found.local_rope_theta == 10000.0 and found.embedding_scale == WIDTH**0.5
+    assert found.local_rope == decoder.Rope(10000.0) and found.embedding_scale == WIDTH**0.5
     assert (found.gate, found.query_scale) == ("gelu", None)
 
 
-def test_a_list_of_the_layers_with_a_window_is_read_as_a_period(tmp_path):
+@pytest.mark.parametrize(
+    "local", [[True] * 4, [True, True, True, False], [False, True, False, True]]
+)
+def test_a_list_says_which_layers_have_a_window(tmp_path, local):
     key = "gemma3.attention.sliding_window_pattern"
-    local = [True, True, True, False, True]
-    assert config_of(tmp_path, **{key: ("array:bool", local)}).full_every == 4
-    assert config_of(tmp_path, **{key: ("array:bool", [True] * 4)}).window(3) == GEMMA_WINDOW
+    found = config_of(tmp_path, **{key: ("array:bool", local)})
+    assert [found.window(layer) is not None for layer in range(LAYERS)] == local
 
 
 @pytest.mark.parametrize(
@@ -142,7 +144,7 @@ def test_a_list_of_the_layers_with_a_window_is_read_as_a_period(tmp_path):
 )
 def test_a_planner_finds_the_windows_that_the_model_has(tmp_path, write, weights):
     path = write(tmp_path / "m.gguf", weights())
-    found = config.read_config(read_gguf(path))[1]
+    found = gguf_families.read_gguf_recipe(read_gguf(path)).config
     planned = read_model(path)
     assert [layer.window for layer in planned.layers] == [found.window(i) for i in range(LAYERS)]
 
@@ -215,7 +217,7 @@ def test_layers_that_differ_are_groups_and_layers_that_are_alike_are_one(tmp_pat
     assert (local.layers, local.num_pages, local.window) == ((0, 1, 3), 7, GEMMA_WINDOW)
     assert (local.num_kv_heads, local.head_dim, local.dtype) == (KV_HEADS, DIM, "bfloat16")
     assert decoder.layout(gemma, **sizes).groups[1].num_pages == 9
-    for changes in (dict(full_every=None), dict(sliding_window=None)):  # Mistral, Llama
+    for changes in (dict(full_layers=()), dict(sliding_window=None)):  # Mistral, Llama
         (alone,) = decoder.layout(replace(gemma, **changes), **sizes).groups
         assert (alone.layers, alone.num_pages, alone.window) == ((0, 1, 2, 3), 9, None)
 
@@ -226,8 +228,8 @@ def test_layers_that_differ_are_groups_and_layers_that_are_alike_are_one(tmp_pat
 @pytest.mark.slow
 def test_the_real_file_is_read_as_it_is_meant(real_gemma):
     gguf = read_gguf(real_gemma)
-    architecture, found = config.read_config(gguf)
-    assert architecture == "gemma3" and found.sliding_window == 512
+    found = gguf_families.read_gguf_recipe(gguf).config
+    assert found.sliding_window == 512
     assert [i for i in range(found.num_layers) if found.window(i) is None] == [5, 11, 17]
     assert found.num_heads * found.head_dim != found.width
     words = tokenizer.load(real_gemma)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from .test_gemma import dense_logits
 from .tiny_gguf import llama_weights, write_llama
@@ -33,7 +35,7 @@ def check(gguf: Path, golden: list[dict], folder: Path, options: str, atol: floa
     out = folder / "out.json"
     new = len(golden[0]["greedy_ids"])
     done = run(
-        *("--gguf", gguf, "--ids-file", folder / "in.json", "--max-new", new),
+        *("--model", gguf, "--ids-file", folder / "in.json", "--max-new", new),
         *("--dtype", "float32", "--top-logits", 5, "--json", out, *options.split()),
         cwd=folder,
     )
@@ -125,7 +127,7 @@ def test_a_small_gemma_says_what_a_dense_forward_says(tmp_path, options):
 )
 def test_a_bad_ids_file_is_one_line_on_stderr(tmp_path, ids, message):
     (tmp_path / "in.json").write_text(ids)
-    done = run("--gguf", "none.gguf", "--ids-file", tmp_path / "in.json")
+    done = run("--model", "none.gguf", "--ids-file", tmp_path / "in.json")
     assert done.returncode == 1 and message in done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
 
@@ -133,14 +135,27 @@ def test_a_bad_ids_file_is_one_line_on_stderr(tmp_path, ids, message):
 def test_pages_for_a_window_that_no_layer_has_are_refused(tmp_path):
     path = write_llama(tmp_path / "m.gguf", llama_weights())
     (tmp_path / "in.json").write_text('[{"name": "a", "prompt_ids": [1, 2]}]')
-    done = run("--gguf", path, "--ids-file", tmp_path / "in.json", "--window-pages", 9)
+    done = run("--model", path, "--ids-file", tmp_path / "in.json", "--window-pages", 9)
     assert done.returncode == 1 and "leave out --window-pages" in done.stderr
 
 
 def test_a_missing_model_is_one_line_on_stderr(tmp_path):
-    done = run("--gguf", tmp_path / "none.gguf", "hello")
+    done = run("--model", tmp_path / "none.gguf", "hello")
     assert done.returncode == 1 and "none.gguf" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_folder_of_a_model_hub_reads_and_says_words(tmp_path):
+    """Words of a checkpoint whose golden ids are known."""
+    shutil.copytree(ROOT / "tests/examples/golden/smollm2", tmp_path, dirs_exist_ok=True)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(72)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.save(str(tmp_path / "tokenizer.json"))
+    golden = np.load(tmp_path / "golden.npz")
+    prompt, answer = (" ".join(f"w{i}" for i in golden[name]) for name in ("prompt1", "greedy1"))
+    done = run("--model", tmp_path, prompt, "--max-new", len(golden["greedy1"]))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:2] == [f"> {prompt}", answer]
 
 
 @pytest.mark.long

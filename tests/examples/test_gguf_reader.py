@@ -5,8 +5,7 @@ import struct
 import gguf
 import numpy as np
 import pytest
-from models.gguf_reader import GGUFError, read_gguf
-from models.quants import TENSOR_TYPES, dequantise
+from models.gguf_reader import TENSOR_TYPES, GGUFError, dequantise, read_gguf
 
 from .tiny_gguf import TYPES, f32, gguf_bytes, string, value
 

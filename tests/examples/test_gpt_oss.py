@@ -9,7 +9,7 @@ import json
 
 import numpy as np
 import pytest
-from models import config, decoder, parallel
+from models import decoder, gguf_families
 from models.gguf_reader import GGUFError, read_gguf
 
 from tests.golden import make_gpt_oss as golden
@@ -47,17 +47,9 @@ def test_transformers_still_says_what_the_golden_file_says():
 
 
 def test_yarn_leaves_fast_pairs_as_they_are_and_slows_the_others_by_the_whole_scale():
-    sizes = dict(vocab_size=8, num_layers=1, width=8, inner_width=8, num_heads=1, num_kv_heads=1)
-    large = config.ModelConfig(
-        **sizes,
-        head_dim=64,
-        max_positions=131072,
-        rope_theta=150000.0,
-        rope_scale=32.0,
-        yarn_positions=4096,
-    )
+    large = decoder.Rope(150000.0, "yarn", factor=32.0, first_positions=4096)
     plain = 150000.0 ** -(np.arange(32) / 32)
-    slowed_by = plain / decoder.rope_frequencies(large)
+    slowed_by = plain / decoder.rope_frequencies(large, 64)
     np.testing.assert_allclose(slowed_by[:9], 1)  # these turn 32 times or more in 4096 tokens
     np.testing.assert_allclose(slowed_by[18:], 32)  # and these less than once
     assert (np.diff(slowed_by[8:19]) > 0).all()
@@ -76,7 +68,7 @@ def test_yarn_leaves_fast_pairs_as_they_are_and_slows_the_others_by_the_whole_sc
 def test_a_configuration_that_is_not_served_is_named(tmp_path, changes, error, message):
     path = write_gpt_oss(tmp_path / "m.gguf", gpt_oss_weights(), **changes)
     with pytest.raises(error, match=message):
-        config.read_config(read_gguf(path))
+        gguf_families.read_gguf_recipe(read_gguf(path))
 
 
 @pytest.mark.parametrize("name", ["attn_sinks.weight", "attn_v.bias", "ffn_up_exps.bias"])
@@ -85,9 +77,3 @@ def test_a_file_without_a_tensor_names_it(tmp_path, name):
     del weights[f"blk.1.{name}"]
     with pytest.raises(GGUFError, match=rf"'blk\.1\.{name}'"):
         decoder.load(write_gpt_oss(tmp_path / "m.gguf", weights))
-
-
-def test_experts_are_not_split_over_devices(tmp_path):
-    sizes, params = decoder.load(write_gpt_oss(tmp_path / "m.gguf", gpt_oss_weights()))
-    with pytest.raises(NotImplementedError, match="experts"):
-        parallel.make_parallel_model(sizes, params, parallel.make_mesh(1))

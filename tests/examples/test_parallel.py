@@ -175,7 +175,7 @@ def test_the_real_model_on_three_devices_says_the_golden_words(real_gguf, tmp_pa
     case = min(GOLDEN, key=lambda c: len(c["prompt_ids"]))
     (tmp_path / "in.json").write_text(json.dumps([case]))
     out = tmp_path / "out.json"
-    files = ("--gguf", real_gguf, "--ids-file", tmp_path / "in.json", "--json", out)
+    files = ("--model", real_gguf, "--ids-file", tmp_path / "in.json", "--json", out)
     done = run(*files, "--max-new", 64, "--devices", 3)
     assert done.returncode == 0, done.stderr
     assert json.loads(out.read_text())[0]["greedy_ids"] == case["greedy_ids"]

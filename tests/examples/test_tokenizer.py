@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 from models import tokenizer
 from models.gguf_reader import GGUFError
-from models.tokenizer import StreamDecoder
 
 from .tiny_gguf import gguf_bytes
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "smollm2_greedy.json"
-CHATML = "{% for message in messages %}<|im_start|>{{ message.content }}<|im_end|>{% endfor %}"
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
+    " + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 TEXTS = [
     "",
     "hello hello",
@@ -66,20 +69,13 @@ def test_smollm_cuts_numbers_into_digits_and_the_others_do_not(tmp_path):
     assert spelt["gpt-2"] == spelt["llama-bpe"] == ["hello", "Ġ", "12"]
 
 
-def test_a_stream_shows_a_character_when_its_last_byte_has_come(tmp_path):
+def test_text_up_to_half_a_character_ends_in_what_stands_for_it(tmp_path):
     words = tokenizer.load(tiny_file(tmp_path))
     ids = words.encode("é👩!")
     assert len(ids) == 7  # one token per byte
-    stream = StreamDecoder(words)
-    assert [stream.push(i) for i in ids] == ["", "é", "", "", "", "👩", "!"]
-    assert stream.flush() == ""
-
-
-def test_a_stream_that_ends_inside_a_character_says_so_once(tmp_path):
-    words = tokenizer.load(tiny_file(tmp_path))
-    stream = StreamDecoder(words)
-    assert [stream.push(i) for i in words.encode("a👩")[:-1]] == ["a", "", "", ""]
-    assert stream.flush() == "\ufffd"
+    texts = [words.decode(ids[:end]) for end in range(1, 8)]
+    assert [end for end, text in enumerate(texts, 1) if text.endswith("\ufffd")] == [1, 3, 4, 5]
+    assert texts[1] == "é" and texts[-2:] == ["é👩", "é👩!"]
 
 
 def test_control_tokens_are_read_whole_and_written_never(tmp_path):
@@ -95,15 +91,37 @@ def test_the_begin_token_comes_first_if_the_file_asks_for_it(tmp_path):
     assert words.encode("hello")[0] == 0
 
 
-def test_a_chat_is_three_turns(tmp_path):
+def test_a_chat_is_what_the_files_template_writes(tmp_path):
     words = tokenizer.load(tiny_file(tmp_path))
-    text = "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
-    assert words.encode_chat("Q", system="S") == words.encode(text)
+    text = "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
+    assert words.chats and words.encode_chat("Q") == words.encode(text)
+    turns = [("system", "S"), ("user", "Q"), ("assistant", "A"), ("user", "R")]
+    messages = [dict(role=role, content=content) for role, content in turns]
+    before = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
+    ids = words.encode(before + "<|im_start|>assistant\n")
+    assert words.encode_chat(messages) == ids and ids.count(words.eos_id) == 4
 
 
-def test_another_chat_template_is_refused(tmp_path):
-    words = tokenizer.load(tiny_file(tmp_path, tokenizer__chat_template=("string", "[INST]")))
-    with pytest.raises(NotImplementedError, match="im_start"):
+def test_the_begin_token_of_a_chat_is_the_templates_own(tmp_path):
+    template = "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"
+    path = tiny_file(
+        tmp_path,
+        tokenizer__ggml__add_bos_token=("bool", True),
+        tokenizer__chat_template=("string", template),
+    )
+    words = tokenizer.load(path)
+    assert words.encode_chat("hello") == [*words.encode("hello"), words.eos_id]
+
+
+def test_every_token_that_a_file_calls_an_end_is_one(tmp_path):
+    words = tokenizer.load(tiny_file(tmp_path, tokenizer__ggml__eot_token_id=("u32", 0)))
+    assert words.eos_ids == (1, 0) and words.eos_id == 1
+
+
+def test_a_model_without_a_template_has_no_chats(tmp_path):
+    words = tokenizer.load(tiny_file(tmp_path, tokenizer__chat_template=None))
+    assert not words.chats
+    with pytest.raises(ValueError, match="no chat template"):
         words.encode_chat("Q")
 
 
@@ -124,6 +142,11 @@ def test_an_unknown_pre_tokenizer_is_named_with_those_that_are_known(tmp_path):
         dict(tokenizer__ggml__merges=("array:array:string", [["a", "b"]])),
         dict(tokenizer__ggml__eos_token_id=None),
         dict(tokenizer__ggml__eos_token_id=("string", "1")),
+        dict(tokenizer__ggml__eos_token_id=("u32", 2**31)),
+        dict(
+            tokenizer__ggml__bos_token_id=("u32", 2**31),
+            tokenizer__ggml__add_bos_token=("bool", True),
+        ),
     ],
 )
 def test_entries_that_do_not_fit_together_are_one_kind_of_error(tmp_path, change):
@@ -188,11 +211,17 @@ def test_runs_of_spaces_are_one_token_and_what_has_none_is_spelt_in_bytes(tmp_pa
     assert pieces(words, "<eos>a") == ["<eos>", "a"] and words.decode([1, 2, 3]) == ""
 
 
-def test_a_stream_of_byte_tokens_shows_a_character_when_its_last_byte_has_come(tmp_path):
+def test_byte_tokens_are_a_character_when_the_last_of_it_has_come(tmp_path):
     words = tokenizer.load(scored_file(tmp_path))
-    stream = StreamDecoder(words)
-    assert [stream.push(i) for i in words.encode("a 👩")[1:]] == ["a", " ", "", "", "", "👩"]
-    assert stream.push(words.encode("ñ")[1]) == "" and stream.flush() == "\ufffd"
+    ids = words.encode("a 👩")[1:]
+    texts = [words.decode(ids[:end]) for end in range(1, len(ids) + 1)]
+    assert texts == ["a", "a ", "a \ufffd", "a \ufffd\ufffd", "a \ufffd\ufffd\ufffd", "a 👩"]
+
+
+def test_the_bytes_of_all_tokens_are_those_of_the_text(tmp_path):
+    for words in (tokenizer.load(tiny_file(tmp_path)), tokenizer.load(scored_file(tmp_path))):
+        for text in TEXTS:
+            assert b"".join(map(words.token_bytes, words.encode(text))) == text.encode()
 
 
 @pytest.mark.parametrize(

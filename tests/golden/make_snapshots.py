@@ -1,4 +1,4 @@
-"""How the snapshots of format versions 1 to 4 in this folder were made. They are never made
+"""How the snapshots of format versions 1 to 5 in this folder were made. They are never made
 again: a release that cannot read them is broken, whatever it writes itself.
 
     python -m tests.golden.make_snapshots FOLDER
@@ -18,7 +18,7 @@ from ..paged_decode.engine.test_engine_groups import engine_of
 from ..paged_decode.snapshot.asking import SERVING, ask, events
 from ..paged_decode.snapshot.grouped import LAYOUTS, lived
 from ..paged_decode.snapshot.small import busy
-from ..paged_decode.tiny import make_engine, prompts
+from ..paged_decode.tiny import PARAMS, make_engine, prompts
 
 EXTRA = {
     "newest tokens": np.arange(5, dtype=np.int32),
@@ -40,6 +40,21 @@ def make(folder: Path) -> None:
     life = lived(LAYOUTS["two"], seed=8, fingerprint=b"golden")
     save_snapshot(folder / "snapshot_v3_two.pgd", life.cache, life.allocator, extra=EXTRA)
     _make_fourth(folder)
+    _make_fifth(folder)
+
+
+def _make_fifth(folder: Path) -> None:
+    """After two updates: a request that runs by the weights of now, and one that they have ended.
+    The number that a device computed is a token."""
+    engine = make_engine()
+    engine.update_params(PARAMS)
+    engine.submit([1, 2, 3], SamplingParams(max_new_tokens=12, seed=3))
+    for _ in range(2):
+        engine.step()
+    engine.loop.collect()
+    engine.update_params(PARAMS, in_flight="end")
+    engine.submit([4, 5, 6], SamplingParams(max_new_tokens=5, seed=4))
+    engine.save(folder / "snapshot_v5_waiting.pgd")
 
 
 def _make_fourth(folder: Path) -> None:

@@ -39,6 +39,7 @@ def build(fields: dict, arrays: dict[str, np.ndarray], change=None) -> bytes:
     version = 2 if isinstance(fields, dict) and "groups" in fields else 1
     version = 3 if any(name.startswith("extra/") for name in arrays) else version
     version = 4 if "engine/asked_length" in arrays else version
+    version = 5 if "engine/version" in arrays else version
     return pack(msgpack.packb(fields), data, version=version)
 
 

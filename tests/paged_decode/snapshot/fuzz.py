@@ -96,7 +96,7 @@ def with_checksums(data: bytes) -> bytes:
             data = data[:offset].ljust(offset, b"\0")
     except Exception:  # whatever it is, the reader must say so, not this
         pass
-    version = data[8] if data[9:12] == b"\0\0\0" and data[8] in (2, 3, 4) else 1
+    version = data[8] if data[9:12] == b"\0\0\0" and data[8] in (2, 3, 4, 5) else 1
     front = f.PREFIX.pack(f.MAGIC, version, len(body), len(data), 0)[:-4]
     crc = zlib.crc32(body, zlib.crc32(front))
     return front + crc.to_bytes(4, "little") + body + data[f.PREFIX.size + len(body) :]

@@ -17,7 +17,7 @@ def read(path: Path) -> tuple[dict, dict[str, np.ndarray], bytes]:
     """Header, arrays and id."""
     data = path.read_bytes()
     magic, version, header_bytes, file_bytes, checksum = struct.unpack_from("<8sIQQI", data)
-    assert magic == bytes.fromhex("89504744 0d0a1a0a") and version in (1, 2, 3, 4)
+    assert magic == bytes.fromhex("89504744 0d0a1a0a") and version in (1, 2, 3, 4, 5)
     assert file_bytes == len(data) and 1 <= header_bytes <= 1048576
     header = data[32 : 32 + header_bytes]
     assert zlib.crc32(data[:28] + header) == checksum
@@ -27,8 +27,9 @@ def read(path: Path) -> tuple[dict, dict[str, np.ndarray], bytes]:
     assert list(fields) == ([*keys[:2], "groups", *keys[2:]] if grouped else keys)
     names = [name for name, *_ in fields["arrays"]]
     own = any(name.startswith("extra/") for name in names)
-    assert version == 4 or own == (version == 3)
-    assert [name in names for name in ASKED] == [version == 4] * len(ASKED)
+    assert version >= 4 or own == (version == 3)
+    assert [name in names for name in ASKED] == [version >= 4] * len(ASKED)
+    assert [name in names for name in RENEWED] == [version == 5] * len(RENEWED)
     arrays, offset = {}, up(32 + header_bytes)
     assert not any(data[32 + header_bytes : offset])
     for name, dtype, shape, checksums in fields["arrays"]:
@@ -56,6 +57,7 @@ ASKED = ["engine/asked_length", "engine/asked_bytes", "engine/event_logprob"]
 ASKED += [f"engine/event_likely_{name}" for name in ("length", "ids", "logprobs")]
 ASKED += [f"engine/event_{name}" for name in ("text_length", "text_bytes", "figures")]
 ASKED += [f"engine/event_prompt_{n}" for n in ("length", "top", "logprobs", "ids", "likely")]
+RENEWED = ["engine/version", "engine/event_version"]
 DEFAULTS = {
     "allowed_tokens": None,
     "bad_tokens": [],
@@ -77,7 +79,7 @@ DEFAULTS = {
 OWN = {"masked": False, "max_wait": math.inf, "pinned": False, "place": 0}
 OWN |= {"priority": 0, "timeout": math.inf}
 REASONS = [None, "stop", "length", "capacity", "cancelled", "invalid_logits", "no_allowed_token"]
-REASONS += ["waited_too_long", "timeout", "detokenizer_failed", "mask_failed"]
+REASONS += ["waited_too_long", "timeout", "detokenizer_failed", "mask_failed", "new_weights"]
 
 
 def up(size: int) -> int:
@@ -211,6 +213,9 @@ def events(path: Path) -> list[tuple]:
         own |= {"figures": np.full((count, 8), np.nan), "prompt_length": np.full(count, -1)}
         own |= {f"prompt_{n}": np.zeros(0, int) for n in ("logprobs", "ids", "likely")}
         own |= {"prompt_top": np.zeros(count, int)}
+    if "version" not in own:
+        assert not (own["reason"] > 10).any()
+        own |= {"version": np.zeros(count, int)}
     pairs = []
     for length, *columns in (
         ("top_length", "top_ids", "top_logits"),
@@ -230,5 +235,6 @@ def events(path: Path) -> list[tuple]:
         text = texts[row].tobytes().decode("utf-8", "surrogatepass")
         figures = tuple(None if np.isnan(x) else x.item() for x in own["figures"][row])
         told = (*numbers, likely, prompts[row], text, figures if figures[0] is not None else None)
+        told = (*told, own["version"][row].item())
         out.append((*where, token, reason, tops, *told, bool(own["shown"][row])))
     return out

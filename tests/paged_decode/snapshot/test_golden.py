@@ -1,4 +1,4 @@
-"""Versions 1 to 4 are read for ever, by the library and by a reader made from the page of docs."""
+"""Versions 1 to 5 are read for ever, by the library and by a reader made from the page of docs."""
 
 from __future__ import annotations
 

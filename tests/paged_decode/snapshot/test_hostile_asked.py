@@ -292,7 +292,10 @@ COLUMNS = {
 }
 NEW = {name: name.removeprefix("engine/") for name in independent_reader.ASKED}
 COLUMNS |= {
-    f"without {short}": (without(short), f"{name} is missing|is in a file of version 4|not have")
+    f"without {short}": (
+        without(short),
+        f"{name} is missing|is in a file of version 4 or 5|not have",
+    )
     for name, short in NEW.items()
 }
 COLUMNS |= {
@@ -341,7 +344,7 @@ def test_the_version_says_whether_there_are_these_arrays(rejected, sample):
     fields, arrays = sample
     old = {name: array for name, array in arrays.items() if name not in NEW}
     put("engine/event_reason", [2, 4], 4)(old)
-    text = "asked_length is in a file of version 4, and in every one|keys are"
+    text = "asked_length is in a file of version 4 or 5, and in every one|keys are"
     for version in (1, 2, 3):
         rejected(with_version(bytearray(build(fields, arrays)), version), text)
     rejected(with_version(bytearray(build(fields, old)), 4), text)

@@ -1,0 +1,167 @@
+"""From the metadata of a GGUF file to a configuration and the names of its tensors.
+
+Llama, Gemma 3 and gpt-oss; the names are those of llama.cpp's files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from .config import ModelConfig, Rope
+from .families import Keys, Names, Recipe, Stored
+from .gguf_reader import GGUF, GGUFError
+
+__all__ = ["read_gguf_recipe"]
+
+
+def read_gguf_recipe(gguf: GGUF) -> Recipe:
+    """Of a model in a GGUF file.
+
+    Raises:
+      GGUFError: the file is no model, or its sizes do not fit each other.
+      NotImplementedError: another architecture, or a feature of the family that is not here.
+    """
+    architecture = gguf.value("general.architecture", str)
+    if architecture not in _FAMILIES:
+        known = ", ".join(map(repr, _FAMILIES))
+        raise NotImplementedError(
+            f"{gguf.path}: expected an architecture of {known}, got {architecture!r}"
+        )
+    prefix, names = architecture + ".", _names()
+    said = {k.removeprefix(prefix): v for k, v in gguf.metadata.items() if k.startswith(prefix)}
+    keys = Keys(gguf.path, said, GGUFError)
+    keys.layers, keys.width = keys.size("block_count"), keys.size("embedding_length")
+    keys.heads = keys.size("attention.head_count")
+    own = _FAMILIES[architecture](keys, names)
+    head_dim = keys.size("attention.key_length", max(keys.width // keys.heads, 1))
+    for key in ("rope.dimension_count", "attention.value_length"):
+        keys.only(key, head_dim)
+    try:
+        config = ModelConfig(
+            vocab_size=gguf.info("token_embd.weight").shape[0],
+            num_layers=keys.layers,
+            width=keys.width,
+            num_heads=keys.heads,
+            num_kv_heads=keys.size("attention.head_count_kv", keys.heads),
+            head_dim=head_dim,
+            max_positions=keys.size("context_length"),
+            norm_eps=keys.number("attention.layer_norm_rms_epsilon", 1e-5),
+            **own,
+        )
+    except ValueError as error:
+        raise GGUFError(f"{gguf.path}: {error}") from error
+    top: Names = {"embed": ("token_embd.weight",), "norm": ("output_norm.weight",)}
+    if "output.weight" in gguf.tensors:
+        top["head"] = ("output.weight",)
+    stored = {}
+    if architecture == "llama":  # the two halves of every head that is turned are interleaved
+        halves = Stored(lambda shape: shape, lambda matrix: _halves(matrix, head_dim))
+        stored = {f"blk.{{layer}}.attn_{each}.weight": halves for each in "qk"}
+    layer = {role: tuple("blk.{layer}." + name for name in each) for role, each in names.items()}
+    return Recipe(config, top, layer, stored)
+
+
+def _halves(matrix: np.ndarray, dim: int) -> np.ndarray:
+    heads = matrix.reshape(-1, dim // 2, 2, matrix.shape[1])
+    return heads.swapaxes(1, 2).reshape(matrix.shape)
+
+
+def _names() -> Names:
+    return {
+        "attention_norm": ("attn_norm.weight",),
+        "inner_norm": ("ffn_norm.weight",),
+        "qkv": tuple(f"attn_{each}.weight" for each in "qkv"),
+        "out": ("attn_output.weight",),
+        "gate_up": ("ffn_gate.weight", "ffn_up.weight"),
+        "down": ("ffn_down.weight",),
+    }
+
+
+def _windows(keys: Keys, default: int) -> dict[str, Any]:
+    """The window, and the layers without one: a period in the file, a list of those that have
+    one, or the period of a family whose files leave it out."""
+    key, window = "attention.sliding_window_pattern", keys.size("attention.sliding_window")
+    found = keys.left.get(key)
+    if isinstance(found, np.ndarray):
+        if found.shape != (keys.layers,):
+            keys.refuse(key, found.tolist())
+        full = np.flatnonzero(~found.astype(bool)).tolist()
+    else:
+        every = keys.size(key, default)
+        full = range(every - 1, min(keys.layers, 1 << 16), every)
+    return dict(sliding_window=window, full_layers=tuple(full))
+
+
+def _rope(keys: Keys, *served: str) -> Rope:
+    """With how positions past the first context are served."""
+    keys.left.setdefault("rope.scaling.type", "none")
+    kind = keys.left["rope.scaling.type"]
+    keys.only("rope.scaling.type", "none", *served)
+    theta = keys.number("rope.freq_base", 10000.0)
+    if kind == "linear":
+        return Rope(theta, kind, keys.number("rope.scaling.factor", 1.0))
+    if kind == "yarn":
+        factor = keys.number("rope.scaling.factor")
+        first = keys.size("rope.scaling.original_context_length")
+        return Rope(theta, kind, factor, first, magnitude=0.1 * math.log(factor) + 1)
+    return Rope(theta)
+
+
+def _llama(keys: Keys, names: Names) -> dict[str, Any]:
+    own = dict(inner_width=keys.size("feed_forward_length"), rope=_rope(keys, "linear"))
+    if keys.left.get("attention.sliding_window") is not None:
+        own["sliding_window"] = keys.size("attention.sliding_window")
+    return own
+
+
+def _gemma3(keys: Keys, names: Names) -> dict[str, Any]:
+    """Gemma 3 (Gemma Team, 2025). Files leave out what all of its sizes have in common; norms
+    have their 1."""
+    names |= {
+        "qk_norm": ("attn_q_norm.weight", "attn_k_norm.weight"),
+        "attention_end_norm": ("post_attention_norm.weight",),
+        "inner_end_norm": ("post_ffw_norm.weight",),
+    }
+    own = _windows(keys, 6) | _llama(keys, names)
+    own |= dict(
+        local_rope=Rope(keys.number("rope.freq_base_swa", 10000.0)),
+        embedding_scale=keys.width**0.5,
+        gate="gelu",
+    )
+    if keys.layers == 62:  # the 27B alone takes another scale, which no key tells
+        own["query_scale"] = (keys.width / keys.heads) ** -0.5
+    return own
+
+
+def _gpt_oss(keys: Keys, names: Names) -> dict[str, Any]:
+    """gpt-oss (OpenAI, 2025)."""
+    names |= {
+        "inner_norm": ("post_attention_norm.weight",),
+        "qkv_bias": tuple(f"attn_{each}.bias" for each in "qkv"),
+        "out_bias": ("attn_output.bias",),
+        "sinks": ("attn_sinks.weight",),
+        "router": ("ffn_gate_inp.weight",),
+        "router_bias": ("ffn_gate_inp.bias",),
+        "gate_up": ("ffn_gate_exps.weight", "ffn_up_exps.weight"),
+        "gate_up_bias": ("ffn_gate_exps.bias", "ffn_up_exps.bias"),
+        "down": ("ffn_down_exps.weight",),
+        "down_bias": ("ffn_down_exps.bias",),
+    }
+    return _windows(keys, 2) | dict(
+        inner_width=keys.size("expert_feed_forward_length"),
+        rope=_rope(keys, "yarn"),
+        gate="clamped",
+        num_experts=keys.size("expert_count"),
+        experts_per_token=keys.size("expert_used_count"),
+    )
+
+
+_FAMILIES: dict[str, Callable[[Keys, Names], dict[str, Any]]] = {
+    "llama": _llama,
+    "gemma3": _gemma3,
+    "gpt-oss": _gpt_oss,
+}

@@ -1,0 +1,153 @@
+"""The vocabulary inside a GGUF file, as `tokenizers` builds it: byte-level BPE, or a scored one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
+
+from .gguf_reader import GGUF, GGUFError
+
+__all__ = ["SPACE", "build"]
+
+SPACE = "\u2581"  # how a scored vocabulary writes one
+_CONTROL = 3  # token type: control tokens such as <|im_end|>, matched before anything else
+_USER_DEFINED = 4
+
+
+def _byte_level(use_regex: bool = True) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+
+
+def _llama3() -> pre_tokenizers.PreTokenizer:
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    return pre_tokenizers.Sequence([split, _byte_level(use_regex=False)])
+
+
+def _smollm() -> pre_tokenizers.PreTokenizer:
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    return pre_tokenizers.Sequence([digits, _byte_level()])
+
+
+# By `tokenizer.ggml.pre`: how text is cut before the merges. A wrong one still yields tokens,
+# and quietly other ones, so an unknown name is refused.
+_PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
+    "smollm": _smollm,
+    "gpt-2": _byte_level,
+    "llama-bpe": _llama3,
+}
+
+
+def build(gguf: GGUF) -> tuple[Tokenizer, list[str]]:
+    """The tokenizer of a file, and the spelling of every token.
+
+    Raises:
+      NotImplementedError: another kind of vocabulary or pre-tokenizer.
+      GGUFError: the entries are missing or do not fit together.
+    """
+    model = gguf.value("tokenizer.ggml.model", str)
+    pre = gguf.value("tokenizer.ggml.pre", str, "default")
+    scored = model == "llama" and not gguf.value("tokenizer.ggml.add_space_prefix", bool, True)
+    if not scored and (model != "gpt2" or pre not in _PRE_TOKENIZERS):
+        raise NotImplementedError(
+            f"{gguf.path}: vocabulary {model!r} with pre-tokenizer {pre!r} is not served; "
+            f"known are 'gpt2' with {', '.join(map(repr, _PRE_TOKENIZERS))}, and 'llama' "
+            "without a space in front. The model itself can still be run on token ids"
+        )
+    tokens = gguf.value("tokenizer.ggml.tokens", list)
+    types = gguf.metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
+    if len(types) != len(tokens) or not all(isinstance(token, str) for token in tokens):
+        raise GGUFError(
+            f"{gguf.path}: expected {len(tokens)} token strings and as many types, got "
+            f"{len(types)} types"
+        )
+    tokenizer = (_build_scored if scored else _build_byte_level)(gguf, tokens, types)
+    if gguf.value("tokenizer.ggml.add_bos_token", bool, scored or pre == "llama-bpe"):
+        begin = gguf.value("tokenizer.ggml.bos_token_id", int)
+        if not 0 <= begin < len(tokens):
+            raise GGUFError(
+                f"{gguf.path}: expected a bos_token_id below {len(tokens)}, got {begin}"
+            )
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[tokens[begin], "$A"], special_tokens=[(tokens[begin], begin)]
+        )
+    return tokenizer, tokens
+
+
+def _build_byte_level(gguf: GGUF, tokens: list[str], types: Sequence[int]) -> Tokenizer:
+    pre = gguf.value("tokenizer.ggml.pre", str)
+    listed = gguf.value("tokenizer.ggml.merges", list)
+    if not all(isinstance(merge, str) for merge in listed):
+        raise GGUFError(f"{gguf.path}: expected merges as strings")
+    vocab = {token: i for i, token in enumerate(tokens)}
+    merges = [tuple(merge.split(" ")) for merge in listed]
+    # Llama 3 keeps a word whole that is in its vocabulary, even if no merges lead there.
+    tokenizer = _bpe(gguf, vocab, merges, ignore_merges=pre == "llama-bpe")
+    tokenizer.pre_tokenizer, tokenizer.decoder = _PRE_TOKENIZERS[pre](), decoders.ByteLevel()
+    _add_whole(tokenizer, _of_type(_CONTROL, tokens, types), _of_type(_USER_DEFINED, tokens, types))
+    return tokenizer
+
+
+def _build_scored(gguf: GGUF, tokens: list[str], types: Sequence[int]) -> Tokenizer:
+    """SentencePiece's BPE: every pair that makes a token is a merge, in the order of the tokens.
+
+    The file's scores are that order too, but for tokens of whitespace, which have none.
+    """
+    written = [
+        text.replace(" ", SPACE) if kind == _USER_DEFINED else text
+        for text, kind in zip(tokens, types, strict=True)
+    ]
+    vocab = {text: i for i, text in enumerate(written)}
+    if missing := [name for name in map("<0x{:02X}>".format, range(256)) if name not in vocab]:
+        raise GGUFError(
+            f"{gguf.path}: expected a token for every byte, such as {missing[0]!r}, without which "
+            f"some texts cannot be spelt; {len(missing)} are missing"
+        )
+    merges = [
+        (text[:at], text[at:])
+        for text in written
+        for at in range(len(text) - 1, 0, -1)  # the longer beginning first
+        if text[:at] in vocab and text[at:] in vocab
+    ]
+    tokenizer = _bpe(gguf, vocab, merges, byte_fallback=True)
+    tokenizer.normalizer = normalizers.Replace(" ", SPACE)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    own = [text for text in _of_type(_USER_DEFINED, tokens, types) if text.strip(" ")]
+    _add_whole(tokenizer, _of_type(_CONTROL, tokens, types), own)
+    return tokenizer
+
+
+def _of_type(kind: int, tokens: list[str], types: Sequence[int]) -> list[str]:
+    return [text for text, its in zip(tokens, types, strict=True) if its == kind]
+
+
+def _bpe(gguf: GGUF, vocab: dict[str, int], merges: list[Any], **options: Any) -> Tokenizer:
+    try:
+        return Tokenizer(models.BPE(vocab=vocab, merges=merges, **options))
+    except Exception as error:  # the binding raises plain Exception
+        raise GGUFError(
+            f"{gguf.path}: the vocabulary and its merges do not fit: {error}"
+        ) from error
+
+
+def _add_whole(tokenizer: Tokenizer, control: Iterable[str], own: Iterable[str]) -> None:
+    """Tokens that are found in a text before anything is cut."""
+    for texts, special in ((control, True), (own, False)):
+        tokenizer.add_tokens([AddedToken(t, normalized=False, special=special) for t in texts])

@@ -1,0 +1,267 @@
+"""Checkpoints that transformers' own classes saved say here what they say there.
+
+`make_checkpoints.py` makes them: tiny, with random weights, and one for every family.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from models import decoder, parallel
+from models.checkpoint import CheckpointError
+
+from paged_decode import BlockAllocator, Engine, EngineConfig, KVCache, SamplingParams
+
+from .test_generate import run
+
+GOLDEN = Path(__file__).with_name("golden")
+FAMILIES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
+PAGE, CHUNK = 4, 8
+
+
+def golden(family: str) -> list[tuple[list[int], list[int], np.ndarray]]:
+    """Per prompt: its ids, the greedy ones, and float32 logits `[T, V]` of both."""
+    with np.load(GOLDEN / family / "golden.npz") as file:
+        return [
+            (file[f"prompt{i}"].tolist(), file[f"greedy{i}"].tolist(), file[f"logits{i}"])
+            for i in range(3)
+        ]
+
+
+def every_logit(model, config, params, sequences, **where) -> list[np.ndarray]:
+    """Logits of all positions, in chunks through one group of pages."""
+    columns = -(-max(map(len, sequences)) // PAGE)
+    cache = KVCache.create(
+        num_layers=config.num_layers,
+        num_pages=columns * len(sequences) + 1,
+        num_kv_heads=config.num_kv_heads,
+        page_size=PAGE,
+        head_dim=config.head_dim,
+        **where,
+    )
+    allocator = BlockAllocator(cache.num_pages, PAGE)
+    handles = [allocator.allocate(sequence) for sequence in sequences]
+    step = jax.jit(model, donate_argnums=1)
+    said: list[list[np.ndarray]] = [[] for _ in sequences]
+    for begin in range(0, max(map(len, sequences)), CHUNK):
+        begins, ends = (
+            [min(len(sequence), at) for sequence in sequences] for at in (begin, begin + CHUNK)
+        )
+        batch = allocator.batch(handles, begins, ends, tokens_per_row=CHUNK, columns=columns)
+        logits, cache = step(params, cache, batch.tokens, batch)
+        allocator.commit(handles, ends)
+        for row, new in enumerate(np.subtract(ends, begins)):
+            said[row].append(np.asarray(logits)[row, CHUNK - new :])
+    return [np.concatenate(each) for each in said]
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_logits_of_every_position_are_those_of_transformers(family, devices):
+    """In chunks that are longer than the window, on devices of which each has its heads."""
+    cases, where = golden(family), {}
+    if devices == 1:
+        config, params = decoder.load(GOLDEN / family)
+        model = decoder.make_model(config, every_token=True)
+    else:
+        if family == "smollm2":  # three query heads and one for keys, which every device copies
+            devices = 3
+        mesh = parallel.make_mesh(devices)
+        config, params = decoder.load(GOLDEN / family, mesh=mesh)
+        assert params["layers"][0]["out"].sharding.mesh.shape[parallel.AXIS] == devices
+        model = parallel.make_parallel_model(config, params, mesh, every_token=True)
+        where = dict(mesh=mesh, head_axis=parallel.AXIS)
+    sequences = [prompt + greedy for prompt, greedy, _ in cases]
+    said = every_logit(model, config, params, sequences, **where)
+    for got, (_, _, want) in zip(said, cases, strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_engine_that_preempts_says_the_greedy_ids_of_transformers(family):
+    """Prompts in chunks, three tokens a visit, and page groups that are too small for all."""
+    cases = golden(family)
+    config, params = decoder.load(GOLDEN / family)
+    layout = decoder.layout(config, page_size=PAGE, num_pages=14)
+    assert (len(layout.groups) > 1) == (0 < len(config.full_layers) < config.num_layers)
+    shapes = EngineConfig(
+        max_rows=3,
+        row_buckets=(3,),
+        chunk_buckets=(CHUNK,),
+        decode_steps=3,
+        prefill_chunk=CHUNK,
+        max_sequence_tokens=36,
+        top_logits=4,
+        vocab_size=config.vocab_size,
+    )
+    cache, allocator = KVCache.create(layout=layout), BlockAllocator(layout)
+    engine = Engine(decoder.make_model(config), params, cache, allocator, shapes)
+    greedy = SamplingParams(max_new_tokens=len(cases[0][1]))
+    done = engine.generate([prompt for prompt, _, _ in cases], greedy)
+    assert engine.stats.preemptions > 0
+    for completion, (prompt, ids, logits) in zip(done, cases, strict=True):
+        assert list(completion.tokens) == ids
+        assert completion.top_logits is not None
+        for place, best in enumerate(completion.top_logits):
+            for token, logit in best:
+                assert abs(logits[len(prompt) - 1 + place, token] - logit) < 1e-4
+
+
+# ---- how else a checkpoint may be written
+
+
+def changed(tmp_path: Path, family: str, **changes: object) -> Path:
+    """A copy of a checkpoint whose config.json says something else; None: no longer says it."""
+    folder = tmp_path / family
+    shutil.copytree(GOLDEN / family, folder)
+    path = folder / "config.json"
+    said = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in said.items() if value is not None}))
+    return folder
+
+
+NO_WINDOW = dict(use_sliding_window=None, max_window_layers=None)
+YARN = dict(type="yarn", factor=4.0, original_max_position_embeddings=32)
+LINEAR = dict(rope_type="linear", type="linear", factor=3.0)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama_biased", dict(rope_theta=1000.0, rope_scaling=LINEAR, torch_dtype="float32")),
+        ("qwen3", dict(rope_theta=1000.0, rope_scaling=YARN)),
+        ("qwen2", dict(rope_theta=100.0, layer_types=None)),
+        ("qwen3_moe", dict(rope_theta=100.0, num_experts=5, num_local_experts=None)),
+        ("gemma2", dict(rope_theta=100.0, layer_types=None, tie_word_embeddings=None)),
+        ("phi3", dict(rope_theta=100.0, partial_rotary_factor=0.75, rope_scaling=None)),
+        ("smollm3", dict(rope_theta=100.0, rope_scaling=None)),
+        (
+            "gemma3",
+            dict(rope_theta=1000.0, rope_local_base_freq=100.0, rope_scaling=LINEAR),
+        ),
+    ],
+)
+def test_a_configuration_of_before_2026_is_the_same_model(tmp_path, family, changes):
+    folder = changed(tmp_path, family, rope_parameters=None, **changes)
+    (old, old_params), (new, params) = decoder.load(folder), decoder.load(GOLDEN / family)
+    assert old == new
+    jax.tree.map(np.testing.assert_array_equal, old_params, params)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2", "gpt_oss"])
+def test_matrices_are_of_the_dtype_that_was_asked_for(family, dtype):
+    _, params = decoder.load(GOLDEN / family, dtype)
+    layer = params["layers"][1]
+    assert {params["embed"].dtype, layer["qkv"].dtype, layer["down"].dtype} == {np.dtype(dtype)}
+    assert params["norm"].dtype == layer["inner_norm"].dtype == np.float32
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("llama", dict(architectures=["MambaForCausalLM"]), "architecture of .*'MambaForCausalLM'"),
+        ("gemma3", dict(architectures=["Gemma3ForConditionalGeneration"]), "Conditional"),
+        ("llama", dict(use_alibi=True), "config.json: 'use_alibi' = True .*nobody here knows"),
+        ("llama", dict(hidden_act="relu"), "'hidden_act' = 'relu' is not served, only 'silu'"),
+        ("mistral", dict(attention_bias=True), "'attention_bias'"),
+        ("llama", dict(rope_parameters=None, rope_scaling=dict(type="dynamic")), "'dynamic'"),
+        ("phi3", dict(rope_parameters=dict(rope_type="longrope", rope_theta=1.0)), "'longrope'"),
+        (
+            "llama",
+            dict(rope_parameters=dict(rope_type="linear", rope_theta=1.0, factor=2.0, shift=1)),
+            "rope: 'shift' = 1",
+        ),
+        ("gpt_oss", dict(quantization_config=dict(quant_method="mxfp4")), "'mxfp4' .*dequantised"),
+        ("gpt_oss", dict(swiglu_limit=5.0), "'swiglu_limit' = 5.0"),
+        ("qwen3_moe", dict(mlp_only_layers=[1]), r"'mlp_only_layers' = \[1\]"),
+        ("qwen3_moe", dict(decoder_sparse_step=2), "'decoder_sparse_step' = 2"),
+        ("gemma2", dict(use_bidirectional_attention=True), "'use_bidirectional_attention'"),
+        ("gemma2", dict(layer_types=["full_attention", "chunked_attention"]), "'layer_types'"),
+        ("smollm3", dict(no_rope_layers=[1]), "'no_rope_layers'"),
+    ],
+)
+def test_what_is_not_understood_is_refused_by_file_and_key(tmp_path, family, changes, message):
+    folder = changed(tmp_path, family, **changes)
+    with pytest.raises(NotImplementedError, match=message) as caught:
+        decoder.load(folder)
+    assert str(folder / "config.json") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("llama", dict(hidden_size=None), "expected a key 'hidden_size'"),
+        ("llama", dict(num_hidden_layers=4), r"'model\.layers\.3\.input_layernorm\.weight'"),
+        ("llama", dict(intermediate_size=10), r"gate_proj\.weight' .*\(10, 24\), got \(20, 24\)"),
+        ("llama", dict(num_key_value_heads=4), "config.json: .*multiple of KV heads"),
+        ("llama", dict(num_attention_heads="6"), "'num_attention_heads' of type"),
+        ("llama", dict(rms_norm_eps=0), "positive 'rms_norm_eps'"),
+        ("llama", dict(vocab_size=True), "'vocab_size' of type"),
+        ("qwen3_moe", dict(num_experts_per_tok=6), "all 5 experts .* got 6"),
+        ("smollm3", dict(rope_parameters=None), "'rope_theta'"),
+        ("phi3", dict(rope_parameters=dict(rope_theta=1.0, partial_rotary_factor=0.4)), "even"),
+    ],
+)
+def test_sizes_that_do_not_fit_the_files_are_named(tmp_path, family, changes, message):
+    with pytest.raises(CheckpointError, match=message):
+        decoder.load(changed(tmp_path, family, **changes))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("llama", dict(tie_word_embeddings=True), r"lm_head\.weight"),
+        ("llama_biased", dict(attention_bias=False), r"12 tensors .*k_proj\.bias"),
+        (
+            "qwen3",
+            dict(architectures=["LlamaForCausalLM"], layer_types=None, **NO_WINDOW),
+            r"k_norm\.weight",
+        ),
+    ],
+)
+def test_tensors_that_nobody_asked_for_are_named(tmp_path, family, changes, message):
+    with pytest.raises(NotImplementedError, match=message):
+        decoder.load(changed(tmp_path, family, **changes))
+
+
+def test_a_folder_that_is_no_checkpoint_names_what_it_lacks(tmp_path):
+    with pytest.raises(CheckpointError, match="config.json"):
+        decoder.load(tmp_path)
+    folder = changed(tmp_path, "llama")
+    (folder / "model-00002-of-00004.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="model-00002-of-00004"):
+        decoder.load(folder)
+    (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        decoder.load(folder)
+
+
+def test_a_file_that_was_cut_is_an_error(tmp_path):
+    path = changed(tmp_path, "qwen3") / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        decoder.load(path.parent)
+
+
+def test_generate_takes_a_folder_and_ids(tmp_path):
+    cases = golden("gemma3")
+    (tmp_path / "in.json").write_text(
+        json.dumps([dict(name=f"{i}", prompt_ids=case[0]) for i, case in enumerate(cases)])
+    )
+    done = run(
+        *("--model", GOLDEN / "gemma3", "--ids-file", tmp_path / "in.json", "--page-size", 4),
+        *("--max-new", len(cases[0][1]), "--json", tmp_path / "out.json", "--devices", 2),
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads((tmp_path / "out.json").read_text())
+    assert [each["greedy_ids"] for each in said] == [ids for _, ids, _ in cases]
+    assert "pages for windows of 5" in done.stderr and "reading" not in done.stderr
