@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from _result import RESULTS
+from decode_grid import EIGHT_BITS, PALLAS, by_point, means, peers_of, read_ceiling
 from decode_grid import OURS as TRITON
-from decode_grid import PALLAS, by_point, means, peers_of, read_ceiling
 
 from paged_decode.kernels.pallas_gpu.config import prefers
 from paged_decode.kernels.record import AttentionCall
@@ -561,6 +561,38 @@ def eight_bits() -> Iterator[str]:
     yield "\n"
 
 
+def eight_bits_time() -> Iterator[str]:
+    """What attention takes over pages of each dtype, and FlashInfer's over fp8 ones."""
+    result = load("decode_grid_8bit")
+    yield from heading(
+        "Paged decode attention on a GPU, 32/8 heads of 128, pages of 16, cold L2, microseconds",
+        result,
+        ("jax", "triton", "flashinfer-python"),
+    )
+    points = by_point(result["records"])
+    yield head(
+        "rows x tokens", "MB in bfloat16", "bfloat16", *EIGHT_BITS, "bfloat16 / int8", "fp8 / int8"
+    )
+    for case, systems in points:
+        plain, *others = (systems[name]["median_s"] for name in (TRITON, *EIGHT_BITS))
+        yield line(
+            f"{case['rows']} x {case['lengths']}",
+            f"{systems[TRITON]['bytes'] / 1e6:.0f}",
+            *(f"{seconds * 1e6:.1f}" for seconds in (plain, *others)),
+            f"{plain / others[0]:.2f}x",
+            f"{others[2] / others[0]:.2f}x",
+        )
+    names = dict(
+        zip((TRITON, *EIGHT_BITS), ("bfloat16", "int8", "float8_e4m3fn", "fp8"), strict=True)
+    )
+    yield "\nOver the points of the file, geometric mean and worst point:\n\n"
+    for above, below in ((TRITON, EIGHT_BITS[0]), (TRITON, EIGHT_BITS[1]), EIGHT_BITS[2::-2]):
+        ratios = [systems[above]["median_s"] / systems[below]["median_s"] for _, systems in points]
+        yield f"- {names[above]} / {names[below]}: {statistics.geometric_mean(ratios):.2f}x, "
+        yield f"{min(ratios):.2f}x\n"
+    yield "\n"
+
+
 def drafts() -> Iterator[str]:
     result = load("drafts")
     records = [r for r in result["records"] if "rows" in r["case"]]
@@ -634,7 +666,7 @@ PAGES = {
         attention_xla,
         snapshot,
     ),
-    "docs/eight_bits.md": (eight_bits,),
+    "docs/eight_bits.md": (eight_bits, NEXT, eight_bits_time),
     "docs/embedding.md": (drafts,),
     "docs/attention.md": (decode_models, hopper),
     "docs/snapshots.md": (snapshot, snapshot_gpu),
