@@ -25,6 +25,8 @@ from _torch_loop import EPS, PAGE, THETA, Sizes, Weights, run_alone
 
 __all__ = ["measure_torch_prefill", "torch_prefill"]
 
+BACKENDS = ("fa3", "fa2")
+
 
 class Prefill:
     """The cache, the tables and the attention wrapper of prompts of one length."""
@@ -120,6 +122,20 @@ class Prefill:
         return time.perf_counter() - start
 
 
+def build(dim: int) -> None:
+    """Build FlashInfer's modules side by side; one by one, as they are needed, takes minutes."""
+    import flashinfer.jit as jit  # pyright: ignore
+    import torch
+    from flashinfer.jit.norm import gen_norm_module  # pyright: ignore
+    from flashinfer.jit.page import gen_page_module  # pyright: ignore
+    from flashinfer.jit.rope import gen_rope_module  # pyright: ignore
+
+    kinds = *(torch.bfloat16,) * 3, torch.int32, dim, dim, 0, False, False, False
+    specs = [jit.gen_batch_prefill_module(backend, *kinds) for backend in BACKENDS]
+    specs += [gen_norm_module(), gen_rope_module(), gen_page_module()]
+    jit.build_jit_specs([*specs, jit.gen_act_and_mul_module("silu")])
+
+
 def torch_prefill(
     prompts: int, length: int, rows: int, chunk: int, repeats: int = 3
 ) -> dict[str, Any]:
@@ -128,7 +144,8 @@ def torch_prefill(
 
     torch.set_grad_enabled(False)
     weights, times, failed = Weights(Sizes()), {}, {}
-    for backend in ("fa3", "fa2"):
+    build(weights.sizes.dim)
+    for backend in BACKENDS:
         try:
             prefill = Prefill(weights, prompts, length, backend)
             prefill.run(rows, chunk)

@@ -217,6 +217,26 @@ def tails() -> Iterator[str]:
     yield f"FlashInfer's best over ours, geometric mean: {mean:.2f}x.\n\n"
 
 
+def prefill() -> Iterator[str]:
+    """Prompts into the cache through the Engine, and through a loop in torch."""
+    result = load("prefill")
+    yield from heading(
+        "Prefill of Llama-3.1-8B's shapes in bfloat16, tokens per second",
+        result,
+        ("jax", "torch", "flashinfer-python"),
+    )
+    yield head("prompts x tokens", "rows x tokens of a launch", "Engine", "torch loop", "ratio")
+    for ours, peer in zip(result["records"][::2], result["records"][1::2], strict=True):
+        case, rates = ours["case"], [r["tokens_per_s"] for r in (ours, peer)]
+        yield line(
+            f"{case['prompts']} x {case['length']}",
+            f"{case['rows']} x {case['chunk']}",
+            *(f"{rate:,.0f}" for rate in rates),
+            f"{rates[0] / rates[1]:.2f}x",
+        )
+    yield "\nThe loop has cuBLAS's products and FlashInfer's kernels, with the same chunks.\n\n"
+
+
 def decode_models() -> Iterator[str]:
     result = load("decode_grid_models")
     yield from heading(
@@ -659,6 +679,7 @@ PAGES = {
         decode_grid,
         decode_means,
         tails,
+        prefill,
         decode_step,
         tpu_static,
         cpu_decode,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from typing import Any
 
 import jax
@@ -35,6 +35,7 @@ from .scores import Scored
 __all__ = ["DeviceRunner", "Progress"]
 
 Progress = Callable[[int, int], object]
+_LAUNCHED_SOON = 0.02  # seconds; a launch that takes longer waits for the device
 _KIND = ("shape", "dtype", "weak_type", "format")  # what a program is compiled for
 
 
@@ -226,9 +227,9 @@ class DeviceRunner(Launching):
     def prefill(self, plan: Prefill) -> Launched:
         """Launch the program; nothing is read.
 
-        Where the launching thread has nothing else to do, it returns when that has begun: the
-        thread needs Python's lock, which it would get late while the caller plans what comes next,
-        and the device would have nothing to do meanwhile.
+        Where the launching thread has nothing else to do, it returns when that is done, or blocks:
+        the thread needs Python's lock, which it would get late while the caller plans what comes
+        next, and the device would have nothing to do meanwhile.
         """
         told = self._told(plan.enter, plan.tables)
         program = self._executable("score" if plan.scored else "prefill", plan.width)
@@ -249,7 +250,7 @@ class DeviceRunner(Launching):
         idle = self._last is None or self._last.future.done()
         launched = self._launch(job)
         if idle:
-            launched.begun.wait()
+            wait([launched.future], _LAUNCHED_SOON)
         if plan.scored:
             slots = np.array([chunk.slot for chunk in plan.chunks], np.int64)
             counts = [len(chunk.tokens) for chunk in plan.chunks]
