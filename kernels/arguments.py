@@ -20,6 +20,7 @@ from .eight_bits import is_eight_bits
 from .merge import check_sinks
 from .placement import Placement
 from .record import StaticOptions
+from .shared_prefix import SharedPrefix
 
 __all__ = [
     "backend_names",
@@ -118,6 +119,7 @@ def check_call(
     sinks: Any,
     query_lens: Any,
     tail_mask: Any,
+    shared: Any,
     placement: Placement | None,
 ) -> None:
     """Raise unless the arrays of a call keep the contract."""
@@ -131,6 +133,30 @@ def check_call(
     if sinks is not None:
         check_sinks(sinks, q.shape[-2], kv_heads)
     _check_new(query_lens, tail_mask, q.shape[0], q.shape[1] if q.ndim == 4 else 1)
+    if shared is not None:
+        _check_shared(shared, page_table)
+
+
+def _check_shared(shared: Any, page_table: Any) -> None:
+    """Raise unless this is a plan for rows and tables of these shapes."""
+    if not isinstance(shared, SharedPrefix):
+        raise TypeError(f"shared must be a SharedPrefix; got {type(shared).__name__}")
+    rows, columns = page_table.shape
+    parts, members = np.shape(shared.members)
+    for name, want in (
+        ("page_table", (parts, columns)),
+        ("seq_lens", (parts,)),
+        ("members", (parts, members)),
+        ("place", (rows,)),
+        ("starts", (rows,)),
+    ):
+        array = getattr(shared, name)
+        check_index(f"shared.{name}", array)
+        if np.shape(array) != want:
+            raise ValueError(
+                f"shared.{name} must be {list(want)} for a page_table [B, P] = [{rows}, {columns}];"
+                f" got shape {np.shape(array)}: make the plan of this page_table"
+            )
 
 
 def _check_new(query_lens: Any, tail_mask: Any, rows: int, tokens: int) -> None:

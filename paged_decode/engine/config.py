@@ -21,6 +21,7 @@ _LEAST = dict(
     named_tokens=0,
     logits_args=0,
     score_chunk=0,
+    shared_prefix=0,
     vocab_size=1,
     max_preemptions=0,
     priority_ageing=1,
@@ -56,6 +57,12 @@ class EngineConfig:
       logits_args: how many numbers a request may give to `process_logits`.
       score_chunk: tokens of the program that computes `SamplingParams.prompt_logprobs`, one prompt
         at a time, at most prefill_chunk; it holds so many rows of logits. 0: there is none.
+      shared_prefix: decode steps read the pages that samples begin with in common once for up to 16
+        of them, where that saves so many tokens of reading, such as 512 (elsewhere: cascade
+        attention). The device finds them in the page tables, once a visit: of forks, of samples of
+        one prompt, of prefix hits. It changes logits by rounding, and where nothing is shared it
+        costs some small kernels in every layer. Layers with a window, and steps of several tokens
+        (drafts), do as without it. 0: every row reads its own.
       token_masks: whether requests may have a `mask`; needs `vocab_size`, a bit of it for each row.
       stop_tokens: those of every request that has not `ignore_eos`, such as the end of a text.
       vocab_size: prompts with ids from here on are refused; None: not checked.
@@ -80,6 +87,7 @@ class EngineConfig:
     named_tokens: int = 64
     logits_args: int = 0
     score_chunk: int = 0
+    shared_prefix: int = 0
     token_masks: bool = False
     stop_tokens: tuple[int, ...] = ()
     vocab_size: int | None = None

@@ -57,7 +57,7 @@ class Programs:
         self.decode = jax.jit(
             partial(_decode, model),
             donate_argnames=("cache", "state"),
-            static_argnames=("steps", "top", "known", "drafter", "process"),
+            static_argnames=("steps", "top", "known", "drafter", "process", "share"),
         )
 
     @classmethod
@@ -190,6 +190,7 @@ def _decode(
     known: Kind | None = None,
     drafter: Drafter | None = None,
     process: ProcessLogits | None = None,
+    share: int = 0,
 ) -> tuple[KVCache, RowState, DecodeOut]:
     """Run up to `steps` tokens of the rows in some slots without the host. Donates the cache.
 
@@ -204,6 +205,9 @@ def _decode(
     With `known`, the greatest kind of sampling among the rows, the device decides nothing: all
     steps are run, and a launch returns before they are. `Kind.NARROW` only says that no row is
     shaped: the device asks for all else, and for the end of the loop.
+
+    Pages that rows begin with in common are read once for them where that saves reading `share`
+    tokens; 0: never.
     """
     where, budget = message
     size, every = where.shape[0], drafter is not None
@@ -213,6 +217,10 @@ def _decode(
         held = replace(held, sampling=replace(held.sampling, bits=state.sampling.bits[:, :0]))
     rows = replace(take_rows(replace(held, text=None), where), text=held.text)  # that of all slots
     groups, function = _groups(cache, table, where), model()
+    if share and size > 1:
+        lens = jnp.where(rows.alive & (budget > 0), rows.length, 0)
+        begun = DecodeBatch(rows.newest[:, None], lens, lens[:, None], groups)
+        groups = cache.share_prefixes(begun, min_tokens=share).groups
     out = DecodeOut(
         packed=jnp.zeros((4, steps, size), jnp.int32),
         top_ids=jnp.zeros((steps, size, top), jnp.int32),

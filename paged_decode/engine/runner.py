@@ -202,7 +202,8 @@ class DeviceRunner(Launching):
             message = self._put(self._pack.idle(rows))
             static = dict(steps=config.decode_steps, top=config.top_logits, known=known)
             args = self._cache, self._state, self._table, self.params, message
-            own = dict(drafter=self._drafter, process=self._process)
+            share = config.shared_prefix if self._drafter is None else 0
+            own = dict(drafter=self._drafter, process=self._process, share=share)
             lowered = self._programs.decode.lower(*args, **static, **own)
         return (kind, size), lowered
 
