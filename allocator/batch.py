@@ -61,6 +61,8 @@ class DecodeBatch:
       groups: one for each group of layers.
       query_lens: int32 `[B]`, how many of the T tokens are the row's own, the last ones; None: all,
         as in every batch of an allocator with T = 1. `KVCache` gives no work to the others.
+      batch_invariant: whether attention is to give each row the same bits whatever else is in the
+        batch (`paged_attention`); static.
     """
 
     tokens: BatchArray
@@ -68,6 +70,7 @@ class DecodeBatch:
     positions: BatchArray
     groups: tuple[GroupBatch, ...]
     query_lens: BatchArray | None = None
+    batch_invariant: bool = False
 
     @classmethod
     def of(

@@ -5,7 +5,8 @@
 
 64 rows are P prompts of G samples; each row has a tail to itself. `alone` is `paged_attention`,
 `shared` the same with the plan of `shared_prefix_plan`, and `plan` the finding of it, once for all
-layers and steps of a program. In the last case nobody shares anything: what the plan costs then.
+layers and steps of a program; `batch_invariant` is `alone` with splits that follow from each row.
+In the last case nobody shares anything: what the plan costs then.
 `bytes` are those of keys and values that each system has to read. On a GPU times are device times
 with a cold L2 (`_gpu_timing.py`); results are compared with those of `alone` first.
 
@@ -17,10 +18,13 @@ its kernels at the first call.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import jax.numpy as jnp
@@ -72,12 +76,16 @@ class Arrays:
         args = self.q, self.k, self.v, table, lens
         alone = jax.jit(lambda *a: paged_attention(*a)).lower(*args).compile()
         shared = jax.jit(lambda p, *a: paged_attention(*a, shared=p)).lower(plan, *args).compile()
+        apart = jax.jit(lambda *a: paged_attention(*a, batch_invariant=True)).lower(*args).compile()
         wait = jax.block_until_ready
         return {
             "paged-decode/alone": (
                 lambda: wait(alone(*args)), self.rows * self.length * self.token_bytes,
             ),
             "paged-decode/shared": (lambda: wait(shared(plan, *args)), read * self.token_bytes),
+            "paged-decode/batch_invariant": (
+                lambda: wait(apart(*args)), self.rows * self.length * self.token_bytes,
+            ),
             "paged-decode/plan": (lambda: wait(find(table, lens)), self.table.nbytes),
         }  # fmt: skip
 

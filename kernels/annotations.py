@@ -74,4 +74,5 @@ class AttentionOptions(TypedDict, total=False):
     query_lens: Lengths | None
     tail_mask: TailMask | None
     shared: SharedPrefix | None
+    batch_invariant: bool
     implementation: Backends | None

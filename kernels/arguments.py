@@ -89,10 +89,19 @@ def static_options(
     sliding_window: Any,
     soft_cap: Any,
     implementation: Any,
+    batch_invariant: Any,
     placement: Placement | None,
 ) -> StaticOptions:
     """The options of a call whose arrays are checked, in the one form that is compiled."""
     window = _window(sliding_window)
+    if not isinstance(batch_invariant, bool):
+        raise TypeError(f"batch_invariant must be a bool; got {type(batch_invariant).__name__}")
+    if batch_invariant and q.ndim == 4 and q.shape[1] > 1:
+        raise NotImplementedError(
+            f"batch_invariant serves one query a row, T = 1; got T = {q.shape[1]}: a kernel for "
+            "several rounds otherwise than that for one. Give each token a row of its own, with "
+            "its sequence's pages and the length up to it"
+        )
     return StaticOptions(
         scale=q.shape[-1] ** -0.5 if scale is None else check_number("scale", scale),
         # A window as wide as the table hides nothing; without it no sum can overflow int32.
@@ -102,6 +111,7 @@ def static_options(
         # Part of the key of the compiled program: the same shapes may run on CPU and GPU.
         platform=dispatch.default_platform(placement.platform if placement else None),
         placement=placement,
+        batch_invariant=batch_invariant,
     )
 
 

@@ -73,6 +73,8 @@ def _held(call: AttentionCall, shared: SharedPrefix | None) -> SharedPrefix | No
     that has no tail. None: there is nothing to share."""
     if shared is None or not shares(call) or call.group > QUERIES // 2:
         return None
+    if call.batch_invariant:  # what is merged of a row would follow from who else is there
+        return None
     nowhere = shared.members.size
     if call.rows < 2 or nowhere == 0:
         return None

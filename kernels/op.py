@@ -84,6 +84,7 @@ def paged_attention(
     query_lens: Lengths | None = None,
     tail_mask: TailMask | None = None,
     shared: SharedPrefix | None = None,
+    batch_invariant: bool = False,
     return_lse: bool = False,
     implementation: Implementation | Sequence[str] | None = None,
     placement: Placement | None = None,
@@ -126,6 +127,8 @@ def paged_attention(
       shared: which rows begin with the same pages (`shared_prefix_plan`): these are read once for
         all of them. The result is the same but for rounding. With T > 1, `starts`, `sliding_window`
         or more than 32 query heads a KV head, rows read alone.
+      batch_invariant: the bits of a row follow from its query, its tokens and the shapes of the
+        call: not from other rows, from where in the batch it is, or from page ids. For T = 1.
       return_lse: also return the natural log of the softmax denominator **without sinks**, so
         that parts over disjoint tokens merge exactly (`merge_attention`).
       implementation: a backend name, or several to try in order; None: the platform's own list.
@@ -158,7 +161,7 @@ def paged_attention(
     )  # fmt: skip
     options = _checked(
         pools, arrays, placement, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap,
-        implementation=implementation,
+        implementation=implementation, batch_invariant=batch_invariant,
     )  # fmt: skip
     out, lse = _attend(_held(pools), arrays, options)
     return (out, lse) if return_lse else out
@@ -211,6 +214,7 @@ def append_and_attend(
     query_lens: Lengths | None = None,
     tail_mask: TailMask | None = None,
     shared: SharedPrefix | None = None,
+    batch_invariant: bool = False,
     return_lse: bool = False,
     implementation: Implementation | Sequence[str] | None = None,
     placement: Placement | None = None,
@@ -269,7 +273,7 @@ def append_and_attend(
     )  # fmt: skip
     options = _checked(
         pools, arrays, placement, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap,
-        implementation=implementation,
+        implementation=implementation, batch_invariant=batch_invariant,
     )  # fmt: skip
     axes = "B, Hk, D" if len(q.shape) == 3 else "B, T, Hk, D"
     sizes = dict(B=q.shape[0], T=q.shape[1], Hk=k_pages.shape[-3], D=q.shape[-1])
@@ -393,6 +397,7 @@ def _record(
         soft_cap=options.soft_cap,
         platform=options.platform,
         stacked=stacked,
+        batch_invariant=options.batch_invariant,
     )
     return call, shared
 

@@ -91,10 +91,10 @@ def shared_prefix_plan(
 
     Examples:
       >>> import jax.numpy as jnp
-      >>> table = jnp.array([[7, 3, 9, 4], [5, 8, 2, 6], [7, 3, 9, 0], [7, 3, 9, 2]])
-      >>> plan = shared_prefix_plan(table, jnp.array([14, 16, 12, 13]), page_size=4, min_tokens=1)
-      >>> plan.seq_lens.tolist(), plan.starts.tolist()  # row 2 keeps page 9 for its newest token
-      ([8], [8, 0, 8, 8])
+      >>> table = jnp.array([[7, 3, 9, 4], [5, 8, 2, 6], [7, 3, 9, 1], [7, 3, 9, 10]])
+      >>> plan = shared_prefix_plan(table, jnp.array([14, 16, 13, 15]), page_size=4, min_tokens=1)
+      >>> plan.seq_lens.tolist(), plan.starts.tolist()
+      ([12], [12, 0, 12, 12])
     """
     check_index("page_table", page_table)
     check_index("seq_lens", seq_lens)

@@ -21,7 +21,7 @@ jax.tree_util.register_dataclass(
 jax.tree_util.register_dataclass(
     DecodeBatch,
     data_fields=["tokens", "seq_lens", "positions", "groups", "query_lens"],
-    meta_fields=[],
+    meta_fields=["batch_invariant"],
 )
 
 
@@ -49,6 +49,8 @@ def seen(
     if group.starts is not None:
         given = options.get("starts")
         own["starts"] = group.starts if given is None else jnp.maximum(given, group.starts)
+    if batch.batch_invariant:
+        own["batch_invariant"] = True
     if group.shared is not None and options.get("shared") is None:
         own["shared"] = group.shared
     if batch.query_lens is not None and q.shape[1:-2] == group.slots.shape[1:]:
