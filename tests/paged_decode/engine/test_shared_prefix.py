@@ -9,11 +9,31 @@ import jax
 import numpy as np
 import pytest
 
-from paged_decode import PromptLookup, SamplingParams
+from paged_decode import (
+    Engine,
+    EngineConfig,
+    KVCache,
+    PromptLookup,
+    SamplingParams,
+    ShardedAllocator,
+)
 from paged_decode.cache import kv_cache
 from paged_decode.cache.kv_cache import shared_prefix_plan
 
-from ..tiny import dense_greedy, every_token, make_engine, model, preempt, prompts, texts
+from ...devices import first_devices
+from ..tiny import (
+    DIM,
+    KV_HEADS,
+    LAYERS,
+    PARAMS,
+    dense_greedy,
+    every_token,
+    make_engine,
+    model,
+    preempt,
+    prompts,
+    texts,
+)
 from .test_engine_groups import dense, layout
 
 LONG = prompts(3, seed=4, low=28, high=36)
@@ -112,6 +132,22 @@ def test_layers_with_a_window_read_alone_and_the_others_together():
     done = engine.generate(LONG[:2], SamplingParams(max_new_tokens=12), n=4)
     want = [dense(tuple(prompt), 12) for prompt in LONG[:2] for _ in range(4)]
     assert [each.tokens for each in done] == want
+
+
+def test_over_a_mesh_samples_share_within_their_shard(plans):
+    mesh = jax.make_mesh((2, 2), ("data", "heads"), devices=first_devices(4))
+    sizes: dict[str, Any] = dict(num_layers=LAYERS, num_kv_heads=KV_HEADS, head_dim=DIM)
+    placed: dict[str, Any] = dict(mesh=mesh, data_axis="data", head_axis="heads")
+    cache = KVCache.create(**sizes, num_pages=160, page_size=4, **placed)
+    allocator = ShardedAllocator(160, 4, num_shards=2)
+    config = EngineConfig(
+        max_rows=8, prefill_chunk=16, max_sequence_tokens=80, row_buckets=(8,), shared_prefix=1
+    )
+    engine = Engine(own_model(), PARAMS, cache, allocator, config)
+    done = engine.generate(LONG, SamplingParams(max_new_tokens=9), n=4)
+    jax.effects_barrier()
+    assert [c.tokens for c in done] == [dense_greedy(p, 9) for p in LONG for _ in range(4)]
+    assert max(int(each.max()) for each in plans) >= 24
 
 
 def test_drafts_are_checked_as_without():
