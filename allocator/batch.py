@@ -15,7 +15,8 @@ __all__ = ["DecodeBatch", "GroupBatch", "PageCopies", "Prepared"]
 class GroupBatch:
     """Where the rows of a batch lie in the pool of one group of layers.
 
-    The last three are static: a cache compares them with its own while a step is traced.
+    Page size, pages and window are static: a cache compares them with its own while a step is
+    traced.
 
     Attributes:
       page_table: int32 `[B, P]`, page ids; unused entries are 0, the null page.
@@ -24,6 +25,8 @@ class GroupBatch:
       page_size: S of the pool; None in a batch made by hand: not compared.
       num_pages: N of the whole pool, N / R of a batch that was split; None as above.
       window: newest tokens that the layers see; None: all.
+      shared: which rows begin with the same pages, as `KVCache.share_prefixes` finds it; None: not
+        looked for.
     """
 
     page_table: BatchArray
@@ -32,6 +35,7 @@ class GroupBatch:
     page_size: int | None = None
     num_pages: int | None = None
     window: int | None = None
+    shared: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,8 @@ class DecodeBatch:
       groups: one for each group of layers.
       query_lens: int32 `[B]`, how many of the T tokens are the row's own, the last ones; None: all,
         as in every batch of an allocator with T = 1. `KVCache` gives no work to the others.
+      batch_invariant: whether attention is to give each row the same bits whatever else is in the
+        batch (`paged_attention`); static.
     """
 
     tokens: BatchArray
@@ -64,6 +70,7 @@ class DecodeBatch:
     positions: BatchArray
     groups: tuple[GroupBatch, ...]
     query_lens: BatchArray | None = None
+    batch_invariant: bool = False
 
     @classmethod
     def of(

@@ -7,6 +7,7 @@ from .dispatch import BACKENDS, Backend, backend_status
 from .merge import merge_attention
 from .op import append_and_attend, paged_attention
 from .placement import Placement
+from .shared_prefix import SharedPrefix, shared_prefix_plan
 
 __all__ = [
     "BACKENDS",
@@ -14,6 +15,7 @@ __all__ = [
     "Backend",
     "Implementation",
     "Placement",
+    "SharedPrefix",
     "append_and_attend",
     "append_kv",
     "backend_status",
@@ -21,4 +23,5 @@ __all__ = [
     "decode_attention",
     "merge_attention",
     "paged_attention",
+    "shared_prefix_plan",
 ]

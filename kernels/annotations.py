@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias, TypedDict
 from jaxtyping import Bool, Float, Int, Num
 
 from .checks import AnyArray
+from .shared_prefix import SharedPrefix
 
 __all__ = [
     "AttentionOptions",
@@ -72,4 +73,6 @@ class AttentionOptions(TypedDict, total=False):
     sinks: Sinks | None
     query_lens: Lengths | None
     tail_mask: TailMask | None
+    shared: SharedPrefix | None
+    batch_invariant: bool
     implementation: Backends | None

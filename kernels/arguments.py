@@ -20,6 +20,7 @@ from .eight_bits import is_eight_bits
 from .merge import check_sinks
 from .placement import Placement
 from .record import StaticOptions
+from .shared_prefix import SharedPrefix
 
 __all__ = [
     "backend_names",
@@ -88,10 +89,19 @@ def static_options(
     sliding_window: Any,
     soft_cap: Any,
     implementation: Any,
+    batch_invariant: Any,
     placement: Placement | None,
 ) -> StaticOptions:
     """The options of a call whose arrays are checked, in the one form that is compiled."""
     window = _window(sliding_window)
+    if not isinstance(batch_invariant, bool):
+        raise TypeError(f"batch_invariant must be a bool; got {type(batch_invariant).__name__}")
+    if batch_invariant and q.ndim == 4 and q.shape[1] > 1:
+        raise NotImplementedError(
+            f"batch_invariant serves one query a row, T = 1; got T = {q.shape[1]}: a kernel for "
+            "several rounds otherwise than that for one. Give each token a row of its own, with "
+            "its sequence's pages and the length up to it"
+        )
     return StaticOptions(
         scale=q.shape[-1] ** -0.5 if scale is None else check_number("scale", scale),
         # A window as wide as the table hides nothing; without it no sum can overflow int32.
@@ -101,6 +111,7 @@ def static_options(
         # Part of the key of the compiled program: the same shapes may run on CPU and GPU.
         platform=dispatch.default_platform(placement.platform if placement else None),
         placement=placement,
+        batch_invariant=batch_invariant,
     )
 
 
@@ -118,6 +129,7 @@ def check_call(
     sinks: Any,
     query_lens: Any,
     tail_mask: Any,
+    shared: Any,
     placement: Placement | None,
 ) -> None:
     """Raise unless the arrays of a call keep the contract."""
@@ -131,6 +143,30 @@ def check_call(
     if sinks is not None:
         check_sinks(sinks, q.shape[-2], kv_heads)
     _check_new(query_lens, tail_mask, q.shape[0], q.shape[1] if q.ndim == 4 else 1)
+    if shared is not None:
+        _check_shared(shared, page_table)
+
+
+def _check_shared(shared: Any, page_table: Any) -> None:
+    """Raise unless this is a plan for rows and tables of these shapes."""
+    if not isinstance(shared, SharedPrefix):
+        raise TypeError(f"shared must be a SharedPrefix; got {type(shared).__name__}")
+    rows, columns = page_table.shape
+    parts, members = np.shape(shared.members)
+    for name, want in (
+        ("page_table", (parts, columns)),
+        ("seq_lens", (parts,)),
+        ("members", (parts, members)),
+        ("place", (rows,)),
+        ("starts", (rows,)),
+    ):
+        array = getattr(shared, name)
+        check_index(f"shared.{name}", array)
+        if np.shape(array) != want:
+            raise ValueError(
+                f"shared.{name} must be {list(want)} for a page_table [B, P] = [{rows}, {columns}];"
+                f" got shape {np.shape(array)}: make the plan of this page_table"
+            )
 
 
 def _check_new(query_lens: Any, tail_mask: Any, rows: int, tokens: int) -> None:

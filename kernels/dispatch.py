@@ -127,7 +127,9 @@ def append_and_attend(
         if _is_empty(call):
             return *_nothing(call), *call.pools
         fused = getattr(module, "append_and_attend", None)
-        if fused and fixed_scales is None:
+        # A fused kernel adds the newest token by itself, and rows of one sequence could not see
+        # each other's.
+        if fused and fixed_scales is None and not call.batch_invariant:
             with jax.named_scope("paged_decode.append_and_attend"):
                 return fused(call, k, v, slots)
         with jax.named_scope("paged_decode.append"):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from . import dispatch
+from . import attend_shared
 from .annotations import (
     AttentionOptions,
     FixedScales,
@@ -39,6 +39,7 @@ from .checks import check_axes, check_float, narrow
 from .merge import sink_mass
 from .placement import Placement
 from .record import POOLS, AttentionCall, StaticOptions
+from .shared_prefix import PLAN_AXES, SharedPrefix
 from .write import Pools
 
 __all__ = ["append_and_attend", "paged_attention"]
@@ -82,6 +83,8 @@ def paged_attention(
     sinks: Sinks | None = None,
     query_lens: Lengths | None = None,
     tail_mask: TailMask | None = None,
+    shared: SharedPrefix | None = None,
+    batch_invariant: bool = False,
     return_lse: bool = False,
     implementation: Implementation | Sequence[str] | None = None,
     placement: Placement | None = None,
@@ -121,6 +124,11 @@ def paged_attention(
       tail_mask: bool `[B, T, T]`, for trees of drafts: `tail_mask[b, t, u]` says whether new token
         t sees new token u of its row, where `u <= t`. The tokens in front of the row's own new
         ones stay visible; and a window counts along the branch (docs/attention.md). None: all are.
+      shared: which rows begin with the same pages (`shared_prefix_plan`): these are read once for
+        all of them. The result is the same but for rounding. With T > 1, `starts`, `sliding_window`
+        or more than 32 query heads a KV head, rows read alone.
+      batch_invariant: the bits of a row follow from its query, its tokens and the shapes of the
+        call: not from other rows, from where in the batch it is, or from page ids. For T = 1.
       return_lse: also return the natural log of the softmax denominator **without sinks**, so
         that parts over disjoint tokens merge exactly (`merge_attention`).
       implementation: a backend name, or several to try in order; None: the platform's own list.
@@ -149,11 +157,11 @@ def paged_attention(
     pools = (k_pages, v_pages, k_scales, v_scales)
     arrays = dict(
         q=q, page_table=page_table, seq_lens=seq_lens, layer=layer, starts=starts, sinks=sinks,
-        query_lens=query_lens, tail_mask=tail_mask,
+        query_lens=query_lens, tail_mask=tail_mask, shared=shared,
     )  # fmt: skip
     options = _checked(
         pools, arrays, placement, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap,
-        implementation=implementation,
+        implementation=implementation, batch_invariant=batch_invariant,
     )  # fmt: skip
     out, lse = _attend(_held(pools), arrays, options)
     return (out, lse) if return_lse else out
@@ -205,6 +213,8 @@ def append_and_attend(
     sinks: Sinks | None = None,
     query_lens: Lengths | None = None,
     tail_mask: TailMask | None = None,
+    shared: SharedPrefix | None = None,
+    batch_invariant: bool = False,
     return_lse: bool = False,
     implementation: Implementation | Sequence[str] | None = None,
     placement: Placement | None = None,
@@ -259,11 +269,11 @@ def append_and_attend(
     pools = (k_pages, v_pages, k_scales, v_scales)
     arrays = dict(
         q=q, page_table=page_table, seq_lens=seq_lens, layer=layer, starts=starts, sinks=sinks,
-        query_lens=query_lens, tail_mask=tail_mask,
+        query_lens=query_lens, tail_mask=tail_mask, shared=shared,
     )  # fmt: skip
     options = _checked(
         pools, arrays, placement, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap,
-        implementation=implementation,
+        implementation=implementation, batch_invariant=batch_invariant,
     )  # fmt: skip
     axes = "B, Hk, D" if len(q.shape) == 3 else "B, T, Hk, D"
     sizes = dict(B=q.shape[0], T=q.shape[1], Hk=k_pages.shape[-3], D=q.shape[-1])
@@ -309,6 +319,8 @@ _AXES = dict(
     query_lens="B",
     tail_mask="B, T, T",
 )
+_SHARED = "shared_"  # before the names of the arrays of a plan
+_AXES |= {_SHARED + name: axes for name, axes in PLAN_AXES.items()}
 # Those of the new tokens, which of them are new, and their fixed scales.
 _NEW_AXES = dict(k="B, T, Hk, D", v="B, T, Hk, D", slots="B, T", k_fixed="Hk", v_fixed="Hk")
 
@@ -322,7 +334,7 @@ def _attend(pools: Pools, given: dict[str, Any], options: StaticOptions) -> tupl
     @jax.custom_jvp
     def run(arrays: dict[str, Array]) -> tuple[Array, Array]:
         def local(*own: Array) -> tuple[Array, Array]:
-            return dispatch.attend(_record(arrays, own, options), options.implementation)
+            return attend_shared.attend(*_record(arrays, own, options), options.implementation)
 
         return _placed(options.placement, local, arrays, {})
 
@@ -341,14 +353,15 @@ def _append_and_attend(
     @jax.custom_jvp
     def run(arrays: dict[str, Array], new: dict[str, Array]) -> tuple[Array, ...]:
         def local(*own: Array) -> tuple[Array, ...]:
-            call = _record(arrays, own[: len(arrays)], options)
+            call, shared = _record(arrays, own[: len(arrays)], options)
             newest = dict(zip(new, own[len(arrays) :], strict=True))
             fixed = (newest["k_fixed"], newest["v_fixed"]) if "k_fixed" in newest else None
-            out, lse, *written = dispatch.append_and_attend(
+            out, lse, *written = attend_shared.append_and_attend(
                 call,
                 newest["k"],
                 newest["v"],
                 newest.get("slots"),
+                shared,
                 fixed_scales=fixed,
                 names=options.implementation,
             )
@@ -366,22 +379,27 @@ def _append_and_attend(
 
 def _record(
     names: dict[str, Array], own: tuple[Array, ...], options: StaticOptions
-) -> AttentionCall:
-    """The call of one device, from its parts of the arrays; what was not given is None."""
+) -> tuple[AttentionCall, SharedPrefix | None]:
+    """The call of one device, from its parts of the arrays, and which of its rows share a prefix;
+    what was not given is None."""
     given: dict[str, Any] = dict.fromkeys(_AXES) | dict(zip(names, own, strict=True))
+    plan = {name: given.pop(_SHARED + name) for name in PLAN_AXES}
+    shared = None if plan["place"] is None else SharedPrefix(**plan)
     stacked = given["layer"] is not None
     if not stacked:
         given["layer"] = jnp.int32(0)
         held = {name: given[name] for name in POOLS if given[name] is not None}
         given |= {name: pool.reshape(1, *pool.shape) for name, pool in held.items()}
-    return AttentionCall(
+    call = AttentionCall(
         **given,
         scale=options.scale,
         window=options.window,
         soft_cap=options.soft_cap,
         platform=options.platform,
         stacked=stacked,
+        batch_invariant=options.batch_invariant,
     )
+    return call, shared
 
 
 def _placed(
@@ -412,6 +430,7 @@ def _canonical(
     sinks: Array | None,
     query_lens: Array | None,
     tail_mask: Array | None,
+    shared: SharedPrefix | None,
 ) -> dict[str, Array]:
     """The arrays of the record; what is not given is left out, so that no backend computes it.
 
@@ -439,6 +458,8 @@ def _canonical(
         arrays["query_lens"] = narrow(query_lens, tokens + 1)
     if tail_mask is not None:
         arrays["tail_mask"] = jnp.asarray(tail_mask)
+    if shared is not None:
+        arrays |= {_SHARED + name: jnp.asarray(getattr(shared, name)) for name in PLAN_AXES}
     return arrays
 
 

@@ -35,6 +35,7 @@ class StaticOptions:
       implementation: names of backends to try in order; None: those of the platform.
       platform: where it will run, "cpu", "gpu" or "tpu".
       placement: how the pool lies on a mesh; None: on one device.
+      batch_invariant: whether a row's bits may depend on nothing but itself and on shapes.
     """
 
     scale: float
@@ -43,6 +44,7 @@ class StaticOptions:
     implementation: tuple[str, ...] | None
     platform: str
     placement: Placement | None
+    batch_invariant: bool = False
 
 
 # A call that is only planned or refused has the shapes of arrays.
@@ -78,6 +80,8 @@ class AttentionCall:
       k_scales: float32 `[L, N, Hk, S]`, what the numbers of each key are multiplied by, where pages
         have 8 bits. None: they are the keys.
       v_scales: the same of values.
+      batch_invariant: whether the bits of a row may depend on nothing but the row and on shapes.
+        The op asks for it with one query a row.
     """
 
     q: Float[Given, "B T Hq D"]
@@ -97,6 +101,7 @@ class AttentionCall:
     tail_mask: Bool[Given, "B T T"] | None = None
     k_scales: Float[Given, "L N Hk S"] | None = None
     v_scales: Float[Given, "L N Hk S"] | None = None
+    batch_invariant: bool = False
 
     @property
     def pools(self) -> Pools:
@@ -182,6 +187,7 @@ class AttentionCall:
         soft_cap: float | None = None,
         query_lens: bool = False,
         tail_mask: bool = False,
+        batch_invariant: bool = False,
         platform: str = "gpu",
     ) -> "AttentionCall":
         """A call without its arrays: for refusals, and for plans of a card that is not here."""
@@ -206,7 +212,10 @@ class AttentionCall:
             k_scales=scales,
             v_scales=scales,
         )
-        return cls(**arrays, scale=scale, window=window, soft_cap=soft_cap, platform=platform)
+        static: dict[str, Any] = dict(
+            scale=scale, window=window, soft_cap=soft_cap, batch_invariant=batch_invariant
+        )
+        return cls(**arrays, **static, platform=platform)
 
     @property
     def one_token(self) -> bool:

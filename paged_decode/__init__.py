@@ -54,6 +54,7 @@ from .kernels import (
     decode_attention,
     merge_attention,
     paged_attention,
+    shared_prefix_plan,
 )
 from .replicas import ReplicaCheck
 from .snapshot import (
@@ -131,6 +132,7 @@ __all__ = [
     "paged_attention",
     "save_snapshot",
     "save_snapshot_async",
+    "shared_prefix_plan",
     "verify_snapshot",
 ]
 

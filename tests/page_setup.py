@@ -47,7 +47,7 @@ def training() -> Names:
 
     names = dict(policy=model, params=PARAMS, cache=cache, allocator=allocator, train=train)
     own = dict(Engine=Engine, EngineConfig=EngineConfig, SamplingParams=SamplingParams)
-    return names | own | dict(prompts=[PROMPT, [2, 7]])
+    return names | own | dict(prompts=[PROMPT, [2, 7]], fresh_pools=pair)
 
 
 def allocator() -> Names:

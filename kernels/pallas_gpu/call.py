@@ -35,6 +35,8 @@ def shape_refusal(call: AttentionCall) -> str | None:
         return reason
     if call.tail_mask is not None:
         return "it does not serve tail_mask (draft trees)"
+    if call.batch_invariant:
+        return "it cuts the tiles of all rows into equal parts: a row's bits follow from the others"
     if call.q.dtype == jnp.float32:
         return "float32 is not served: the matrix unit of Hopper would round it to tf32"
     dims = DECODE_DIMS if call.tokens == 1 else tuple(config.TAIL_KEYS)

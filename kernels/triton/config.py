@@ -176,6 +176,7 @@ _DRAFTS = _Tuned(
         (256, 64): TailConfig(queries=64, tokens=64, warps=8, stages=3),
     },
 )
+SPLIT_TOKENS = 2048  # of a program, where only its row may say how many it gets
 FEW_QUERIES = 64  # the largest tile of drafts
 _LONG_ROW = {"few": 1024, "many": 8192}  # tokens of capacity above which a batch is `long`
 _LONG_BATCH = 2**17  # and the tokens times KV heads, where it has few rows, but not one
@@ -185,7 +186,19 @@ _WARPGROUPS = (90, 100, 103)  # and those whose matrix unit takes operands from 
 
 def choose_config(call: AttentionCall, card: Card) -> DecodeConfig | TailConfig:
     """The config of a call: from the tables, or a small tiling that fits every card."""
-    return _decode_config(call, card) if call.one_token else _tail_config(call, card)
+    if not call.one_token:
+        return _tail_config(call, card)
+    config = _decode_config(call, card)
+    return of_row_alone(call, config) if call.batch_invariant else config
+
+
+def of_row_alone(call: AttentionCall, config: DecodeConfig) -> DecodeConfig:
+    """The same tiles, and programs of a row that follow from its own length: one for about every
+    `SPLIT_TOKENS`. The aims are what a batch of full rows gets then, so no batch asks for less."""
+    tiles = max(SPLIT_TOKENS // config.tokens, 1)
+    full = call.rows * call.kv_heads * -(-call.capacity // config.tokens)
+    aim = max(-(-full // tiles), 1)
+    return replace(config, even=aim, ragged=aim, least=aim, min_tiles=tiles, eighths=4)
 
 
 def _decode_config(call: AttentionCall, card: Card) -> DecodeConfig:

@@ -15,13 +15,13 @@ __all__ = ["DecodeBatch", "GroupBatch", "one_token_batch", "seen"]
 # The classes live with the allocator, which never imports jax; here they become pytrees.
 jax.tree_util.register_dataclass(
     GroupBatch,
-    data_fields=["page_table", "slots", "starts"],
+    data_fields=["page_table", "slots", "starts", "shared"],
     meta_fields=["page_size", "num_pages", "window"],
 )
 jax.tree_util.register_dataclass(
     DecodeBatch,
     data_fields=["tokens", "seq_lens", "positions", "groups", "query_lens"],
-    meta_fields=[],
+    meta_fields=["batch_invariant"],
 )
 
 
@@ -49,6 +49,10 @@ def seen(
     if group.starts is not None:
         given = options.get("starts")
         own["starts"] = group.starts if given is None else jnp.maximum(given, group.starts)
+    if batch.batch_invariant:
+        own["batch_invariant"] = True
+    if group.shared is not None and options.get("shared") is None:
+        own["shared"] = group.shared
     if batch.query_lens is not None and q.shape[1:-2] == group.slots.shape[1:]:
         given = options.get("query_lens")
         own["query_lens"] = batch.query_lens if given is None else given
@@ -57,6 +61,8 @@ def seen(
 
 def one_token_batch(batch: DecodeBatch, tokens: Lengths, seq_lens: Lengths) -> DecodeBatch:
     """The step of one newest token for each row, on the same pages: for loops on the device.
+
+    What `KVCache.share_prefixes` has found stays with the batch.
 
     Args:
       batch: made by an allocator, whose tables reach as far as the loop goes (`KVCache.reserve`).

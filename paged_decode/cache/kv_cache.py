@@ -25,7 +25,7 @@ from ..allocator import (
 from ..allocator.arguments import Ints, as_rows
 from ..allocator.rows import as_handles
 from ..allocator.view import AllocatorView
-from ..kernels import append_and_attend, append_kv, paged_attention
+from ..kernels import append_and_attend, append_kv, paged_attention, shared_prefix_plan
 from ..kernels.annotations import AttentionOptions, FixedScales, Layer, NewTokens, Queries, Slots
 from ..kernels.checks import check_live
 from ..kernels.placement import Axis
@@ -231,9 +231,9 @@ class KVCache(PageArrays):
           fixed_scales: for pages of 8 bits, two float32 `[Hk]`, of keys and of values: calibrated
             ones for all tokens; None: each token has its own.
           return_lse: also return the log of the softmax denominator, without sinks.
-          options: starts, scale, sliding_window, soft_cap, sinks, query_lens, tail_mask and
+          options: starts, scale, sliding_window, soft_cap, sinks, query_lens, tail_mask, shared and
             implementation, as in `paged_attention`. Window and starts of a group of layers need
-            not be passed.
+            not be passed, nor what `share_prefixes` has found.
 
         Returns:
           `(out, cache)`, where out is `(out, lse)` with `return_lse`.
@@ -255,6 +255,44 @@ class KVCache(PageArrays):
             **seen(batch, own, q, options),
         )
         return (out, lse) if return_lse else out, self.with_pools(at.leaf, written)
+
+    def share_prefixes(
+        self,
+        batch: DecodeBatch,
+        *,
+        members: int = 16,
+        parts: int | None = None,
+        min_tokens: int = 512,
+    ) -> DecodeBatch:
+        """The batch with what its rows share, so that steps of one token read that once.
+
+        `shared_prefix_plan` of every group of layers that see all tokens; those with a window have
+        nothing to gain. Call it in the compiled program, before the loop over its steps: it holds
+        for all batches that `one_token_batch` makes of this one. Attention with T > 1 does as
+        before.
+
+        Args:
+          batch: its lengths are those of the first step or fewer; 0 for a row that shares nothing.
+          members: as in `shared_prefix_plan`, like the others and what is raised.
+          parts: as there.
+          min_tokens: as there.
+        """
+        sizes = dict(members=members, parts=parts, min_tokens=min_tokens)
+
+        def with_plan(number: int, group: GroupBatch) -> GroupBatch:
+            own = matching_group(batch, number, self.pools, self.page_size, shards=self.data_shards)
+            if own.window is not None or own.starts is not None:
+                return group
+            plan = shared_prefix_plan(
+                own.page_table,
+                batch.seq_lens,
+                page_size=self.page_size,
+                placement=self.placement,
+                **sizes,  # type: ignore[arg-type]
+            )
+            return replace(group, shared=plan)
+
+        return replace(batch, groups=tuple(with_plan(*each) for each in enumerate(batch.groups)))
 
     def with_pools(self, leaf: int, pools: Iterable[Array]) -> KVCache:
         """With others at one place, in the order of `pools_of`."""

@@ -21,6 +21,7 @@ _LEAST = dict(
     named_tokens=0,
     logits_args=0,
     score_chunk=0,
+    shared_prefix=0,
     vocab_size=1,
     max_preemptions=0,
     priority_ageing=1,
@@ -56,6 +57,17 @@ class EngineConfig:
       logits_args: how many numbers a request may give to `process_logits`.
       score_chunk: tokens of the program that computes `SamplingParams.prompt_logprobs`, one prompt
         at a time, at most prefill_chunk; it holds so many rows of logits. 0: there is none.
+      shared_prefix: decode steps read the pages that samples begin with in common once for up to 16
+        of them, where that saves so many tokens of reading, such as 512 (elsewhere: cascade
+        attention). The device finds them in the page tables, once a visit: of forks, of samples of
+        one prompt, of prefix hits. It changes logits by rounding, and where nothing is shared it
+        costs some small kernels in every layer. Layers with a window, and steps of several tokens
+        (drafts), do as without it. 0: every row reads its own.
+      batch_invariant: every token's logits have the same bits whatever else is in the batch, and
+        whether what is in front of it was found, computed at once, in chunks or step by step. All
+        programs run the model over as many rows of one token as the largest has tokens, so prompts
+        are computed as if they were decoded: docs/training.md tells what it needs of a model, and
+        what it costs. Not with drafts or shared_prefix.
       token_masks: whether requests may have a `mask`; needs `vocab_size`, a bit of it for each row.
       stop_tokens: those of every request that has not `ignore_eos`, such as the end of a text.
       vocab_size: prompts with ids from here on are refused; None: not checked.
@@ -80,6 +92,8 @@ class EngineConfig:
     named_tokens: int = 64
     logits_args: int = 0
     score_chunk: int = 0
+    shared_prefix: int = 0
+    batch_invariant: bool = False
     token_masks: bool = False
     stop_tokens: tuple[int, ...] = ()
     vocab_size: int | None = None
@@ -92,8 +106,9 @@ class EngineConfig:
             if getattr(self, name) is not None or name not in _OPTIONAL:
                 value = as_count(name, getattr(self, name), least, 2**31 - 1)
                 object.__setattr__(self, name, value)
+        rows = (self.max_rows,) if self.batch_invariant else (1, self.max_rows)
         for name, last, least in (
-            ("row_buckets", self.max_rows, (1, self.max_rows)),
+            ("row_buckets", self.max_rows, rows),
             ("chunk_buckets", self.prefill_chunk, (self.prefill_chunk,)),
         ):
             sizes = tuple(sorted(set(as_counts(name, getattr(self, name)) or least)))
@@ -102,13 +117,23 @@ class EngineConfig:
             object.__setattr__(self, name, sizes)
         stops = tuple(as_counts("stop_tokens", self.stop_tokens, 0, 2**31 - 1))
         object.__setattr__(self, "stop_tokens", stops)
-        for name in ("collect_at_once", "token_masks"):
+        for name in ("collect_at_once", "batch_invariant", "token_masks"):
             if not isinstance(value := getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, got {value!r}")
         if self.score_chunk > self.prefill_chunk:
             raise ValueError(
                 f"score_chunk must be at most prefill_chunk {self.prefill_chunk}, got "
                 f"{self.score_chunk}"
+            )
+        if self.batch_invariant and len(self.row_buckets) > 1:
+            raise ValueError(
+                f"batch_invariant draws over one number of rows: row_buckets must be "
+                f"({self.max_rows},), got {self.row_buckets}"
+            )
+        if self.batch_invariant and self.shared_prefix:
+            raise ValueError(
+                "batch_invariant and shared_prefix exclude each other: what is merged of a row "
+                "follows from which rows share its prefix"
             )
         if self.token_masks and self.vocab_size is None:
             raise ValueError("token_masks needs vocab_size: a mask has a bit for each of its ids")
@@ -117,6 +142,13 @@ class EngineConfig:
     def mask_words(self) -> int:
         """int32 words of a mask; 0 without masks."""
         return -(-(self.vocab_size or 0) // 32) if self.token_masks else 0
+
+    @property
+    def rows_apart(self) -> int:
+        """Rows of one token of every program's model call in each shard, if bits are not to follow
+        from the batch; 0: programs have batches of their own."""
+        largest = max(self.max_rows, self.prefill_rows * self.prefill_chunk)
+        return largest if self.batch_invariant else 0
 
     @property
     def tokens_ahead(self) -> int:

@@ -87,7 +87,8 @@ class Engine(Trains):
       scheduler, runner, loop: its parts; `loop.scheduler` and `loop.runner` may be wrapped.
 
     Raises:
-      NotImplementedError: a tier for a pool that is split over a data axis.
+      NotImplementedError: a tier for a pool that is split over a data axis; a drafter with
+        `batch_invariant`.
       TypeError: a policy is no object with the method that it needs.
       ValueError: cache and allocator differ, or max_sequence_tokens does not fit the pool.
     """
@@ -122,6 +123,10 @@ class Engine(Trains):
         if config.score_chunk and score is drafter is None:
             raise ValueError(
                 "score_chunk needs score: a model with logits [B, T, V] of every token"
+            )
+        if config.batch_invariant and drafter is not None:
+            raise NotImplementedError(
+                "batch_invariant serves no drafter: a step would check several tokens of a row"
             )
         self.allocator, self.tier, self.stats = allocator, tier, (stats := EngineStats())
         self.max_sequence_tokens = limit = sequence_limit(config, allocator)

@@ -20,6 +20,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from ..cache import DecodeBatch, GroupBatch, KVCache
+from .apart import call_model_apart
 from .drafting import Drafter
 from .model import Model, call_model
 from .params import Kind
@@ -51,13 +52,17 @@ class Programs:
     def __init__(self, model: Callable[[], Model]):
         """`model()` is the function; it is asked for while a program is traced."""
         self.prefill = jax.jit(
-            partial(_prefill, model), donate_argnames="cache", static_argnames="drafter"
+            partial(_prefill, model),
+            donate_argnames="cache",
+            static_argnames=("drafter", "apart"),
         )
-        self.score = jax.jit(partial(_score, model), donate_argnames="cache", static_argnames="top")
+        self.score = jax.jit(
+            partial(_score, model), donate_argnames="cache", static_argnames=("top", "apart")
+        )
         self.decode = jax.jit(
             partial(_decode, model),
             donate_argnames=("cache", "state"),
-            static_argnames=("steps", "top", "known", "drafter", "process"),
+            static_argnames=("steps", "top", "known", "drafter", "process", "share", "apart"),
         )
 
     @classmethod
@@ -118,16 +123,25 @@ def _prefill(
     message: Int[Array, "R C"],
     *,
     drafter: Drafter | None = None,
+    apart: int = 0,
 ) -> tuple[KVCache, Array]:
     """Compute one chunk of every row, only to fill the cache. Donates the cache.
 
     `message` has slot, begin and end of each row, and its tokens, right-aligned. No logits come
     back: the newest token of a prompt is left to `decode`, so that sampling has one home and forks
     of a prompt need nothing special. The number beside the cache is there when the program is over.
+
+    `apart`: the model runs over so many rows of one token in each shard; 0: over the batch.
     """
     batch = _chunks(cache, table, message)
     with jax.named_scope("paged_decode.prefill"):
-        return call_model(model(), params, cache, batch, every=drafter is not None)[1], jnp.int32(0)
+        done = _call(apart)(model(), params, cache, batch, every=drafter is not None)[1]
+    return done, jnp.int32(0)
+
+
+def _call(apart: int) -> Callable[..., tuple[Array, KVCache]]:
+    """How the model is called."""
+    return partial(call_model_apart, rows=apart) if apart else call_model
 
 
 def _chunks(cache: KVCache, table: Int[Array, "G B P"], message: Int[Array, "R C"]) -> DecodeBatch:
@@ -158,6 +172,7 @@ def _score(
     message: Int[Array, "R C"],
     *,
     top: int,
+    apart: int = 0,
 ) -> tuple[KVCache, ScoreOut]:
     """`_prefill`, and how likely the token behind each was. Donates the cache.
 
@@ -166,7 +181,7 @@ def _score(
     behind = (message.shape[1] + 3) // 2
     batch, targets = _chunks(cache, table, message[:, :behind]), message[:, behind:]
     with jax.named_scope("paged_decode.score"):
-        logits, cache = call_model(model(), params, cache, batch, every=True)
+        logits, cache = _call(apart)(model(), params, cache, batch, every=True)
         if cache.placement is not None:
             logits = cache.placement.untyped(logits)
         flat = logits.astype(jnp.float32).reshape(-1, logits.shape[-1])
@@ -190,6 +205,8 @@ def _decode(
     known: Kind | None = None,
     drafter: Drafter | None = None,
     process: ProcessLogits | None = None,
+    share: int = 0,
+    apart: int = 0,
 ) -> tuple[KVCache, RowState, DecodeOut]:
     """Run up to `steps` tokens of the rows in some slots without the host. Donates the cache.
 
@@ -204,6 +221,9 @@ def _decode(
     With `known`, the greatest kind of sampling among the rows, the device decides nothing: all
     steps are run, and a launch returns before they are. `Kind.NARROW` only says that no row is
     shaped: the device asks for all else, and for the end of the loop.
+
+    Pages that rows begin with in common are read once for them where that saves reading `share`
+    tokens; 0: never. `apart` as in `_prefill`.
     """
     where, budget = message
     size, every = where.shape[0], drafter is not None
@@ -213,6 +233,10 @@ def _decode(
         held = replace(held, sampling=replace(held.sampling, bits=state.sampling.bits[:, :0]))
     rows = replace(take_rows(replace(held, text=None), where), text=held.text)  # that of all slots
     groups, function = _groups(cache, table, where), model()
+    if share and size > 1:
+        lens = jnp.where(rows.alive & (budget > 0), rows.length, 0)
+        begun = DecodeBatch(rows.newest[:, None], lens, lens[:, None], groups)
+        groups = cache.share_prefixes(begun, min_tokens=share).groups
     out = DecodeOut(
         packed=jnp.zeros((4, steps, size), jnp.int32),
         top_ids=jnp.zeros((steps, size, top), jnp.int32),
@@ -232,7 +256,7 @@ def _decode(
         first = jnp.where(number > 0, rows.length - 1, 0)
         now = _tail(groups, cache.page_size, _right(asked, number), first, first + number)
         with jax.named_scope("paged_decode.decode"):
-            logits, cache = call_model(function, params, cache, now, every=every)
+            logits, cache = _call(apart)(function, params, cache, now, every=every)
         if cache.placement is not None:
             logits = cache.placement.untyped(logits)
         logits = _left(logits.reshape(*asked.shape, -1), number)

@@ -113,9 +113,10 @@ class DeviceRunner(Launching):
             MessageSizes(min(8, self._slots), few),
             MessageSizes(self._slots, max(few, 8192)),
         )
-        # With drafts the device alone knows how many steps it takes.
+        # With drafts the device alone knows how many steps it takes; and where bits must not follow
+        # from the batch, all draw in the same program.
         on_gpu = next(iter(cache.k_pages[0].devices())).platform == "gpu"
-        self.straight = on_gpu and drafter is None
+        self.straight = on_gpu and drafter is None and not config.batch_invariant
         self._enter_nobody()
 
     @property
@@ -184,6 +185,7 @@ class DeviceRunner(Launching):
     def _lowered(self, kind: str, size: Any) -> tuple[tuple[str, Any], Any]:
         """A program, traced with the arguments that it will have."""
         config, pages = self._config, (self._cache, self._table, self.params)
+        apart = config.rows_apart
         if kind == "update":
             message = self._put(empty_message(size, self._shape)[0])
             lowered = update.lower(self._table, self._state, message, size=size)
@@ -194,16 +196,19 @@ class DeviceRunner(Launching):
             lowered = masks.lower(self._table, self._state, self._put(self._pack.no_mask()))
         elif kind == "prefill":
             message = self._put(self._pack.prefill(size, (), config.prefill_rows))
-            lowered = self._programs.prefill.lower(*pages, message, drafter=self._drafter)
+            lowered = self._programs.prefill.lower(
+                *pages, message, drafter=self._drafter, apart=apart
+            )
         elif kind == "score":
             message = self._put(self._pack.score(()))
-            lowered = self._scoring.score.lower(*pages, message, top=config.top_logits)
+            lowered = self._scoring.score.lower(*pages, message, top=config.top_logits, apart=apart)
         else:
             rows, known = size
             message = self._put(self._pack.idle(rows))
             static = dict(steps=config.decode_steps, top=config.top_logits, known=known)
             args = self._cache, self._state, self._table, self.params, message
-            own = dict(drafter=self._drafter, process=self._process)
+            share = config.shared_prefix if self._drafter is None else 0
+            own = dict(drafter=self._drafter, process=self._process, share=share, apart=apart)
             lowered = self._programs.decode.lower(*args, **static, **own)
         return (kind, size), lowered
 
