@@ -179,34 +179,33 @@ class _Device:
     def _plan(self, context: np.ndarray, steps: int) -> Decode:
         slots = np.arange(len(context), dtype=np.int32)
         budgets = np.full(len(context), steps, np.int32)
-        tables = self._tables(slots[:1], [range(1)])  # visits rarely change no table
-        return Decode(0, self.nothing.copies, tables, (), slots, budgets, context, ())
+        copies, tables = self.nothing.copies, self._one_entry()
+        return Decode(0, copies, tables, (), slots, budgets, context, ())
 
     def _enter(self, begin: np.ndarray, end: np.ndarray) -> None:
-        """Rows of these lengths, with pages up to those."""
+        """Rows of these lengths, with pages up to those, each with its own if there are so many."""
+        sampling, counts = SamplingParams(max_new_tokens=2**30, seed=0), -(-end // self.size)
+        starts = np.cumsum(counts) - counts
         for first in range(0, len(begin), _ENTER):
             slots = np.arange(first, min(first + _ENTER, len(begin)), dtype=np.int32)
-            self._enter_rows(slots, begin[slots], end[slots])
+            pairs = zip(slots.tolist(), begin[slots].tolist(), strict=True)
+            enter = tuple(Enter(slot, np.zeros(n, np.int32), 1, sampling) for slot, n in pairs)
+            self.runner.enter(enter, self._tables(slots, counts[slots], starts[slots]))
 
-    def _enter_rows(self, slots: np.ndarray, lengths: np.ndarray, ends: np.ndarray) -> None:
-        sampling = SamplingParams(max_new_tokens=2**30, seed=0)
-        pairs = zip(slots.tolist(), lengths.tolist(), strict=True)
-        enter = tuple(Enter(slot, np.zeros(n, np.int32), 1, sampling) for slot, n in pairs)
-        tables = self._tables(slots, [range(-(-int(end) // self.size)) for end in ends])
-        self.runner.enter(enter, tables)
+    def _one_entry(self) -> tuple[TableDelta, ...]:
+        """That of the first page of row 0, as it is: visits rarely change no table."""
+        return self._tables(*np.array([[0], [1], [0]]))
 
-    def _tables(self, slots: np.ndarray, columns: Sequence[range]) -> tuple[TableDelta, ...]:
-        """Pages of all groups, each in turn, so that as many are different as there are."""
-        counts = [len(each) for each in columns]
-        rows, places = np.repeat(slots, counts), np.concatenate([np.array(c) for c in columns])
-        number = np.arange(len(rows)) + rows.astype(np.int64) * 7919
+    def _tables(
+        self, slots: np.ndarray, counts: np.ndarray, starts: np.ndarray
+    ) -> tuple[TableDelta, ...]:
+        """In every group so many pages for these rows, from the page with that number on."""
+        places = np.concatenate([np.arange(count) for count in counts])
+        number = np.repeat(starts, counts) + places
+        rows = np.repeat(slots, counts).astype(np.int32)
         return tuple(
-            TableDelta(
-                rows.astype(np.int32),
-                places.astype(np.int32),
-                (1 + number % (pages - 1)).astype(np.int32),
-            )
-            for pages, _ in self.allocator.pools
+            TableDelta(rows, places.astype(np.int32), (1 + number % (n - 1)).astype(np.int32))
+            for n, _ in self.allocator.pools
         )
 
     def _longest(self, rows: int) -> int:
@@ -237,11 +236,9 @@ class _Device:
         self, width: int, chunks: Sequence[tuple[int, int]]
     ) -> tuple[Program, float]:
         ends = np.array([begin + count for begin, count in chunks], np.int64)
-        slots = np.arange(len(chunks), dtype=np.int32)
-        self._enter_rows(slots, ends + 1, ends)
+        self._enter(ends + 1, ends)
         given = tuple(Chunk(slot, begin, [0] * count) for slot, (begin, count) in enumerate(chunks))
-        tables = self._tables(slots[:1], [range(1)])
-        plan = Prefill(self.nothing.copies, tables, (), width, given, ())
+        plan = Prefill(self.nothing.copies, self._one_entry(), (), width, given, ())
         self.runner.wait(self.runner.prefill(plan))
         seconds = self._timed(lambda: self.runner.prefill(plan))
         return prefill_program(plan, self.config, self.windows), seconds
