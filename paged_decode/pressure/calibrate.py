@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -19,6 +19,8 @@ from ..engine.params import SamplingParams
 from ..engine.plans import Taken
 from ..engine.records import Chunk, Decode, Enter, Prefill, TableDelta
 from ..engine.room import forget_prefixes
+from ..tiers import HostTier
+from ..tiers._wanted import part_of, with_part
 from .costs import Program
 from .fitted import Fit, Fitted, Line, fit_line, fit_program, shape_of
 from .hosttimer import HostTimer
@@ -31,7 +33,6 @@ __all__ = ["calibrate"]
 _LEAST_SECONDS = 0.02  # of a timing
 _MOST_LAUNCHES = 12
 _ROUNDS = 3  # the median of so many timings counts
-_AT_ONCE = 64  # pages in a copy to the host that is measured
 _ENTER = 8  # rows that begin in one message
 
 
@@ -260,25 +261,28 @@ class _Device:
             yield Program("copy", total, 1, 0, 0), seconds
 
     def _tier(self) -> Iterator[tuple[Program, float]]:
-        """Of pages to the host and back, alone."""
+        """Of pages of the first group to the host and back, alone."""
         tier = self.engine.tier
         if tier is None:
             return
-        self.runner.cache = tier.warmup(self.runner.cache)
-        usable = min(pages - 1 for pages, _ in self.allocator.pools)
-        for count in sorted({1, max(1, min(_AT_ONCE, usable))}):
-            pages = np.arange(1, 1 + count, dtype=np.int32)
+        usable = self.allocator.pools[0][0] - 1
+        for count in tier.buckets:  # whatever it copies is one or several of these
+            pages = 1 + np.arange(count, dtype=np.int32) % usable
             out, back = list[float](), list[float]()
             for _ in range(_ROUNDS + 1):
                 start = time.perf_counter()
-                rested = tier.mover.finish(tier.mover.take(self.runner.cache, pages))
+                rested = tier.mover.finish(tier.mover.take(part_of(self.runner.cache, 0), pages))
                 out.append(time.perf_counter() - start)
                 start = time.perf_counter()
-                self.runner.exchange(lambda cache, r=rested, p=pages: tier.mover.put(cache, r, p))
+                self.runner.exchange(lambda cache, r=rested, p=pages: self._put_back(cache, r, p))
                 jax.block_until_ready(self.runner.cache)
                 back.append(time.perf_counter() - start)
             yield Program("store", count, 1, 0, 0), statistics.median(out[1:])
             yield Program("load", count, 1, 0, 0), statistics.median(back[1:])
+
+    def _put_back(self, cache: Any, rested: Any, pages: np.ndarray) -> Any:
+        mover = cast(HostTier, self.engine.tier).mover
+        return with_part(cache, 0, mover.put(part_of(cache, 0), rested, pages))
 
     # ---- time
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from paged_decode import BlockAllocator, EngineConfig, SamplingParams
+from paged_decode import BlockAllocator, CacheLayout, EngineConfig, PageSpec, SamplingParams
 from paged_decode.engine.drafting import PromptLookup
 from paged_decode.policies import Cheaper
 from paged_decode.pressure import Program, calibrate, poisson, simulate
 from paged_decode.pressure.costs import CostModel, HostCosts
 from paged_decode.pressure.fitted import HOST_WORK, Fitted, fit_line, fit_program
+from paged_decode.tiers import HostTier
 
-from ..tiny import VOCAB, every_token, make_engine
+from ..tiny import DIM, KV_HEADS, VOCAB, every_token, make_engine
 
 CHUNKS = [(16, 0), (16, 64), (8, 0), (8, 640), (16, 256)]  # tokens, and those before them
 
@@ -97,12 +99,32 @@ def test_a_simulation_runs_on_costs_and_their_file_holds_all_of_them(engine_and_
         simulate(work, BlockAllocator(64, 4), costs, config=EngineConfig(max_rows=2))
 
 
+def test_copies_of_a_tier_and_every_window_are_measured():
+    tier = HostTier(32, buckets=(1, 4))
+    engine = make_engine(64, vocab_size=VOCAB, policies=dict(tier=tier))
+    engine.warmup()
+    costs = calibrate(engine)
+    assert {kind for kind, _, _ in costs.programs} == {"decode", "prefill", "copy", "store", "load"}
+    assert costs.swap_seconds(8) > 0 and isinstance(
+        Cheaper(costs).swaps(SimpleNamespace(computed=8)), bool
+    )
+    kinds = dict(num_kv_heads=KV_HEADS, head_dim=DIM)
+    groups = PageSpec((0,), num_pages=64, **kinds), PageSpec((1,), num_pages=40, window=8, **kinds)
+    engine = make_engine(layout=CacheLayout(4, groups), vocab_size=VOCAB)
+    engine.warmup()
+    costs = calibrate(engine)
+    assert {len(f.factors) for (kind, *_), f in costs.programs.items() if kind != "copy"} == {5}
+    work = poisson(5, 50.0, prompt_median=12.0, output_median=6.0, sigma=0.5)
+    report = simulate(work, BlockAllocator(CacheLayout(4, groups)), costs, config=engine.config)
+    assert report.figures["finished"] == 5
+
+
 def test_recompute_takes_the_chunks_and_swap_needs_a_tier_to_be_measured(engine_and_costs):
     _, costs, _ = engine_and_costs
     chunk = costs.sizes["prefill_chunk"]
     assert 0 < costs.recompute_seconds(chunk) < costs.recompute_seconds(20 * chunk)
     with pytest.raises(ValueError, match="host tier"):
-        Cheaper(costs).swaps(type("Sample", (), {"computed": 8}))
+        Cheaper(costs).swaps(SimpleNamespace(computed=8))
 
 
 @pytest.mark.parametrize(
