@@ -146,7 +146,8 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=count(0, 2**63 - 1), help=text)
     text = "tokens of a page (default: 16, or that of --costs)"
     parser.add_argument("--page-size", type=power_of_two, help=text)
-    parser.add_argument("--costs", type=Path, metavar="FILE", help="that `calibrate` has written")
+    text = "what `calibrate` has written (default: none)"
+    parser.add_argument("--costs", type=Path, metavar="FILE", help=text)
     text = "goal for the first token, in seconds"
     option(parser, "--ttft", text, type=number(), default=2.0)
     text = "goal for the mean gap between tokens, in seconds"

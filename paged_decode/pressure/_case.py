@@ -271,14 +271,15 @@ def read_workload(
         "samples": lambda: poisson(count, rate, seed=seed, samples=4),
         "chats": lambda: chats(-(-count // 4), rate / 4, seed=seed),
         "tree": lambda: prefix_tree(count, rate, seed=seed),
-        "agents": lambda: agents(count, rate / 8, seed=seed)[:count],
+        "agents": lambda: agents(count, rate / 8, seed=seed),
         "branches": lambda: branches(-(-count // 8), rate / 8, seed=seed),
         "rollouts": lambda: rollouts(-(-count // 8), seed=seed),
     }
     readers = {"mooncake": read_mooncake, "azure": read_azure}
     check_workload(workload)
-    requests = islice(readers[kind](path), limit) if path else generated[kind]()
-    return (replace(r, arrival_seconds=stretch * r.arrival_seconds) for r in requests)
+    requests = readers[kind](path) if path else generated[kind]()
+    chosen = islice(requests, limit if path else count)
+    return (replace(r, arrival_seconds=stretch * r.arrival_seconds) for r in chosen)
 
 
 def check_workload(workload: str) -> None:

@@ -193,7 +193,7 @@ def test_a_missing_extra_is_one_line_before_anything_runs(name, tmp_path, monkey
     assert not (tmp_path / "o").exists()
 
 
-@pytest.mark.parametrize("action", ["sweep", "run", "compare"])
+@pytest.mark.parametrize("action", ["sweep", "run", "compare", "calibrate"])
 def test_the_help_says_every_default(action, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as end:
