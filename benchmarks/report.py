@@ -673,6 +673,64 @@ def pressure_capacity() -> Iterator[str]:
     yield "\n"
 
 
+ERRORS = {
+    "output_tokens_per_second": ("output tokens/s", 1.0, "{:.0f}"),
+    "ttft_seconds_p50": ("first token p50, ms", 1e3, "{:.0f}"),
+    "ttft_seconds_p99": ("p99", 1e3, "{:.0f}"),
+    "per_token_seconds_p50": ("per token p50, ms", 1e3, "{:.2f}"),
+    "per_token_seconds_p99": ("p99", 1e3, "{:.2f}"),
+}
+"""Figures of which the error counts: a word, a factor and a form."""
+
+
+def pressure_error() -> Iterator[str]:
+    """Engine and simulation side by side, and how well the measured programs fit; nothing, as long
+    as no card has measured it."""
+    if not (RESULTS / "pressure_error.json").is_file():
+        return
+    result = load("pressure_error")
+    measured, *runs = result["records"]
+    title = "The engine and its simulation, and the error of the simulation"
+    yield from heading(title, result, ("jax",))
+    yield head("workload", *(word for word, _, _ in ERRORS.values()))
+    for run in runs:
+        cells = []
+        for name, (_, factor, form) in ERRORS.items():
+            both = (form.format(factor * run[side][name]) for side in ("real", "simulated"))
+            word = f"{run['errors'][name]:+.1%}"
+            cells.append(f"{', '.join(both)}: {word if run['within'][name] else f'**{word}**'}")
+        yield line(f"{run['case']['workload']}, {run['case']['requests']} requests", *cells)
+    inside = sum(sum(run["within"].values()) for run in runs)
+    count = sum(len(run["within"]) for run in runs)
+    yield f"\n{inside} of {count} errors are within 5% (throughput), 7% (p50) and 12% (p99); those "
+    yield "that are not are bold.\n\n"
+    columns = ("seconds", "preemptions", "prompt tokens found", "computed again", "pool in use")
+    yield head("workload", *columns, "pages over time, mean difference", "requests alike")
+    for run in runs:
+        forms = dict(seconds="{:.1f}", preemptions="{:.0f}", hit_rate="{:.1%}")
+        forms |= dict(recompute_tax="{:.1%}", utilisation="{:.1%}")
+        cells = [
+            ", ".join(form.format(run[side][name]) for side in ("real", "simulated"))
+            for name, form in forms.items()
+        ]
+        cells += [f"{run['pages_error']:.1%} of the most"]
+        cells += [f"{run['alike']} of {run['case']['requests']}"]
+        yield line(run["case"]["workload"], *cells)
+    yield "\nAlike are requests with as many prompt tokens found and as many preemptions on both "
+    yield "sides.\n"
+    yield "\n![pages in use over time, of the engine and of its simulation](pressure_error.png)\n"
+    yield f"\nCalibrated in {measured['seconds']:.0f} s:\n\n"
+    yield head("program", "points", "mean residual", "largest")
+    for fit in measured["programs"]:
+        shape = {
+            "decode": f"{fit['rows']} rows, {fit['width'] or 'fewer'} steps",
+            "prefill": f"{fit['rows']} rows of {fit['width']} tokens",
+        }.get(fit["kind"], "pages")
+        residuals = (f"{fit[name]:.1%}" for name in ("mean_residual", "max_residual"))
+        yield line(f"{fit['kind']}, {shape}", str(fit["points"]), *residuals)
+    yield "\n"
+
+
 PAGES = {
     "README.md": (partial(decode_grid, BRIEFLY),),
     "docs/benchmarks.md": (
@@ -692,7 +750,7 @@ PAGES = {
     "docs/attention.md": (decode_models, hopper),
     "docs/snapshots.md": (snapshot, snapshot_gpu),
     "docs/planning.md": (memory,),
-    "docs/pressure.md": (tier, NEXT, pressure_speed, NEXT, pressure_capacity),
+    "docs/pressure.md": (tier, NEXT, pressure_speed, NEXT, pressure_error, NEXT, pressure_capacity),
     "docs/sharding.md": (sharding_cost, sharding_talk, sharding_memory),
 }
 

@@ -1,4 +1,4 @@
-"""`paged-decode pressure run|sweep|compare`."""
+"""`paged-decode pressure run|sweep|compare|calibrate`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from functools import wraps
 from itertools import product
 from pathlib import Path
@@ -33,9 +34,11 @@ from ..pressure._case import (
 )
 from ..pressure._labels import MAIN_FIGURES, label, quantity, swept
 from ..pressure.clairvoyant import Belady
+from ..pressure.fitted import Fitted
 from ..pressure.report import Report, as_json
 from ..pressure.workload import in_order
 from ._compare import print_runs, read_runs, write_csv
+from ._costs import EPILOG, add_calibrate, check_costs, print_errors, run_calibrate, simulated
 from ._factory import FactoryError, blamed, load_factory, make_engine
 from ._options import Parser, count, given, number, option, power_of_two
 
@@ -44,6 +47,7 @@ __all__ = ["add"]
 _SWEPT = ("eviction", "victim", "preemption", "admission", "link_bytes", "pages")
 _GENERATED = {"rate": 1.0, "seed": 0}  # of generated workloads alone
 _SWAPPING = {"host_pages": 100_000, "link_bytes": [5e10]}  # where something goes to the host
+_ROOFLINE = {n: v for n, (v, _) in (MODEL | CARD).items()} | {"max_rows": 64}  # without --costs
 _RATES = ("hit_rate", "recompute_tax", "utilisation")  # parts, shown in percent
 _MOST_NAMED = 8
 
@@ -125,6 +129,10 @@ def add(subparsers: Any) -> None:
     compare.add_argument("reports", type=Path, nargs="+", help="report.json or sweep.json files")
     compare.add_argument("--out", type=Path, help="folder for compare.csv (default: none)")
     compare.set_defaults(run=_told(_compare))
+    text = "measure the programs of a real engine, for --costs"
+    calibrate = actions.add_parser("calibrate", help=text, description=text, epilog=EPILOG)
+    add_calibrate(calibrate)
+    calibrate.set_defaults(run=_told(run_calibrate))
 
 
 def _add_workload(parser: argparse.ArgumentParser) -> None:
@@ -136,7 +144,10 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
     option(parser, "--stretch", "of the time between arrivals", type=number(), default=1.0)
     text = "of what is generated (default: 0)"
     parser.add_argument("--seed", type=count(0, 2**63 - 1), help=text)
-    option(parser, "--page-size", "tokens of a page", type=power_of_two, default=16)
+    text = "tokens of a page (default: 16, or that of --costs)"
+    parser.add_argument("--page-size", type=power_of_two, help=text)
+    text = "what `calibrate` has written (default: none)"
+    parser.add_argument("--costs", type=Path, metavar="FILE", help=text)
     text = "goal for the first token, in seconds"
     option(parser, "--ttft", text, type=number(), default=2.0)
     text = "goal for the mean gap between tokens, in seconds"
@@ -168,8 +179,10 @@ def _add_sweep(sweep: argparse.ArgumentParser) -> None:
     sweep.add_argument("--link-bytes", type=number(), nargs="+", help=text)
     for name, (value, text) in (MODEL | CARD).items():
         flag = f"--{name.replace('_', '-')}"
-        option(sweep, flag, f"cost model: {text}", type=number(), default=value)
-    option(sweep, "--max-rows", "samples at once", type=count(1), default=64)
+        help = f"cost model: {text} (default: {value:g})"
+        sweep.add_argument(flag, type=number(), help=help)
+    text = "samples at once (default: 64)"
+    sweep.add_argument("--max-rows", type=count(1), help=text)
     option(sweep, "--jobs", "processes", type=count(1), default=1)
 
 
@@ -187,17 +200,30 @@ def _settle(args: argparse.Namespace) -> None:
         )
     if args.workload == "rollouts" and args.rate is not None:
         raise OptionError("--rate: rollouts come all at once")
-    defaults = dict(_GENERATED)
+    defaults = _GENERATED | {"page_size": _page_size(args)}
     if hasattr(args, "preemption"):
+        measured = (*_ROOFLINE, "link_bytes")
+        if args.costs is not None and (names := given(args, measured)):
+            raise OptionError(f"{' and '.join(names)}: what --costs has is measured")
         if set(args.preemption) == {"recompute"} and (names := given(args, _SWAPPING)):
             raise OptionError(
                 f"{' and '.join(names)}: only for what is copied to the host, but --preemption is "
                 "recompute; add swap or cheaper"
             )
-        defaults |= _SWAPPING
+        defaults |= _SWAPPING | _ROOFLINE
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+
+
+def _page_size(args: argparse.Namespace) -> int:
+    """That of the costs, if there are some."""
+    if args.costs is None:
+        return 16
+    size = Fitted.read(args.costs).sizes["page_size"]
+    if args.page_size not in (None, size):
+        raise OptionError(f"--page-size: --costs is of an engine with pages of {size} tokens")
+    return size
 
 
 # ---- sweep
@@ -231,6 +257,8 @@ def _sweep(args: argparse.Namespace) -> int:
 def _cases(args: argparse.Namespace) -> Iterator[Case]:
     plain = ("workload", "limit", "rate", "stretch", "seed", "page_size", "host_pages", "max_rows")
     fixed = {name: getattr(args, name) for name in (*plain, "ttft", "per_token", *MODEL, *CARD)}
+    if args.costs is not None:
+        fixed |= {"costs": str(args.costs), "max_rows": Fitted.read(args.costs).sizes["max_rows"]}
     values = [dict.fromkeys(getattr(args, name)) for name in _SWEPT]  # each of them once
     for chosen in product(*values):
         yield Case(**fixed, **dict(zip(_SWEPT, chosen, strict=True)))
@@ -325,6 +353,8 @@ def _run(args: argparse.Namespace) -> int:
     sizes = {"num_pages": args.num_pages, "page_size": args.page_size}
     engine = make_engine(factory, **sizes, eviction=eviction)
     notes = _other_pool(engine, args)
+    if (costs := None if args.costs is None else Fitted.read(args.costs)) is not None:
+        check_costs(engine, costs)
     report = _carry_out(engine, requests, args)
     about = _about(engine, args)
     about["goodput"] = report.goodput(args.ttft, args.per_token)
@@ -334,6 +364,10 @@ def _run(args: argparse.Namespace) -> int:
         notes.append(note)
     page = write_page(args.out, [figures], _typed(), notes)
     _print_run(figures)
+    if costs is not None:
+        times = (replace(r, arrival_seconds=args.time_scale * r.arrival_seconds) for r in requests)
+        model = simulated(engine, list(times), costs, EVICTIONS[args.eviction]())
+        print_errors(report.figures, model.figures)
     _finish(page, notes)
     return int(bool(report.unfit))
 

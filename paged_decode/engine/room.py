@@ -55,6 +55,11 @@ class Room:
         self._admission = require_policy("admission", admission or Watermark(), AdmissionPolicy)
         self._groups = groups_of(config, allocator)
 
+    @property
+    def policies(self) -> tuple[VictimPolicy, PreemptionPolicy, AdmissionPolicy]:
+        """Who is preempted, how, and who is let in."""
+        return self._victim, self._preemption, self._admission
+
     def protected(self, sample: Sample) -> bool:
         """Whether the sample was preempted so often that it must not be again."""
         return sample.preemptions >= self._most

@@ -289,6 +289,11 @@ class DeviceRunner(Launching):
         all_steps = plan.budgets.max() == self._config.decode_steps
         return kind if all_steps and kind < Kind.NARROW else Kind.NARROW
 
+    def enter(self, enter: Sequence[Enter], tables: Sequence[TableDelta]) -> None:
+        """Launch what plans say of rows and tables, and no program that uses them."""
+        told = self._told(enter, tables)
+        self._launch(lambda _: self._tell(told))
+
     def exchange(self, change: Callable[[KVCache], KVCache]) -> None:
         """Let the cache be what `change` makes of it, and wait until it is launched.
 

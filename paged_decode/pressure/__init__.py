@@ -1,7 +1,9 @@
 """Memory-pressure experiments: what becomes of throughput, latency and hits as pages run out."""
 
+from .calibrate import calibrate
 from .clairvoyant import Belady
-from .costs import CostModel, Measured, Program, Roofline
+from .costs import CostModel, HostCosts, Measured, Program, Roofline
+from .fitted import Fitted
 from .real import ProgramTimer, run
 from .replay import hit_rate
 from .report import Record, Report
@@ -13,6 +15,8 @@ from .workload import Request, chats, poisson, prefix_tree
 __all__ = [
     "Belady",
     "CostModel",
+    "Fitted",
+    "HostCosts",
     "Measured",
     "Program",
     "ProgramTimer",
@@ -22,6 +26,7 @@ __all__ = [
     "Roofline",
     "agents",
     "branches",
+    "calibrate",
     "chats",
     "hit_rate",
     "poisson",

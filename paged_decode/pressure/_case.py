@@ -32,6 +32,7 @@ from ..tiers import HostTier
 from ._values import as_number, as_whole
 from .clairvoyant import Belady
 from .costs import Roofline
+from .fitted import Fitted
 from .report import Report
 from .sessions import agents, branches, rollouts
 from .simulate import simulate
@@ -121,14 +122,15 @@ class Case:
     bandwidth_bytes: float
     flops: float
     link_bytes: float
+    costs: str | None = None
 
     @property
     def key(self) -> str:
         """Names the run's file, so that a sweep that was cut off goes on."""
         text = f"{_FORM} {self!r}"
         kind, _, path = self.workload.partition(":")
-        if path:
-            text += hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        for each in (path, self.costs):
+            text += hashlib.sha256(Path(each).read_bytes()).hexdigest() if each else ""
         return f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
     @property
@@ -145,6 +147,8 @@ class Case:
     @property
     def model(self) -> str:
         """The model of the cost model, in words."""
+        if self.costs is not None:
+            return str(Fitted.read(self.costs).about.get("model", "not said"))
         known = ": 8B in bfloat16, 32 layers with 8 KV heads of 128" if self._has(MODEL) else ""
         size, token = self.weight_bytes / 1e9, self.kv_bytes_per_token
         return f"{size:g} GB of weights, {token:g} bytes of keys and values per token{known}"
@@ -152,6 +156,11 @@ class Case:
     @property
     def card(self) -> str:
         """The card of the cost model, in words; the link to the host is a figure of its own."""
+        if self.costs is not None:
+            costs = Fitted.read(self.costs)
+            errors = [fit.mean_residual for fit in costs.programs.values()]
+            card, mean = costs.about.get("card", "a card"), sum(errors) / max(len(errors), 1)
+            return f"measured on {card}: {len(errors)} programs, mean residual {mean:.1%}"
         known = ": what an H100 gets" if self._has(CARD) else ""
         memory, flops = self.bandwidth_bytes / 1e12, self.flops / 1e12
         launch = f"{_LAUNCH_SECONDS * 1e6:g} us a launch"
@@ -182,6 +191,8 @@ class Case:
         names = ("workload", "policy", "pages", "page_size")
         first = {name: getattr(self, name) for name in names} | {"workload": short}
         about = {"card": self.card, "model": self.model} | asdict(self)
+        for name in (*MODEL, *CARD) if self.costs is not None else ("costs",):
+            del about[name]
         goodput = {"goodput": report.goodput(self.ttft, self.per_token)}
         return first | goodput | report.figures | about | first | curves(report)
 
@@ -193,13 +204,16 @@ class Case:
             hash_key=b"pressure",
             eviction=EVICTIONS[self.eviction](),
         )
-        config = EngineConfig(
-            max_rows=self.max_rows,
-            decode_steps=8,
-            prefill_chunk=2048,
-            max_sequence_tokens=min(131072, self.pages * self.page_size),
-        )
-        costs = self._costs()
+        costs, longest = self._costs(), min(131072, self.pages * self.page_size)
+        if isinstance(costs, Fitted):
+            config = replace(costs.config, max_sequence_tokens=longest)
+        else:
+            config = EngineConfig(
+                max_rows=self.max_rows,
+                decode_steps=8,
+                prefill_chunk=2048,
+                max_sequence_tokens=longest,
+            )
         ways = {"recompute": Recompute(), "swap": Swap(), "cheaper": Cheaper(costs)}
         return simulate(
             read_workload(self.workload, self.limit, self.rate, self.stretch, self.seed),
@@ -212,7 +226,9 @@ class Case:
             admission=ADMISSIONS[self.admission](),
         )
 
-    def _costs(self) -> Roofline:
+    def _costs(self) -> Roofline | Fitted:
+        if self.costs is not None:
+            return Fitted.read(self.costs)
         return Roofline(
             weight_bytes=self.weight_bytes,
             kv_bytes_per_token=self.kv_bytes_per_token,
@@ -261,8 +277,9 @@ def read_workload(
     }
     readers = {"mooncake": read_mooncake, "azure": read_azure}
     check_workload(workload)
-    requests = islice(readers[kind](path), limit) if path else generated[kind]()[:count]
-    return (replace(r, arrival_seconds=stretch * r.arrival_seconds) for r in requests)
+    requests = readers[kind](path) if path else generated[kind]()
+    chosen = islice(requests, limit if path else count)
+    return (replace(r, arrival_seconds=stretch * r.arrival_seconds) for r in chosen)
 
 
 def check_workload(workload: str) -> None:

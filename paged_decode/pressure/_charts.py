@@ -7,22 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from ._labels import DIMENSIONS, label, quantity, swept
+from ._lines import OVER_SWEEP, Number, alike
 from .report import LIFETIME_EDGES
 
 __all__ = ["charts", "draw_lines"]
 
-Number: TypeAlias = int | float
 Points: TypeAlias = Sequence[tuple[Number, Number | None]]
 """Places and values of a line."""
-Known: TypeAlias = Sequence[tuple[Number, Number]]
 
-_OVER_SWEEP = (
-    ("output_tokens_per_second", "Output tokens per second", "tokens per second"),
-    ("goodput", "Goodput: finished requests within both goals", "requests per second"),
-    ("ttft_seconds_p90", "Time to first token, 90th percentile", "seconds"),
-    ("hit_rate", "Prompt tokens found in the cache", "part of prompt tokens"),
-    ("recompute_tax", "Tokens computed again", "part of computed tokens"),
-)
 _MARKERS = "os^vDPX<>p*h"
 _KINDS = ("owned", "shared", "cached", "free")
 _COLORS = ("tab:blue", "tab:purple", "tab:orange", "lightgrey")
@@ -41,7 +33,7 @@ def charts(runs: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, bytes]]:
                 title,
                 _picture(lambda axes, n=name, t=title, u=unit: _sweep(axes, runs, n, t, u)),
             )
-            for name, title, unit in _OVER_SWEEP
+            for name, title, unit in OVER_SWEEP
         }
     if any(sum(run.get("lifetimes") or ()) for run in runs):
         title = "Lifetimes of pages: from taken to freed or evicted"
@@ -117,8 +109,8 @@ def draw_lines(
         name: sorted((x, y) for x, y in points if y is not None) for name, points in lines.items()
     }
     top = max((y for points in known.values() for _, y in points), default=0.0) or 1.0
-    alike = _alike(list(known.values()), 0.01 * top)
-    for number, ((name, points), (at, of)) in enumerate(zip(known.items(), alike, strict=True)):
+    shared = alike(list(known.values()), 0.01 * top)
+    for number, ((name, points), (at, of)) in enumerate(zip(known.items(), shared, strict=True)):
         dashes = (3 * at, (3, 3 * (of - 1))) if of > 1 else ("-", "--", ":")[number // 10 % 3]
         axes.plot(
             [x for x, _ in points],
@@ -141,26 +133,6 @@ def draw_lines(
     axes.grid(alpha=0.3)
     if legend and len(lines) > 1:
         axes.legend(fontsize="small", framealpha=0.7)
-
-
-def _alike(lines: Sequence[Known], near: Number) -> list[tuple[int, int]]:
-    """Of each line: its place among those that go where it goes, and how many they are."""
-    firsts: list[int] = []  # of each line, the first one that it follows
-    for i, line in enumerate(lines):
-        like = (j for j in range(i) if firsts[j] == j and _coincide(lines[j], line, near))
-        firsts.append(next(like, i))
-    return [(firsts[:i].count(first), firsts.count(first)) for i, first in enumerate(firsts)]
-
-
-def _coincide(
-    a: Known,
-    b: Known,
-    near: Number,
-) -> bool:
-    """Whether most of the way that both go is one way."""
-    other = dict(b)
-    close = [abs(y - other[x]) <= near for x, y in a if x in other]
-    return bool(close) and sum(close) > 0.5 * len(close)
 
 
 def _lifetimes(axes: Any, runs: Sequence[Mapping[str, Any]], title: str) -> None:

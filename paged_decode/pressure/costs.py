@@ -11,7 +11,7 @@ import numpy as np
 
 from ._values import as_number, as_whole
 
-__all__ = ["CostModel", "Measured", "Program", "Roofline"]
+__all__ = ["CostModel", "HostCosts", "Measured", "Program", "Roofline"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,9 @@ class Program:
       tokens: tokens computed, padding left out.
       context_tokens: cached tokens read, summed over rows and steps, by layers that see all.
       window_tokens: the same for each group of layers with a window, which reads no more than that.
+      pairs: queries times the tokens that each sees, summed over rows.
+      longest: of the row for which it is most: the tokens that it has at the end of a chunk; for
+        decode, those at its first step times its steps.
     """
 
     kind: str
@@ -33,6 +36,8 @@ class Program:
     tokens: int
     context_tokens: int
     window_tokens: tuple[int, ...] = ()
+    pairs: int = 0
+    longest: int = 0
 
 
 @runtime_checkable
@@ -41,6 +46,23 @@ class CostModel(Protocol):
 
     def seconds(self, program: Program) -> float:
         """How long the device takes for it."""
+        ...
+
+
+@runtime_checkable
+class HostCosts(Protocol):
+    """What a cost model may have besides: the host's time; without it the host takes none."""
+
+    def host_seconds(self, work: str, size: int) -> float:
+        """How long the host takes for one piece of work.
+
+        Args:
+          work: "submit" takes a prompt in; "prefill" and "decode" plan a program; "launch" is from
+            there until an idle device begins; "read" gets what a visit has generated and hands it
+            out, up to the next visit.
+          size: tokens of the prompt or of the program; for decode, rows; for read, tokens; for
+            launch, 0.
+        """
         ...
 
 

@@ -1,4 +1,7 @@
-"""One self-contained HTML page for a set of runs, and its plots as PNGs."""
+"""One self-contained HTML page for a set of runs, and its plots as PNGs.
+
+Of a sweep the page has line charts that answer: a point tells its run, and lines can be hidden.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from typing import Any
 
 from .._optional import needs
 from ._charts import charts
+from ._interactive import STYLE, interactive
+from ._lines import OVER_SWEEP
 
 __all__ = ["write_page"]
 
@@ -43,8 +48,12 @@ def write_page(
     folder, pictures = Path(folder), []
     with needs("pressure"):
         drawn = charts(runs)
+    lines = interactive(runs) if len(runs) > 1 else ""
+    over = {name for name, _, _ in OVER_SWEEP} if lines else set[str]()  # drawn in the page itself
     for name, (title, png) in drawn.items():
         (folder / f"{name}.png").write_bytes(png)
+        if name in over:
+            continue
         data = base64.b64encode(png).decode()
         wide = " class=wide" if name == "lifetimes" and len(runs) > 1 else ""
         alt = html.escape(title)
@@ -54,10 +63,10 @@ def write_page(
     page = folder / "report.html"
     page.write_text(
         "<!doctype html><html lang=en><meta charset=utf-8>"
-        f"<title>Memory pressure</title><style>{_STYLE}</style>"
+        f"<title>Memory pressure</title><style>{_STYLE}{STYLE}</style>"
         f"<h1>Memory pressure</h1><p><code>{html.escape(command)}</code></p>"
         + "".join(f"<p class=bad>{html.escape(note)}</p>" for note in notes)
-        + _tables(runs, "".join(pictures)),
+        + _tables(runs, "".join([lines, *pictures])),
         "utf-8",
     )
     return page
@@ -76,12 +85,18 @@ def _tables(runs: Sequence[Mapping[str, Any]], pictures: str) -> str:
     head = tuple(told)
     lines = [tuple(_show(run.get(name)) for name in told) for run in runs]
     title = "<h2>The same in all runs</h2>"
-    return f"{pictures}<h2>Runs</h2>{_table([head, *lines])}{title}{_table(common)}"
+    told_apart = _table([head, *lines], numbered=True)
+    return f"{pictures}<h2>Runs</h2>{told_apart}{title}{_table(common)}"
 
 
-def _table(rows: Sequence[tuple[str, ...]]) -> str:
-    cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
-    return "<table>" + "".join(f"<tr>{line}</tr>" for line in cells) + "</table>"
+def _table(rows: Sequence[tuple[str, ...]], *, numbered: bool = False) -> str:
+    """`numbered`: rows behind the first are runs, which points of charts refer to."""
+    lines = []
+    for number, row in enumerate(rows):
+        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
+        run = f" data-run={number - 1}" if numbered and number else ""
+        lines.append(f"<tr{run}>{cells}</tr>")
+    return f"<table>{''.join(lines)}</table>"
 
 
 def _show(value: Any) -> str:

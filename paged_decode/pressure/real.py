@@ -21,6 +21,7 @@ from ..policies import SampleView
 from ..tiers import CacheHolder, PageMover
 from ._values import as_number, as_whole
 from .costs import Program
+from .programs import decode_program, prefill_program
 from .report import TOO_LONG, Record, Report, UsageLog, summarize
 from .workload import Request, in_order
 
@@ -103,20 +104,14 @@ class _TimedRunner:
     def prefill(self, plan: Prefill) -> None:
         self._runner.prefill(plan)
         jax.block_until_ready(self._holder.cache)
-        tokens = sum(len(chunk.tokens) for chunk in plan.chunks)
-        context = sum(chunk.begin for chunk in plan.chunks)
-        rows = self._config.prefill_rows
-        self._timer.note(Program("prefill", rows, plan.width, tokens, context))
+        self._timer.note(prefill_program(plan, self._config))
 
     def decode(self, plan: Decode) -> Ticket:
         ticket = self._runner.decode(plan)
         self._runner.wait(ticket.out)
         if copied := sum(len(each.src) for each in plan.copies):  # with the program: one wait less
             self._timer.timings.append((Program("copy", copied, 1, 0, 0), 0.0))
-        size = next(s for s in self._config.row_buckets if s >= len(plan.slots))
-        context, budgets = int((plan.context * plan.budgets).sum()), plan.budgets
-        steps, tokens = int(budgets.max()), int(budgets.sum())
-        self._timer.note(Program("decode", size, steps, tokens, context))
+        self._timer.note(decode_program(plan, self._config))
         return ticket
 
 

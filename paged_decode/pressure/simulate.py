@@ -1,4 +1,14 @@
-"""The engine's own scheduler, allocator and tier in virtual time: only the device is a model."""
+"""The engine's own scheduler, allocator and tier in virtual time: only the device is a model.
+
+The device works while the host plans, as in the engine: there is a clock for each.
+
+```
+host     plan launch | plan launch read | plan launch read | ...
+                       |            ^ waits until visit 0 is over
+device                 [ visit 0    ][ visit 1          ][ visit 2 ...
+```
+A token counts as there when the host has read its visit, with all others of that visit.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +23,7 @@ import jax
 import numpy as np
 
 from .._text import shown
-from ..allocator import BlockAllocator, CacheLayout, PageSpec
+from ..allocator import BlockAllocator, CacheLayout, PageCopies, PageSpec
 from ..cache import KVCache
 from ..engine import EngineConfig, EngineStats
 from ..engine.config import sequence_limit
@@ -29,7 +39,8 @@ from ..policies import AdmissionPolicy, PreemptionPolicy, VictimPolicy
 from ..tiers import HostTier
 from ._values import as_whole
 from .clairvoyant import Belady, ForetoldRoom
-from .costs import CostModel, Program
+from .costs import CostModel, HostCosts, Program
+from .programs import decode_program, prefill_program
 from .report import TOO_LONG, Record, Report, UsageLog, summarize
 from .workload import FIRST_GENERATED, Request, in_order
 
@@ -38,7 +49,19 @@ __all__ = ["simulate"]
 
 @dataclass(slots=True)
 class _Clock:
+    """Two of them: the host's, and until when the device is busy with what it was given."""
+
     now: float = 0.0
+    device: float = 0.0
+
+    def run(self, seconds: float, launch: float = 0.0) -> float:
+        """The device does so much more, after what it has to do; returns when that is over."""
+        self.device = max(self.device, self.now + launch) + seconds
+        return self.device
+
+    def wait(self, until: float) -> None:
+        """The host does nothing until then."""
+        self.now = max(self.now, until)
 
 
 class _ModelledCopies:
@@ -50,27 +73,23 @@ class _ModelledCopies:
 
     def take(self, cache: Any, pages: np.ndarray) -> float:
         seconds = _cost(self._costs, Program("store", len(pages), 1, 0, 0))
-        self._free_seconds = max(self._free_seconds, self._clock.now) + seconds
+        begin = max(self._free_seconds, self._clock.device, self._clock.now)
+        self._free_seconds = begin + seconds
         return self._free_seconds
 
     def finish(self, copy: float) -> None:
-        self._clock.now = max(self._clock.now, copy)
+        self._clock.wait(copy)
 
     def put(self, cache: Any, rested: Any, pages: np.ndarray) -> Any:
-        self._clock.now += _cost(self._costs, Program("load", len(pages), 1, 0, 0))
+        self._clock.run(_cost(self._costs, Program("load", len(pages), 1, 0, 0)))
         return cache
 
 
-@dataclass(frozen=True, slots=True)
-class _Times:
-    """When a visit's steps began, and how long each took."""
-
-    start: float
-    step_seconds: float
-
-
 class _ModelledRunner:
-    """A `Runner` whose programs take the time that a cost model says, and compute nothing."""
+    """A `Runner` whose programs take the time that a cost model says, and compute nothing.
+
+    What it returns for a program is when that is over.
+    """
 
     is_lost = False
 
@@ -86,39 +105,33 @@ class _ModelledRunner:
         self.cache, self._windows = cache, windows
         self._config, self._costs, self._clock, self._stats = config, costs, clock, stats
         self._shapes: set[tuple[int, int]] = set()
-        self.collected: _Times | None = None  # of the visit that is being booked
+        self._host = costs if isinstance(costs, HostCosts) else None
+        self._launch = self._host_cost("launch", 0)
 
     def exchange(self, change: Callable[[Any], Any]) -> None:
         self.cache = change(self.cache)
 
-    def prefill(self, plan: Prefill) -> None:
-        rows, chunks = self._config.prefill_rows, plan.chunks
-        tokens = sum(len(chunk.tokens) for chunk in chunks)
-        context = sum(chunk.begin for chunk in chunks)
-        seen = tuple(sum(min(c.begin, window) for c in chunks) for window in self._windows)
-        self._spend(Program("prefill", rows, plan.width, tokens, context, seen))
+    def prefill(self, plan: Prefill) -> float:
+        program = prefill_program(plan, self._config, self._windows)
+        self.spend_host("prefill", program.tokens)
+        self._copy(plan.copies)
+        return self._run(program)
 
     def decode(self, plan: Decode) -> Ticket:
-        if copied := sum(len(each.src) for each in plan.copies):
-            self._clock.now += _cost(self._costs, Program("copy", copied, 1, 0, 0))
-        count, steps = len(plan.slots), int(plan.budgets.max())
-        size = next(size for size in self._config.row_buckets if size >= count)
-        budgets = plan.budgets.astype(np.int64)
-        # A row of n tokens reads n, n + 1, ... of them in its steps.
-        context = _read(plan.context, budgets)
-        seen = tuple(_read(plan.context, budgets, window) for window in self._windows)
-        start = self._clock.now
-        seconds = self._spend(Program("decode", size, steps, int(budgets.sum()), context, seen))
-        return Ticket(plan, _Times(start, seconds / steps))
+        self.spend_host("decode", len(plan.slots))
+        self._copy(plan.copies)
+        return Ticket(plan, self._run(decode_program(plan, self._config, self._windows)))
 
-    def launched(self, out: Any) -> None:
+    def launched(self, out: float) -> None:
         """There is no launch."""
 
-    def wait(self, out: Any) -> None:
-        """The time has passed."""
+    def wait(self, out: float) -> None:
+        self._clock.wait(out)
 
     def collect(self, ticket: Ticket) -> Result:
-        plan, self.collected = ticket.plan, ticket.out
+        plan = ticket.plan
+        self._clock.wait(ticket.out)
+        self.spend_host("read", int(plan.budgets.sum()))
         texts = np.array([_generated(sample) for sample in plan.samples], np.int32)
         tokens = np.broadcast_to(texts, (int(plan.budgets.max()), len(texts)))
         return Result(tokens, plan.budgets, np.zeros(len(texts), bool))
@@ -126,20 +139,32 @@ class _ModelledRunner:
     def restart(self, *, lost: bool) -> None:
         """Nothing is lost here."""
 
-    def _spend(self, program: Program) -> float:
-        seconds = _cost(self._costs, program)
-        self._clock.now += seconds
+    def spend_host(self, work: str, size: int) -> None:
+        """The host has something to do."""
+        self._clock.now += self._host_cost(work, size)
+
+    def _host_cost(self, work: str, size: int) -> float:
+        if self._host is None:
+            return 0.0
+        return _time(self._host.host_seconds(work, size), f"{work} of {size}", "host_seconds")
+
+    def _copy(self, copies: Sequence[PageCopies]) -> None:
+        if count := sum(len(each.src) for each in copies):
+            self._clock.run(_cost(self._costs, Program("copy", count, 1, 0, 0)), self._launch)
+
+    def _run(self, program: Program) -> float:
+        over = self._clock.run(_cost(self._costs, program), self._launch)
         self._shapes.add((program.rows, program.width if program.kind == "prefill" else 0))
         self._stats.programs = len(self._shapes)
-        return seconds
+        return over
 
 
 class _Records:
     """What becomes of requests, in virtual time; tokens are counted, not kept as events."""
 
-    def __init__(self, clock: _Clock, runner: _ModelledRunner, belady: Belady | None):
+    def __init__(self, clock: _Clock, belady: Belady | None):
         self.records: dict[int, Record] = {}
-        self._clock, self._runner, self._belady = clock, runner, belady
+        self._clock, self._belady = clock, belady
 
     def note_admission(self, sample: Sample) -> None:
         self.records[sample.request_id].note_admission(sample)
@@ -156,15 +181,13 @@ class _Records:
 
     def put(self, serial: int, outcomes: Sequence[Outcome]) -> None:
         for sample, _, tokens, reason, *_ in outcomes:
-            record, times = self.records[sample.request_id], self._runner.collected
-            seconds = self._clock.now
-            if tokens and times is not None:
-                seconds = times.start + len(tokens) * times.step_seconds
+            record = self.records[sample.request_id]
+            if tokens:
                 if record.first_seconds is None:
-                    record.first_seconds = times.start + times.step_seconds
+                    record.first_seconds = self._clock.now
                 record.output_tokens += len(tokens)
             if reason is not None:
-                record.note_end(reason, seconds)
+                record.note_end(reason, self._clock.now)
                 if self._belady is not None:  # it may have waited
                     self._belady.begin(sample.request_id)
                     self._belady.come_back(sample)
@@ -280,7 +303,7 @@ class _Simulation:
         if self.belady is not None:
             room = ForetoldRoom(allocator, config, **policies)
             room.belady = self.belady
-        self.records = _Records(self.clock, self.runner, self.belady)
+        self.records = _Records(self.clock, self.belady)
         self.scheduler = Scheduler(
             allocator,
             config,
@@ -302,9 +325,10 @@ class _Simulation:
             if self.idle and upcoming is not None:
                 self.clock.now = max(self.clock.now, upcoming.arrival_seconds)
                 usage.note_idle(self.clock.now)
+            now = self.clock.now
             while (
                 upcoming is not None
-                and upcoming.arrival_seconds <= self.clock.now
+                and upcoming.arrival_seconds <= now
                 and len(self.scheduler.waiting) < room
             ):
                 self.accept(upcoming)
@@ -328,6 +352,7 @@ class _Simulation:
         if size + 1 > self.limit:
             self.records.refuse(number)
             return
+        self.runner.spend_host("submit", size)
         tokens: Any = array("i", request.prompt().tobytes())
         sampling = SamplingParams(max_new_tokens=request.output_tokens)
         first = Sample(number, 0, size, tokens, sampling, None, priority=request.priority)
@@ -336,20 +361,15 @@ class _Simulation:
 
 
 def _cost(costs: CostModel, program: Program) -> float:
-    """Seconds of a program; what is no time would stop the clock for good."""
-    seconds = costs.seconds(program)
+    """Seconds of a program."""
+    return _time(costs.seconds(program), program, "seconds")
+
+
+def _time(seconds: float, of: object, method: str) -> float:
+    """A time that a cost model has given; what is none would stop the clock for good."""
     if 0 <= seconds < float("inf"):
         return float(seconds)
-    raise ValueError(
-        f"costs.seconds must be a finite time of 0 or more, got {seconds} for {program}"
-    )
-
-
-def _read(context: np.ndarray, steps: np.ndarray, window: int | None = None) -> int:
-    """Tokens that rows of so many read in so many steps each, of the newest `window` alone."""
-    short = steps if window is None else (window - context).clip(0, steps)
-    read = short * context + short * (short - 1) // 2
-    return int((read if window is None else read + (steps - short) * window).sum())
+    raise ValueError(f"costs.{method} must be a finite time of 0 or more, got {seconds} for {of}")
 
 
 def _pool_without_memory(allocator: BlockAllocator) -> KVCache:

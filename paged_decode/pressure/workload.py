@@ -88,11 +88,17 @@ class Request:
           ValueError: `vocab_size` is not 1 to 2**31 - 1.
         """
         vocab_size = as_whole("vocab_size", vocab_size, 1)
-        parts = [
-            np.random.default_rng([7, block]).integers(0, vocab_size, self.block_tokens, np.int32)
-            for block in self.blocks
-        ]
-        return np.concatenate(parts)[: self.prompt_tokens]
+        place = np.arange(self.prompt_tokens, dtype=np.uint64)
+        block, place = np.divmod(place, np.uint64(self.block_tokens))
+        return _mixed(np.array(self.blocks, np.uint64)[block], place, vocab_size)
+
+
+def _mixed(block: np.ndarray, place: np.ndarray, size: int) -> np.ndarray:
+    """Numbers below `size`, int32, that only look random: of the splitmix64 generator."""
+    x = (block << np.uint64(32)) + place + np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    return ((x ^ (x >> np.uint64(31))) % np.uint64(size)).astype(np.int32)
 
 
 def in_order(requests: Iterable[Request]) -> Iterator[Request]:

@@ -81,7 +81,8 @@ def test_a_sweep_writes_its_files_and_does_not_repeat_itself(tmp_path, capsys):
     assert rows_of(tmp_path / "sweep.csv") == 4
     assert pictures(tmp_path) == OVER_SWEEP
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<img") == len(OVER_SWEEP) and 'src="data:' in page and "http" not in page
+    assert page.count("<img") == 1 and page.count("<svg") == len(OVER_SWEEP) - 1
+    assert 'src="data:' in page and "http" not in page
     assert "3 TB/s and 600 TFLOP/s" in page and "8B in bfloat16" in page
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("fifo", "512", "20/20", "ttft p90", "hit rate"))
@@ -163,7 +164,7 @@ def test_every_documented_command_runs(tmp_path, monkeypatch, capsys):
     from models import weights
 
     lines = documented()
-    assert {line[1] for line in lines} == {"sweep", "run", "compare"}
+    assert {line[1] for line in lines} == {"sweep", "run", "compare", "calibrate"}
     config = dict(context_length=("u32", 4096))
     llama = tiny_gguf.write_llama(
         tmp_path / "tiny.gguf",
@@ -192,7 +193,7 @@ def test_a_missing_extra_is_one_line_before_anything_runs(name, tmp_path, monkey
     assert not (tmp_path / "o").exists()
 
 
-@pytest.mark.parametrize("action", ["sweep", "run", "compare"])
+@pytest.mark.parametrize("action", ["sweep", "run", "compare", "calibrate"])
 def test_the_help_says_every_default(action, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as end:
@@ -429,3 +430,48 @@ def test_an_engine_of_another_pool_is_told_and_reported_as_it_is():
     assert command._about(engine, args)["pages"] == 29
     args.num_pages = 30
     assert command._other_pool(engine, args) == []
+
+
+@pytest.fixture(scope="module")
+def costs_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("costs") / "own" / "costs.json"
+    line = ["pressure", "calibrate", "--engine", f"{__name__}:make_engine", "--num-pages", "64"]
+    assert main([*line, "--page-size", "4", "--out", str(path)]) == 0
+    return path
+
+
+def test_calibrated_costs_take_the_place_of_the_roofline_in_a_sweep(costs_file, tmp_path, capsys):
+    line = ["pressure", "sweep", "poisson", "--limit", "9", "--pages", "999", "1999"]
+    assert main([*line, "--costs", str(costs_file), "--out", str(tmp_path)]) == 0
+    capsys.readouterr()
+    first, _ = strict(tmp_path / "sweep.json")
+    assert first["finished"] == 9 and first["page_size"] == 4 and first["max_rows"] == 4
+    assert first["card"].startswith("measured on cpu") and "weights" in first["model"]
+    assert "flops" not in first and first["costs"] == str(costs_file)
+    for more in (["--flops", "1e12"], ["--max-rows", "8"], ["--link-bytes", "1e9"]):
+        line = ["sweep", "poisson", "--limit", "9", "--pages", "999", "--costs", str(costs_file)]
+        line += [*more, "--out", str(tmp_path)]
+        if "--link-bytes" in more:
+            line += ["--preemption", "swap"]
+        assert "is measured" in failed(line, capsys, statuses=(2,))
+    line = ["sweep", "poisson", "--pages", "999", "--costs", str(costs_file), "--page-size", "16"]
+    assert "pages of 4 tokens" in failed(line, capsys, statuses=(2,))
+    (tmp_path / "none.json").write_text("{}")
+    line = ["sweep", "poisson", "--pages", "999", "--costs", str(tmp_path / "none.json")]
+    assert "no calibrated costs" in failed(line, capsys, statuses=(1,))
+
+
+def test_a_run_with_costs_shows_the_simulation_beside_the_engine(costs_file, tmp_path, capsys):
+    line = ["run", "poisson", "--limit", "6", "--rate", "1000", "--num-pages", "64"]
+    line += ["--time-scale", "0", "--out", str(tmp_path), "--costs", str(costs_file), "--engine"]
+    said = failed([*line, f"{__name__}:other_engine"], capsys, statuses=(1,))
+    assert "other programs: prefill_chunk 64 there and 32 here" in said
+    assert main(["pressure", *line, f"{__name__}:make_engine"]) == 1  # some prompts are too long
+    lines = [words for each in capsys.readouterr().out.splitlines() if (words := each.split())]
+    figures = {words[0]: words[1:] for words in lines}
+    assert figures["figure"] == ["engine", "simulated", "error"]
+    assert len(figures["ttft_seconds_p99"]) == 3
+
+
+def other_engine(*, num_pages, page_size, eviction):
+    return tiny_engine(num_pages, page_size, vocab_size=VOCAB, prefill_chunk=32)

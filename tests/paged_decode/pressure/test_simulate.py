@@ -73,13 +73,41 @@ CONFIG = EngineConfig(max_rows=2, decode_steps=4, prefill_chunk=8)
 
 def test_a_lone_request_takes_the_steps_computed_by_hand():
     # 12 tokens: 11 are prefilled in chunks of 8 and 3, one per visit, and the second visit goes
-    # on to decode 4 of 6 tokens (2.5 s each), the third decodes 2 more (5 s each).
+    # on to decode 4 of 6 tokens, the third decodes 2 more. Tokens are there when theirs is read.
     report = simulate([request(2.0, [1, 2, 3], 6)], BlockAllocator(9, 4), PerKind(), config=CONFIG)
     (record,) = report.records
-    assert record.first_seconds == 2 + 2 + 2.5
+    assert record.first_seconds == 2 + 2 + 10
     assert record.end_seconds == 2 + 2 + 10 + 10
     assert (record.output_tokens, record.finished, record.preemptions) == (6, True, 0)
     assert report.figures["recompute_tax"] == 0
+
+
+class WithHost(PerKind):
+    """A host that needs some time for everything."""
+
+    def host_seconds(self, work: str, size: int) -> float:
+        times = {"submit": 0.5, "prefill": 0.25, "decode": 0.125 * size, "read": 4.0}
+        return times.get(work, 0.0625)
+
+
+def test_the_host_plans_and_reads_while_the_device_works_and_both_take_their_time():
+    # The device begins at 2 + 0.5 + 0.25 + 0.0625 with the first chunk, and has the second when
+    # it is over: the host has planned it by then. So it is with the decode programs; the first is
+    # over at 14.8125, and read by 18.8125; the second at 24.8125, and read by 28.8125.
+    report = simulate([request(2.0, [1, 2, 3], 6)], BlockAllocator(9, 4), WithHost(), config=CONFIG)
+    (record,) = report.records
+    assert record.first_seconds == 2.8125 + 1 + 1 + 10 + 4
+    assert record.end_seconds == 2.8125 + 1 + 1 + 10 + 10 + 4
+    assert report.figures["seconds"] == record.end_seconds
+
+
+def test_who_comes_while_a_program_runs_waits_for_the_one_that_is_queued_behind_it():
+    # The first decodes from 1 s on, in programs until 11, 21, 31, 41 s. The second comes in the
+    # first of these, and is seen when that is read, at 11 s; then the next one is queued already.
+    # Its chunk and its first tokens take 11 s from 21 s on.
+    two = [request(0.0, [1], 16), request(5.0, [2], 4)]
+    report = simulate(two, BlockAllocator(17, 4), PerKind(), config=CONFIG)
+    assert [r.first_seconds for r in report.records] == [11, 32]
 
 
 def test_the_events_of_a_lone_request_are_those_written_by_hand():
