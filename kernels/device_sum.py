@@ -24,7 +24,7 @@ __all__ = ["DeviceSum"]
 
 MOST_CARDS = 8
 HEAD = 16  # bytes to which the counters of a workspace are padded
-WAIT = 1 << 26  # looks at an empty place, over a minute
+WAIT = 1 << 26  # looks at an empty place, each about a microsecond
 
 
 class DeviceSum:
@@ -36,7 +36,7 @@ class DeviceSum:
 
     The sums of one program must depend on each other, as those of a decoder do, and programs must
     reach all devices in the same order, as those of one thread do. A program keeps the addresses of
-    the workspaces: keep this object as long as the program. A card that waits over a minute for
+    the workspaces: keep this object as long as the program. A card that waits about a minute for
     another one ends with NaN, then and in every later sum.
 
     Attributes:

@@ -78,3 +78,62 @@ def test_cards_that_cannot_write_to_each_other_are_refused(monkeypatch):
     driver = mock.Mock(cuDeviceCanAccessPeer=can_access)
     monkeypatch.setattr(device_sum.ctypes, "CDLL", lambda name: driver)
     assert device_sum._peers(_cards(2)) == "card 0 cannot write into the memory of card 1"
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What launches are told, where devices of a CPU stand for cards; they give each card's place,
+    and what it was told of the last number."""
+    pytest.importorskip("triton", reason="has no wheel for this platform")
+    from paged_decode.kernels.triton import launch
+
+    calls = []
+
+    def launched(kernel, inputs, outputs, **options):
+        calls.append((inputs, options))
+        made = [jnp.zeros(out.shape, out.dtype) for out in outputs]
+        return [made[0] + inputs[1][-1, 0].astype(made[0].dtype), *made[1:]]
+
+    monkeypatch.setattr(device_sum, "_refusal", lambda *_: None)
+    monkeypatch.setattr(DeviceSum, "_load", lambda self: None)
+    monkeypatch.setattr(launch, "launch", launched)
+    return calls
+
+
+def test_every_card_knows_its_own_workspace_and_those_of_its_group(told):
+    mesh = mesh_of(2, 2)
+    sums = DeviceSum(mesh, "tensor", width=8, rows=3)
+    addresses = sums._table[..., :2, :].copy().view(np.int64)[..., 0]
+    own = np.array([a.unsafe_buffer_pointer() for a in sums._workspaces]).reshape(2, 2)
+    np.testing.assert_array_equal(addresses[..., 0], own)
+    np.testing.assert_array_equal(addresses[..., 1], own[:, ::-1])
+    np.testing.assert_array_equal(sums._table[..., 2, 0], [[0, 1], [0, 1]])
+    for space, device in zip(sums._workspaces, mesh.devices.flat, strict=True):
+        assert space.devices() == {device}
+        assert not np.asarray(space[:4]).any() and space.nbytes == 16 + 3 * 2 * 3 * 8 * 2
+        np.testing.assert_array_equal(np.asarray(space[4:]), 0x80008000)
+
+
+def test_what_fits_is_one_launch_and_all_else_is_psum(told):
+    mesh = mesh_of(2, 2)
+    sums = DeviceSum(mesh, "tensor", width=8, rows=3)
+    split = PartitionSpec(("data", "tensor"))
+
+    def run(fun, *shape: int, dtype=jnp.bfloat16):
+        told.clear()
+        mapped = jax.shard_map(fun, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
+        return np.asarray(jax.jit(mapped)(jnp.ones((4, *shape), dtype)).astype(jnp.float32))
+
+    found = run(lambda part: sums(part[0])[None], 3, 8)
+    np.testing.assert_array_equal(found[:, 0, 0], [0, 1, 0, 1])
+    (_, options), *rest = told
+    assert not rest and options["grid"] == 3
+    assert options["constants"]["CARDS"] == 2 and not options["constants"]["NORM"]
+    one = jnp.ones(8, jnp.bfloat16)
+    run(lambda part: sums.add_and_norm(part[0], part[0], one, 1e-5)[0][None], 2, 8)
+    ((inputs, options),) = told
+    assert options["constants"]["NORM"] and options["constants"]["RESIDUAL"]
+    assert inputs[4] == np.float32(1e-5)
+    for shape, dtype in (((4, 8), jnp.bfloat16), ((3, 4), jnp.bfloat16), ((3, 8), jnp.float32)):
+        found = run(lambda part: sums(part[0])[None], *shape, dtype=dtype)
+        assert not told and (found == 2).all()
