@@ -428,6 +428,38 @@ def _cpu(record: dict[str, Any]) -> str:
     return f"{record['min_cpu_s'] * 1e3:.0f}"
 
 
+def sharding_gpus() -> Iterator[str]:
+    for name, title in (
+        ("tensor_parallel", "A decode step on two GPUs against one"),
+        ("tensor_parallel_first", "The same with what a launch reads copied from the host"),
+    ):
+        result = load(name)
+        yield from heading(title, result, ("jax", "triton", "jax-triton"))
+        yield head("model", "rows", "GPUs", "step", "of one GPU", "attention, a layer", "a sum")
+        for record in (r for r in result["records"] if r["case"]["part"] == "step"):
+            case, sums = record["case"], record.get("sum_median_s")
+            yield line(
+                f"{case['model']}, {case['layers']} layers",
+                str(case["B"]),
+                record["system"],
+                f"{record['median_s'] * 1e3:.2f} ms",
+                f"{record['of_one']:.2f}",
+                f"{record['attention_layer_s'] * 1e6:.1f} us",
+                f"{sums * 1e6:.1f} us" if sums else "",
+            )
+        yield "\n"
+    yield "A sum of two cards with the residual and the norm behind it, from one to the next:\n\n"
+    yield head("width", "rows", "`psum`", "`DeviceSum`")
+    found: dict[tuple[int, int], dict[str, float]] = {}
+    for record in (r for r in result["records"] if r["case"]["part"] == "sum"):
+        key = record["case"]["width"], record["case"]["B"]
+        found.setdefault(key, {})[record["system"]] = record["min_s"]
+    for (width, rows), times in found.items():
+        cells = (f"{times[name] * 1e6:.1f} us" for name in ("psum", "DeviceSum"))
+        yield line(str(width), str(rows), *cells)
+    yield "\n"
+
+
 def sharding_cost() -> Iterator[str]:
     result = load("sharding")
     records = result["records"]
@@ -751,7 +783,7 @@ PAGES = {
     "docs/snapshots.md": (snapshot, snapshot_gpu),
     "docs/planning.md": (memory,),
     "docs/pressure.md": (tier, NEXT, pressure_speed, NEXT, pressure_error, NEXT, pressure_capacity),
-    "docs/sharding.md": (sharding_cost, sharding_talk, sharding_memory),
+    "docs/sharding.md": (sharding_gpus, NEXT, sharding_cost, sharding_talk, sharding_memory),
 }
 
 

@@ -83,7 +83,8 @@ def make_engine(args: argparse.Namespace, path: Path, words: tokenizer.Tokenizer
     model = decoder.make_model(config, every_token=bool(args.draft))
     where: dict[str, Any] = {}
     if mesh is not None:
-        model = parallel.make_parallel_model(config, params, mesh)
+        sums = pd.DeviceSum(mesh, parallel.AXIS, width=config.width, dtype=args.dtype)
+        model = parallel.make_parallel_model(config, params, mesh, sums=sums)
         where = dict(mesh=mesh, head_axis=parallel.AXIS)
     size, most = args.page_size, min(config.max_positions, MOST_TOKENS)
     pages = -(-most // size) + 1 if args.num_pages is None else args.num_pages

@@ -23,7 +23,15 @@ from typing import Any
 
 import jax
 
-from paged_decode import BlockAllocator, Completion, Engine, EngineConfig, KVCache, SamplingParams
+from paged_decode import (
+    BlockAllocator,
+    Completion,
+    DeviceSum,
+    Engine,
+    EngineConfig,
+    KVCache,
+    SamplingParams,
+)
 from paged_decode._optional import needs
 from paged_decode.engine.events import gather
 from paged_decode.errors import PagedDecodeError
@@ -116,7 +124,8 @@ class Engines:
         self.model = decoder.make_model(self.config)
         self.where: dict[str, Any] = {}
         if mesh is not None:
-            self.model = parallel.make_parallel_model(self.config, self.params, mesh)
+            sums = DeviceSum(mesh, parallel.AXIS, width=self.config.width, dtype=args.dtype)
+            self.model = parallel.make_parallel_model(self.config, self.params, mesh, sums=sums)
             self.where = dict(mesh=mesh, head_axis=parallel.AXIS)
         self.totals = [len(prompt) + args.max_new for prompt in prompts]
         needed = sum(-(-tokens // args.page_size) for tokens in self.totals)

@@ -3,6 +3,7 @@
 from .annotations import AttentionOptions, Implementation
 from .cache_ops import append_kv, copy_pages
 from .dense import decode_attention
+from .device_sum import DeviceSum
 from .dispatch import BACKENDS, Backend, backend_status
 from .merge import merge_attention
 from .op import append_and_attend, paged_attention
@@ -13,6 +14,7 @@ __all__ = [
     "BACKENDS",
     "AttentionOptions",
     "Backend",
+    "DeviceSum",
     "Implementation",
     "Placement",
     "SharedPrefix",

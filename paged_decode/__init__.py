@@ -47,6 +47,7 @@ from .errors import (
 )
 from .kernels import (
     AttentionOptions,
+    DeviceSum,
     Placement,
     append_and_attend,
     append_kv,
@@ -81,6 +82,7 @@ __all__ = [
     "CorruptState",
     "DecodeBatch",
     "Detokenizer",
+    "DeviceSum",
     "Drafter",
     "Engine",
     "EngineConfig",

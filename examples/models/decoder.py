@@ -11,13 +11,14 @@ heads, D head dim, I inner width, X experts, K of them for a token.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from paged_decode import DecodeBatch, KVCache
+from paged_decode import DecodeBatch, DeviceSum, KVCache
 
 from .checkpoint import Params, load
 from .config import ModelConfig, Rope, layout, rope_frequencies
@@ -25,6 +26,7 @@ from .config import ModelConfig, Rope, layout, rope_frequencies
 __all__ = ["ModelConfig", "Rope", "layout", "load", "make_model", "rope_frequencies"]
 
 _ALPHA, _LIMIT = 1.702, 7.0  # of gpt-oss's gate
+_TWO_ROWS = 10_000_000  # numbers of a matrix; one row times a smaller one is not a product to XLA
 Model = Callable[[Params, KVCache, Array, DecodeBatch], tuple[Array, KVCache]]
 
 
@@ -34,6 +36,7 @@ def make_model(
     every_token: bool = False,
     axis: str | None = None,
     split_vocabulary: bool = False,
+    sums: DeviceSum | None = None,
 ) -> Model:
     """Return `model(params, cache, tokens, batch) -> (logits, cache)` for these sizes.
 
@@ -46,7 +49,8 @@ def make_model(
     The cache may be of one group, which keeps every page, or of the groups of `layout`.
 
     With `axis`, `config` and the weights are one device's part inside a `shard_map` over that mesh
-    axis (`parallel.py` makes them), and so are the logits if the vocabulary is split.
+    axis (`parallel.py` makes them), and so are the logits if the vocabulary is split. `sums` over
+    that axis takes the place of `psum` and of what follows it.
 
     Example:
       >>> step = jax.jit(make_model(config), donate_argnums=1)  # doctest: +SKIP
@@ -57,25 +61,26 @@ def make_model(
         params: Params, cache: KVCache, tokens: Int[Array, "B T"], batch: DecodeBatch
     ) -> tuple[Float[Array, "B *T V"], KVCache]:
         rows, columns = tokens.shape
-        embed = params["embed"]
-        x = _embed(embed, tokens.reshape(-1), axis if split_vocabulary else None)
+        embed, layers = params["embed"], params["layers"]
+        x = _embed(embed, tokens.reshape(-1), axis if split_vocabulary else None, sums)
         if config.embedding_scale != 1.0:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
         ropes = _ropes(config, params, batch.positions)
-        for index, layer in enumerate(params["layers"]):
+        added = partial(_added, config, axis, sums)
+        norms = [layer["attention_norm"] for layer in layers[1:]] + [params["norm"]]
+        normed = _rms_norm(x, layers[0]["attention_norm"], config.norm_eps)
+        for index, (layer, following) in enumerate(zip(layers, norms, strict=True)):
             if axis is not None:
                 layer = _added_once(layer, axis)
             rope = ropes[config.window(index) is not None]
             if index in config.unturned_layers:
                 rope = None
-            normed = _rms_norm(x, layer["attention_norm"], config.norm_eps)
             mixed, cache = _attention(config, layer, index, normed, rope, cache, batch)
-            x = x + _end_norm(config, layer, "attention_end_norm", _total(mixed, axis))
-            normed = _rms_norm(x, layer["inner_norm"], config.norm_eps)
+            x, normed = added(x, mixed, layer.get("attention_end_norm"), layer["inner_norm"])
             mixed = _feed_forward(config, layer, normed)
-            x = x + _end_norm(config, layer, "inner_end_norm", _total(mixed, axis))
-        x = x.reshape(rows, columns, -1)
-        x = _rms_norm(x if every_token else x[:, -1], params["norm"], config.norm_eps)
+            x, normed = added(x, mixed, layer.get("inner_end_norm"), following)
+        x = normed.reshape(rows, columns, -1)
+        x = x if every_token else x[:, -1]
         logits = jnp.matmul(x, params.get("head", embed), preferred_element_type=jnp.float32)
         if config.logit_cap is not None:
             logits = config.logit_cap * jnp.tanh(logits / config.logit_cap)
@@ -91,20 +96,47 @@ def _added_once(layer: Params, axis: str) -> Params:
     return layer | {name: jnp.where(first, layer[name], 0) for name in ends}
 
 
-def _total(part: Float[Array, "M E"], axis: str | None) -> Float[Array, "M E"]:
+def _total(
+    part: Float[Array, "M E"], axis: str | None, sums: DeviceSum | None
+) -> Float[Array, "M E"]:
     """The sum over the devices, the only talk of a block."""
+    if sums is not None:
+        return sums(part)
     return part if axis is None else jax.lax.psum(part, axis)
 
 
+def _added(
+    config: ModelConfig,
+    axis: str | None,
+    sums: DeviceSum | None,
+    x: Float[Array, "M E"],
+    part: Float[Array, "M E"],
+    end_norm: Float[Array, " E"] | None,
+    norm: Float[Array, " E"],
+) -> tuple[Float[Array, "M E"], Float[Array, "M E"]]:
+    """x and what a block made, and what the next block reads: that sum under its norm.
+
+    Families that have an `end_norm` put it over what the block made.
+    """
+    if sums is not None and end_norm is None:
+        return sums.add_and_norm(part, x, norm, config.norm_eps)
+    total = _total(part, axis, sums)
+    x = x + (total if end_norm is None else _rms_norm(total, end_norm, config.norm_eps))
+    return x, _rms_norm(x, norm, config.norm_eps)
+
+
 def _embed(
-    embed: Float[Array, "E V"], tokens: Int[Array, " M"], axis: str | None
+    embed: Float[Array, "E V"],
+    tokens: Int[Array, " M"],
+    axis: str | None,
+    sums: DeviceSum | None,
 ) -> Float[Array, "M E"]:
     if axis is None:
         return jnp.take(embed, tokens, axis=1).T
     own = tokens - jax.lax.axis_index(axis) * embed.shape[1]
     here = (own >= 0) & (own < embed.shape[1])  # every token is on one device; the others add 0
     x = jnp.take(embed, jnp.where(here, own, 0), axis=1).T
-    return jax.lax.psum(jnp.where(here[:, None], x, jnp.zeros_like(x)), axis)
+    return _total(jnp.where(here[:, None], x, jnp.zeros_like(x)), axis, sums)
 
 
 def _attention(
@@ -181,13 +213,20 @@ def _mix_experts(config: ModelConfig, layer: Params, x: Float[Array, "M E"]) -> 
 
 
 def _linear(x: Float[Array, "M in"], layer: Params, name: str) -> Float[Array, "M out"]:
-    product = x @ layer[name]
+    product = _product(x, layer[name])
     return product + layer[name + "_bias"] if name + "_bias" in layer else product
 
 
-def _end_norm(config: ModelConfig, layer: Params, name: str, x: Array) -> Array:
-    """The norm behind a block, in families that have one."""
-    return _rms_norm(x, layer[name], config.norm_eps) if name in layer else x
+def _product(x: Float[Array, "M in"], matrix: Float[Array, "in out"]) -> Float[Array, "M out"]:
+    if len(x) > 1 or matrix.size >= _TWO_ROWS:
+        return x @ matrix
+    # XLA for GPUs would multiply all of so small a matrix by one row, and then add up: three times
+    # the time of a product. Two rows are a product, and the second costs nothing.
+    return jax.lax.platform_dependent(
+        *(x, matrix),
+        cuda=lambda x, matrix: (jnp.broadcast_to(x, (2, x.shape[1])) @ matrix)[:1],
+        default=jnp.matmul,
+    )
 
 
 def _rms_norm(x: Float[Array, "*M E"], weight: Float[Array, "*H E"], eps: float) -> Array:

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import AxisType, Mesh, PartitionSpec
 from jaxtyping import Array
 
-from paged_decode import DecodeBatch, KVCache
+from paged_decode import DecodeBatch, DeviceSum, KVCache
 
 from .checkpoint import Params
 from .config import ModelConfig
@@ -37,7 +37,12 @@ def make_mesh(devices: int, *, data: int = 1) -> Mesh:
 
 
 def make_parallel_model(
-    config: ModelConfig, params: Params, mesh: Mesh, *, every_token: bool = False
+    config: ModelConfig,
+    params: Params,
+    mesh: Mesh,
+    *,
+    every_token: bool = False,
+    sums: DeviceSum | None = None,
 ) -> Model:
     """Like `make_model`, for weights of `split_params` and a cache on the same mesh.
 
@@ -52,6 +57,7 @@ def make_parallel_model(
         every_token=every_token,
         axis=AXIS,
         split_vocabulary=split_vocabulary,
+        sums=sums,
     )
     specs = param_specs(config, params, devices)
 

@@ -118,6 +118,7 @@ _TYPES = {
     "int8": "*i8",
     "float8_e4m3fn": "*fp8e4nv",
     "bool": "*i1",
+    "float": "fp32",  # a number, not an array
 }
 
 
@@ -132,7 +133,8 @@ def needs(launch: Launched, card: Hardware) -> Needs:
     signature = dict.fromkeys(names, "constexpr")
     signature |= zip(names, (_TYPES[dtype] for dtype in launch.pointers), strict=False)
     # Arrays of JAX begin at multiples of 16 bytes, and jax-triton says so.
-    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(launch.pointers))}
+    arrays = [i for i, dtype in enumerate(launch.pointers) if dtype != "float"]
+    aligned = {(i,): [["tt.divisibility", 16]] for i in arrays}
     source = triton.compiler.ASTSource(
         fn=launch.kernel, signature=signature, constexprs=launch.constants, attrs=aligned
     )
