@@ -12,18 +12,18 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from .config import ModelConfig, rope_frequencies
+from .config import ModelConfig
 from .families import CheckpointError, Names, Recipe, read_recipe
 from .gguf_families import read_gguf_recipe
-from .gguf_reader import read_gguf
-from .sharding import split_part
+from .gguf_reader import GGUF, read_gguf
+from .parallel import split_params
 
 __all__ = ["CheckpointError", "Params", "Safetensors", "load"]
 
@@ -38,8 +38,8 @@ def load(
     Matrices are laid out `[in, out]`, and those that read the same input lie side by side: of
     all layouts tried with XLA on a CPU, one `[in, out]` product of all of them streams the weights
     fastest, for one row and for several. The embedding is `[E, V]`, so that a model whose
-    output head is tied to it holds one copy. Norms, sinks and frequencies are float32, as all
-    that they are used with. With `mesh`, every device gets its own part (`sharding.py`), layer by
+    output head is tied to it holds one copy. Norms and sinks are float32, as all that they are
+    used with. With `mesh`, every device gets its own part (`parallel.py`), layer by
     layer.
 
     Raises:
@@ -60,27 +60,13 @@ def load(
     config = recipe.config
     put = partial(jax.tree.map, jnp.asarray)
     if mesh is not None:
-        put = partial(split_part, config, mesh=mesh)
+        put = partial(split_params, config, mesh=mesh)
     reader = _Reader(source, recipe, jnp.dtype(dtype))
     reader.check_names()
-    params = put(reader.parameters(recipe.top) | reader.frequencies())
+    params = put(reader.parameters(recipe.top))
     numbers = _shown(range(config.num_layers), f"reading {path.name}")
     params["layers"] = [put(reader.parameters(recipe.layer, number)) for number in numbers]
     return config, params
-
-
-class _Source(Protocol):
-    """Where tensors come from."""
-
-    @property
-    def path(self) -> Path: ...
-
-    @property
-    def tensors(self) -> Any: ...  # a container of names
-
-    def info(self, name: str) -> Any: ...  # raises if there is no such tensor
-
-    def tensor(self, name: str, shape: tuple[int, ...]) -> np.ndarray: ...
 
 
 class Safetensors:
@@ -124,13 +110,13 @@ class Safetensors:
 class _Reader:
     """Makes parameters of a file's tensors."""
 
-    def __init__(self, source: _Source, recipe: Recipe, dtype: Any):
+    def __init__(self, source: Safetensors | GGUF, recipe: Recipe, dtype: Any):
         self.source, self.recipe, self.dtype = source, recipe, dtype
         self.pieces = _pieces(recipe.config)
 
     def check_names(self) -> None:
         """Before anything is read: everything is there, and nothing that has no place."""
-        known = ("rotary_emb.inv_freq", "rope_freqs.weight")  # of old files; see `frequencies`
+        known = ("rotary_emb.inv_freq", "rope_freqs.weight")  # of old files; in the configuration
         unread = {name for name in self.source.tensors if not name.endswith(known)}
         for template, layer in self.names():
             for expert in range(self.recipe.config.num_experts if "{expert}" in template else 1):
@@ -180,19 +166,6 @@ class _Reader:
         if stored is None:
             return self.source.tensor(name, shape)
         return stored.ours(self.source.tensor(name, stored.shape(shape)))
-
-    def frequencies(self) -> Params:
-        """float32 `[R / 2]`; some GGUF files of Llama 3 say by what to divide them."""
-        config = self.recipe.config
-        turned = config.rotary_dim or config.head_dim
-        found = rope_frequencies(config.rope, turned)
-        if "rope_freqs.weight" in self.source.tensors:
-            found = found / self.source.tensor("rope_freqs.weight", found.shape)
-        params = {"rope_frequencies": found.astype(np.float32)}
-        if config.local_rope is not None:
-            local = rope_frequencies(config.local_rope, turned)
-            params["local_rope_frequencies"] = local.astype(np.float32)
-        return params
 
 
 _MATRICES = frozenset(("embed", "head", "qkv", "out", "gate_up", "down", "router"))

@@ -15,12 +15,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from paged_decode import DecodeBatch, KVCache
 
 from .checkpoint import Params, load
 from .config import ModelConfig, Rope, layout, rope_frequencies
+from .parallel import AXIS, local_config, mapped
 
 __all__ = ["ModelConfig", "Rope", "layout", "load", "make_model", "rope_frequencies"]
 
@@ -29,11 +31,7 @@ Model = Callable[[Params, KVCache, Array, DecodeBatch], tuple[Array, KVCache]]
 
 
 def make_model(
-    config: ModelConfig,
-    *,
-    every_token: bool = False,
-    axis: str | None = None,
-    split_vocabulary: bool = False,
+    config: ModelConfig, *, every_token: bool = False, mesh: Mesh | None = None
 ) -> Model:
     """Return `model(params, cache, tokens, batch) -> (logits, cache)` for these sizes.
 
@@ -45,13 +43,28 @@ def make_model(
 
     The cache may be of one group, which keeps every page, or of the groups of `layout`.
 
-    With `axis`, `config` and the weights are one device's part inside a `shard_map` over that mesh
-    axis (`parallel.py` makes them), and so are the logits if the vocabulary is split.
+    With `mesh`, the weights lie on its devices, as `load` with that mesh puts them or
+    `parallel.split_params`, and so does the cache.
 
     Example:
       >>> step = jax.jit(make_model(config), donate_argnums=1)  # doctest: +SKIP
       >>> logits, cache = step(params, cache, tokens, batch)  # doctest: +SKIP
     """
+    if mesh is None:
+        return _make_local(config, every_token)
+    devices = mesh.shape[AXIS]
+    split_vocabulary = config.vocab_size % devices == 0
+    local = _make_local(local_config(config, devices), every_token, AXIS, split_vocabulary)
+    return mapped(local, config, mesh, every_token)
+
+
+def _make_local(
+    config: ModelConfig,
+    every_token: bool,
+    axis: str | None = None,
+    split_vocabulary: bool = False,
+) -> Model:
+    """What one device computes: the whole model, or its part of it inside a `shard_map`."""
 
     def model(
         params: Params, cache: KVCache, tokens: Int[Array, "B T"], batch: DecodeBatch
@@ -61,19 +74,18 @@ def make_model(
         x = _embed(embed, tokens.reshape(-1), axis if split_vocabulary else None)
         if config.embedding_scale != 1.0:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
-        ropes = _ropes(config, params, batch.positions)
+        ropes = _ropes(config, batch.positions)
         for index, layer in enumerate(params["layers"]):
-            if axis is not None:
-                layer = _added_once(layer, axis)
-            rope = ropes[config.window(index) is not None]
-            if index in config.unturned_layers:
-                rope = None
+            unturned = index in config.unturned_layers
+            rope = None if unturned else ropes[config.window(index) is not None]
             normed = _rms_norm(x, layer["attention_norm"], config.norm_eps)
             mixed, cache = _attention(config, layer, index, normed, rope, cache, batch)
-            x = x + _end_norm(config, layer, "attention_end_norm", _total(mixed, axis))
+            mixed = _total(mixed, axis)
+            x = x + _rms_norm(mixed, layer.get("attention_end_norm"), config.norm_eps)
             normed = _rms_norm(x, layer["inner_norm"], config.norm_eps)
-            mixed = _feed_forward(config, layer, normed)
-            x = x + _end_norm(config, layer, "inner_end_norm", _total(mixed, axis))
+            block = _mix_experts if "router" in layer else _feed_forward
+            mixed = _total(block(config, layer, normed), axis)
+            x = x + _rms_norm(mixed, layer.get("inner_end_norm"), config.norm_eps)
         x = x.reshape(rows, columns, -1)
         x = _rms_norm(x if every_token else x[:, -1], params["norm"], config.norm_eps)
         logits = jnp.matmul(x, params.get("head", embed), preferred_element_type=jnp.float32)
@@ -82,13 +94,6 @@ def make_model(
         return logits, cache
 
     return model
-
-
-def _added_once(layer: Params, axis: str) -> Params:
-    """Biases at the end of a block, which are whole on every device, stay on the first alone."""
-    first = jax.lax.axis_index(axis) == 0
-    ends = {"out_bias", "down_bias"} & layer.keys()
-    return layer | {name: jnp.where(first, layer[name], 0) for name in ends}
 
 
 def _total(part: Float[Array, "M E"], axis: str | None) -> Float[Array, "M E"]:
@@ -141,8 +146,6 @@ def _attention(
 
 
 def _feed_forward(config: ModelConfig, layer: Params, x: Float[Array, "M E"]) -> Array:
-    if "router" in layer:
-        return _mix_experts(config, layer, x)
     return _linear(_gated(config.gate, _linear(x, layer, "gate_up")), layer, "down")
 
 
@@ -185,35 +188,27 @@ def _linear(x: Float[Array, "M in"], layer: Params, name: str) -> Float[Array, "
     return product + layer[name + "_bias"] if name + "_bias" in layer else product
 
 
-def _end_norm(config: ModelConfig, layer: Params, name: str, x: Array) -> Array:
-    """The norm behind a block, in families that have one."""
-    return _rms_norm(x, layer[name], config.norm_eps) if name in layer else x
-
-
-def _rms_norm(x: Float[Array, "*M E"], weight: Float[Array, "*H E"], eps: float) -> Array:
+def _rms_norm(x: Float[Array, "*M E"], weight: Float[Array, "*H E"] | None, eps: float) -> Array:
+    if weight is None:  # of a family that has no such norm
+        return x
     wide = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return (wide * scale * weight.astype(jnp.float32)).astype(x.dtype)
 
 
 def _ropes(
-    config: ModelConfig, params: Params, positions: Int[Array, "B T"]
+    config: ModelConfig, positions: Int[Array, "B T"]
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    """Of layers that see all tokens, and of those with a window; each once a step."""
-    angles = _rope_angles(params["rope_frequencies"], positions, config.rope.magnitude)
-    local = config.local_rope
-    if local is None:
-        return angles, angles
-    return angles, _rope_angles(params["local_rope_frequencies"], positions, local.magnitude)
+    """cos and sin `[B, T, 1, R/2]`, made once a step for all heads of all layers: of layers that
+    see all tokens, and of those with a window."""
 
+    def turns(rope: Rope) -> tuple[Array, Array]:
+        frequencies = rope_frequencies(rope, config.rotary_dim or config.head_dim)
+        angles = positions[:, :, None, None].astype(jnp.float32) * frequencies.astype(np.float32)
+        return jnp.cos(angles) * rope.magnitude, jnp.sin(angles) * rope.magnitude
 
-def _rope_angles(
-    frequencies: Float[Array, " half"], positions: Int[Array, "B T"], magnitude: float
-) -> tuple[Array, Array]:
-    """cos and sin `[B, T, 1, R/2]`, made once a step for all layers and heads."""
-    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    return (cos, sin) if magnitude == 1.0 else (cos * magnitude, sin * magnitude)
+    whole = turns(config.rope)
+    return whole, turns(config.local_rope) if config.local_rope else whole
 
 
 def _rotate(x: Float[Array, "B T H D"], cos: Array, sin: Array) -> Float[Array, "B T H D"]:

@@ -74,7 +74,7 @@ def test_the_logits_of_every_position_are_those_of_transformers(family, devices)
         mesh = parallel.make_mesh(devices)
         config, params = decoder.load(GOLDEN / family, mesh=mesh)
         assert params["layers"][0]["out"].sharding.mesh.shape[parallel.AXIS] == devices
-        model = parallel.make_parallel_model(config, params, mesh, every_token=True)
+        model = decoder.make_model(config, mesh=mesh, every_token=True)
         where = dict(mesh=mesh, head_axis=parallel.AXIS)
     sequences = [prompt + greedy for prompt, greedy, _ in cases]
     said = every_logit(model, config, params, sequences, **where)
