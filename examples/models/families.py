@@ -26,10 +26,11 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """How a tensor lies in a file: its shape there, from ours, and what makes it ours."""
+    """How a tensor lies in a file: a matrix as `(in, out)` or `(out, in)`, and what puts its
+    columns, seen as `(in, out)`, in our order."""
 
-    shape: Callable[[tuple[int, ...]], tuple[int, ...]]
-    ours: Callable[[np.ndarray], np.ndarray]
+    in_out: bool = False
+    ours: Callable[[np.ndarray], np.ndarray] = lambda columns: columns
 
 
 Names = dict[str, tuple[str, ...]]
@@ -45,7 +46,7 @@ class Recipe:
       layer: the same in a layer, whose number goes in for `{layer}`. A name with `{expert}`
         stands for a tensor of every expert; one name in the place of several, for a tensor that
         has them all.
-      stored: by name, tensors that lie in another way than `(out, in)`.
+      stored: by name, tensors that lie in another way than matrices of `(out, in)`.
       norm_offset: what is added to the weights of norms.
     """
 
@@ -349,22 +350,17 @@ def _gpt_oss(keys: Keys, names: Names) -> dict[str, Any]:
             num_experts=keys.size("num_local_experts"),
             experts_per_token=chosen,
             stored={
-                "mlp.experts.gate_up_proj": Stored(_swapped, lambda a: _apart(a.swapaxes(1, 2))),
-                "mlp.experts.gate_up_proj_bias": Stored(lambda shape: shape, _apart),
-                "mlp.experts.down_proj": Stored(_swapped, lambda a: a.swapaxes(1, 2)),
+                "mlp.experts.gate_up_proj": Stored(True, _apart),
+                "mlp.experts.gate_up_proj_bias": Stored(ours=_apart),
+                "mlp.experts.down_proj": Stored(True),
             },
         )
     )
 
 
-def _swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (shape[0], shape[2], shape[1])
-
-
 def _apart(both: np.ndarray) -> np.ndarray:
-    """`(X, 2I, ...)` of gates and what they multiply in turn, to first all of the former."""
-    pairs = both.reshape(len(both), -1, 2, *both.shape[2:])
-    return pairs.swapaxes(1, 2).reshape(both.shape)
+    """`(..., 2I)` of gates and what they multiply in turn, to first all of the former."""
+    return np.concatenate([both[..., ::2], both[..., 1::2]], axis=-1)
 
 
 def _gemma2(keys: Keys, names: Names) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def read_gguf_recipe(gguf: GGUF) -> Recipe:
         top["head"] = ("output.weight",)
     stored = {}
     if architecture == "llama":  # the two halves of every head that is turned are interleaved
-        halves = Stored(lambda shape: shape, lambda matrix: _halves(matrix, head_dim))
+        halves = Stored(ours=lambda matrix: _halves(matrix.T, head_dim).T)
         stored = {f"blk.{{layer}}.attn_{each}.weight": halves for each in "qk"}
     layer = {role: tuple("blk.{layer}." + name for name in each) for role, each in names.items()}
     return Recipe(config, top, layer, stored)

@@ -79,7 +79,8 @@ def split_params(config: ModelConfig, params: Any, mesh: Mesh) -> Any:
     def qkv(matrix: Any) -> np.ndarray:
         parts = np.split(np.asarray(matrix), [q, q + kv], axis=-1)
         heads = [p.reshape(*p.shape[:-1], -1, config.head_dim) for p in parts]
-        heads[1:] = [np.repeat(p, copies, axis=-2) for p in heads[1:]]
+        if copies > 1:
+            heads[1:] = [np.repeat(p, copies, axis=-2) for p in heads[1:]]
         return _interleave([p.reshape(*p.shape[:-2], -1) for p in heads], devices)
 
     def gate_up(matrix: Any) -> np.ndarray:
