@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from functools import partial
+from functools import cache, partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,8 @@ def load(
     """
     path = Path(path)
     if path.is_dir():
-        recipe, source = read_recipe(path), Safetensors(path)
+        recipe = read_recipe(path)
+        source = Safetensors(path, mxfp4=recipe.mxfp4)
     else:
         source = read_gguf(path)
         recipe = read_gguf_recipe(source)
@@ -72,11 +73,13 @@ def load(
 class Safetensors:
     """The tensors of a folder, in one file or in several with an index; files are mapped.
 
+    With `mxfp4`, two tensors, `*_blocks` and `*_scales`, are shown as the one that they stand for.
+
     Raises:
       CheckpointError: no such files, or one that is broken or not what the index says.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, mxfp4: bool = False):
         from safetensors import SafetensorError, safe_open
 
         self.path = path
@@ -89,14 +92,19 @@ class Safetensors:
                 )
             for name in files:
                 file = safe_open(path / name, framework="numpy")
-                self.tensors |= dict.fromkeys(file.keys(), file)
+                self.tensors |= {each: file.get_slice(each) for each in file.keys()}
+            packed = [name for name in self.tensors if mxfp4 and name.endswith("_blocks")]
+            for name in packed:
+                whole = name.removesuffix("_blocks")
+                pair = self.tensors.pop(name), self.tensors.pop(whole + "_scales")
+                self.tensors[whole] = _Mxfp4(whole, *pair)
         except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
             raise CheckpointError(f"{path}: expected {' and '.join(files)}: {error}") from error
 
     def info(self, name: str) -> Any:
         if name not in self.tensors:
             raise CheckpointError(f"{self.path}: expected a tensor {name!r}, the files have none")
-        return self.tensors[name].get_slice(name)
+        return self.tensors[name]
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         info = self.info(name)
@@ -104,7 +112,53 @@ class Safetensors:
             raise CheckpointError(f"{self.path}: expected {name!r} of shape {shape}, got {found}")
         if (kind := info.get_dtype()) not in ("F32", "F16", "BF16"):
             raise NotImplementedError(f"{self.path}: {name!r} of dtype {kind} is not served")
-        return self.tensors[name].get_tensor(name)
+        return info[:]
+
+
+class _Mxfp4:
+    """Experts' matrices of 4 bits, as a tensor `(X, in, out)` in bfloat16, which has all of their
+    numbers.
+
+    32 numbers along `in` share a scale, of 2**(s - 127): uint8 `(X, out, in / 32)`. Of the two in
+    a byte, the first is in the low bits: uint8 `(X, out, in / 32, 16)`.
+    """
+
+    def __init__(self, name: str, blocks: Any, scales: Any):
+        packed, shape = blocks.get_shape(), scales.get_shape()
+        kinds = blocks.get_dtype(), scales.get_dtype()
+        if packed != [*shape, 16] or len(shape) != 3 or kinds != ("U8", "U8"):
+            raise ValueError(
+                f"{name!r} of blocks {packed}, scales {shape} and {' and '.join(kinds)}"
+            )
+        self.blocks, self.scales = blocks, scales
+
+    def get_shape(self) -> list[int]:
+        experts, out, count = self.scales.get_shape()
+        return [experts, 32 * count, out]
+
+    def get_dtype(self) -> str:
+        return "BF16"
+
+    def __getitem__(self, every: slice) -> np.ndarray:
+        pairs = zip(self.blocks[every], self.scales[every], strict=True)
+        return np.stack([_unpacked(*pair) for pair in pairs]).swapaxes(1, 2)
+
+
+def _unpacked(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """The numbers `(out, in)` of one expert."""
+    where = scales[:, :, None].astype(np.uint16) << 8 | blocks
+    return _two_numbers()[where].view(jnp.bfloat16).reshape(len(blocks), -1)
+
+
+@cache
+def _two_numbers() -> np.ndarray:
+    """What a byte says under a scale: two bfloat16 numbers as one uint32, `[256 * 256]`."""
+    positive = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+    number, byte = np.concatenate([positive, -positive]), np.arange(256)
+    pairs = np.stack([number[byte & 15], number[byte >> 4]], axis=-1)
+    with np.errstate(over="ignore"):  # of scales that no file has
+        scaled = np.ldexp(pairs, np.arange(-127, 129)[:, None, None])
+    return scaled.astype(jnp.bfloat16).view(np.uint32).reshape(-1)
 
 
 class _Reader:

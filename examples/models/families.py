@@ -48,6 +48,7 @@ class Recipe:
         has them all.
       stored: by name, tensors that lie in another way than matrices of `(out, in)`.
       norm_offset: what is added to the weights of norms.
+      mxfp4: whether tensors of experts are stored so.
     """
 
     config: ModelConfig
@@ -55,6 +56,7 @@ class Recipe:
     layer: Names
     stored: dict[str, Stored] = field(default_factory=dict)
     norm_offset: float = 0.0
+    mxfp4: bool = False
 
 
 def read_recipe(folder: Path) -> Recipe:
@@ -78,10 +80,12 @@ def read_recipe(folder: Path) -> Recipe:
             f"{path}: expected an architecture of {', '.join(_FAMILIES)}, got {kinds}"
         )
     if quantised := keys.take("quantization_config", dict, None):
-        raise NotImplementedError(
-            f"{path}: 'quantization_config' of {quantised.get('quant_method')!r} is not served: "
-            "save the checkpoint dequantised, such as in bfloat16"
-        )
+        method = quantised.get("quant_method")
+        if (kinds[0], method) != ("GptOssForCausalLM", "mxfp4"):
+            raise NotImplementedError(
+                f"{path}: 'quantization_config' of {method!r} is not served, only 'mxfp4' of "
+                "gpt-oss: save the checkpoint dequantised, such as in bfloat16"
+            )
     names = _llama_names()
     keys.layers, keys.width = keys.size("num_hidden_layers"), keys.size("hidden_size")
     keys.heads = keys.size("num_attention_heads")
@@ -111,7 +115,9 @@ def read_recipe(folder: Path) -> Recipe:
         top["head"] = ("lm_head.weight",)
     prefix = "model.layers.{layer}."
     layer = {role: tuple(prefix + name for name in each) for role, each in names.items()}
-    return Recipe(config, top, layer, {prefix + k: v for k, v in stored.items()}, offset)
+    return Recipe(
+        config, top, layer, {prefix + k: v for k, v in stored.items()}, offset, bool(quantised)
+    )
 
 
 _REQUIRED: Any = object()
