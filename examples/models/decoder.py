@@ -27,6 +27,7 @@ from .parallel import AXIS, local_config, mapped
 __all__ = ["ModelConfig", "Rope", "layout", "load", "make_model", "rope_frequencies"]
 
 _ALPHA, _LIMIT = 1.702, 7.0  # of gpt-oss's gate
+_ROWS = 128  # that a product may have for the time of reading its weights
 Model = Callable[[Params, KVCache, Array, DecodeBatch], tuple[Array, KVCache]]
 
 
@@ -161,26 +162,70 @@ def _gated(kind: str, gate_up: Float[Array, "M 2I"]) -> Float[Array, "M I"]:
 
 
 def _mix_experts(config: ModelConfig, layer: Params, x: Float[Array, "M E"]) -> Array:
-    """The K experts with the best scores for each token, weighted by a softmax.
-
-    Tokens are sorted by expert, so that each expert is one product of all tokens that chose it.
-    """
+    """The K experts with the best scores for each token, weighted by a softmax."""
     scores = _linear(x, layer, "router")
     best, chosen = jax.lax.top_k(scores, config.experts_per_token)
-    order = jnp.argsort(chosen.reshape(-1))
-    expert = chosen.reshape(-1)[order]
-    sizes = jnp.bincount(expert, length=config.num_experts).astype(jnp.int32)
-
-    def each(x: Array, name: str) -> Array:
-        product = jax.lax.ragged_dot(x, layer[name], sizes)
-        return product + layer[name + "_bias"][expert] if name + "_bias" in layer else product
-
-    inner = each(x[order // config.experts_per_token], "gate_up")
-    out = each(_gated(config.gate, inner), "down")[jnp.argsort(order)]
+    ask = _ask_own if chosen.size < config.num_experts else _ask_all
+    out = ask(config, layer, x, chosen.reshape(-1)).reshape(*chosen.shape, -1)
     best, scores = best.astype(jnp.float32), scores.astype(jnp.float32)
     over = best if config.weigh_chosen else scores
     weight = jnp.exp(best - jax.nn.logsumexp(over, axis=-1, keepdims=True)).astype(x.dtype)
-    return jnp.einsum("mk,mke->me", weight, out.reshape(*chosen.shape, -1))
+    return jnp.einsum("mk,mke->me", weight, out)
+
+
+def _ask_own(config: ModelConfig, layer: Params, x: Array, expert: Int[Array, " MK"]) -> Array:
+    """Fewer choices than experts: only the weights of those are read, and none are copied."""
+
+    def one_by_one(x: Array, weights: Array) -> Array:
+        return jax.lax.map(lambda each: each[0] @ weights[each[1]], (x, expert))
+
+    def at_once(x: Array, weights: Array) -> Array:  # XLA fuses the gather into the sum
+        wide, own = x[:, :, None].astype(jnp.float32), weights[expert].astype(jnp.float32)
+        return jnp.sum(wide * own, axis=1).astype(x.dtype)
+
+    def product(x: Array, weights: Array) -> Array:
+        return jax.lax.platform_dependent(x, weights, cpu=one_by_one, default=at_once)
+
+    rows = jnp.repeat(x, config.experts_per_token, axis=0)
+    return _expert(config, layer, rows, product, lambda bias: bias[expert])
+
+
+def _ask_all(config: ModelConfig, layer: Params, x: Array, expert: Int[Array, " MK"]) -> Array:
+    """Rounds, in each of which every expert takes the next R of its tokens, in one batched product.
+
+    R rows cost little more than one, as long as it is the weights that take the time. So there is
+    one round of few tokens, and else as many as the busiest expert needs.
+    """
+    average = len(expert) // config.num_experts
+    size = min(len(x), max(_ROWS, average * 3 // 2))
+    order = jnp.argsort(expert)
+    begins = jnp.searchsorted(expert[order], jnp.arange(config.num_experts))
+    place = jnp.argsort(order) - begins[expert]  # of a choice among those of the same expert
+
+    def round_of(number: Array, out: Array) -> Array:
+        asked = begins[:, None] + number * size + jnp.arange(size)  # past the last: for nothing
+        token = order[jnp.minimum(asked, len(order) - 1)] // config.experts_per_token
+        mixed = _expert(config, layer, x[token], jnp.matmul, lambda bias: bias[:, None])
+        return jnp.where((place // size == number)[:, None], mixed[expert, place % size], out)
+
+    rounds = 1 if size == len(x) else 1 + jnp.max(place) // size
+    return jax.lax.fori_loop(0, rounds, round_of, jnp.zeros((len(expert), x.shape[1]), x.dtype))
+
+
+def _expert(
+    config: ModelConfig,
+    layer: Params,
+    x: Array,
+    product: Callable[[Array, Array], Array],
+    own: Callable[[Array], Array],
+) -> Array:
+    """The feed-forward block of each row's expert, with biases if the layer has some."""
+
+    def linear(x: Array, name: str) -> Array:
+        out = product(x, layer[name])
+        return out + own(layer[name + "_bias"]) if name + "_bias" in layer else out
+
+    return linear(_gated(config.gate, linear(x, "gate_up")), "down")
 
 
 def _linear(x: Float[Array, "M in"], layer: Params, name: str) -> Float[Array, "M out"]:
