@@ -25,7 +25,7 @@ from .gguf_families import read_gguf_recipe
 from .gguf_reader import GGUF, read_gguf
 from .parallel import split_params
 
-__all__ = ["CheckpointError", "Params", "Safetensors", "load"]
+__all__ = ["CheckpointError", "Params", "Safetensors", "load", "pieces"]
 
 Params = dict[str, Any]
 
@@ -166,7 +166,7 @@ class _Reader:
 
     def __init__(self, source: Safetensors | GGUF, recipe: Recipe, dtype: Any):
         self.source, self.recipe, self.dtype = source, recipe, dtype
-        self.pieces = _pieces(recipe.config)
+        self.pieces = pieces(recipe.config)
 
     def check_names(self) -> None:
         """Before anything is read: everything is there, and nothing that has no place."""
@@ -225,7 +225,7 @@ class _Reader:
 _MATRICES = frozenset(("embed", "head", "qkv", "out", "gate_up", "down", "router"))
 
 
-def _pieces(c: ModelConfig) -> dict[str, tuple[tuple[int, ...], ...]]:
+def pieces(c: ModelConfig) -> dict[str, tuple[tuple[int, ...], ...]]:
     """By parameter: the shapes `(..., in, out)` of what lies side by side in it."""
     q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     wide, inner = c.width, c.inner_width
