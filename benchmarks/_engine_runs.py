@@ -160,10 +160,14 @@ def device_spans(folder: str) -> list[tuple[float, float, str]]:
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
     names = {e["pid"]: e["args"]["name"] for e in events if e.get("name") == "process_name"}
     devices = {pid for pid, name in names.items() if "/device:GPU" in name}
+    lines = [e for e in events if e.get("name") == "thread_name" and e["pid"] in devices]
+    # Beside the streams there may be lines that say the same once more, by program or operation.
+    streams = {(e["pid"], e["tid"]) for e in lines if "Stream" in e["args"]["name"]}
     spans = sorted(
         (e["ts"], e["ts"] + e["dur"], e["name"])
         for e in events
         if e.get("ph") == "X" and e["pid"] in devices
+        if not streams or (e["pid"], e["tid"]) in streams
     )
     if not spans:
         raise RuntimeError(f"{path.name} has no events of a GPU, only {sorted(names.values())}")

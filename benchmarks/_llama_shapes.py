@@ -14,12 +14,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "examples")]
-from models.config import ModelConfig, Rope, rope_frequencies  # noqa: E402
+from models.config import ModelConfig, Rope  # noqa: E402
 from models.decoder import make_model  # noqa: E402
 
 __all__ = ["LlamaShapes", "llama_shapes"]
@@ -114,11 +113,9 @@ def _params(config: ModelConfig, dtype: Any, by_columns: bool) -> dict[str, Any]
         }
         for _ in range(config.num_layers)
     ]
-    frequencies = rope_frequencies(config.rope, config.head_dim)
     return {
         "embed": matrix(width, config.vocab_size),
         "head": matrix(width, config.vocab_size),
         "norm": ones,
         "layers": layers,
-        "rope_frequencies": jnp.asarray(frequencies.astype(np.float32)),
     }

@@ -289,7 +289,8 @@ def engine_cases() -> Iterator[tuple[str, Callable[[], float]]]:
 def smollm2_cases() -> Iterator[tuple[str, Callable[[], float]]]:
     """SmolLM2-135M of the examples, which is fetched once: one request and eight."""
     sys.path.insert(0, str(HERE / "examples"))
-    from models import decoder, weights
+    import weights
+    from models import decoder
 
     from paged_decode import BlockAllocator, Engine, EngineConfig, KVCache, SamplingParams
 

@@ -249,7 +249,7 @@ def main() -> None:
         sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
     if args.serve:
         return serve(args.serve, args.gguf)
-    from models import weights
+    import weights
 
     records = measure(args, args.gguf or weights.fetch())
     path = write_result("cpu_decode", records, command="python benchmarks/cpu_decode.py")

@@ -20,7 +20,8 @@ import jax
 from _result import spread, write_result
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from models import tokenizer, weights  # noqa: E402
+import weights  # noqa: E402
+from models import tokenizer  # noqa: E402
 from speculative import PROMPTS, Run, Speaker, compare  # noqa: E402
 
 

@@ -30,7 +30,8 @@ from paged_decode import BlockAllocator, KVCache
 from paged_decode.cache import DecodeBatch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from models import decoder, tokenizer, weights
+import weights
+from models import decoder, tokenizer
 
 DTYPES = ("float32", "bfloat16", "int8", "float8_e4m3fn")
 NEW, CHUNK, PAGE_SIZE = 64, 256, 16

@@ -634,7 +634,7 @@ def eight_bits_time() -> Iterator[str]:
             f"{plain / others[0]:.2f}x",
             f"{others[2] / others[0]:.2f}x",
         )
-    names = dict(
+    names: dict[str, str] = dict(
         zip((TRITON, *EIGHT_BITS), ("bfloat16", "int8", "float8_e4m3fn", "fp8"), strict=True)
     )
     yield "\nOver the points of the file, geometric mean and worst point:\n\n"

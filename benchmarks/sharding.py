@@ -70,7 +70,7 @@ def shapes(config, dtype):
         down=(c.inner_width, c.width),
     )
     tree = dict(embed=(c.width, c.vocab_size), head=(c.width, c.vocab_size), norm=(c.width,))
-    tree |= dict(rope_frequencies=(c.head_dim // 2,), layers=[layer] * c.num_layers)
+    tree |= dict(layers=[layer] * c.num_layers)
     is_shape = lambda x: isinstance(x, tuple)  # noqa: E731
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, dtype), tree, is_leaf=is_shape)
 
@@ -96,7 +96,7 @@ class Timed:
         if devices is not None:
             mesh = parallel.make_mesh(devices)
             where = dict(mesh=mesh, head_axis=parallel.AXIS)
-            model = parallel.make_parallel_model(config, params, mesh)
+            model = decoder.make_model(config, mesh=mesh)
             params = parallel.split_params(config, params, mesh)
         self.params = params
         self.cache = self.make_cache(config, rows, where)
@@ -204,7 +204,7 @@ def compiled(config, rows, mesh, dtype=jnp.float32):
     layers = (put(pool, placement.spec("N, Hk, S, D")),) * config.num_layers
     split = jax.tree.map(put, params, parallel.param_specs(config, params, devices))
     inputs = jax.tree.map(lambda a: put(a, placement.spec("B")), step_inputs(rows * data))
-    model = parallel.make_parallel_model(config, params, mesh)
+    model = decoder.make_model(config, mesh=mesh)
     lowered = jax.jit(model, donate_argnums=1).lower(
         split, KVCache(layers, layers, placement), *inputs
     )

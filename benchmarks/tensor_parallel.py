@@ -44,7 +44,8 @@ from _llama_shapes import LARGE, SMALL
 from _result import spread, write_result
 from jax.sharding import NamedSharding, PartitionSpec
 from models import parallel
-from models.config import ModelConfig, rope_frequencies
+from models.config import ModelConfig
+from models.decoder import make_model
 
 from paged_decode import DecodeBatch, DeviceSum, KVCache, Placement, SamplingParams
 from paged_decode.engine.params import Kind
@@ -87,7 +88,7 @@ class System:
             told = DeviceSum(mesh, parallel.AXIS, width=config.width, dtype=dtype)
             if told.refusal and jax.default_backend() == "gpu":
                 raise RuntimeError(told.refusal)
-        model = parallel.make_parallel_model(config, params, mesh, sums=told)
+        model = make_model(config, mesh=mesh, sums=told)
         return cls(config, devices, mesh, params, model, Programs.of(model), dtype, told)
 
     def sizes(self, rows: int, tokens: int) -> dict[str, Any]:
@@ -229,13 +230,11 @@ def weights(config: ModelConfig, devices: int, dtype: Any) -> dict[str, Any]:
         names = ("qkv", "out", "gate_up", "down")
         layer = {name: matrix(name, k) for name, k in zip(names, keys, strict=True)}
         layers.append(layer | dict(attention_norm=ones, inner_norm=ones))
-    frequencies = rope_frequencies(c.rope, c.head_dim).astype(np.float32)
     return dict(
         embed=matrix("embed", jax.random.fold_in(key, 1000)),
         head=matrix("head", jax.random.fold_in(key, 1001)),
         norm=ones,
         layers=layers,
-        rope_frequencies=jax.device_put(frequencies, ones.sharding),
     )
 
 

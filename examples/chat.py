@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import weights
 
 import paged_decode as pd
 from paged_decode._optional import needs
 from paged_decode.errors import PagedDecodeError
 
 with needs("examples", or_exit=True):
-    from models import decoder, parallel, tokenizer, weights
+    from models import decoder, parallel, tokenizer
 
 HELP = """\
 Ctrl-C stops an answer: an empty line or /go goes on with it, and the next question ends it.
@@ -80,12 +81,11 @@ def fingerprint(path: Path, dtype: str) -> bytes:
 def make_engine(args: argparse.Namespace, path: Path, words: tokenizer.Tokenizer) -> pd.Engine:
     mesh = parallel.make_mesh(args.devices) if args.devices != 1 else None
     config, params = decoder.load(path, dtype=args.dtype, mesh=mesh)
-    model = decoder.make_model(config, every_token=bool(args.draft))
-    where: dict[str, Any] = {}
+    sums: pd.DeviceSum | None = None
     if mesh is not None:
         sums = pd.DeviceSum(mesh, parallel.AXIS, width=config.width, dtype=args.dtype)
-        model = parallel.make_parallel_model(config, params, mesh, sums=sums)
-        where = dict(mesh=mesh, head_axis=parallel.AXIS)
+    model = decoder.make_model(config, every_token=bool(args.draft), mesh=mesh, sums=sums)
+    where: dict[str, Any] = dict(mesh=mesh, head_axis=parallel.AXIS) if mesh else {}
     size, most = args.page_size, min(config.max_positions, MOST_TOKENS)
     pages = -(-most // size) + 1 if args.num_pages is None else args.num_pages
     dtype = args.pages_dtype or args.dtype

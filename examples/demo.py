@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import weights
 
 from paged_decode import BlockAllocator, Engine, EngineConfig, KVCache, SamplingParams
 from paged_decode._optional import needs
@@ -19,7 +20,7 @@ from paged_decode._optional import needs
 with needs("examples", or_exit=True):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from models import decoder, tokenizer, weights
+    from models import decoder, tokenizer
     from rich.console import Console, Group
     from rich.live import Live
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn

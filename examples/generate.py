@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import weights
 
 from paged_decode import (
     BlockAllocator,
@@ -39,7 +40,7 @@ from paged_decode.policies import GroupPages
 from paged_decode.tiers import HostTier
 
 with needs("examples", or_exit=True):
-    from models import decoder, parallel, tokenizer, weights
+    from models import decoder, parallel, tokenizer
 
 
 def arguments() -> argparse.Namespace:
@@ -121,12 +122,11 @@ class Engines:
         self.args = args
         mesh = parallel.make_mesh(args.devices) if args.devices != 1 else None
         self.config, self.params = decoder.load(path, dtype=args.dtype, mesh=mesh)
-        self.model = decoder.make_model(self.config)
-        self.where: dict[str, Any] = {}
+        sums: DeviceSum | None = None
         if mesh is not None:
             sums = DeviceSum(mesh, parallel.AXIS, width=self.config.width, dtype=args.dtype)
-            self.model = parallel.make_parallel_model(self.config, self.params, mesh, sums=sums)
-            self.where = dict(mesh=mesh, head_axis=parallel.AXIS)
+        self.model = decoder.make_model(self.config, mesh=mesh, sums=sums)
+        self.where: dict[str, Any] = dict(mesh=mesh, head_axis=parallel.AXIS) if mesh else {}
         self.totals = [len(prompt) + args.max_new for prompt in prompts]
         needed = sum(-(-tokens // args.page_size) for tokens in self.totals)
         self.num_pages = args.num_pages or needed + 1

@@ -8,7 +8,8 @@
 import time
 from typing import Any
 
-from models import decoder, weights
+import weights
+from models import decoder
 
 from paged_decode import BlockAllocator, Engine, EngineConfig, KVCache, SamplingParams
 from paged_decode.policies import Recompute, Swap

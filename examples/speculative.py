@@ -26,12 +26,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import weights
 
 from paged_decode import BlockAllocator, DecodeBatch, KVCache
 from paged_decode._optional import needs
 
 with needs("examples", or_exit=True):
-    from models import decoder, tokenizer, weights
+    from models import decoder, tokenizer
 
 drafts = import_module("08_drafts")
 

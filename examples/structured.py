@@ -17,6 +17,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import weights
 
 from paged_decode import BlockAllocator, Engine, EngineConfig, KVCache, SamplingParams
 from paged_decode._optional import needs
@@ -26,7 +27,7 @@ with needs("grammar", or_exit=True):
     from llguidance.numpy import fill_next_token_bitmask
 
 with needs("examples", or_exit=True):
-    from models import decoder, tokenizer, weights
+    from models import decoder, tokenizer
 
 SCHEMA = {
     "type": "object",

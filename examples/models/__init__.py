@@ -4,7 +4,6 @@ One configuration and one forward pass for all families: a folder of a model hub
 SmolLM, Qwen, Gemma, gpt-oss, Phi), or a GGUF file (Llama, Gemma 3, gpt-oss).
 
 config: what a model is, and the cache's layout · families: that from config.json · checkpoint: its
-weights · decoder: the forward pass · sharding, parallel: over several devices · tokenizer: text and
-chats to ids and back · gguf_families, gguf_vocabulary, gguf_reader: the other kind of file ·
-weights: fetch some
+weights · decoder: the forward pass · parallel: over several devices · tokenizer: text and
+chats to ids and back · gguf_families, gguf_vocabulary, gguf_reader: the other kind of file
 """

@@ -9,23 +9,23 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from functools import partial
+from functools import cache, partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from .config import ModelConfig, rope_frequencies
-from .families import CheckpointError, Names, Recipe, read_recipe
+from .config import ModelConfig
+from .families import CheckpointError, Names, Recipe, Stored, read_recipe
 from .gguf_families import read_gguf_recipe
-from .gguf_reader import read_gguf
-from .sharding import split_part
+from .gguf_reader import GGUF, read_gguf
+from .parallel import split_params
 
-__all__ = ["CheckpointError", "Params", "Safetensors", "load"]
+__all__ = ["CheckpointError", "Params", "Safetensors", "load", "pieces"]
 
 Params = dict[str, Any]
 
@@ -38,8 +38,8 @@ def load(
     Matrices are laid out `[in, out]`, and those that read the same input lie side by side: of
     all layouts tried with XLA on a CPU, one `[in, out]` product of all of them streams the weights
     fastest, for one row and for several. The embedding is `[E, V]`, so that a model whose
-    output head is tied to it holds one copy. Norms, sinks and frequencies are float32, as all
-    that they are used with. With `mesh`, every device gets its own part (`sharding.py`), layer by
+    output head is tied to it holds one copy. Norms and sinks are float32, as all that they are
+    used with. With `mesh`, every device gets its own part (`parallel.py`), layer by
     layer.
 
     Raises:
@@ -53,44 +53,33 @@ def load(
     """
     path = Path(path)
     if path.is_dir():
-        recipe, source = read_recipe(path), Safetensors(path)
+        recipe = read_recipe(path)
+        source = Safetensors(path, mxfp4=recipe.mxfp4)
     else:
         source = read_gguf(path)
         recipe = read_gguf_recipe(source)
     config = recipe.config
-    put = partial(jax.tree.map, jnp.asarray)
+    put = jax.device_put
     if mesh is not None:
-        put = partial(split_part, config, mesh=mesh)
+        put = partial(split_params, config, mesh=mesh)
     reader = _Reader(source, recipe, jnp.dtype(dtype))
     reader.check_names()
-    params = put(reader.parameters(recipe.top) | reader.frequencies())
+    params = put(reader.parameters(recipe.top))
     numbers = _shown(range(config.num_layers), f"reading {path.name}")
     params["layers"] = [put(reader.parameters(recipe.layer, number)) for number in numbers]
     return config, params
 
 
-class _Source(Protocol):
-    """Where tensors come from."""
-
-    @property
-    def path(self) -> Path: ...
-
-    @property
-    def tensors(self) -> Any: ...  # a container of names
-
-    def info(self, name: str) -> Any: ...  # raises if there is no such tensor
-
-    def tensor(self, name: str, shape: tuple[int, ...]) -> np.ndarray: ...
-
-
 class Safetensors:
     """The tensors of a folder, in one file or in several with an index; files are mapped.
+
+    With `mxfp4`, two tensors, `*_blocks` and `*_scales`, are shown as the one that they stand for.
 
     Raises:
       CheckpointError: no such files, or one that is broken or not what the index says.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, mxfp4: bool = False):
         from safetensors import SafetensorError, safe_open
 
         self.path = path
@@ -103,14 +92,19 @@ class Safetensors:
                 )
             for name in files:
                 file = safe_open(path / name, framework="numpy")
-                self.tensors |= dict.fromkeys(file.keys(), file)
+                self.tensors |= {each: file.get_slice(each) for each in file.keys()}
+            packed = [name for name in self.tensors if mxfp4 and name.endswith("_blocks")]
+            for name in packed:
+                whole = name.removesuffix("_blocks")
+                pair = self.tensors.pop(name), self.tensors.pop(whole + "_scales")
+                self.tensors[whole] = _Mxfp4(whole, *pair)
         except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
             raise CheckpointError(f"{path}: expected {' and '.join(files)}: {error}") from error
 
     def info(self, name: str) -> Any:
         if name not in self.tensors:
             raise CheckpointError(f"{self.path}: expected a tensor {name!r}, the files have none")
-        return self.tensors[name].get_slice(name)
+        return self.tensors[name]
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         info = self.info(name)
@@ -118,19 +112,65 @@ class Safetensors:
             raise CheckpointError(f"{self.path}: expected {name!r} of shape {shape}, got {found}")
         if (kind := info.get_dtype()) not in ("F32", "F16", "BF16"):
             raise NotImplementedError(f"{self.path}: {name!r} of dtype {kind} is not served")
-        return self.tensors[name].get_tensor(name)
+        return info[:]
+
+
+class _Mxfp4:
+    """Experts' matrices of 4 bits, as a tensor `(X, in, out)` in bfloat16, which has all of their
+    numbers.
+
+    32 numbers along `in` share a scale, of 2**(s - 127): uint8 `(X, out, in / 32)`. Of the two in
+    a byte, the first is in the low bits: uint8 `(X, out, in / 32, 16)`.
+    """
+
+    def __init__(self, name: str, blocks: Any, scales: Any):
+        packed, shape = blocks.get_shape(), scales.get_shape()
+        kinds = blocks.get_dtype(), scales.get_dtype()
+        if packed != [*shape, 16] or len(shape) != 3 or kinds != ("U8", "U8"):
+            raise ValueError(
+                f"{name!r} of blocks {packed}, scales {shape} and {' and '.join(kinds)}"
+            )
+        self.blocks, self.scales = blocks, scales
+
+    def get_shape(self) -> list[int]:
+        experts, out, count = self.scales.get_shape()
+        return [experts, 32 * count, out]
+
+    def get_dtype(self) -> str:
+        return "BF16"
+
+    def __getitem__(self, every: slice) -> np.ndarray:
+        pairs = zip(self.blocks[every], self.scales[every], strict=True)
+        return np.stack([_unpacked(*pair) for pair in pairs]).swapaxes(1, 2)
+
+
+def _unpacked(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """The numbers `(out, in)` of one expert."""
+    where = scales[:, :, None].astype(np.uint16) << 8 | blocks
+    return _two_numbers()[where].view(jnp.bfloat16).reshape(len(blocks), -1)
+
+
+@cache
+def _two_numbers() -> np.ndarray:
+    """What a byte says under a scale: two bfloat16 numbers as one uint32, `[256 * 256]`."""
+    positive = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+    number, byte = np.concatenate([positive, -positive]), np.arange(256)
+    pairs = np.stack([number[byte & 15], number[byte >> 4]], axis=-1)
+    with np.errstate(over="ignore"):  # of scales that no file has
+        scaled = np.ldexp(pairs, np.arange(-127, 129)[:, None, None])
+    return scaled.astype(jnp.bfloat16).view(np.uint32).reshape(-1)
 
 
 class _Reader:
     """Makes parameters of a file's tensors."""
 
-    def __init__(self, source: _Source, recipe: Recipe, dtype: Any):
+    def __init__(self, source: Safetensors | GGUF, recipe: Recipe, dtype: Any):
         self.source, self.recipe, self.dtype = source, recipe, dtype
-        self.pieces = _pieces(recipe.config)
+        self.pieces = pieces(recipe.config)
 
     def check_names(self) -> None:
         """Before anything is read: everything is there, and nothing that has no place."""
-        known = ("rotary_emb.inv_freq", "rope_freqs.weight")  # of old files; see `frequencies`
+        known = ("rotary_emb.inv_freq", "rope_freqs.weight")  # of old files; in the configuration
         unread = {name for name in self.source.tensors if not name.endswith(known)}
         for template, layer in self.names():
             for expert in range(self.recipe.config.num_experts if "{expert}" in template else 1):
@@ -153,75 +193,58 @@ class _Reader:
         return {role: self.parameter(role, each, layer) for role, each in names.items()}
 
     def parameter(self, role: str, names: tuple[str, ...], layer: int) -> np.ndarray:
+        """A view of the file's own order: `device_put` turns matrices on the way, several times as
+        fast as NumPy does."""
         pieces = self.pieces[role]
-        matrix = role in _MATRICES
-        axis = -2 if matrix else -1
         if len(names) == 1:  # a tensor that has them all
-            shape = list(pieces[0])
-            shape[axis] = sum(piece[axis] for piece in pieces)
-            pieces = (tuple(shape),)
-        found = [self.read(n, p, layer) for n, p in zip(names, pieces, strict=True)]
-        if "norm" in role:
-            found = [each.astype(np.float32) + self.recipe.norm_offset for each in found]
-        elif role != "sinks":
-            found = [each.astype(self.dtype) for each in found]
-        if matrix:
-            found = [each.swapaxes(-1, -2) for each in found]
-        joined = np.ascontiguousarray(np.concatenate(found, axis=-1))
+            pieces = ((*pieces[0][:-1], sum(piece[-1] for piece in pieces)),)
+        turned = role in _MATRICES
+        found = [self.read(n, p, layer, turned) for n, p in zip(names, pieces, strict=True)]
+        joined = np.concatenate(found, axis=-1) if len(found) > 1 else found[0]
         if role == "sinks":
             return joined.astype(np.float32)[:, None]
-        return joined.reshape(2, -1) if role == "qk_norm" else joined
+        if "norm" in role:
+            joined = joined.astype(np.float32) + self.recipe.norm_offset
+            return joined.reshape(2, -1) if role == "qk_norm" else joined
+        return joined.astype(self.dtype, copy=False)
 
-    def read(self, template: str, shape: tuple[int, ...], layer: int) -> np.ndarray:
+    def read(self, template: str, shape: tuple[int, ...], layer: int, turned: bool) -> np.ndarray:
+        """A tensor, or those of all experts, of this shape; `turned`: matrices, as views."""
+        stored = self.recipe.stored.get(template, Stored())
+        turned = turned and not stored.in_out
+        if turned:
+            shape = (*shape[:-2], shape[-1], shape[-2])
         if "{expert}" in template:
             names = (template.format(layer=layer, expert=e) for e in range(shape[0]))
-            return np.stack([self.source.tensor(name, shape[1:]) for name in names])
-        name, stored = template.format(layer=layer), self.recipe.stored.get(template)
-        if stored is None:
-            return self.source.tensor(name, shape)
-        return stored.ours(self.source.tensor(name, stored.shape(shape)))
-
-    def frequencies(self) -> Params:
-        """float32 `[R / 2]`; some GGUF files of Llama 3 say by what to divide them."""
-        config = self.recipe.config
-        turned = config.rotary_dim or config.head_dim
-        found = rope_frequencies(config.rope, turned)
-        if "rope_freqs.weight" in self.source.tensors:
-            found = found / self.source.tensor("rope_freqs.weight", found.shape)
-        params = {"rope_frequencies": found.astype(np.float32)}
-        if config.local_rope is not None:
-            local = rope_frequencies(config.local_rope, turned)
-            params["local_rope_frequencies"] = local.astype(np.float32)
-        return params
+            found = np.stack([self.source.tensor(name, shape[1:]) for name in names])
+        else:
+            found = self.source.tensor(template.format(layer=layer), shape)
+        return stored.ours(found.swapaxes(-1, -2) if turned else found)
 
 
 _MATRICES = frozenset(("embed", "head", "qkv", "out", "gate_up", "down", "router"))
 
 
-def _pieces(c: ModelConfig) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """By parameter: the shapes `(..., out, in)` of what lies side by side in it."""
-    q, kv, wide, inner = (
-        c.num_heads * c.head_dim,
-        c.num_kv_heads * c.head_dim,
-        c.width,
-        c.inner_width,
-    )
+def pieces(c: ModelConfig) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """By parameter: the shapes `(..., in, out)` of what lies side by side in it."""
+    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    wide, inner = c.width, c.inner_width
     each = (c.num_experts,) if c.num_experts else ()
     norms = ("norm", "attention_norm", "inner_norm", "attention_end_norm", "inner_end_norm")
     return dict.fromkeys(norms, ((wide,),)) | {
-        "embed": ((c.vocab_size, wide),),
-        "head": ((c.vocab_size, wide),),
+        "embed": ((wide, c.vocab_size),),
+        "head": ((wide, c.vocab_size),),
         "qk_norm": ((c.head_dim,), (c.head_dim,)),
-        "qkv": ((q, wide), (kv, wide), (kv, wide)),
+        "qkv": ((wide, q), (wide, kv), (wide, kv)),
         "qkv_bias": ((q,), (kv,), (kv,)),
-        "out": ((wide, q),),
+        "out": ((q, wide),),
         "out_bias": ((wide,),),
         "sinks": ((c.num_heads,),),
-        "router": ((c.num_experts, wide),),
+        "router": ((wide, c.num_experts),),
         "router_bias": ((c.num_experts,),),
-        "gate_up": ((*each, inner, wide),) * 2,
+        "gate_up": ((*each, wide, inner),) * 2,
         "gate_up_bias": ((*each, inner),) * 2,
-        "down": ((*each, wide, inner),),
+        "down": ((*each, inner, wide),),
         "down_bias": ((*each, wide),),
     }
 

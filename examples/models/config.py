@@ -30,6 +30,7 @@ class Rope:
       slow: those that do not turn oftener are slowed down by the whole factor.
       truncate: whether "yarn" rounds these two bounds outwards to whole pairs.
       magnitude: of what is turned; "yarn" sharpens attention over its longer context.
+      divisors: of every pair's frequency, as some files list them; none: they stay.
     """
 
     theta: float = 10000.0
@@ -40,6 +41,7 @@ class Rope:
     slow: float = 1.0
     truncate: bool = False
     magnitude: float = 1.0
+    divisors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +126,8 @@ def rope_frequencies(rope: Rope, dim: int) -> np.ndarray:
     """
     half = dim // 2
     frequencies = rope.theta ** -(np.arange(half) / half)
+    if rope.divisors:
+        frequencies = frequencies / np.array(rope.divisors)
     if rope.kind in ("plain", "linear"):
         return frequencies / rope.factor
     turns = rope.first_positions * frequencies / (2 * math.pi)

@@ -16,17 +16,20 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from paged_decode import DecodeBatch, DeviceSum, KVCache
 
 from .checkpoint import Params, load
 from .config import ModelConfig, Rope, layout, rope_frequencies
+from .parallel import AXIS, local_config, mapped
 
 __all__ = ["ModelConfig", "Rope", "layout", "load", "make_model", "rope_frequencies"]
 
 _ALPHA, _LIMIT = 1.702, 7.0  # of gpt-oss's gate
 _TWO_ROWS = 10_000_000  # numbers of a matrix; one row times a smaller one is not a product to XLA
+_ROWS = 128  # that a product may have for the time of reading its weights
 Model = Callable[[Params, KVCache, Array, DecodeBatch], tuple[Array, KVCache]]
 
 
@@ -34,8 +37,7 @@ def make_model(
     config: ModelConfig,
     *,
     every_token: bool = False,
-    axis: str | None = None,
-    split_vocabulary: bool = False,
+    mesh: Mesh | None = None,
     sums: DeviceSum | None = None,
 ) -> Model:
     """Return `model(params, cache, tokens, batch) -> (logits, cache)` for these sizes.
@@ -48,14 +50,30 @@ def make_model(
 
     The cache may be of one group, which keeps every page, or of the groups of `layout`.
 
-    With `axis`, `config` and the weights are one device's part inside a `shard_map` over that mesh
-    axis (`parallel.py` makes them), and so are the logits if the vocabulary is split. `sums` over
-    that axis takes the place of `psum` and of what follows it.
+    With `mesh`, the weights lie on its devices, as `load` with that mesh puts them or
+    `parallel.split_params`, and so does the cache. `sums` over its axis `AXIS` takes the place of
+    `psum` and of what follows it.
 
     Example:
       >>> step = jax.jit(make_model(config), donate_argnums=1)  # doctest: +SKIP
       >>> logits, cache = step(params, cache, tokens, batch)  # doctest: +SKIP
     """
+    if mesh is None:
+        return _make_local(config, every_token)
+    devices = mesh.shape[AXIS]
+    split_vocabulary = config.vocab_size % devices == 0
+    local = _make_local(local_config(config, devices), every_token, AXIS, split_vocabulary, sums)
+    return mapped(local, config, mesh, every_token)
+
+
+def _make_local(
+    config: ModelConfig,
+    every_token: bool,
+    axis: str | None = None,
+    split_vocabulary: bool = False,
+    sums: DeviceSum | None = None,
+) -> Model:
+    """What one device computes: the whole model, or its part of it inside a `shard_map`."""
 
     def model(
         params: Params, cache: KVCache, tokens: Int[Array, "B T"], batch: DecodeBatch
@@ -65,19 +83,17 @@ def make_model(
         x = _embed(embed, tokens.reshape(-1), axis if split_vocabulary else None, sums)
         if config.embedding_scale != 1.0:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
-        ropes = _ropes(config, params, batch.positions)
+        ropes = _ropes(config, batch.positions)
         added = partial(_added, config, axis, sums)
         norms = [layer["attention_norm"] for layer in layers[1:]] + [params["norm"]]
         normed = _rms_norm(x, layers[0]["attention_norm"], config.norm_eps)
         for index, (layer, following) in enumerate(zip(layers, norms, strict=True)):
-            if axis is not None:
-                layer = _added_once(layer, axis)
-            rope = ropes[config.window(index) is not None]
-            if index in config.unturned_layers:
-                rope = None
+            unturned = index in config.unturned_layers
+            rope = None if unturned else ropes[config.window(index) is not None]
             mixed, cache = _attention(config, layer, index, normed, rope, cache, batch)
             x, normed = added(x, mixed, layer.get("attention_end_norm"), layer["inner_norm"])
-            mixed = _feed_forward(config, layer, normed)
+            block = _mix_experts if "router" in layer else _feed_forward
+            mixed = block(config, layer, normed)
             x, normed = added(x, mixed, layer.get("inner_end_norm"), following)
         x = normed.reshape(rows, columns, -1)
         x = x if every_token else x[:, -1]
@@ -87,13 +103,6 @@ def make_model(
         return logits, cache
 
     return model
-
-
-def _added_once(layer: Params, axis: str) -> Params:
-    """Biases at the end of a block, which are whole on every device, stay on the first alone."""
-    first = jax.lax.axis_index(axis) == 0
-    ends = {"out_bias", "down_bias"} & layer.keys()
-    return layer | {name: jnp.where(first, layer[name], 0) for name in ends}
 
 
 def _total(
@@ -120,8 +129,7 @@ def _added(
     """
     if sums is not None and end_norm is None:
         return sums.add_and_norm(part, x, norm, config.norm_eps)
-    total = _total(part, axis, sums)
-    x = x + (total if end_norm is None else _rms_norm(total, end_norm, config.norm_eps))
+    x = x + _rms_norm(_total(part, axis, sums), end_norm, config.norm_eps)
     return x, _rms_norm(x, norm, config.norm_eps)
 
 
@@ -173,8 +181,6 @@ def _attention(
 
 
 def _feed_forward(config: ModelConfig, layer: Params, x: Float[Array, "M E"]) -> Array:
-    if "router" in layer:
-        return _mix_experts(config, layer, x)
     return _linear(_gated(config.gate, _linear(x, layer, "gate_up")), layer, "down")
 
 
@@ -190,26 +196,70 @@ def _gated(kind: str, gate_up: Float[Array, "M 2I"]) -> Float[Array, "M I"]:
 
 
 def _mix_experts(config: ModelConfig, layer: Params, x: Float[Array, "M E"]) -> Array:
-    """The K experts with the best scores for each token, weighted by a softmax.
-
-    Tokens are sorted by expert, so that each expert is one product of all tokens that chose it.
-    """
+    """The K experts with the best scores for each token, weighted by a softmax."""
     scores = _linear(x, layer, "router")
     best, chosen = jax.lax.top_k(scores, config.experts_per_token)
-    order = jnp.argsort(chosen.reshape(-1))
-    expert = chosen.reshape(-1)[order]
-    sizes = jnp.bincount(expert, length=config.num_experts).astype(jnp.int32)
-
-    def each(x: Array, name: str) -> Array:
-        product = jax.lax.ragged_dot(x, layer[name], sizes)
-        return product + layer[name + "_bias"][expert] if name + "_bias" in layer else product
-
-    inner = each(x[order // config.experts_per_token], "gate_up")
-    out = each(_gated(config.gate, inner), "down")[jnp.argsort(order)]
+    ask = _ask_own if chosen.size < config.num_experts else _ask_all
+    out = ask(config, layer, x, chosen.reshape(-1)).reshape(*chosen.shape, -1)
     best, scores = best.astype(jnp.float32), scores.astype(jnp.float32)
     over = best if config.weigh_chosen else scores
     weight = jnp.exp(best - jax.nn.logsumexp(over, axis=-1, keepdims=True)).astype(x.dtype)
-    return jnp.einsum("mk,mke->me", weight, out.reshape(*chosen.shape, -1))
+    return jnp.einsum("mk,mke->me", weight, out)
+
+
+def _ask_own(config: ModelConfig, layer: Params, x: Array, expert: Int[Array, " MK"]) -> Array:
+    """Fewer choices than experts: only the weights of those are read, and none are copied."""
+
+    def one_by_one(x: Array, weights: Array) -> Array:
+        return jax.lax.map(lambda each: each[0] @ weights[each[1]], (x, expert))
+
+    def at_once(x: Array, weights: Array) -> Array:  # XLA fuses the gather into the sum
+        wide, own = x[:, :, None].astype(jnp.float32), weights[expert].astype(jnp.float32)
+        return jnp.sum(wide * own, axis=1).astype(x.dtype)
+
+    def product(x: Array, weights: Array) -> Array:
+        return jax.lax.platform_dependent(x, weights, cpu=one_by_one, default=at_once)
+
+    rows = jnp.repeat(x, config.experts_per_token, axis=0)
+    return _expert(config, layer, rows, product, lambda bias: bias[expert])
+
+
+def _ask_all(config: ModelConfig, layer: Params, x: Array, expert: Int[Array, " MK"]) -> Array:
+    """Rounds, in each of which every expert takes the next R of its tokens, in one batched product.
+
+    R rows cost little more than one, as long as it is the weights that take the time. So there is
+    one round of few tokens, and else as many as the busiest expert needs.
+    """
+    average = len(expert) // config.num_experts
+    size = min(len(x), max(_ROWS, average * 3 // 2))
+    order = jnp.argsort(expert)
+    begins = jnp.searchsorted(expert[order], jnp.arange(config.num_experts))
+    place = jnp.argsort(order) - begins[expert]  # of a choice among those of the same expert
+
+    def round_of(number: Array, out: Array) -> Array:
+        asked = begins[:, None] + number * size + jnp.arange(size)  # past the last: for nothing
+        token = order[jnp.minimum(asked, len(order) - 1)] // config.experts_per_token
+        mixed = _expert(config, layer, x[token], jnp.matmul, lambda bias: bias[:, None])
+        return jnp.where((place // size == number)[:, None], mixed[expert, place % size], out)
+
+    rounds = 1 if size == len(x) else 1 + jnp.max(place) // size
+    return jax.lax.fori_loop(0, rounds, round_of, jnp.zeros((len(expert), x.shape[1]), x.dtype))
+
+
+def _expert(
+    config: ModelConfig,
+    layer: Params,
+    x: Array,
+    product: Callable[[Array, Array], Array],
+    own: Callable[[Array], Array],
+) -> Array:
+    """The feed-forward block of each row's expert, with biases if the layer has some."""
+
+    def linear(x: Array, name: str) -> Array:
+        out = product(x, layer[name])
+        return out + own(layer[name + "_bias"]) if name + "_bias" in layer else out
+
+    return linear(_gated(config.gate, linear(x, "gate_up")), "down")
 
 
 def _linear(x: Float[Array, "M in"], layer: Params, name: str) -> Float[Array, "M out"]:
@@ -229,30 +279,27 @@ def _product(x: Float[Array, "M in"], matrix: Float[Array, "in out"]) -> Float[A
     )
 
 
-def _rms_norm(x: Float[Array, "*M E"], weight: Float[Array, "*H E"], eps: float) -> Array:
+def _rms_norm(x: Float[Array, "*M E"], weight: Float[Array, "*H E"] | None, eps: float) -> Array:
+    if weight is None:  # of a family that has no such norm
+        return x
     wide = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return (wide * scale * weight.astype(jnp.float32)).astype(x.dtype)
 
 
 def _ropes(
-    config: ModelConfig, params: Params, positions: Int[Array, "B T"]
+    config: ModelConfig, positions: Int[Array, "B T"]
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    """Of layers that see all tokens, and of those with a window; each once a step."""
-    angles = _rope_angles(params["rope_frequencies"], positions, config.rope.magnitude)
-    local = config.local_rope
-    if local is None:
-        return angles, angles
-    return angles, _rope_angles(params["local_rope_frequencies"], positions, local.magnitude)
+    """cos and sin `[B, T, 1, R/2]`, made once a step for all heads of all layers: of layers that
+    see all tokens, and of those with a window."""
 
+    def turns(rope: Rope) -> tuple[Array, Array]:
+        frequencies = rope_frequencies(rope, config.rotary_dim or config.head_dim)
+        angles = positions[:, :, None, None].astype(jnp.float32) * frequencies.astype(np.float32)
+        return jnp.cos(angles) * rope.magnitude, jnp.sin(angles) * rope.magnitude
 
-def _rope_angles(
-    frequencies: Float[Array, " half"], positions: Int[Array, "B T"], magnitude: float
-) -> tuple[Array, Array]:
-    """cos and sin `[B, T, 1, R/2]`, made once a step for all layers and heads."""
-    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    return (cos, sin) if magnitude == 1.0 else (cos * magnitude, sin * magnitude)
+    whole = turns(config.rope)
+    return whole, turns(config.local_rope) if config.local_rope else whole
 
 
 def _rotate(x: Float[Array, "B T H D"], cos: Array, sin: Array) -> Float[Array, "B T H D"]:

@@ -26,10 +26,11 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """How a tensor lies in a file: its shape there, from ours, and what makes it ours."""
+    """How a tensor lies in a file: a matrix as `(in, out)` or `(out, in)`, and what puts its
+    columns, seen as `(in, out)`, in our order."""
 
-    shape: Callable[[tuple[int, ...]], tuple[int, ...]]
-    ours: Callable[[np.ndarray], np.ndarray]
+    in_out: bool = False
+    ours: Callable[[np.ndarray], np.ndarray] = lambda columns: columns
 
 
 Names = dict[str, tuple[str, ...]]
@@ -45,8 +46,9 @@ class Recipe:
       layer: the same in a layer, whose number goes in for `{layer}`. A name with `{expert}`
         stands for a tensor of every expert; one name in the place of several, for a tensor that
         has them all.
-      stored: by name, tensors that lie in another way than `(out, in)`.
+      stored: by name, tensors that lie in another way than matrices of `(out, in)`.
       norm_offset: what is added to the weights of norms.
+      mxfp4: whether tensors of experts are stored so.
     """
 
     config: ModelConfig
@@ -54,6 +56,7 @@ class Recipe:
     layer: Names
     stored: dict[str, Stored] = field(default_factory=dict)
     norm_offset: float = 0.0
+    mxfp4: bool = False
 
 
 def read_recipe(folder: Path) -> Recipe:
@@ -77,18 +80,19 @@ def read_recipe(folder: Path) -> Recipe:
             f"{path}: expected an architecture of {', '.join(_FAMILIES)}, got {kinds}"
         )
     if quantised := keys.take("quantization_config", dict, None):
-        raise NotImplementedError(
-            f"{path}: 'quantization_config' of {quantised.get('quant_method')!r} is not served: "
-            "save the checkpoint dequantised, such as in bfloat16"
-        )
+        method = quantised.get("quant_method")
+        if (kinds[0], method) != ("GptOssForCausalLM", "mxfp4"):
+            raise NotImplementedError(
+                f"{path}: 'quantization_config' of {method!r} is not served, only 'mxfp4' of "
+                "gpt-oss: save the checkpoint dequantised, such as in bfloat16"
+            )
     names = _llama_names()
     keys.layers, keys.width = keys.size("num_hidden_layers"), keys.size("hidden_size")
-    own = _FAMILIES[kinds[0]](keys, names)
-    tied = keys.take("tie_word_embeddings", bool, kinds[0].startswith(("Gemma", "SmolLM3")))
     keys.heads = keys.size("num_attention_heads")
-    head_dim = keys.size("head_dim", keys.width // keys.heads)
-    if (part := own.pop("rotary_part", 1.0)) != 1.0:
-        own["rotary_dim"] = int(head_dim * part)
+    keys.head_dim = keys.size("head_dim", keys.width // keys.heads)
+    own = _FAMILIES[kinds[0]](keys, names)
+    keys.only("hidden_act", "silu")  # of the families that have not taken it
+    tied = keys.take("tie_word_embeddings", bool, kinds[0].startswith(("Gemma", "SmolLM3")))
     sizes: dict[str, Any] = dict(
         vocab_size=keys.size("vocab_size"),
         num_layers=keys.layers,
@@ -96,7 +100,7 @@ def read_recipe(folder: Path) -> Recipe:
         inner_width=own.pop("inner_width", None) or keys.size("intermediate_size"),
         num_heads=keys.heads,
         num_kv_heads=keys.size("num_key_value_heads", keys.heads),
-        head_dim=head_dim,
+        head_dim=keys.head_dim,
         max_positions=keys.size("max_position_embeddings"),
         norm_eps=keys.number("rms_norm_eps"),
     )
@@ -111,7 +115,9 @@ def read_recipe(folder: Path) -> Recipe:
         top["head"] = ("lm_head.weight",)
     prefix = "model.layers.{layer}."
     layer = {role: tuple(prefix + name for name in each) for role, each in names.items()}
-    return Recipe(config, top, layer, {prefix + k: v for k, v in stored.items()}, offset)
+    return Recipe(
+        config, top, layer, {prefix + k: v for k, v in stored.items()}, offset, bool(quantised)
+    )
 
 
 _REQUIRED: Any = object()
@@ -129,7 +135,7 @@ _WITHOUT_EFFECT = frozenset(
 class Keys:
     """What a file says, with checks; every key is taken once."""
 
-    layers = width = heads = 0  # of the model, which several families ask for
+    layers = width = heads = head_dim = 0  # of the model, which several families ask for
 
     def __init__(self, path: object, content: dict[str, Any], error: Any = CheckpointError):
         self.path, self.left, self.error = path, dict(content), error
@@ -200,6 +206,13 @@ def _attention_bias(keys: Keys, names: Names) -> None:
         names.update(_QKV_BIAS | _OUT_BIAS)
 
 
+def _biases(keys: Keys, names: Names) -> None:
+    _attention_bias(keys, names)
+    if keys.take("mlp_bias", bool, False):
+        names["gate_up_bias"] = ("mlp.gate_proj.bias", "mlp.up_proj.bias")
+        names["down_bias"] = ("mlp.down_proj.bias",)
+
+
 def _windows(
     keys: Keys, local: Callable[[int], bool] = lambda layer: True, *, optional: bool = False
 ) -> dict[str, Any]:
@@ -236,30 +249,25 @@ def _one_rope(keys: Keys, found: dict[str, Any]) -> Rope:
     own = Keys(f"{keys.path}: rope", found)
     kind = own.take("rope_type", str, own.left.get("type", "default"))
     own.only("type", kind)
-    theta = own.number("rope_theta")
-    if kind == "default":
-        rope = Rope(theta)
-    elif kind == "linear":
-        rope = Rope(theta, kind, own.number("factor"))
-    elif kind == "llama3":
-        factor, first = own.number("factor"), own.size("original_max_position_embeddings")
-        slow, fast = own.number("low_freq_factor"), own.number("high_freq_factor")
-        rope = Rope(theta, kind, factor, first, fast, slow)
-    elif kind == "yarn":
-        factor, first = own.number("factor"), own.size("original_max_position_embeddings")
-        fast, slow = own.number("beta_fast", 32.0), own.number("beta_slow", 1.0)
-        truncate, magnitude = own.take("truncate", bool, True), own.number("attention_factor", None)
-        above, below = own.number("mscale", None), own.number("mscale_all_dim", None)
-        if magnitude is None:
-            grown = 0.1 * math.log(max(factor, 1.0))
-            magnitude = grown + 1
-            if above and below:
-                magnitude = (above * grown + 1) / (below * grown + 1)
-        rope = Rope(theta, kind, factor, first, fast, slow, truncate, magnitude)
-    else:
+    if kind not in ("default", "linear", "llama3", "yarn"):
         raise NotImplementedError(f"{keys.path}: 'rope_type' = {kind!r} is not served")
+    said: dict[str, Any] = dict(theta=own.number("rope_theta"))
+    if kind != "default":
+        said |= dict(kind=kind, factor=own.number("factor"))
+    if kind in ("llama3", "yarn"):
+        said["first_positions"] = own.size("original_max_position_embeddings")
+    if kind == "llama3":
+        said |= dict(fast=own.number("high_freq_factor"), slow=own.number("low_freq_factor"))
+    if kind == "yarn":
+        said |= dict(fast=own.number("beta_fast", 32.0), slow=own.number("beta_slow", 1.0))
+        grown = 0.1 * math.log(max(said["factor"], 1.0))
+        above, below = own.number("mscale", None), own.number("mscale_all_dim", None)
+        both = (above, below) if above and below else (1.0, 0.0)
+        magnitude = (both[0] * grown + 1) / (both[1] * grown + 1)
+        said["magnitude"] = own.number("attention_factor", magnitude)
+        said["truncate"] = own.take("truncate", bool, True)
     own.nothing_left()
-    return rope
+    return Rope(**said)
 
 
 # ---- the families
@@ -268,20 +276,11 @@ def _one_rope(keys: Keys, found: dict[str, Any]) -> Rope:
 def _llama(keys: Keys, names: Names) -> dict[str, Any]:
     """Llama 2 and 3, SmolLM2."""
     keys.only("rope_interleaved", False)
-    return _plain(keys, names) | _rope(keys, 10000.0)
-
-
-def _plain(keys: Keys, names: Names) -> dict[str, Any]:
-    keys.only("hidden_act", "silu")
-    _attention_bias(keys, names)
-    if keys.take("mlp_bias", bool, False):
-        names["gate_up_bias"] = ("mlp.gate_proj.bias", "mlp.up_proj.bias")
-        names["down_bias"] = ("mlp.down_proj.bias",)
-    return {}
+    _biases(keys, names)
+    return _rope(keys, 10000.0)
 
 
 def _mistral(keys: Keys, names: Names) -> dict[str, Any]:
-    keys.only("hidden_act", "silu")
     return _rope(keys, 10000.0) | _windows(keys)
 
 
@@ -295,13 +294,12 @@ def _smollm3(keys: Keys, names: Names) -> dict[str, Any]:
     unturned = tuple(layer for layer, each in enumerate(turned) if not each)
     keys.take("max_window_layers", int, None)  # unlike Qwen's, it says nothing
     own = _windows(keys, lambda layer: layer in unturned, optional=True)
-    own |= dict(unturned_layers=unturned)
-    return _plain(keys, names) | _rope(keys) | own
+    _biases(keys, names)
+    return _rope(keys) | own | dict(unturned_layers=unturned)
 
 
 def _qwen2(keys: Keys, names: Names) -> dict[str, Any]:
     """Windows, where they are used at all, from one layer on."""
-    keys.only("hidden_act", "silu")
     keys.only("use_mrope", False)
     names.update(_QKV_BIAS)
     first = keys.take("max_window_layers", int, 28)
@@ -337,8 +335,8 @@ def _qwen3_moe(keys: Keys, names: Names) -> dict[str, Any]:
 
 
 def _gpt_oss(keys: Keys, names: Names) -> dict[str, Any]:
-    """Gates lie between what they multiply, and matrices as `[in, out]`."""
-    keys.only("hidden_act", "silu")  # which is not what it computes
+    """Gates lie between what they multiply, and matrices as `[in, out]`. "silu", as files say, is
+    not what it computes."""
     keys.only("swiglu_alpha", 1.702)
     keys.only("swiglu_limit", 7.0)
     keys.only("attention_bias", True)
@@ -358,22 +356,17 @@ def _gpt_oss(keys: Keys, names: Names) -> dict[str, Any]:
             num_experts=keys.size("num_local_experts"),
             experts_per_token=chosen,
             stored={
-                "mlp.experts.gate_up_proj": Stored(_swapped, lambda a: _apart(a.swapaxes(1, 2))),
-                "mlp.experts.gate_up_proj_bias": Stored(lambda shape: shape, _apart),
-                "mlp.experts.down_proj": Stored(_swapped, lambda a: a.swapaxes(1, 2)),
+                "mlp.experts.gate_up_proj": Stored(True, _apart),
+                "mlp.experts.gate_up_proj_bias": Stored(ours=_apart),
+                "mlp.experts.down_proj": Stored(True),
             },
         )
     )
 
 
-def _swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (shape[0], shape[2], shape[1])
-
-
 def _apart(both: np.ndarray) -> np.ndarray:
-    """`(X, 2I, ...)` of gates and what they multiply in turn, to first all of the former."""
-    pairs = both.reshape(len(both), -1, 2, *both.shape[2:])
-    return pairs.swapaxes(1, 2).reshape(both.shape)
+    """`(..., 2I)` of gates and what they multiply in turn, to first all of the former."""
+    return np.concatenate([both[..., ::2], both[..., 1::2]], axis=-1)
 
 
 def _gemma2(keys: Keys, names: Names) -> dict[str, Any]:
@@ -412,14 +405,13 @@ def _gemma(keys: Keys, names: Names) -> dict[str, Any]:
 
 def _phi3(keys: Keys, names: Names) -> dict[str, Any]:
     """Phi-3 and Phi-4: matrices that read the same input are one tensor."""
-    keys.only("hidden_act", "silu")
     names["qkv"], names["gate_up"] = ("self_attn.qkv_proj.weight",), ("mlp.gate_up_proj.weight",)
     keys.take("original_max_position_embeddings", int, None)  # of "longrope", which is refused
     part = keys.number("partial_rotary_factor", 1.0)
     if isinstance(rope := keys.left.get("rope_parameters"), dict):
         keys.left["rope_parameters"] = rope = dict(rope)
         part = float(rope.pop("partial_rotary_factor", part))
-    return _rope(keys, 10000.0) | _windows(keys) | dict(rotary_part=part)
+    return _rope(keys, 10000.0) | _windows(keys) | dict(rotary_dim=int(keys.head_dim * part))
 
 
 _FAMILIES: dict[str, Callable[[Keys, Names], dict[str, Any]]] = {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,9 @@ def read_gguf_recipe(gguf: GGUF) -> Recipe:
     head_dim = keys.size("attention.key_length", max(keys.width // keys.heads, 1))
     for key in ("rope.dimension_count", "attention.value_length"):
         keys.only(key, head_dim)
+    if "rope_freqs.weight" in gguf.tensors:  # of Llama 3
+        divisors = gguf.tensor("rope_freqs.weight", (head_dim // 2,)).tolist()
+        own["rope"] = replace(own["rope"], divisors=tuple(divisors))
     try:
         config = ModelConfig(
             vocab_size=gguf.info("token_embd.weight").shape[0],
@@ -59,7 +63,7 @@ def read_gguf_recipe(gguf: GGUF) -> Recipe:
         top["head"] = ("output.weight",)
     stored = {}
     if architecture == "llama":  # the two halves of every head that is turned are interleaved
-        halves = Stored(lambda shape: shape, lambda matrix: _halves(matrix, head_dim))
+        halves = Stored(ours=lambda matrix: _halves(matrix.T, head_dim).T)
         stored = {f"blk.{{layer}}.attn_{each}.weight": halves for each in "qk"}
     layer = {role: tuple("blk.{layer}." + name for name in each) for role, each in names.items()}
     return Recipe(config, top, layer, stored)

@@ -23,6 +23,7 @@ __all__ = ["SPACE", "build"]
 SPACE = "\u2581"  # how a scored vocabulary writes one
 _CONTROL = 3  # token type: control tokens such as <|im_end|>, matched before anything else
 _USER_DEFINED = 4
+_SPECIAL = dict(bos_token="bos", eos_token="eos", unk_token="unknown", pad_token="padding")
 
 
 def _byte_level(use_regex: bool = True) -> pre_tokenizers.PreTokenizer:
@@ -52,8 +53,9 @@ _PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
 }
 
 
-def build(gguf: GGUF) -> tuple[Tokenizer, list[str]]:
-    """The tokenizer of a file, and the spelling of every token.
+def build(gguf: GGUF) -> tuple[Tokenizer, list[str], tuple[int, ...], dict[str, str]]:
+    """The tokenizer of a file, the spelling of every token, the tokens that end an answer, and the
+    spelling of special ones by the names that chat templates know them by.
 
     Raises:
       NotImplementedError: another kind of vocabulary or pre-tokenizer.
@@ -77,15 +79,29 @@ def build(gguf: GGUF) -> tuple[Tokenizer, list[str]]:
         )
     tokenizer = (_build_scored if scored else _build_byte_level)(gguf, tokens, types)
     if gguf.value("tokenizer.ggml.add_bos_token", bool, scored or pre == "llama-bpe"):
-        begin = gguf.value("tokenizer.ggml.bos_token_id", int)
-        if not 0 <= begin < len(tokens):
-            raise GGUFError(
-                f"{gguf.path}: expected a bos_token_id below {len(tokens)}, got {begin}"
-            )
+        begin = _token_id(gguf, "bos", tokens)
         tokenizer.post_processor = processors.TemplateProcessing(
             single=[tokens[begin], "$A"], special_tokens=[(tokens[begin], begin)]
         )
-    return tokenizer, tokens
+    ends = {_token_id(gguf, "eos", tokens): None}  # a set in order
+    ends |= dict.fromkeys(_special_id(gguf, name) for name in ("eot", "eom"))
+    special = {
+        template_name: tokens[i]
+        for template_name, name in _SPECIAL.items()
+        if 0 <= (i := _special_id(gguf, name)) < len(tokens)
+    }
+    return tokenizer, tokens, tuple(i for i in ends if i >= 0), special
+
+
+def _special_id(gguf: GGUF, name: str) -> int:
+    return gguf.value(f"tokenizer.ggml.{name}_token_id", int, -1)
+
+
+def _token_id(gguf: GGUF, name: str, tokens: list[str]) -> int:
+    """Of a token that there must be."""
+    if not 0 <= (found := _special_id(gguf, name)) < len(tokens):
+        raise GGUFError(f"{gguf.path}: expected a {name}_token_id below {len(tokens)}, got {found}")
+    return found
 
 
 def _build_byte_level(gguf: GGUF, tokens: list[str], types: Sequence[int]) -> Tokenizer:

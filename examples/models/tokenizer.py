@@ -16,7 +16,7 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as _Tokenizer
 
-from .gguf_reader import GGUFError, read_gguf
+from .gguf_reader import read_gguf
 from .gguf_vocabulary import SPACE, build
 
 __all__ = ["ChatTemplate", "Message", "Tokenizer", "load"]
@@ -38,7 +38,12 @@ def load(path: str | PathLike[str]) -> Tokenizer:
       OSError: a file cannot be read, or the folder has no tokenizer.json.
     """
     path = Path(path)
-    return _of_folder(path) if path.is_dir() else _of_gguf(path)
+    if path.is_dir():
+        return _of_folder(path)
+    gguf = read_gguf(path)
+    inner, tokens, eos_ids, special = build(gguf)
+    text = gguf.value("tokenizer.chat_template", str, "")
+    return Tokenizer(inner, tokens, eos_ids, ChatTemplate(path, text, special) if text else None)
 
 
 class Tokenizer:
@@ -190,26 +195,6 @@ def _to_json(
     """Jinja's own escapes what HTML does not like."""
     options = dict[str, Any](indent=indent, separators=separators, sort_keys=sort_keys)
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-
-def _of_gguf(path: Path) -> Tokenizer:
-    gguf = read_gguf(path)
-    inner, tokens = build(gguf)
-    ids = {
-        name: gguf.value(f"tokenizer.ggml.{name}_token_id", int, -1)
-        for name in ("bos", "eot", "eom", "unknown", "padding")
-    }
-    ends = [gguf.value("tokenizer.ggml.eos_token_id", int), ids["eot"], ids["eom"]]
-    if not 0 <= ends[0] < len(tokens):
-        raise GGUFError(f"{path}: expected an eos_token_id below {len(tokens)}, got {ends[0]}")
-    template = None
-    if text := gguf.value("tokenizer.chat_template", str, ""):
-        places = dict(
-            zip(_SPECIAL, (ids["bos"], ends[0], ids["unknown"], ids["padding"]), strict=True)
-        )
-        special = {name: tokens[i] for name, i in places.items() if 0 <= i < len(tokens)}
-        template = ChatTemplate(path, text, special)
-    return Tokenizer(inner, tokens, tuple(dict.fromkeys(i for i in ends if i >= 0)), template)
 
 
 def _of_folder(folder: Path) -> Tokenizer:

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 @pytest.fixture(scope="session")
 def real_gguf() -> Path:
     """The real model's file; without a network the test is skipped, but never in CI."""
-    from models import weights
+    import weights
 
     try:
         return weights.fetch()
@@ -25,7 +25,7 @@ def real_gguf() -> Path:
 @pytest.fixture(scope="session")
 def real_gemma() -> Path:
     """Gemma 3 270M, for whoever has it: its terms of use are theirs to accept, never a test's."""
-    from models import weights
+    import weights
 
     if (path := weights.present(weights.GEMMA3)) is None:
         pytest.skip("needs Gemma 3: python examples/generate.py --model gemma3-270m says how")

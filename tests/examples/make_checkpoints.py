@@ -5,7 +5,8 @@
 Every folder is what `save_pretrained` of transformers' own class writes, and beside it
 `golden.npz`: per prompt its ids, the greedy ids behind them, and the logits of every position of
 both, in float32 with eager attention and without a cache. A seed is passed over if two tokens are
-ever so close that rounding could choose between them.
+ever so close that rounding could choose between them. `mxfp4.npz` is what transformers makes of
+every byte under several scales.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import PretrainedConfig
+from transformers.integrations.mxfp4 import FP4_VALUES, convert_moe_packed_tensors
 
 GOLDEN = Path(__file__).with_name("golden")
 LENGTHS, NEW, MARGIN = (3, 11, 26), 10, 2e-3
@@ -134,6 +137,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         ),
         {},
     ),
+    "gpt_oss_mxfp4": (
+        "GptOss",
+        dict(
+            hidden_size=32,
+            intermediate_size=32,
+            num_local_experts=3,
+            num_experts_per_tok=2,
+            sliding_window=6,
+            layer_types=ALTERNATING,
+            rope_parameters=PLAIN,
+        ),
+        dict(dtype="bfloat16", mxfp4=True),
+    ),
     "phi3": (
         "Phi3",
         dict(
@@ -174,6 +190,50 @@ def build(family: str, seed: int, dtype: torch.dtype) -> Any:
     return model
 
 
+def packed(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blocks and scales of 4 bits, and near: uint8 `(X, out, in / 32, 16)` and `(X, out, in / 32)`,
+    of a matrix `(X, in, out)`."""
+    rows = weight.transpose(1, 2).unflatten(-1, (-1, 32))
+    scales = rows.abs().amax(-1).div(6).log2().ceil().int()
+    steps = torch.tensor(FP4_VALUES)
+    numbers = (rows * 2.0 ** -scales[..., None])[..., None].sub(steps).abs().argmin(-1)
+    numbers = numbers.to(torch.uint8).unflatten(-1, (16, 2))
+    return numbers[..., 0] | numbers[..., 1] << 4, (scales + 127).to(torch.uint8)
+
+
+def pack(model: Any) -> dict[str, torch.Tensor]:
+    """Experts' matrices by the tensors that take their place; the model gets what those say."""
+    found = {}
+    for name, weight in model.named_parameters():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            found[name + "_blocks"], found[name + "_scales"] = packed(weight.data)
+            pair = found[name + "_blocks"], found[name + "_scales"]
+            weight.data.copy_(convert_moe_packed_tensors(*pair, dtype=torch.float32))
+    return found
+
+
+def save_packed(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """In the place of what was saved, as official checkpoints have it."""
+    file, config = folder / "model.safetensors", folder / "config.json"
+    old, replaced = load_file(file), {name.rpartition("_")[0] for name in tensors}
+    save_file(
+        {k: v for k, v in old.items() if k not in replaced} | tensors, file, dict(format="pt")
+    )
+    quantised = dict(quant_method="mxfp4", modules_to_not_convert=["lm_head"])
+    content = json.loads(config.read_text()) | dict(quantization_config=quantised)
+    config.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def every_byte() -> dict[str, np.ndarray]:
+    """Under scales from the smallest to the largest that makes no infinity of 6."""
+    bytes_, scales = np.arange(256, dtype=np.uint8), [0, 1, 2, 64, 117, 126, 127, 128, 200, 252]
+    blocks = np.broadcast_to(bytes_.reshape(1, 8, 2, 16), (len(scales), 8, 2, 16)).copy()
+    exponents = np.repeat(np.uint8(scales), 16).reshape(-1, 8, 2)
+    pair = torch.from_numpy(blocks), torch.from_numpy(exponents)
+    whole = convert_moe_packed_tensors(*pair, dtype=torch.float32).numpy()
+    return dict(blocks=blocks, scales=exponents, whole=whole)
+
+
 def said(model: Any, seed: int) -> dict[str, np.ndarray] | None:
     """Prompts, greedy ids and logits; None if a choice was too close."""
     random = np.random.RandomState(seed)
@@ -201,12 +261,16 @@ def make(family: str) -> None:
     dtype = getattr(torch, how.get("dtype", "float32"))
     for seed in range(100):
         model = build(family, seed, dtype)
+        tensors = pack(model) if "mxfp4" in how else {}
         if arrays := said(model, seed):
             break
     else:
         raise SystemExit(f"{family}: no seed without two tokens that are close")
     shutil.rmtree(folder, ignore_errors=True)
-    model.to(dtype).save_pretrained(folder, **{k: v for k, v in how.items() if k != "dtype"})
+    options = {k: v for k, v in how.items() if k not in ("dtype", "mxfp4")}
+    model.to(dtype).save_pretrained(folder, **options)
+    if tensors:
+        save_packed(folder, tensors)
     (folder / "generation_config.json").unlink(missing_ok=True)
     np.savez_compressed(folder / "golden.npz", **arrays)
     spread = float(np.abs(arrays["logits2"]).max())
@@ -217,6 +281,7 @@ def make(family: str) -> None:
 def main() -> None:
     for family in sys.argv[1:] or FAMILIES:
         make(family)
+    np.savez_compressed(GOLDEN / "mxfp4.npz", **every_byte())
     versions = {each.__name__: each.__version__ for each in (np, torch, transformers)}
     (GOLDEN / "versions.json").write_text(json.dumps(versions) + "\n")
     print(sum(path.stat().st_size for path in GOLDEN.rglob("*.*")), "bytes in all")

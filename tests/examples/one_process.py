@@ -26,7 +26,7 @@ def main(port, processes, process, cases, out, gguf):
     devices = np.array(jax.devices()).reshape(3, -1).T
     mesh = jax.sharding.Mesh(devices, ("copy", parallel.AXIS))
     config, params = decoder.load(gguf)
-    model = parallel.make_parallel_model(config, params, mesh)
+    model = decoder.make_model(config, mesh=mesh)
     params = parallel.split_params(config, params, mesh)
     cache = KVCache.create(
         num_layers=config.num_layers,

@@ -10,10 +10,12 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from models import decoder, parallel
-from models.checkpoint import CheckpointError
+from models.checkpoint import CheckpointError, Safetensors
+from safetensors.numpy import save_file
 
 from paged_decode import BlockAllocator, Engine, EngineConfig, KVCache, SamplingParams
 
@@ -74,7 +76,7 @@ def test_the_logits_of_every_position_are_those_of_transformers(family, devices)
         mesh = parallel.make_mesh(devices)
         config, params = decoder.load(GOLDEN / family, mesh=mesh)
         assert params["layers"][0]["out"].sharding.mesh.shape[parallel.AXIS] == devices
-        model = parallel.make_parallel_model(config, params, mesh, every_token=True)
+        model = decoder.make_model(config, mesh=mesh, every_token=True)
         where = dict(mesh=mesh, head_axis=parallel.AXIS)
     sequences = [prompt + greedy for prompt, greedy, _ in cases]
     said = every_logit(model, config, params, sequences, **where)
@@ -162,6 +164,48 @@ def test_matrices_are_of_the_dtype_that_was_asked_for(family, dtype):
     assert params["norm"].dtype == layer["inner_norm"].dtype == np.float32
 
 
+# ---- experts of 4 bits
+
+
+def packed(folder: Path, **tensors: np.ndarray) -> Safetensors:
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    return Safetensors(folder, mxfp4=True)
+
+
+def test_every_byte_under_every_kind_of_scale_says_what_transformers_says(tmp_path):
+    with np.load(GOLDEN / "mxfp4.npz") as file:
+        blocks, scales, whole = (file[name] for name in ("blocks", "scales", "whole"))
+    read = packed(tmp_path / "x", x_blocks=blocks, x_scales=scales).tensor("x", whole.shape)
+    assert read.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(read.astype(np.float32).view(np.uint32), whole.view(np.uint32))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_experts_of_4_bits_are_of_the_dtype_that_was_asked_for(dtype):
+    _, params = decoder.load(GOLDEN / "gpt_oss_mxfp4", dtype)
+    layer = params["layers"][0]
+    assert layer["gate_up"].dtype == layer["down"].dtype == np.dtype(dtype)
+    assert layer["gate_up"].shape == (3, 32, 64)
+
+
+def test_blocks_that_do_not_fit_their_scales_are_named(tmp_path):
+    blocks, scales = np.zeros((2, 4, 1, 16), np.uint8), np.zeros((2, 4, 1), np.uint8)
+    with pytest.raises(CheckpointError, match="x_scales"):
+        packed(tmp_path / "a", x_blocks=blocks)
+    with pytest.raises(CheckpointError, match=r"'x' of blocks .*16\], scales \[2, 3, 1\]"):
+        packed(tmp_path / "b", x_blocks=blocks, x_scales=scales[:, :3].copy())
+    with pytest.raises(CheckpointError, match="'x' .* U8 and F32"):
+        packed(tmp_path / "c", x_blocks=blocks, x_scales=scales.astype(np.float32))
+    with pytest.raises(CheckpointError, match=r"'x' of shape \(2, 32, 5\), got \(2, 32, 4\)"):
+        packed(tmp_path / "d", x_blocks=blocks, x_scales=scales).tensor("x", (2, 32, 5))
+
+
+def test_blocks_of_a_checkpoint_that_says_nothing_of_4_bits_are_not_read(tmp_path):
+    with pytest.raises(CheckpointError, match=r"experts\.gate_up_proj'"):
+        decoder.load(changed(tmp_path, "gpt_oss_mxfp4", quantization_config=None))
+
+
 # ---- what is refused
 
 
@@ -180,7 +224,9 @@ def test_matrices_are_of_the_dtype_that_was_asked_for(family, dtype):
             dict(rope_parameters=dict(rope_type="linear", rope_theta=1.0, factor=2.0, shift=1)),
             "rope: 'shift' = 1",
         ),
-        ("gpt_oss", dict(quantization_config=dict(quant_method="mxfp4")), "'mxfp4' .*dequantised"),
+        ("gpt_oss", dict(quantization_config=dict(quant_method="fp8")), "'fp8' .*only 'mxfp4'"),
+        ("llama", dict(quantization_config=dict(quant_method="mxfp4")), "'mxfp4' .*dequantised"),
+        ("qwen3", dict(quantization_config=dict(bits=4)), "of None is not served"),
         ("gpt_oss", dict(swiglu_limit=5.0), "'swiglu_limit' = 5.0"),
         ("qwen3_moe", dict(mlp_only_layers=[1]), r"'mlp_only_layers' = \[1\]"),
         ("qwen3_moe", dict(decoder_sparse_step=2), "'decoder_sparse_step' = 2"),

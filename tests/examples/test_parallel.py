@@ -22,7 +22,7 @@ def split_paged(path, devices: int, capacity: int = 20) -> Paged:
     paged = Paged(path, PROMPTS, capacity=capacity)
     config, params = decoder.load(path, "float32")
     mesh = parallel.make_mesh(devices)
-    paged.model = jax.jit(parallel.make_parallel_model(config, params, mesh), donate_argnums=1)
+    paged.model = jax.jit(decoder.make_model(config, mesh=mesh), donate_argnums=1)
     paged.params = parallel.split_params(config, params, mesh)
     paged.cache = KVCache.create(
         num_layers=config.num_layers,
@@ -65,7 +65,6 @@ def random_params(config: decoder.ModelConfig, tied: bool) -> dict:
     )
     embed, head = (normal(config.width, config.vocab_size) for _ in range(2))
     params = dict(embed=embed, norm=1 + normal(config.width) / 8)
-    params |= dict(rope_frequencies=jnp.asarray([1.0, 0.1], jnp.float32))
     params |= dict(layers=[layer() for _ in range(config.num_layers)])
     return params if tied else params | dict(head=head)
 
@@ -95,7 +94,7 @@ def test_logits_on_several_devices_equal_those_of_one(devices, tied, vocab):
     want = first_logits(decoder.make_model(config), params, config)
     mesh = parallel.make_mesh(devices)
     got = first_logits(
-        parallel.make_parallel_model(config, params, mesh),
+        decoder.make_model(config, mesh=mesh),
         parallel.split_params(config, params, mesh),
         config,
         mesh=mesh,
@@ -123,7 +122,7 @@ def test_rows_over_a_data_axis_give_the_same_logits():
     batch = allocator.batch(rows, [0, 0], [5, 3], tokens_per_row=5)
     batch, spread = cache.split(batch, (1,))
     tokens = spread.put(np.random.default_rng(1).integers(0, 32, (2, 5)).astype(np.int32))
-    model = jax.jit(parallel.make_parallel_model(SMALL, params, mesh), donate_argnums=1)
+    model = jax.jit(decoder.make_model(SMALL, mesh=mesh), donate_argnums=1)
     got, _ = model(parallel.split_params(SMALL, params, mesh), cache, tokens, batch)
     np.testing.assert_allclose(spread.take(got), want, rtol=0, atol=1e-5)
 
@@ -143,7 +142,7 @@ def test_a_gemma_has_its_norms_on_every_device(tmp_path):
     want = first_logits(decoder.make_model(config), params, config)
     mesh = parallel.make_mesh(4)  # two copies of each KV head
     got = first_logits(
-        parallel.make_parallel_model(config, params, mesh),
+        decoder.make_model(config, mesh=mesh),
         parallel.split_params(config, params, mesh),
         config,
         mesh=mesh,

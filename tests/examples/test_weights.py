@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from models import weights
+import weights
 
 PAYLOAD = b"GGUF and so on"
 PLAIN = replace(weights.SMOLLM2, sha256=hashlib.sha256(PAYLOAD).hexdigest())

@@ -161,7 +161,7 @@ def documented():
 @pytest.mark.long
 def test_every_documented_command_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "examples")
-    from models import weights
+    import weights
 
     lines = documented()
     assert {line[1] for line in lines} == {"sweep", "run", "compare", "calibrate"}
