@@ -80,7 +80,7 @@ def fingerprint(path: Path, dtype: str) -> bytes:
 
 def make_engine(args: argparse.Namespace, path: Path, words: tokenizer.Tokenizer) -> pd.Engine:
     mesh = parallel.make_mesh(args.devices) if args.devices != 1 else None
-    config, params = decoder.load(path, dtype=args.dtype, mesh=mesh)
+    config, params = decoder.load(path, args.dtype, mesh=mesh, shown=weights.progress)
     model = decoder.make_model(config, every_token=bool(args.draft), mesh=mesh)
     where: dict[str, Any] = dict(mesh=mesh, head_axis=parallel.AXIS) if mesh else {}
     size, most = args.page_size, min(config.max_positions, MOST_TOKENS)

@@ -113,7 +113,7 @@ class Engines:
     def __init__(self, args: argparse.Namespace, prompts: list[list[int]], path: Path):
         self.args = args
         mesh = parallel.make_mesh(args.devices) if args.devices != 1 else None
-        self.config, self.params = decoder.load(path, dtype=args.dtype, mesh=mesh)
+        self.config, self.params = decoder.load(path, args.dtype, mesh=mesh, shown=weights.progress)
         self.model = decoder.make_model(self.config, mesh=mesh)
         self.where: dict[str, Any] = dict(mesh=mesh, head_axis=parallel.AXIS) if mesh else {}
         self.totals = [len(prompt) + args.max_new for prompt in prompts]

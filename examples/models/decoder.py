@@ -51,21 +51,12 @@ def make_model(
       >>> step = jax.jit(make_model(config), donate_argnums=1)  # doctest: +SKIP
       >>> logits, cache = step(params, cache, tokens, batch)  # doctest: +SKIP
     """
-    if mesh is None:
-        return _make_local(config, every_token)
-    devices = mesh.shape[AXIS]
+    devices, axis = (1, None) if mesh is None else (mesh.shape[AXIS], AXIS)
+    whole, config = config, local_config(config, devices)
     split_vocabulary = config.vocab_size % devices == 0
-    local = _make_local(local_config(config, devices), every_token, AXIS, split_vocabulary)
-    return mapped(local, config, mesh, every_token)
 
-
-def _make_local(
-    config: ModelConfig,
-    every_token: bool,
-    axis: str | None = None,
-    split_vocabulary: bool = False,
-) -> Model:
-    """What one device computes: the whole model, or its part of it inside a `shard_map`."""
+    def total(part: Float[Array, "M E"]) -> Float[Array, "M E"]:  # the only talk of a block
+        return part if axis is None else jax.lax.psum(part, axis)
 
     def model(
         params: Params, cache: KVCache, tokens: Int[Array, "B T"], batch: DecodeBatch
@@ -81,11 +72,11 @@ def _make_local(
             rope = None if unturned else ropes[config.window(index) is not None]
             normed = _rms_norm(x, layer["attention_norm"], config.norm_eps)
             mixed, cache = _attention(config, layer, index, normed, rope, cache, batch)
-            mixed = _total(mixed, axis)
+            mixed = total(mixed)
             x = x + _rms_norm(mixed, layer.get("attention_end_norm"), config.norm_eps)
             normed = _rms_norm(x, layer["inner_norm"], config.norm_eps)
             block = _mix_experts if "router" in layer else _feed_forward
-            mixed = _total(block(config, layer, normed), axis)
+            mixed = total(block(config, layer, normed))
             x = x + _rms_norm(mixed, layer.get("inner_end_norm"), config.norm_eps)
         x = x.reshape(rows, columns, -1)
         x = _rms_norm(x if every_token else x[:, -1], params["norm"], config.norm_eps)
@@ -94,12 +85,7 @@ def _make_local(
             logits = config.logit_cap * jnp.tanh(logits / config.logit_cap)
         return logits, cache
 
-    return model
-
-
-def _total(part: Float[Array, "M E"], axis: str | None) -> Float[Array, "M E"]:
-    """The sum over the devices, the only talk of a block."""
-    return part if axis is None else jax.lax.psum(part, axis)
+    return model if mesh is None else mapped(model, whole, mesh, every_token)
 
 
 def _embed(
@@ -146,8 +132,10 @@ def _attention(
     return _linear(seen.reshape(len(x), -1), layer, "out"), cache
 
 
-def _feed_forward(config: ModelConfig, layer: Params, x: Float[Array, "M E"]) -> Array:
-    return _linear(_gated(config.gate, _linear(x, layer, "gate_up")), layer, "down")
+def _feed_forward(config: ModelConfig, layer: Params, x: Array, *how: Callable) -> Array:
+    """Dense, or with experts, where `how` says which of them a row of x asks; see `_linear`."""
+    inner = _gated(config.gate, _linear(x, layer, "gate_up", *how))
+    return _linear(inner, layer, "down", *how)
 
 
 def _gated(kind: str, gate_up: Float[Array, "M 2I"]) -> Float[Array, "M I"]:
@@ -187,7 +175,7 @@ def _ask_own(config: ModelConfig, layer: Params, x: Array, expert: Int[Array, " 
         return jax.lax.platform_dependent(x, weights, cpu=one_by_one, default=at_once)
 
     rows = jnp.repeat(x, config.experts_per_token, axis=0)
-    return _expert(config, layer, rows, product, lambda bias: bias[expert])
+    return _feed_forward(config, layer, rows, product, lambda bias: bias[expert])
 
 
 def _ask_all(config: ModelConfig, layer: Params, x: Array, expert: Int[Array, " MK"]) -> Array:
@@ -199,38 +187,29 @@ def _ask_all(config: ModelConfig, layer: Params, x: Array, expert: Int[Array, " 
     average = len(expert) // config.num_experts
     size = min(len(x), max(_ROWS, average * 3 // 2))
     order = jnp.argsort(expert)
-    begins = jnp.searchsorted(expert[order], jnp.arange(config.num_experts))
+    begins = jnp.sum(expert < jnp.arange(config.num_experts)[:, None], axis=1)
     place = jnp.argsort(order) - begins[expert]  # of a choice among those of the same expert
 
     def round_of(number: Array, out: Array) -> Array:
         asked = begins[:, None] + number * size + jnp.arange(size)  # past the last: for nothing
         token = order[jnp.minimum(asked, len(order) - 1)] // config.experts_per_token
-        mixed = _expert(config, layer, x[token], jnp.matmul, lambda bias: bias[:, None])
+        mixed = _feed_forward(config, layer, x[token], jnp.matmul, lambda bias: bias[:, None])
         return jnp.where((place // size == number)[:, None], mixed[expert, place % size], out)
 
     rounds = 1 if size == len(x) else 1 + jnp.max(place) // size
     return jax.lax.fori_loop(0, rounds, round_of, jnp.zeros((len(expert), x.shape[1]), x.dtype))
 
 
-def _expert(
-    config: ModelConfig,
+def _linear(
+    x: Float[Array, "*M in"],
     layer: Params,
-    x: Array,
-    product: Callable[[Array, Array], Array],
-    own: Callable[[Array], Array],
-) -> Array:
-    """The feed-forward block of each row's expert, with biases if the layer has some."""
-
-    def linear(x: Array, name: str) -> Array:
-        out = product(x, layer[name])
-        return out + own(layer[name + "_bias"]) if name + "_bias" in layer else out
-
-    return linear(_gated(config.gate, linear(x, "gate_up")), "down")
-
-
-def _linear(x: Float[Array, "M in"], layer: Params, name: str) -> Float[Array, "M out"]:
-    product = x @ layer[name]
-    return product + layer[name + "_bias"] if name + "_bias" in layer else product
+    name: str,
+    product: Callable[[Array, Array], Array] = jnp.matmul,
+    own: Callable[[Array], Array] = lambda bias: bias,
+) -> Float[Array, "*M out"]:
+    """A product with weights, and their bias if there is one; of experts, those of each row."""
+    out = product(x, layer[name])
+    return out + own(layer[name + "_bias"]) if name + "_bias" in layer else out
 
 
 def _rms_norm(x: Float[Array, "*M E"], weight: Float[Array, "*H E"] | None, eps: float) -> Array:
