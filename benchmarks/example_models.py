@@ -29,6 +29,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # 61 GB are weights
 
 import jax
 import jax.numpy as jnp

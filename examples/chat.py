@@ -80,7 +80,7 @@ def fingerprint(path: Path, dtype: str) -> bytes:
 
 def make_engine(args: argparse.Namespace, path: Path, words: tokenizer.Tokenizer) -> pd.Engine:
     mesh = parallel.make_mesh(args.devices) if args.devices != 1 else None
-    config, params = decoder.load(path, dtype=args.dtype, mesh=mesh)
+    config, params = decoder.load(path, args.dtype, mesh=mesh, shown=weights.progress)
     sums: pd.DeviceSum | None = None
     if mesh is not None:
         sums = pd.DeviceSum(mesh, parallel.AXIS, width=config.width, dtype=args.dtype)

@@ -121,7 +121,7 @@ class Engines:
     def __init__(self, args: argparse.Namespace, prompts: list[list[int]], path: Path):
         self.args = args
         mesh = parallel.make_mesh(args.devices) if args.devices != 1 else None
-        self.config, self.params = decoder.load(path, dtype=args.dtype, mesh=mesh)
+        self.config, self.params = decoder.load(path, args.dtype, mesh=mesh, shown=weights.progress)
         sums: DeviceSum | None = None
         if mesh is not None:
             sums = DeviceSum(mesh, parallel.AXIS, width=self.config.width, dtype=args.dtype)

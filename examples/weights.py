@@ -34,6 +34,7 @@ __all__ = [
     "find",
     "folder",
     "present",
+    "progress",
 ]
 
 ENVIRONMENT_VARIABLE = "PAGED_DECODE_WEIGHTS"
@@ -210,6 +211,16 @@ def find(model: str, *, accept_terms: bool = False) -> Path:
     if not (path := Path(model).expanduser()).exists():
         raise ValueError(f"{path} is no folder, no file and none of {', '.join(RELEASES)}")
     return path
+
+
+def progress(numbers: range) -> Iterable[int]:
+    """Of the layers that are read, with a bar if somebody watches."""
+    if not sys.stderr.isatty():
+        return numbers
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(numbers, "reading", console=Console(stderr=True), transient=True)
 
 
 def _fetch_terms(terms: Terms, weights: Path) -> Path:

@@ -6,10 +6,10 @@ at a time goes to the device, or to several, so the host never holds many.
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Iterable, Iterator
-from functools import cache, partial
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import chain
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from .config import ModelConfig
-from .families import CheckpointError, Names, Recipe, Stored, read_recipe
+from .families import CheckpointError, Recipe, Stored, read_object, read_recipe
 from .gguf_families import read_gguf_recipe
-from .gguf_reader import GGUF, read_gguf
+from .gguf_reader import GGUF, mxfp4, read_gguf
 from .parallel import split_params
 
 __all__ = ["CheckpointError", "Params", "Safetensors", "load", "pieces"]
@@ -31,7 +31,11 @@ Params = dict[str, Any]
 
 
 def load(
-    path: str | PathLike[str], dtype: Any = "float32", *, mesh: Mesh | None = None
+    path: str | PathLike[str],
+    dtype: Any = "float32",
+    *,
+    mesh: Mesh | None = None,
+    shown: Callable[[range], Iterable[int]] = iter,
 ) -> tuple[ModelConfig, Params]:
     """Read a checkpoint's folder, or a GGUF file, and convert its weights to `dtype`.
 
@@ -39,8 +43,8 @@ def load(
     all layouts tried with XLA on a CPU, one `[in, out]` product of all of them streams the weights
     fastest, for one row and for several. The embedding is `[E, V]`, so that a model whose
     output head is tied to it holds one copy. Norms and sinks are float32, as all that they are
-    used with. With `mesh`, every device gets its own part (`parallel.py`), layer by
-    layer.
+    used with. With `mesh`, every device gets its own part (`parallel.py`), layer by layer. `shown`
+    may show how far it is, as a bar of progress does.
 
     Raises:
       CheckpointError, GGUFError: something is missing or broken, or does not fit the sizes.
@@ -59,14 +63,11 @@ def load(
         source = read_gguf(path)
         recipe = read_gguf_recipe(source)
     config = recipe.config
-    put = jax.device_put
-    if mesh is not None:
-        put = partial(split_params, config, mesh=mesh)
+    put = jax.device_put if mesh is None else partial(split_params, config, mesh=mesh)
     reader = _Reader(source, recipe, jnp.dtype(dtype))
     reader.check_names()
-    params = put(reader.parameters(recipe.top))
-    numbers = _shown(range(config.num_layers), f"reading {path.name}")
-    params["layers"] = [put(reader.parameters(recipe.layer, number)) for number in numbers]
+    params = put(reader.parameters())
+    params["layers"] = [put(reader.parameters(n)) for n in shown(range(config.num_layers))]
     return config, params
 
 
@@ -87,14 +88,11 @@ class Safetensors:
         index, files = path / "model.safetensors.index.json", ["model.safetensors"]
         try:
             if index.is_file():
-                files = sorted(
-                    {Path(f).name for f in json.loads(index.read_text())["weight_map"].values()}
-                )
+                files = sorted({Path(f).name for f in read_object(index)["weight_map"].values()})
             for name in files:
                 file = safe_open(path / name, framework="numpy")
                 self.tensors |= {each: file.get_slice(each) for each in file.keys()}
-            packed = [name for name in self.tensors if mxfp4 and name.endswith("_blocks")]
-            for name in packed:
+            for name in [each for each in self.tensors if mxfp4 and each.endswith("_blocks")]:
                 whole = name.removesuffix("_blocks")
                 pair = self.tensors.pop(name), self.tensors.pop(whole + "_scales")
                 self.tensors[whole] = _Mxfp4(whole, *pair)
@@ -116,8 +114,7 @@ class Safetensors:
 
 
 class _Mxfp4:
-    """Experts' matrices of 4 bits, as a tensor `(X, in, out)` in bfloat16, which has all of their
-    numbers.
+    """Experts' matrices of 4 bits, as a tensor `(X, in, out)` in bfloat16, which loses nothing.
 
     32 numbers along `in` share a scale, of 2**(s - 127): uint8 `(X, out, in / 32)`. Of the two in
     a byte, the first is in the low bits: uint8 `(X, out, in / 32, 16)`.
@@ -127,9 +124,7 @@ class _Mxfp4:
         packed, shape = blocks.get_shape(), scales.get_shape()
         kinds = blocks.get_dtype(), scales.get_dtype()
         if packed != [*shape, 16] or len(shape) != 3 or kinds != ("U8", "U8"):
-            raise ValueError(
-                f"{name!r} of blocks {packed}, scales {shape} and {' and '.join(kinds)}"
-            )
+            raise ValueError(f"{name!r} of blocks {packed}, scales {shape}, dtypes {kinds}")
         self.blocks, self.scales = blocks, scales
 
     def get_shape(self) -> list[int]:
@@ -140,25 +135,9 @@ class _Mxfp4:
         return "BF16"
 
     def __getitem__(self, every: slice) -> np.ndarray:
-        pairs = zip(self.blocks[every], self.scales[every], strict=True)
-        return np.stack([_unpacked(*pair) for pair in pairs]).swapaxes(1, 2)
-
-
-def _unpacked(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """The numbers `(out, in)` of one expert."""
-    where = scales[:, :, None].astype(np.uint16) << 8 | blocks
-    return _two_numbers()[where].view(jnp.bfloat16).reshape(len(blocks), -1)
-
-
-@cache
-def _two_numbers() -> np.ndarray:
-    """What a byte says under a scale: two bfloat16 numbers as one uint32, `[256 * 256]`."""
-    positive = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-    number, byte = np.concatenate([positive, -positive]), np.arange(256)
-    pairs = np.stack([number[byte & 15], number[byte >> 4]], axis=-1)
-    with np.errstate(over="ignore"):  # of scales that no file has
-        scaled = np.ldexp(pairs, np.arange(-127, 129)[:, None, None])
-    return scaled.astype(jnp.bfloat16).view(np.uint32).reshape(-1)
+        with ThreadPoolExecutor() as pool:  # experts side by side
+            rows = pool.map(mxfp4, self.blocks[every], self.scales[every])
+            return np.stack([each.reshape(len(each), -1) for each in rows]).swapaxes(1, 2)
 
 
 class _Reader:
@@ -172,8 +151,9 @@ class _Reader:
         """Before anything is read: everything is there, and nothing that has no place."""
         known = ("rotary_emb.inv_freq", "rope_freqs.weight")  # of old files; in the configuration
         unread = {name for name in self.source.tensors if not name.endswith(known)}
-        for template, layer in self.names():
-            for expert in range(self.recipe.config.num_experts if "{expert}" in template else 1):
+        config, templates = self.recipe.config, [*chain(*self.recipe.names.values())]
+        for layer, template in ((n, each) for n in range(config.num_layers) for each in templates):
+            for expert in range(config.num_experts if "{expert}" in template else 1):
                 name = template.format(layer=layer, expert=expert)
                 self.source.info(name)
                 unread.discard(name)
@@ -183,14 +163,10 @@ class _Reader:
                 f"as {sorted(unread)[:3]}: this family is served without them"
             )
 
-    def names(self) -> Iterator[tuple[str, int]]:
-        recipe = self.recipe
-        yield from ((name, 0) for names in recipe.top.values() for name in names)
-        for layer in range(recipe.config.num_layers):
-            yield from ((name, layer) for names in recipe.layer.values() for name in names)
-
-    def parameters(self, names: Names, layer: int = 0) -> Params:
-        return {role: self.parameter(role, each, layer) for role, each in names.items()}
+    def parameters(self, layer: int | None = None) -> Params:
+        """Those of a layer, or of none."""
+        own = {k: v for k, v in self.recipe.names.items() if ("{layer}" in v[0]) != (layer is None)}
+        return {role: self.parameter(role, names, layer or 0) for role, names in own.items()}
 
     def parameter(self, role: str, names: tuple[str, ...], layer: int) -> np.ndarray:
         """A view of the file's own order: `device_put` turns matrices on the way, several times as
@@ -247,13 +223,3 @@ def pieces(c: ModelConfig) -> dict[str, tuple[tuple[int, ...], ...]]:
         "down": ((*each, inner, wide),),
         "down_bias": ((*each, wide),),
     }
-
-
-def _shown(numbers: Iterable[int], what: str) -> Iterable[int]:
-    """With a bar of progress, if somebody watches."""
-    if not sys.stderr.isatty():
-        return numbers
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(numbers, what, console=Console(stderr=True), transient=True)

@@ -11,7 +11,6 @@ heads, D head dim, I inner width, X experts, K of them for a token.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -58,33 +57,31 @@ def make_model(
       >>> step = jax.jit(make_model(config), donate_argnums=1)  # doctest: +SKIP
       >>> logits, cache = step(params, cache, tokens, batch)  # doctest: +SKIP
     """
-    if mesh is None:
-        return _make_local(config, every_token)
-    devices = mesh.shape[AXIS]
+    devices, axis = (1, None) if mesh is None else (mesh.shape[AXIS], AXIS)
+    whole, config = config, local_config(config, devices)
     split_vocabulary = config.vocab_size % devices == 0
-    local = _make_local(local_config(config, devices), every_token, AXIS, split_vocabulary, sums)
-    return mapped(local, config, mesh, every_token)
 
+    def total(part: Float[Array, "M E"]) -> Float[Array, "M E"]:  # the only talk of a block
+        if sums is not None:
+            return sums(part)
+        return part if axis is None else jax.lax.psum(part, axis)
 
-def _make_local(
-    config: ModelConfig,
-    every_token: bool,
-    axis: str | None = None,
-    split_vocabulary: bool = False,
-    sums: DeviceSum | None = None,
-) -> Model:
-    """What one device computes: the whole model, or its part of it inside a `shard_map`."""
+    def added(x: Array, part: Array, end: Array | None, following: Array) -> tuple[Array, Array]:
+        """x and what a block made, under a norm of its own if the family has one; and the norm."""
+        if sums is not None and end is None:
+            return sums.add_and_norm(part, x, following, config.norm_eps)
+        x = x + _rms_norm(total(part), end, config.norm_eps)
+        return x, _rms_norm(x, following, config.norm_eps)
 
     def model(
         params: Params, cache: KVCache, tokens: Int[Array, "B T"], batch: DecodeBatch
     ) -> tuple[Float[Array, "B *T V"], KVCache]:
         rows, columns = tokens.shape
         embed, layers = params["embed"], params["layers"]
-        x = _embed(embed, tokens.reshape(-1), axis if split_vocabulary else None, sums)
+        x = _embed(embed, tokens.reshape(-1), axis, total if split_vocabulary else None)
         if config.embedding_scale != 1.0:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
         ropes = _ropes(config, batch.positions)
-        added = partial(_added, config, axis, sums)
         norms = [layer["attention_norm"] for layer in layers[1:]] + [params["norm"]]
         normed = _rms_norm(x, layers[0]["attention_norm"], config.norm_eps)
         for index, (layer, following) in enumerate(zip(layers, norms, strict=True)):
@@ -102,49 +99,21 @@ def _make_local(
             logits = config.logit_cap * jnp.tanh(logits / config.logit_cap)
         return logits, cache
 
-    return model
-
-
-def _total(
-    part: Float[Array, "M E"], axis: str | None, sums: DeviceSum | None
-) -> Float[Array, "M E"]:
-    """The sum over the devices, the only talk of a block."""
-    if sums is not None:
-        return sums(part)
-    return part if axis is None else jax.lax.psum(part, axis)
-
-
-def _added(
-    config: ModelConfig,
-    axis: str | None,
-    sums: DeviceSum | None,
-    x: Float[Array, "M E"],
-    part: Float[Array, "M E"],
-    end_norm: Float[Array, " E"] | None,
-    norm: Float[Array, " E"],
-) -> tuple[Float[Array, "M E"], Float[Array, "M E"]]:
-    """x and what a block made, and what the next block reads: that sum under its norm.
-
-    Families that have an `end_norm` put it over what the block made.
-    """
-    if sums is not None and end_norm is None:
-        return sums.add_and_norm(part, x, norm, config.norm_eps)
-    x = x + _rms_norm(_total(part, axis, sums), end_norm, config.norm_eps)
-    return x, _rms_norm(x, norm, config.norm_eps)
+    return model if mesh is None else mapped(model, whole, mesh, every_token)
 
 
 def _embed(
     embed: Float[Array, "E V"],
     tokens: Int[Array, " M"],
     axis: str | None,
-    sums: DeviceSum | None,
+    total: Callable[[Array], Array] | None,
 ) -> Float[Array, "M E"]:
-    if axis is None:
+    if axis is None or total is None:
         return jnp.take(embed, tokens, axis=1).T
     own = tokens - jax.lax.axis_index(axis) * embed.shape[1]
     here = (own >= 0) & (own < embed.shape[1])  # every token is on one device; the others add 0
     x = jnp.take(embed, jnp.where(here, own, 0), axis=1).T
-    return _total(jnp.where(here[:, None], x, jnp.zeros_like(x)), axis, sums)
+    return total(jnp.where(here[:, None], x, jnp.zeros_like(x)))
 
 
 def _attention(
@@ -180,8 +149,10 @@ def _attention(
     return _linear(seen.reshape(len(x), -1), layer, "out"), cache
 
 
-def _feed_forward(config: ModelConfig, layer: Params, x: Float[Array, "M E"]) -> Array:
-    return _linear(_gated(config.gate, _linear(x, layer, "gate_up")), layer, "down")
+def _feed_forward(config: ModelConfig, layer: Params, x: Array, *how: Callable) -> Array:
+    """Dense, or with experts, where `how` says which of them a row of x asks; see `_linear`."""
+    inner = _gated(config.gate, _linear(x, layer, "gate_up", *how))
+    return _linear(inner, layer, "down", *how)
 
 
 def _gated(kind: str, gate_up: Float[Array, "M 2I"]) -> Float[Array, "M I"]:
@@ -221,7 +192,7 @@ def _ask_own(config: ModelConfig, layer: Params, x: Array, expert: Int[Array, " 
         return jax.lax.platform_dependent(x, weights, cpu=one_by_one, default=at_once)
 
     rows = jnp.repeat(x, config.experts_per_token, axis=0)
-    return _expert(config, layer, rows, product, lambda bias: bias[expert])
+    return _feed_forward(config, layer, rows, product, lambda bias: bias[expert])
 
 
 def _ask_all(config: ModelConfig, layer: Params, x: Array, expert: Int[Array, " MK"]) -> Array:
@@ -233,38 +204,29 @@ def _ask_all(config: ModelConfig, layer: Params, x: Array, expert: Int[Array, " 
     average = len(expert) // config.num_experts
     size = min(len(x), max(_ROWS, average * 3 // 2))
     order = jnp.argsort(expert)
-    begins = jnp.searchsorted(expert[order], jnp.arange(config.num_experts))
+    begins = jnp.sum(expert < jnp.arange(config.num_experts)[:, None], axis=1)
     place = jnp.argsort(order) - begins[expert]  # of a choice among those of the same expert
 
     def round_of(number: Array, out: Array) -> Array:
         asked = begins[:, None] + number * size + jnp.arange(size)  # past the last: for nothing
         token = order[jnp.minimum(asked, len(order) - 1)] // config.experts_per_token
-        mixed = _expert(config, layer, x[token], jnp.matmul, lambda bias: bias[:, None])
+        mixed = _feed_forward(config, layer, x[token], jnp.matmul, lambda bias: bias[:, None])
         return jnp.where((place // size == number)[:, None], mixed[expert, place % size], out)
 
     rounds = 1 if size == len(x) else 1 + jnp.max(place) // size
     return jax.lax.fori_loop(0, rounds, round_of, jnp.zeros((len(expert), x.shape[1]), x.dtype))
 
 
-def _expert(
-    config: ModelConfig,
+def _linear(
+    x: Float[Array, "*M in"],
     layer: Params,
-    x: Array,
-    product: Callable[[Array, Array], Array],
-    own: Callable[[Array], Array],
-) -> Array:
-    """The feed-forward block of each row's expert, with biases if the layer has some."""
-
-    def linear(x: Array, name: str) -> Array:
-        out = product(x, layer[name])
-        return out + own(layer[name + "_bias"]) if name + "_bias" in layer else out
-
-    return linear(_gated(config.gate, linear(x, "gate_up")), "down")
-
-
-def _linear(x: Float[Array, "M in"], layer: Params, name: str) -> Float[Array, "M out"]:
-    product = _product(x, layer[name])
-    return product + layer[name + "_bias"] if name + "_bias" in layer else product
+    name: str,
+    product: Callable[[Array, Array], Array] | None = None,
+    own: Callable[[Array], Array] = lambda bias: bias,
+) -> Float[Array, "*M out"]:
+    """A product with weights, and their bias if there is one; of experts, those of each row."""
+    out = (product or _product)(x, layer[name])
+    return out + own(layer[name + "_bias"]) if name + "_bias" in layer else out
 
 
 def _product(x: Float[Array, "M in"], matrix: Float[Array, "in out"]) -> Float[Array, "M out"]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from .config import ModelConfig, Rope
 
-__all__ = ["CheckpointError", "Keys", "Names", "Recipe", "Stored", "read_recipe"]
+__all__ = ["CheckpointError", "Keys", "Names", "Recipe", "Stored", "read_object", "read_recipe"]
 
 
 class CheckpointError(ValueError):
@@ -42,21 +42,30 @@ class Recipe:
 
     Attributes:
       config: of the model.
-      top: by the name of a parameter, the tensors that make it up.
-      layer: the same in a layer, whose number goes in for `{layer}`. A name with `{expert}`
-        stands for a tensor of every expert; one name in the place of several, for a tensor that
-        has them all.
+      names: by the name of a parameter, the tensors that make it up. In a layer, its number goes
+        in for `{layer}`. A name with `{expert}` stands for a tensor of every expert; one name in
+        the place of several, for a tensor that has them all.
       stored: by name, tensors that lie in another way than matrices of `(out, in)`.
       norm_offset: what is added to the weights of norms.
       mxfp4: whether tensors of experts are stored so.
     """
 
     config: ModelConfig
-    top: Names
-    layer: Names
+    names: Names
     stored: dict[str, Stored] = field(default_factory=dict)
     norm_offset: float = 0.0
     mxfp4: bool = False
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The entries of a JSON file; CheckpointError if it has none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: expected an object, got {type(found).__name__}")
+    return found
 
 
 def read_recipe(folder: Path) -> Recipe:
@@ -67,12 +76,7 @@ def read_recipe(folder: Path) -> Recipe:
       NotImplementedError: another architecture, or anything that is not understood.
     """
     path = folder / "config.json"
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: expected the configuration of a model: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected an object")
+    content = read_object(path)
     keys = Keys(path, {k: v for k, v in content.items() if k not in _WITHOUT_EFFECT})
     kinds = keys.take("architectures", list)
     if len(kinds) != 1 or kinds[0] not in _FAMILIES:
@@ -86,7 +90,7 @@ def read_recipe(folder: Path) -> Recipe:
                 f"{path}: 'quantization_config' of {method!r} is not served, only 'mxfp4' of "
                 "gpt-oss: save the checkpoint dequantised, such as in bfloat16"
             )
-    names = _llama_names()
+    names = dict(_OF_LLAMA)
     keys.layers, keys.width = keys.size("num_hidden_layers"), keys.size("hidden_size")
     keys.heads = keys.size("num_attention_heads")
     keys.head_dim = keys.size("head_dim", keys.width // keys.heads)
@@ -110,14 +114,13 @@ def read_recipe(folder: Path) -> Recipe:
         config = ModelConfig(**sizes, **own)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    top: Names = {"embed": ("model.embed_tokens.weight",), "norm": ("model.norm.weight",)}
-    if not tied:
-        top["head"] = ("lm_head.weight",)
     prefix = "model.layers.{layer}."
-    layer = {role: tuple(prefix + name for name in each) for role, each in names.items()}
-    return Recipe(
-        config, top, layer, {prefix + k: v for k, v in stored.items()}, offset, bool(quantised)
-    )
+    names = {role: tuple(prefix + name for name in each) for role, each in names.items()}
+    names |= {"embed": ("model.embed_tokens.weight",), "norm": ("model.norm.weight",)}
+    if not tied:
+        names["head"] = ("lm_head.weight",)
+    stored = {prefix + name: each for name, each in stored.items()}
+    return Recipe(config, names, stored, offset, bool(quantised))
 
 
 _REQUIRED: Any = object()
@@ -180,25 +183,17 @@ class Keys:
 # ---- what several families have
 
 
-def _llama_names() -> Names:
-    return {
-        "attention_norm": ("input_layernorm.weight",),
-        "inner_norm": ("post_attention_layernorm.weight",),
-        "qkv": tuple(f"self_attn.{each}_proj.weight" for each in "qkv"),
-        "out": ("self_attn.o_proj.weight",),
-        "gate_up": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-        "down": ("mlp.down_proj.weight",),
-    }
-
-
+_OF_LLAMA: Names = {
+    "attention_norm": ("input_layernorm.weight",),
+    "inner_norm": ("post_attention_layernorm.weight",),
+    "qkv": tuple(f"self_attn.{each}_proj.weight" for each in "qkv"),
+    "out": ("self_attn.o_proj.weight",),
+    "gate_up": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "down": ("mlp.down_proj.weight",),
+}
 _QK_NORM: Names = {"qk_norm": ("self_attn.q_norm.weight", "self_attn.k_norm.weight")}
 _QKV_BIAS: Names = {"qkv_bias": tuple(f"self_attn.{each}_proj.bias" for each in "qkv")}
 _OUT_BIAS: Names = {"out_bias": ("self_attn.o_proj.bias",)}
-_FOUR_NORMS: Names = {
-    "attention_end_norm": ("post_attention_layernorm.weight",),
-    "inner_norm": ("pre_feedforward_layernorm.weight",),
-    "inner_end_norm": ("post_feedforward_layernorm.weight",),
-}
 
 
 def _attention_bias(keys: Keys, names: Names) -> None:
@@ -391,7 +386,11 @@ def _gemma(keys: Keys, names: Names) -> dict[str, Any]:
     for key in ("hidden_act", "hidden_activation"):
         keys.only(key, "gelu_pytorch_tanh")
     keys.only("use_bidirectional_attention", False)
-    names.update(_FOUR_NORMS)
+    names |= {
+        "attention_end_norm": ("post_attention_layernorm.weight",),
+        "inner_norm": ("pre_feedforward_layernorm.weight",),
+        "inner_end_norm": ("post_feedforward_layernorm.weight",),
+    }
     _attention_bias(keys, names)
     return dict(
         gate="gelu",

@@ -58,15 +58,15 @@ def read_gguf_recipe(gguf: GGUF) -> Recipe:
         )
     except ValueError as error:
         raise GGUFError(f"{gguf.path}: {error}") from error
-    top: Names = {"embed": ("token_embd.weight",), "norm": ("output_norm.weight",)}
+    names = {role: tuple("blk.{layer}." + name for name in each) for role, each in names.items()}
+    names |= {"embed": ("token_embd.weight",), "norm": ("output_norm.weight",)}
     if "output.weight" in gguf.tensors:
-        top["head"] = ("output.weight",)
+        names["head"] = ("output.weight",)
     stored = {}
     if architecture == "llama":  # the two halves of every head that is turned are interleaved
         halves = Stored(ours=lambda matrix: _halves(matrix.T, head_dim).T)
         stored = {f"blk.{{layer}}.attn_{each}.weight": halves for each in "qk"}
-    layer = {role: tuple("blk.{layer}." + name for name in each) for role, each in names.items()}
-    return Recipe(config, top, layer, stored)
+    return Recipe(config, names, stored)
 
 
 def _halves(matrix: np.ndarray, dim: int) -> np.ndarray:

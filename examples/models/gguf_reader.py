@@ -19,10 +19,12 @@ import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+from ml_dtypes import bfloat16
 
 __all__ = ["GGUF", "GGUFError", "TENSOR_TYPES", "TensorInfo", "dequantise", "read_gguf"]
 
@@ -383,11 +385,29 @@ def _q6_k(b: np.ndarray) -> np.ndarray:
     return (scale[:, :, None] * q).reshape(len(b), 256)
 
 
+def mxfp4(packed: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Numbers of 4 bits under scales 2**(s - 127), exactly: uint8 `[..., m]` and `[...]` to
+    bfloat16 `[..., 2 * m]`, of every byte first its low half."""
+    where = scales[..., None].astype(np.uint16) << 8 | packed
+    return _two_numbers()[where].view(bfloat16)
+
+
+@cache
+def _two_numbers() -> np.ndarray:
+    """What a byte says under a scale: two bfloat16 numbers as one uint32, `[256 * 256]`."""
+    # One bit for the sign, two for the exponent, one for the mantissa.
+    positive = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+    number, byte = np.concatenate([positive, -positive]), np.arange(256)
+    pairs = np.stack([number[byte & 15], number[byte >> 4]], axis=-1)
+    with np.errstate(over="ignore"):  # of scales that no file has
+        scaled = np.ldexp(pairs, np.arange(-127, 129)[:, None, None])
+    return scaled.astype(bfloat16).view(np.uint32).reshape(-1)
+
+
 def _mxfp4(b: np.ndarray) -> np.ndarray:
-    # Numbers of 1, 2 and 1 bits for sign, exponent and mantissa; twice their values are whole.
-    steps = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
-    scale = np.ldexp(np.float32(1), b[:, :1].astype(np.int32) - 128)
-    return scale * steps[_nibbles(b[:, 1:])]
+    # The low halves of all bytes come before the high ones.
+    pairs = mxfp4(b[:, 1:], b[:, 0]).reshape(-1, 16, 2)
+    return pairs.swapaxes(1, 2).reshape(-1, 32).astype(np.float32)
 
 
 TENSOR_TYPES: dict[int, TensorType] = {

@@ -16,6 +16,7 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as _Tokenizer
 
+from .families import read_object
 from .gguf_reader import read_gguf
 from .gguf_vocabulary import SPACE, build
 
@@ -151,7 +152,9 @@ class ChatTemplate:
             extensions=["jinja2.ext.loopcontrols", _Generation],
         )
         environment.filters["tojson"] = _to_json
-        environment.globals |= dict(raise_exception=_refuse, strftime_now=_now)
+        environment.globals |= dict(
+            raise_exception=_refuse, strftime_now=lambda form: datetime.now().strftime(form)
+        )
         given = dict(messages=[dict(message) for message in messages], tools=None, documents=None)
         try:
             template = environment.from_string(self.text)
@@ -179,10 +182,6 @@ class _Generation(Extension):
 
 def _refuse(message: str) -> NoReturn:
     raise TemplateError(message)
-
-
-def _now(form: str) -> str:
-    return datetime.now().strftime(form)
 
 
 def _to_json(
@@ -241,15 +240,7 @@ def _template_of(
 
 def _entries(path: Path) -> dict[str, Any]:
     """The entries of a JSON file; none if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: expected an object, got {type(found).__name__}")
-    return found
+    return read_object(path) if path.is_file() else {}
 
 
 def _spelling(token: Any) -> str | None:

@@ -20,7 +20,8 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 def models(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.syspath_prepend(str(BENCHMARKS.parent / "examples"))
-    monkeypatch.setitem(os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    for name in ("PREALLOCATE", "MEM_FRACTION"):  # which it sets for its own process
+        monkeypatch.setitem(os.environ, f"XLA_PYTHON_CLIENT_{name}", "")
     monkeypatch.setattr(sys, "path", [*sys.path])
     module = importlib.import_module("example_models")
     monkeypatch.setattr(sys.modules["_result"], "RESULTS", tmp_path)
