@@ -44,7 +44,8 @@ def agents(
       calls: mean requests of a session, at least 1.
       tool_sets: system prompts that there are.
       block_tokens: tokens per block.
-      system_blocks, task_blocks: of a system prompt, and of a task.
+      system_blocks: of a system prompt.
+      task_blocks: of a task.
       tool_median: tokens that a tool adds.
       output_median: tokens of an answer, log-normal.
       sigma: deviation of the logarithm of all that is log-normal; 0 makes all alike.
@@ -159,8 +160,10 @@ def rollouts(
       prompts: how many, at least 1; no two are alike.
       seed: 0 or more; the same one gives the same requests.
       samples: requests of every prompt.
-      prompt_median, output_median: tokens.
-      prompt_sigma, output_sigma: deviation of the logarithm; 0 makes all alike.
+      prompt_median: tokens.
+      output_median: tokens.
+      prompt_sigma: deviation of the logarithm; 0 makes all alike.
+      output_sigma: the same of outputs.
       longest: tokens of an output at most.
 
     Raises:
