@@ -1,6 +1,7 @@
 """Attention of samples that share prompts, T = 1, with the prompts read once and by every row.
 
     python benchmarks/shared_prefix.py            # one GPU, about a minute
+    python benchmarks/shared_prefix.py --tilings --name shared_prefix_tilings    # of the parts
     python benchmarks/shared_prefix.py --small    # CPU: that it runs, and what it does there
 
 64 rows are P prompts of G samples; each row has a tail to itself. `alone` is `paged_attention`,
@@ -13,6 +14,9 @@ with a cold L2 (`_gpu_timing.py`); results are compared with those of `alone` fi
 The peer is FlashInfer's cascade (MultiLevelCascadeAttentionWrapper, two levels), which is told on
 the host who shares what, if flashinfer-python is installed; its `plan` is in no time. It builds
 its kernels at the first call.
+
+`--tilings` times `shared` in some cases with other tilings of Triton's kernel (tokens of a tile,
+warps, stages) for the calls of more than 32 heads a KV head, which parts are.
 """
 
 from __future__ import annotations
@@ -22,7 +26,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
@@ -41,6 +47,8 @@ CASES = [
     (prompts, 64 // prompts, prefix, 256) for prefix in (1024, 4096, 16384) for prompts in (1, 4, 8)
 ]
 CASES += [(1, 64, 8192, 512), (64, 1, 4096, 256)]
+TILED = [(1, 64, 8192, 512), (4, 16, 4096, 256), (8, 8, 1024, 256)]
+TILINGS = [(64, 4, 2), (64, 4, 3), (64, 8, 2), (64, 8, 3), (128, 4, 2), (128, 8, 2), (32, 4, 3)]
 SMALL = [(1, 8, 512, 64), (2, 4, 512, 64), (8, 1, 512, 64)]
 
 Call = Callable[[], Any]
@@ -89,6 +97,22 @@ class Arrays:
             "paged-decode/plan": (lambda: wait(find(table, lens)), self.table.nbytes),
         }  # fmt: skip
 
+    def tiled(self, tokens: int, warps: int, stages: int) -> tuple[Call, int]:
+        """`shared` with this tiling of its parts."""
+        from paged_decode.kernels.triton import plan as launches
+
+        shipped = launches.choose_config
+
+        def choose(call: Any, card: Any) -> Any:
+            config = shipped(call, card)
+            wide = call.one_token and call.group > 32
+            own = dict(tokens=tokens, warps=warps, stages=stages)
+            return replace(config, **own) if wide else config
+
+        jax.clear_caches()  # what is traced has its tiling already
+        with mock.patch.object(launches, "choose_config", choose):
+            return self.systems()["paged-decode/shared"]
+
     def cascade(self) -> tuple[Call, int]:
         """FlashInfer's: level 0 are the prompts, level 1 the tails."""
         import flashinfer  # pyright: ignore
@@ -117,9 +141,17 @@ class Arrays:
         return lambda: wrapper.run(q, pages), tokens * self.token_bytes
 
 
-def measure(arrays: Arrays, case: dict[str, Any], clock: Any, peers: bool) -> Iterator[dict]:
+def measure(
+    arrays: Arrays, case: dict[str, Any], clock: Any, *, peers: bool, tilings: bool
+) -> Iterator[dict]:
     """A record for every system."""
     systems: dict[str, Any] = arrays.systems()
+    for tiling in TILINGS if tilings else ():
+        name = "paged-decode/shared " + "x".join(map(str, tiling))
+        try:
+            systems[name] = arrays.tiled(*tiling)
+        except Exception as error:  # one that the card has no room for
+            yield dict(case=case, system=name, error=repr(error)[:300])
     if peers:
         try:
             systems["flashinfer/cascade"] = arrays.cascade()
@@ -158,6 +190,7 @@ def main() -> None:
     )
     parser.add_argument("--small", action="store_true", help="few rows, on any device")
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--tilings", action="store_true", help="other tilings, no peers")
     parser.add_argument("--name", default="shared_prefix", help="of the result file")
     args = parser.parse_args()
     device, clock = jax.devices()[0], host_clock
@@ -169,12 +202,14 @@ def main() -> None:
     elif not args.small:
         parser.error("this is for a GPU; elsewhere give --small")
     records = []
-    for prompts, samples, prefix, tail in SMALL if args.small else CASES:
+    peers = on_gpu and not (args.no_peers or args.tilings)
+    cases = SMALL if args.small else TILED if args.tilings else CASES
+    for prompts, samples, prefix, tail in cases:
         dtype = jnp.bfloat16 if on_gpu else jnp.float32
         case = dict(prompts=prompts, samples=samples, prefix=prefix, tail=tail)
         case |= dict(heads=HEADS, kv_heads=KV_HEADS, dim=DIM, page_size=PAGE, dtype=dtype.__name__)
         arrays = Arrays(prompts, samples, prefix, tail, dtype)
-        for record in measure(arrays, case, clock, on_gpu and not args.no_peers):
+        for record in measure(arrays, case, clock, peers=peers, tilings=args.tilings):
             records.append(record)
             told = record.get("error") or f"{record['median_s'] * 1e6:9.1f} us"
             print(f"{prompts:2} x {samples:2} {prefix:6}+{tail} {record['system']:20} {told}",

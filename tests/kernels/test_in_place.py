@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from paged_decode.kernels import Placement, append_and_attend, append_kv
+from paged_decode.kernels import (
+    Placement,
+    append_and_attend,
+    append_kv,
+    shared_prefix_plan,
+)
 
 from ..devices import first_devices
 from .test_attention import SHAPES
@@ -22,7 +27,7 @@ LAYERS = (None, 1, 3)  # a tuple's layer, and stacks
 ROWS, TABLE, LENS = 4, np.zeros((4, 4), np.int32), np.full(4, 4, np.int32)
 
 
-def steps(pools, q, layers, placement):
+def steps(pools, q, layers, placement, **own):
     """Written by both, read in a loop, and all of that again, four times.
 
     What is written depends on what was read before, as in a model.
@@ -34,7 +39,7 @@ def steps(pools, q, layers, placement):
         new, slots = q[..., ::2, :], np.zeros(q.shape[:-2], np.int32)
         k, v = append_kv(k, v, new, new, slots, **options)
         out, k, v = append_and_attend(
-            k, v, q, new, new, TABLE, LENS, slots=slots, implementation="xla", **options
+            k, v, q, new, new, TABLE, LENS, slots=slots, implementation="xla", **options, **own
         )
         return k, v, q + out
 
@@ -69,6 +74,26 @@ def check(sizes, layouts, placement=None):
     sizes_bytes = [8 * int(np.prod(k.shape)) // devices for k, _ in pools]
     assert memory.alias_size_in_bytes == sum(sizes_bytes)
     assert memory.temp_size_in_bytes < min(sizes_bytes) / 4
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+@pytest.mark.parametrize("name", ["shared", "batch_invariant"])
+def test_no_option_copies_the_pool(name, layers):
+    shape = (2**15, 2, 4, 16)
+    shape = shape if layers is None else (layers, *shape)
+    pools = (jax.ShapeDtypeStruct(shape, np.float32),) * 2
+    q = jax.ShapeDtypeStruct((ROWS, 4, 16), np.float32)
+
+    def program(pools, q):
+        own = dict(batch_invariant=True)
+        if name == "shared":
+            table = np.tile(np.arange(1, 5, dtype=np.int32), (ROWS, 1))
+            own = dict(shared=shared_prefix_plan(table, 4 * LENS, page_size=4, min_tokens=1))
+        return steps(pools, q, layers, None, **own)
+
+    memory = jax.jit(program, donate_argnums=0).lower(pools, q).compile().memory_analysis()
+    assert memory.alias_size_in_bytes == 8 * int(np.prod(shape))
+    assert memory.temp_size_in_bytes < memory.alias_size_in_bytes / 4
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)

@@ -16,11 +16,13 @@ from paged_decode import (
     KVCache,
     PageCopies,
     PageSpec,
+    one_token_batch,
     save_snapshot,
 )
 from paged_decode.kernels import append_kv, paged_attention
 
 from ..devices import first_devices
+from . import tiny
 
 SIZES = dict(num_layers=2, num_pages=6, num_kv_heads=2, page_size=4, head_dim=8)
 
@@ -193,3 +195,38 @@ def test_copies_of_heads_on_a_mesh_are_not_counted():
     for heads in (2, 8):
         cache = KVCache.create(**sizes, num_kv_heads=heads, mesh=mesh, head_axis="heads")
         assert cache.num_kv_heads == heads
+
+
+def test_a_loop_of_ones_own_reads_shared_prefixes_once_and_gets_the_same_tokens():
+    """Forks of a prompt, three steps in one program, with the plan of its beginning."""
+    (prompt,) = tiny.prompts(1, seed=4, low=30, high=30)
+    found = []
+    for shares in (False, True):
+        cache = KVCache.create(
+            num_layers=tiny.LAYERS, num_pages=40, num_kv_heads=tiny.KV_HEADS, page_size=4,
+            head_dim=tiny.DIM,
+        )  # fmt: skip
+        allocator = BlockAllocator(40, 4)
+        parent = allocator.allocate(prompt[:-1])
+        batch = allocator.batch([parent], [0], [29], tokens_per_row=29)
+        _, cache = tiny.model(tiny.PARAMS, cache, batch.tokens, batch)
+        cache, forks = cache.fork(allocator, parent, 3)
+        handles = [parent, *forks]
+        cache, batch = cache.reserve(allocator, handles, 3)
+
+        def program(cache, batch, shares=shares):
+            if shares:
+                batch = cache.share_prefixes(batch, min_tokens=1)
+            tokens, out = jnp.full(4, prompt[-1], jnp.int32) + jnp.arange(4, dtype=jnp.int32), []
+            for step in range(3):
+                lens = jnp.full(4, len(prompt) + step, jnp.int32)
+                now = one_token_batch(batch, tokens, lens)
+                logits, cache = tiny.model(tiny.PARAMS, cache, now.tokens, now)
+                tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+                out.append(tokens)
+            shared = batch.groups[0].shared
+            return jnp.stack(out), None if shared is None else shared.seq_lens
+
+        found.append(jax.jit(program)(cache, batch))
+    (alone, _), (together, shared) = found
+    assert together.tolist() == alone.tolist() and shared.max() == 28
