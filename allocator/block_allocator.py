@@ -156,11 +156,6 @@ class BlockAllocator(AllocatorCalls):
         """Give back what `prepare_copy` holds aside, if there is anything."""
         plan_cancel_copy(self._books, self._row(handle))()
 
-    @property
-    def eviction(self) -> EvictionRank | None:
-        """The rank that was given."""
-        return self._cache.rank
-
     def _row(self, handle: SupportsIndex) -> int:
         return self._home(handle)[1]
 

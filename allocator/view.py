@@ -8,6 +8,7 @@ import numpy as np
 
 from .arguments import Ints, as_count
 from .bookkeeping import Bookkeeping
+from .eviction import EvictionRank
 from .invariants import require_consistent
 from .locking import Guard, atomic, changing
 from .prefix import salt_of
@@ -44,6 +45,11 @@ class AllocatorView:
     def prefix_cache(self) -> bool:
         """Whether committed pages can be found again."""
         return self._shards[0].caching
+
+    @property
+    def eviction(self) -> EvictionRank | None:
+        """The rank that was given."""
+        return self._shards[0].cache.rank
 
     @property
     def fingerprint(self) -> bytes:
