@@ -405,9 +405,9 @@ def _two_numbers() -> np.ndarray:
 
 
 def _mxfp4(b: np.ndarray) -> np.ndarray:
-    # The low halves of all bytes come before the high ones.
+    # The low halves of all bytes come before the high ones, and no zero has a sign.
     pairs = mxfp4(b[:, 1:], b[:, 0]).reshape(-1, 16, 2)
-    return pairs.swapaxes(1, 2).reshape(-1, 32).astype(np.float32)
+    return pairs.swapaxes(1, 2).reshape(-1, 32).astype(np.float32) + np.float32(0)
 
 
 TENSOR_TYPES: dict[int, TensorType] = {
