@@ -49,11 +49,6 @@ def load(
     Raises:
       CheckpointError, GGUFError: something is missing or broken, or does not fit the sizes.
       NotImplementedError: another architecture, or anything that is not understood.
-
-    Example:
-      >>> config, params = load("SmolLM2-135M-Instruct.Q4_1.gguf")  # doctest: +SKIP
-      >>> config.num_layers, params["embed"].shape  # doctest: +SKIP
-      (30, (576, 49152))
     """
     path = Path(path)
     if path.is_dir():

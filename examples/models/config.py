@@ -134,10 +134,8 @@ def rope_frequencies(rope: Rope, dim: int) -> np.ndarray:
     if rope.kind == "llama3":
         kept = np.clip((turns - rope.slow) / (rope.fast - rope.slow), 0, 1)
     else:
-        bounds = (
-            half * math.log(turns[0] / t) / math.log(rope.theta) for t in (rope.fast, rope.slow)
-        )
-        low, high = bounds
+        each = half / math.log(rope.theta)
+        low, high = (each * math.log(turns[0] / t) for t in (rope.fast, rope.slow))
         if rope.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, dim - 1)
@@ -164,11 +162,6 @@ def layout(
       num_pages: of the full group, the null page included.
       window_pages: of the window group, likewise; None: as many, which is never too few.
       dtype: of keys and values.
-
-    Example:
-      >>> of_gemma = layout(config, page_size=16, num_pages=2049)  # doctest: +SKIP
-      >>> [(group.window, len(group.layers)) for group in of_gemma.groups]  # doctest: +SKIP
-      [(None, 3), (512, 15)]
     """
     layers = range(config.num_layers)
     local = tuple(layer for layer in layers if config.window(layer) is not None)

@@ -52,19 +52,23 @@ def make_model(
     With `mesh`, the weights lie on its devices, as `load` with that mesh puts them or
     `parallel.split_params`, and so does the cache. `sums` over its axis `AXIS` takes the place of
     `psum` and of what follows it.
-
-    Example:
-      >>> step = jax.jit(make_model(config), donate_argnums=1)  # doctest: +SKIP
-      >>> logits, cache = step(params, cache, tokens, batch)  # doctest: +SKIP
     """
     devices, axis = (1, None) if mesh is None else (mesh.shape[AXIS], AXIS)
     whole, config = config, local_config(config, devices)
-    split_vocabulary = config.vocab_size % devices == 0
+    split_vocabulary = axis is not None and config.vocab_size % devices == 0
 
     def total(part: Float[Array, "M E"]) -> Float[Array, "M E"]:  # the only talk of a block
         if sums is not None:
             return sums(part)
         return part if axis is None else jax.lax.psum(part, axis)
+
+    def embedded(embed: Float[Array, "E V"], tokens: Int[Array, " M"]) -> Float[Array, "M E"]:
+        if not split_vocabulary:
+            return jnp.take(embed, tokens, axis=1).T
+        own = tokens - jax.lax.axis_index(AXIS) * embed.shape[1]
+        here = (own >= 0) & (own < embed.shape[1])  # every token is on one device; others add 0
+        x = jnp.take(embed, jnp.where(here, own, 0), axis=1).T
+        return total(jnp.where(here[:, None], x, jnp.zeros_like(x)))
 
     def added(x: Array, part: Array, end: Array | None, following: Array) -> tuple[Array, Array]:
         """x and what a block made, under a norm of its own if the family has one; and the norm."""
@@ -78,7 +82,7 @@ def make_model(
     ) -> tuple[Float[Array, "B *T V"], KVCache]:
         rows, columns = tokens.shape
         embed, layers = params["embed"], params["layers"]
-        x = _embed(embed, tokens.reshape(-1), axis, total if split_vocabulary else None)
+        x = embedded(embed, tokens.reshape(-1))
         if config.embedding_scale != 1.0:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
         ropes = _ropes(config, batch.positions)
@@ -92,28 +96,13 @@ def make_model(
             block = _mix_experts if "router" in layer else _feed_forward
             mixed = block(config, layer, normed)
             x, normed = added(x, mixed, layer.get("inner_end_norm"), following)
-        x = normed.reshape(rows, columns, -1)
-        x = x if every_token else x[:, -1]
+        x = normed.reshape(rows, columns, -1)[:, slice(None) if every_token else -1]
         logits = jnp.matmul(x, params.get("head", embed), preferred_element_type=jnp.float32)
         if config.logit_cap is not None:
             logits = config.logit_cap * jnp.tanh(logits / config.logit_cap)
         return logits, cache
 
     return model if mesh is None else mapped(model, whole, mesh, every_token)
-
-
-def _embed(
-    embed: Float[Array, "E V"],
-    tokens: Int[Array, " M"],
-    axis: str | None,
-    total: Callable[[Array], Array] | None,
-) -> Float[Array, "M E"]:
-    if axis is None or total is None:
-        return jnp.take(embed, tokens, axis=1).T
-    own = tokens - jax.lax.axis_index(axis) * embed.shape[1]
-    here = (own >= 0) & (own < embed.shape[1])  # every token is on one device; the others add 0
-    x = jnp.take(embed, jnp.where(here, own, 0), axis=1).T
-    return total(jnp.where(here[:, None], x, jnp.zeros_like(x)))
 
 
 def _attention(
@@ -232,12 +221,10 @@ def _linear(
 def _product(x: Float[Array, "M in"], matrix: Float[Array, "in out"]) -> Float[Array, "M out"]:
     if len(x) > 1 or matrix.size >= _TWO_ROWS:
         return x @ matrix
-    # XLA for GPUs would multiply all of so small a matrix by one row, and then add up: three times
-    # the time of a product. Two rows are a product, and the second costs nothing.
+    # XLA for GPUs makes two slow kernels of one row and so small a matrix. Two rows are a product.
+    two = jnp.broadcast_to(x, (2, x.shape[1]))
     return jax.lax.platform_dependent(
-        *(x, matrix),
-        cuda=lambda x, matrix: (jnp.broadcast_to(x, (2, x.shape[1])) @ matrix)[:1],
-        default=jnp.matmul,
+        two, matrix, cuda=lambda x, m: (x @ m)[:1], default=lambda x, m: x[:1] @ m
     )
 
 

@@ -55,11 +55,6 @@ class Tokenizer:
       eos_ids: the tokens that end an answer.
       eos_id: the first of them.
       chats: whether there is a chat template; a base model has none.
-
-    Example:
-      >>> tokenizer = load(path)  # doctest: +SKIP
-      >>> tokenizer.encode("The capital of France is")  # doctest: +SKIP
-      [504, 3575, 282, 4649, 314]
     """
 
     def __init__(
