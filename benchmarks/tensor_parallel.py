@@ -223,7 +223,7 @@ def weights(config: ModelConfig, devices: int, dtype: Any) -> dict[str, Any]:
         return made[name](key)
 
     key = jax.random.key(0)
-    ones = jax.device_put(np.ones(c.width, dtype), NamedSharding(mesh, PartitionSpec()))
+    ones = jax.device_put(np.ones(c.width, np.float32), NamedSharding(mesh, PartitionSpec()))
     layers = []
     for i in range(c.num_layers):
         keys = jax.random.split(jax.random.fold_in(key, i), 4)

@@ -79,14 +79,16 @@ class DeviceSum:
     ) -> tuple[Float[Array, "*M E"], Float[Array, "*M E"]]:
         """`x = residual + sum of part`, and x divided by its root mean square, times weight.
 
-        The mean is of float32 squares, to which eps is added; both results have the dtype of part.
+        The mean is of float32 squares, to which eps is added; both results have the dtype of part,
+        whatever that of weight is.
         """
-        if not self._serves(part) or residual.dtype != part.dtype or weight.dtype != part.dtype:
+        if not self._serves(part) or residual.dtype != part.dtype:
             x = residual + jax.lax.psum(part, self.axis)
             wide = x.astype(jnp.float32)
             scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
             return x, (wide * scale * weight.astype(jnp.float32)).astype(x.dtype)
-        x, normed = self._launch(part, residual, weight, eps)
+        # Models keep such weights in float32; one dtype is one kernel, which `_load` has loaded.
+        x, normed = self._launch(part, residual, weight.astype(jnp.float32), eps)
         return x, normed
 
     def _serves(self, part: Array) -> bool:
@@ -156,16 +158,15 @@ class DeviceSum:
         """Load the kernels on every card: CUDA may wait with that until running ones have ended,
         and those of another card could be waiting for this one."""
         nowhere = np.full((self._mesh.shape[self.axis] + 1, 2), -1, np.int32)
-        row, weight = np.zeros((1, self._width)), np.zeros(self._width)
+        row, weight = np.zeros((1, self._width), self._dtype), np.zeros(self._width, np.float32)
 
         @jax.jit
         def both(row: Array, weight: Array, addresses: Array) -> list[Array]:
             plain = self._kernel(row, addresses, None, None, 0.0)
             return plain + self._kernel(row, addresses, row, weight, 0.0)
 
-        arrays = row.astype(self._dtype), weight.astype(self._dtype), nowhere
         for device in self._mesh.devices.flat:
-            jax.block_until_ready(both(*jax.device_put(arrays, device)))
+            jax.block_until_ready(both(*jax.device_put((row, weight, nowhere), device)))
 
     def _reserve(self) -> tuple[list[Array], np.ndarray]:
         """The workspaces, and for every device the addresses that its launches are told."""

@@ -51,8 +51,8 @@ def device_sum_kernel(
 ):
     """One row of the sum of `part` over CARDS.
 
-    Pointers: part, residual, total and normed `[rows, WIDTH]` of one dtype; weight `[WIDTH]`;
-    addresses int32 `[CARDS + 1, 2]`, the low and high half of where the workspaces begin, this
+    Pointers: part, residual, total and normed `[rows, WIDTH]` of one dtype; weight `[WIDTH]` of
+    any; addresses int32 `[CARDS + 1, 2]`, the low and high half of where the workspaces begin, this
     card's first and the others' as they follow it around, and then which card this is. A number
     below 0 there only loads the kernel. eps is a float32.
 

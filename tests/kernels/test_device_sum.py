@@ -129,11 +129,12 @@ def test_what_fits_is_one_launch_and_all_else_is_psum(told):
     (_, options), *rest = told
     assert not rest and options["grid"] == 3
     assert options["constants"]["CARDS"] == 2 and not options["constants"]["NORM"]
-    one = jnp.ones(8, jnp.bfloat16)
-    run(lambda part: sums.add_and_norm(part[0], part[0], one, 1e-5)[0][None], 2, 8)
-    ((inputs, options),) = told
-    assert options["constants"]["NORM"] and options["constants"]["RESIDUAL"]
-    assert inputs[4] == np.float32(1e-5)
+    for kept_as in (jnp.bfloat16, jnp.float32):  # as checkpoints are loaded, it is float32
+        one = jnp.ones(8, kept_as)
+        run(lambda part, one=one: sums.add_and_norm(part[0], part[0], one, 1e-5)[0][None], 2, 8)
+        ((inputs, options),) = told
+        assert options["constants"]["NORM"] and options["constants"]["RESIDUAL"]
+        assert inputs[3].dtype == jnp.float32 and inputs[4] == np.float32(1e-5)
     for shape, dtype in (((4, 8), jnp.bfloat16), ((3, 4), jnp.bfloat16), ((3, 8), jnp.float32)):
         found = run(lambda part: sums(part[0])[None], *shape, dtype=dtype)
         assert not told and (found == 2).all()

@@ -44,7 +44,7 @@ def test_every_card_gets_the_bits_of_the_sum_in_every_launch_though_one_is_late(
     rows, width, eps = 2, 48, 1e-3
     parts = _parts(2, rows, width, dtype)
     residual = np.random.default_rng(1).normal(size=(rows, width)).astype(dtype)
-    weight = np.linspace(0.5, 2, width).astype(dtype)
+    weight = np.linspace(0.5, 2, width).astype(np.float32)
     told = dict(residual=residual, weight=weight, eps=eps)
     launches = [told | dict(late=i % 3, times=i % 4 - 1) for i in range(7)]
     outs, ends = two.run(parts, launches, _constants(2, rows + 1, width, dtype))
@@ -90,7 +90,7 @@ def test_it_compiles_without_spills_and_moves_whole_vectors(card, width, cards):
     from paged_decode.kernels.triton.device_sum import device_sum_kernel
 
     constants = _constants(cards, 128, width, jnp.bfloat16, WAIT=WAIT)
-    pointers = ("bfloat16", "int32", "bfloat16", "bfloat16", "float", "bfloat16", "bfloat16")
+    pointers = ("bfloat16", "int32", "bfloat16", "float32", "float", "bfloat16", "bfloat16")
     warps = min(max(constants["BLOCK"] // 512, 1), 16)
     launch = Launched(device_sum_kernel, pointers, warps, 1, constants, None)
     found = needs(launch, HARDWARE[card])
