@@ -113,9 +113,13 @@ class CachedPages(Generic[Q]):
     def forget(self, page: int) -> CachedPage | None:
         """The page can no longer be found, whoever holds it; returns its history."""
         past = self.eviction.known.get(page)
-        self.num_withdrawn += 1
-        self._forget([page])
+        self.forget_each([page])
         return past
+
+    def forget_each(self, pages: list[int]) -> None:
+        """The same for many."""
+        self.num_withdrawn += len(pages)
+        self._forget(pages)
 
     def evict(self, count: int) -> list[int]:
         """Give up the pages whose turn it is; there are so many."""

@@ -7,7 +7,6 @@ at a time goes to the device, or to several, so the host never holds many.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain
 from os import PathLike
@@ -22,7 +21,7 @@ from jax.sharding import Mesh
 from .config import ModelConfig
 from .families import CheckpointError, Recipe, Stored, read_object, read_recipe
 from .gguf_families import read_gguf_recipe
-from .gguf_reader import GGUF, mxfp4, read_gguf
+from .gguf_reader import GGUF, Mxfp4, read_gguf
 from .parallel import split_params
 
 __all__ = ["CheckpointError", "Params", "Safetensors", "load", "pieces"]
@@ -39,18 +38,20 @@ def load(
 ) -> tuple[ModelConfig, Params]:
     """Read a checkpoint's folder, or a GGUF file, and convert its weights to `dtype`.
 
-    Matrices are laid out `[in, out]`, and those that read the same input lie side by side: of
-    all layouts tried with XLA on a CPU, one `[in, out]` product of all of them streams the weights
-    fastest, for one row and for several. The embedding is `[E, V]`, so that a model whose
-    output head is tied to it holds one copy. Norms and sinks are float32, as all that they are
-    used with. With `mesh`, every device gets its own part (`parallel.py`), layer by layer. `shown`
-    may show how far it is, as a bar of progress does.
+    Matrices are laid out `[in, out]`, and those that read the same input lie side by side: of all
+    layouts tried with XLA on a CPU, their one product streams weights fastest. The embedding is
+    `[E, V]`, so that a model whose output head is tied to it holds one copy. Norms and sinks are
+    float32, as all that they are used with. With `mesh`, every device gets its own part
+    (`parallel.py`), layer by layer. `shown` may show how far it is, as a bar of progress does.
 
     Raises:
       CheckpointError, GGUFError: something is missing or broken, or does not fit the sizes.
+      ValueError: weights of that dtype have no fractions.
       NotImplementedError: another architecture, or anything that is not understood.
     """
-    path = Path(path)
+    path, dtype = Path(path), jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"expected a floating dtype of weights, got {dtype.name}")
     if path.is_dir():
         recipe = read_recipe(path)
         source = Safetensors(path, mxfp4=recipe.mxfp4)
@@ -59,7 +60,7 @@ def load(
         recipe = read_gguf_recipe(source)
     config = recipe.config
     put = jax.device_put if mesh is None else partial(split_params, config, mesh=mesh)
-    reader = _Reader(source, recipe, jnp.dtype(dtype))
+    reader = _Reader(source, recipe, dtype)
     reader.check_names()
     params = put(reader.parameters())
     params["layers"] = [put(reader.parameters(n)) for n in shown(range(config.num_layers))]
@@ -67,7 +68,7 @@ def load(
 
 
 class Safetensors:
-    """The tensors of a folder, in one file or in several with an index; files are mapped.
+    """The tensors of a folder, in one file, or else in those of an index; files are mapped.
 
     With `mxfp4`, two tensors, `*_blocks` and `*_scales`, are shown as the one that they stand for.
 
@@ -80,19 +81,22 @@ class Safetensors:
 
         self.path = path
         self.tensors: dict[str, Any] = {}
-        index, files = path / "model.safetensors.index.json", ["model.safetensors"]
+        index, files = path / "model.safetensors.index.json", {"model.safetensors": set[str]()}
+        if index.is_file() and not (path / "model.safetensors").is_file():
+            files = _files_of(index)
+        name = ""
         try:
-            if index.is_file():
-                files = sorted({Path(f).name for f in read_object(index)["weight_map"].values()})
-            for name in files:
+            for name, told in files.items():
                 file = safe_open(path / name, framework="numpy")
+                if told and (other := told.symmetric_difference(file.keys())):
+                    raise ValueError(f"the index says another thing of {sorted(other)[:3]}")
                 self.tensors |= {each: file.get_slice(each) for each in file.keys()}
             for name in [each for each in self.tensors if mxfp4 and each.endswith("_blocks")]:
                 whole = name.removesuffix("_blocks")
                 pair = self.tensors.pop(name), self.tensors.pop(whole + "_scales")
-                self.tensors[whole] = _Mxfp4(whole, *pair)
-        except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: expected {' and '.join(files)}: {error}") from error
+                self.tensors[whole] = Mxfp4(whole, *pair)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: cannot read {name!r}: {error}") from error
 
     def info(self, name: str) -> Any:
         if name not in self.tensors:
@@ -108,31 +112,17 @@ class Safetensors:
         return info[:]
 
 
-class _Mxfp4:
-    """Experts' matrices of 4 bits, as a tensor `(X, in, out)` in bfloat16, which loses nothing.
-
-    32 numbers along `in` share a scale, of 2**(s - 127): uint8 `(X, out, in / 32)`. Of the two in
-    a byte, the first is in the low bits: uint8 `(X, out, in / 32, 16)`.
-    """
-
-    def __init__(self, name: str, blocks: Any, scales: Any):
-        packed, shape = blocks.get_shape(), scales.get_shape()
-        kinds = blocks.get_dtype(), scales.get_dtype()
-        if packed != [*shape, 16] or len(shape) != 3 or kinds != ("U8", "U8"):
-            raise ValueError(f"{name!r} of blocks {packed}, scales {shape}, dtypes {kinds}")
-        self.blocks, self.scales = blocks, scales
-
-    def get_shape(self) -> list[int]:
-        experts, out, count = self.scales.get_shape()
-        return [experts, 32 * count, out]
-
-    def get_dtype(self) -> str:
-        return "BF16"
-
-    def __getitem__(self, every: slice) -> np.ndarray:
-        with ThreadPoolExecutor() as pool:  # experts side by side
-            rows = pool.map(mxfp4, self.blocks[every], self.scales[every])
-            return np.stack([each.reshape(len(each), -1) for each in rows]).swapaxes(1, 2)
+def _files_of(index: Path) -> dict[str, set[str]]:
+    """By file beside the index, the names of its tensors."""
+    files: dict[str, set[str]] = {}
+    places = read_object(index).get("weight_map")
+    for tensor, file in places.items() if isinstance(places, dict) else ():
+        if not isinstance(file, str) or file != Path(file).name:
+            raise CheckpointError(f"{index}: expected {tensor!r} in a file beside it, got {file!r}")
+        files.setdefault(file, set()).add(tensor)
+    if not files:
+        raise CheckpointError(f"{index}: expected files of tensors as its 'weight_map'")
+    return files
 
 
 class _Reader:
@@ -152,6 +142,12 @@ class _Reader:
                 name = template.format(layer=layer, expert=expert)
                 self.source.info(name)
                 unread.discard(name)
+        tied, shape = ("lm_head.weight", "model.embed_tokens.weight"), self.pieces["embed"][0][::-1]
+        if tied[0] in unread and "head" not in self.recipe.names:  # some files hold it once more
+            head, embedding = (self.source.tensor(name, shape) for name in tied)
+            if not np.array_equal(head, embedding):
+                raise CheckpointError(f"{self.source.path}: {tied[0]!r} is not tied to {tied[1]!r}")
+            unread.discard(tied[0])
         if unread:
             raise NotImplementedError(
                 f"{self.source.path}: {len(unread)} tensors have no place in this model, such "
@@ -170,14 +166,14 @@ class _Reader:
         if len(names) == 1:  # a tensor that has them all
             pieces = ((*pieces[0][:-1], sum(piece[-1] for piece in pieces)),)
         turned = role in _MATRICES
+        kind = np.dtype(np.float32) if role == "sinks" or "norm" in role else self.dtype
         found = [self.read(n, p, layer, turned) for n, p in zip(names, pieces, strict=True)]
-        joined = np.concatenate(found, axis=-1) if len(found) > 1 else found[0]
-        if role == "sinks":
-            return joined.astype(np.float32)[:, None]
+        joined = found[0].astype(kind, copy=False)
+        if len(found) > 1:
+            joined = np.concatenate(found, axis=-1, dtype=kind, casting="unsafe")
         if "norm" in role:
-            joined = joined.astype(np.float32) + self.recipe.norm_offset
-            return joined.reshape(2, -1) if role == "qk_norm" else joined
-        return joined.astype(self.dtype, copy=False)
+            joined = joined + self.recipe.norm_offset
+        return joined.reshape({"sinks": (-1, 1), "qk_norm": (2, -1)}.get(role, joined.shape))
 
     def read(self, template: str, shape: tuple[int, ...], layer: int, turned: bool) -> np.ndarray:
         """A tensor, or those of all experts, of this shape; `turned`: matrices, as views."""
@@ -187,7 +183,8 @@ class _Reader:
             shape = (*shape[:-2], shape[-1], shape[-2])
         if "{expert}" in template:
             names = (template.format(layer=layer, expert=e) for e in range(shape[0]))
-            found = np.stack([self.source.tensor(name, shape[1:]) for name in names])
+            every = [self.source.tensor(name, shape[1:]) for name in names]
+            found = np.stack(every, dtype=self.dtype, casting="unsafe")
         else:
             found = self.source.tensor(template.format(layer=layer), shape)
         return stored.ours(found.swapaxes(-1, -2) if turned else found)

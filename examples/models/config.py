@@ -119,15 +119,17 @@ class ModelConfig:
 
 
 def rope_frequencies(rope: Rope, dim: int) -> np.ndarray:
-    """Radians per token of every pair of `dim` numbers, float64 `[dim / 2]`.
+    """Radians per token of every pair of `dim` numbers, float32 `[dim / 2]`, rounded as PyTorch
+    does it in training: at far positions it can be told from other roundings.
 
     "llama3" (Llama 3.1) goes from kept to slowed frequencies by how often a pair turns in the
     first context; "yarn" (Peng et al., "YaRN", 2023) by the number of the pair.
     """
     half = dim // 2
-    frequencies = rope.theta ** -(np.arange(half) / half)
+    powers = (np.arange(half) / half).astype(np.float32).astype(float)
+    frequencies = np.float32(1) / (rope.theta**powers).astype(np.float32)
     if rope.divisors:
-        frequencies = frequencies / np.array(rope.divisors)
+        frequencies = frequencies / np.array(rope.divisors, np.float32)
     if rope.kind in ("plain", "linear"):
         return frequencies / rope.factor
     turns = rope.first_positions * frequencies / (2 * math.pi)
@@ -139,7 +141,8 @@ def rope_frequencies(rope: Rope, dim: int) -> np.ndarray:
         if rope.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, dim - 1)
-        kept = 1 - np.clip((np.arange(half) - low) / max(high - low, 1e-3), 0, 1)
+        pairs = np.arange(half, dtype=np.float32)
+        kept = 1 - np.clip((pairs - low) / max(high - low, 1e-3), 0, 1)
     return frequencies * kept + frequencies / rope.factor * (1 - kept)
 
 

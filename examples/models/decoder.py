@@ -244,7 +244,7 @@ def _ropes(
 
     def turns(rope: Rope) -> tuple[Array, Array]:
         frequencies = rope_frequencies(rope, config.rotary_dim or config.head_dim)
-        angles = positions[:, :, None, None].astype(jnp.float32) * frequencies.astype(np.float32)
+        angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
         return jnp.cos(angles) * rope.magnitude, jnp.sin(angles) * rope.magnitude
 
     whole = turns(config.rope)

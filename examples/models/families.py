@@ -62,7 +62,7 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
+        raise CheckpointError(f"{path} is not JSON that can be read: {error}") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: expected an object, got {type(found).__name__}")
     return found
@@ -76,27 +76,23 @@ def read_recipe(folder: Path) -> Recipe:
       NotImplementedError: another architecture, or anything that is not understood.
     """
     path = folder / "config.json"
-    content = read_object(path)
-    keys = Keys(path, {k: v for k, v in content.items() if k not in _WITHOUT_EFFECT})
+    keys = Keys(path, read_object(path))
     kinds = keys.take("architectures", list)
     if len(kinds) != 1 or kinds[0] not in _FAMILIES:
-        raise NotImplementedError(
-            f"{path}: expected an architecture of {', '.join(_FAMILIES)}, got {kinds}"
-        )
-    if quantised := keys.take("quantization_config", dict, None):
-        method = quantised.get("quant_method")
-        if (kinds[0], method) != ("GptOssForCausalLM", "mxfp4"):
-            raise NotImplementedError(
-                f"{path}: 'quantization_config' of {method!r} is not served, only 'mxfp4' of "
-                "gpt-oss: save the checkpoint dequantised, such as in bfloat16"
-            )
+        keys.refuse("architectures", kinds, f", only one of {', '.join(_FAMILIES)}")
+    kind, family = _FAMILIES[kinds[0]]
+    keys.only("model_type", kind)
+    quantised = keys.take("quantization_config", dict, None)
+    if quantised is not None and (kind, quantised.get("quant_method")) != ("gpt_oss", "mxfp4"):
+        told = ", only 'mxfp4' of gpt-oss: save it dequantised, such as in bfloat16"
+        keys.refuse("quantization_config", quantised, told)
     names = dict(_OF_LLAMA)
     keys.layers, keys.width = keys.size("num_hidden_layers"), keys.size("hidden_size")
     keys.heads = keys.size("num_attention_heads")
     keys.head_dim = keys.size("head_dim", keys.width // keys.heads)
-    own = _FAMILIES[kinds[0]](keys, names)
+    own = family(keys, names)
     keys.only("hidden_act", "silu")  # of the families that have not taken it
-    tied = keys.take("tie_word_embeddings", bool, kinds[0].startswith(("Gemma", "SmolLM3")))
+    tied = keys.take("tie_word_embeddings", bool, kind.startswith(("gemma", "smollm3")))
     sizes: dict[str, Any] = dict(
         vocab_size=keys.size("vocab_size"),
         num_layers=keys.layers,
@@ -124,14 +120,26 @@ def read_recipe(folder: Path) -> Recipe:
 
 
 _REQUIRED: Any = object()
-# What says nothing of what a trained model computes.
+_SAID: Any = object()  # null is served, but must be said: the family's own default is another
+# What says nothing of what a trained model computes, nor does how old files would draw tokens.
 _WITHOUT_EFFECT = frozenset(
-    "_attn_implementation_autoset _name_or_path attention_dropout auto_map "
-    "bos_token_id cache_implementation chunk_size_feed_forward dtype embd_pdrop eos_token_id "
-    "id2label initial_context_length initializer_range is_encoder_decoder is_llama_config label2id "
-    "model_type output_attentions output_hidden_states output_router_logits pad_token_id "
-    "pretraining_tp problem_type resid_pdrop return_dict router_aux_loss_coef torch_dtype "
-    "transformers.js_config transformers_version use_cache".split()
+    "_attn_implementation_autoset _name_or_path attention_dropout auto_map bos_token_id "
+    "cache_implementation chunk_size_feed_forward do_sample dtype embd_pdrop eos_token_id "
+    "finetuning_task id2label initial_context_length initializer_range is_decoder is_llama_config "
+    "label2id length_penalty max_length min_length num_beam_groups num_beams num_return_sequences "
+    "output_attentions output_hidden_states output_router_logits pad_token_id prefix "
+    "pretraining_tp problem_type repetition_penalty resid_pdrop return_dict router_aux_loss_coef "
+    "sep_token_id task_specific_params temperature tokenizer_class top_k top_p torch_dtype "
+    "torchscript transformers.js_config transformers_version typical_p unsloth_fixed "
+    "unsloth_version use_bfloat16 use_cache".split()
+)
+# What may be false, or nothing, where the family has not taken it.
+_OFF = frozenset(
+    "add_cross_attention attention_bias bad_words_ids diversity_penalty early_stopping "
+    "encoder_no_repeat_ngram_size is_encoder_decoder lm_head_bias mlp_bias mlp_only_layers "
+    "no_repeat_ngram_size output_scores pruned_heads qkv_bias remove_invalid_values "
+    "return_dict_in_generate rope_interleaved shared_expert_intermediate_size "
+    "tie_encoder_decoder use_bidirectional_attention use_mrope".split()
 )
 
 
@@ -144,12 +152,12 @@ class Keys:
         self.path, self.left, self.error = path, dict(content), error
 
     def take(self, key: str, kind: type | tuple[type, ...], default: Any = _REQUIRED) -> Any:
-        """The value of a key; null is as good as none."""
-        found = self.left.pop(key, None)
+        """The value of a key; null is as good as none, but where it must be said."""
+        missing, found = key not in self.left, self.left.pop(key, None)
         if found is None:
-            if default is _REQUIRED:
+            if default is _REQUIRED or (default is _SAID and missing):
                 raise self.error(f"{self.path}: expected a key {key!r}, the file has none")
-            return default
+            return None if default is _SAID else default
         if not isinstance(found, kind) or (isinstance(found, bool) and kind is not bool):
             raise self.error(f"{self.path}: expected {key!r} of type {kind}, got {found!r:.80}")
         return found
@@ -159,12 +167,12 @@ class Keys:
 
     def number(self, key: str, default: Any = _REQUIRED) -> Any:
         found = self.take(key, (int, float), default)
-        return found if found is None else float(self.positive(key, found))
+        return found if found is None else float(self.positive(key, found, math.inf))
 
-    def positive(self, key: str, found: Any) -> Any:
-        if not 0 < found < 2**31:
-            raise self.error(f"{self.path}: expected a positive {key!r}, got {found}")
-        return found
+    def positive(self, key: str, found: Any, below: float = 2**31) -> Any:
+        if 0 < found < below:
+            return found
+        raise self.error(f"{self.path}: expected a positive {key!r}, got {found}")
 
     def only(self, key: str, *served: Any) -> None:
         """Refuse another value than those that are served; none at all is as good as these."""
@@ -176,7 +184,7 @@ class Keys:
 
     def nothing_left(self) -> None:
         for key, found in self.left.items():
-            if found is not None:
+            if found is not None and key not in _WITHOUT_EFFECT and (found or key not in _OFF):
                 self.refuse(key, found, ": nobody here knows what it means")
 
 
@@ -215,9 +223,10 @@ def _windows(
 
     Where it is optional, the file must say that it is used.
     """
-    window = keys.take("sliding_window", int, None)
-    if optional and not keys.take("use_sliding_window", bool, False):
-        window = None
+    used = not optional or keys.take("use_sliding_window", bool, False)
+    window = keys.take("sliding_window", int, _SAID if used else None)
+    keys.only("sliding_window_size", window)  # the same, said twice
+    window = window if used else None
     count, kinds = keys.layers, {True: "sliding_attention", False: "full_attention"}
     default = [kinds[window is not None and local(layer)] for layer in range(count)]
     found = keys.take("layer_types", list, default)
@@ -231,12 +240,14 @@ def _windows(
     return dict(sliding_window=keys.positive("sliding_window", window), full_layers=full)
 
 
-def _rope(keys: Keys, theta: float = _REQUIRED) -> dict[str, Any]:
+def _rope(keys: Keys, theta: float = _REQUIRED, scaling: Any = None) -> dict[str, Any]:
     """As files of today say it, or those of before 2026: `rope_theta` and `rope_scaling`."""
     found = keys.take("rope_parameters", dict, None)
-    if found is None:
-        found = {"rope_theta": keys.number("rope_theta", theta)}
-        found = (keys.take("rope_scaling", dict, None) or {}) | found
+    found = found or keys.take("rope_scaling", dict, scaling) or {}
+    if "rope_theta" not in found:
+        found = found | {"rope_theta": keys.number("rope_theta", theta)}
+    keys.only("rope_theta", found["rope_theta"])  # or the same, said twice
+    keys.only("rope_scaling", found)
     return dict(rope=_one_rope(keys, found))
 
 
@@ -260,8 +271,10 @@ def _one_rope(keys: Keys, found: dict[str, Any]) -> Rope:
         both = (above, below) if above and below else (1.0, 0.0)
         magnitude = (both[0] * grown + 1) / (both[1] * grown + 1)
         said["magnitude"] = own.number("attention_factor", magnitude)
-        said["truncate"] = own.take("truncate", bool, True)
+        said["truncate"] = own.take("truncate", bool, "truncate" not in own.left)
     own.nothing_left()
+    if said["theta"] <= 1 or not said.get("slow", 0) < said.get("fast", 1):
+        keys.refuse("rope_parameters", found)
     return Rope(**said)
 
 
@@ -270,7 +283,6 @@ def _one_rope(keys: Keys, found: dict[str, Any]) -> Rope:
 
 def _llama(keys: Keys, names: Names) -> dict[str, Any]:
     """Llama 2 and 3, SmolLM2."""
-    keys.only("rope_interleaved", False)
     _biases(keys, names)
     return _rope(keys, 10000.0)
 
@@ -295,14 +307,13 @@ def _smollm3(keys: Keys, names: Names) -> dict[str, Any]:
 
 def _qwen2(keys: Keys, names: Names) -> dict[str, Any]:
     """Windows, where they are used at all, from one layer on."""
-    keys.only("use_mrope", False)
     names.update(_QKV_BIAS)
     first = keys.take("max_window_layers", int, 28)
-    windows = _windows(keys, lambda layer: layer >= first, optional=True)
-    return _rope(keys, 10000.0) | windows
+    return _rope(keys, 10000.0) | _windows(keys, lambda layer: layer >= first, optional=True)
 
 
 def _qwen3(keys: Keys, names: Names) -> dict[str, Any]:
+    keys.only("use_qk_norm", True)
     own = _qwen2(keys, names)
     del names["qkv_bias"]
     names.update(_QK_NORM)
@@ -313,9 +324,9 @@ def _qwen3(keys: Keys, names: Names) -> dict[str, Any]:
 def _qwen3_moe(keys: Keys, names: Names) -> dict[str, Any]:
     """Experts in all layers, each with matrices of its own in the file."""
     keys.left["max_window_layers"] = 0  # the file's own says nothing
+    keys.only("layer_types", None)  # which its class does not ask
     own = _qwen3(keys, names)
     keys.only("decoder_sparse_step", 1)
-    keys.only("mlp_only_layers", [])
     keys.take("intermediate_size", int, None)  # of layers without experts
     of_expert = "mlp.experts.{{expert}}.{}_proj.weight".format
     names["router"] = ("mlp.gate.weight",)
@@ -344,7 +355,7 @@ def _gpt_oss(keys: Keys, names: Names) -> dict[str, Any]:
     chosen = keys.size("num_experts_per_tok")
     keys.only("experts_per_token", chosen)  # the same, said twice
     return (
-        _rope(keys)
+        _rope(keys, scaling=_SAID)
         | _windows(keys, lambda layer: layer % 2 == 0)
         | dict(
             gate="clamped",
@@ -371,8 +382,12 @@ def _gemma2(keys: Keys, names: Names) -> dict[str, Any]:
 def _gemma3(keys: Keys, names: Names) -> dict[str, Any]:
     """The text model."""
     names.update(_QK_NORM)
-    every = keys.size("sliding_window_pattern", keys.size("_sliding_window_pattern", 6))
-    own = _gemma(keys, names) | _windows(keys, lambda layer: (layer + 1) % every != 0)
+    every = keys.size("sliding_window_pattern", 6)
+    if "layer_types" not in keys.left:
+        keys.only("_sliding_window_pattern", every)
+    keys.take("_sliding_window_pattern", int, None)
+    keys.only("attn_logit_softcapping", None)
+    own = _gemma(keys, names, default=None) | _windows(keys, lambda layer: (layer + 1) % every != 0)
     if ropes := keys.take("rope_parameters", dict, None):
         both = Keys(keys.path, ropes)
         full, local = (both.take(f"{each}_attention", dict) for each in ("full", "sliding"))
@@ -381,11 +396,10 @@ def _gemma3(keys: Keys, names: Names) -> dict[str, Any]:
     return own | _rope(keys) | dict(local_rope=Rope(keys.number("rope_local_base_freq")))
 
 
-def _gemma(keys: Keys, names: Names) -> dict[str, Any]:
+def _gemma(keys: Keys, names: Names, *, default: Any = _SAID) -> dict[str, Any]:
     """Norms around both blocks, whose weights lack a 1."""
     for key in ("hidden_act", "hidden_activation"):
         keys.only(key, "gelu_pytorch_tanh")
-    keys.only("use_bidirectional_attention", False)
     names |= {
         "attention_end_norm": ("post_attention_layernorm.weight",),
         "inner_norm": ("pre_feedforward_layernorm.weight",),
@@ -397,8 +411,8 @@ def _gemma(keys: Keys, names: Names) -> dict[str, Any]:
         norm_offset=1.0,
         embedding_scale=keys.width**0.5,
         query_scale=keys.number("query_pre_attn_scalar") ** -0.5,
-        attention_cap=keys.number("attn_logit_softcapping", None),
-        logit_cap=keys.number("final_logit_softcapping", None),
+        attention_cap=keys.number("attn_logit_softcapping", default),
+        logit_cap=keys.number("final_logit_softcapping", default),
     )
 
 
@@ -410,18 +424,22 @@ def _phi3(keys: Keys, names: Names) -> dict[str, Any]:
     if isinstance(rope := keys.left.get("rope_parameters"), dict):
         keys.left["rope_parameters"] = rope = dict(rope)
         part = float(rope.pop("partial_rotary_factor", part))
-    return _rope(keys, 10000.0) | _windows(keys) | dict(rotary_dim=int(keys.head_dim * part))
+    keys.only("layer_types", None)  # which its class does not ask
+    turns: Rope = (own := _rope(keys, 10000.0))["rope"]
+    if turns.kind != "plain":
+        keys.refuse("rope_type", turns.kind, " by this family")
+    return own | _windows(keys) | dict(rotary_dim=int(keys.head_dim * part))
 
 
-_FAMILIES: dict[str, Callable[[Keys, Names], dict[str, Any]]] = {
-    "LlamaForCausalLM": _llama,
-    "MistralForCausalLM": _mistral,
-    "SmolLM3ForCausalLM": _smollm3,
-    "Qwen2ForCausalLM": _qwen2,
-    "Qwen3ForCausalLM": _qwen3,
-    "Qwen3MoeForCausalLM": _qwen3_moe,
-    "Gemma2ForCausalLM": _gemma2,
-    "Gemma3ForCausalLM": _gemma3,
-    "GptOssForCausalLM": _gpt_oss,
-    "Phi3ForCausalLM": _phi3,
+_FAMILIES: dict[str, tuple[str, Callable[[Keys, Names], dict[str, Any]]]] = {
+    "LlamaForCausalLM": ("llama", _llama),
+    "MistralForCausalLM": ("mistral", _mistral),
+    "SmolLM3ForCausalLM": ("smollm3", _smollm3),
+    "Qwen2ForCausalLM": ("qwen2", _qwen2),
+    "Qwen3ForCausalLM": ("qwen3", _qwen3),
+    "Qwen3MoeForCausalLM": ("qwen3_moe", _qwen3_moe),
+    "Gemma2ForCausalLM": ("gemma2", _gemma2),
+    "Gemma3ForCausalLM": ("gemma3_text", _gemma3),
+    "GptOssForCausalLM": ("gpt_oss", _gpt_oss),
+    "Phi3ForCausalLM": ("phi3", _phi3),
 }

@@ -18,6 +18,7 @@ import math
 import os
 import struct
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -408,6 +409,33 @@ def _mxfp4(b: np.ndarray) -> np.ndarray:
     # The low halves of all bytes come before the high ones, and no zero has a sign.
     pairs = mxfp4(b[:, 1:], b[:, 0]).reshape(-1, 16, 2)
     return pairs.swapaxes(1, 2).reshape(-1, 32).astype(np.float32) + np.float32(0)
+
+
+class Mxfp4:
+    """Experts' matrices of 4 bits in two tensors, as one `(X, in, out)` in bfloat16, exactly.
+
+    32 numbers along `in` share a scale, of 2**(s - 127): uint8 `(X, out, in / 32)`. Of the two in
+    a byte, the first is in the low bits: uint8 `(X, out, in / 32, 16)`.
+    """
+
+    def __init__(self, name: str, blocks: Any, scales: Any):
+        packed, shape = blocks.get_shape(), scales.get_shape()
+        kinds = blocks.get_dtype(), scales.get_dtype()
+        if packed != [*shape, 16] or len(shape) != 3 or kinds != ("U8", "U8"):
+            raise ValueError(f"{name!r} of blocks {packed}, scales {shape}, dtypes {kinds}")
+        self.blocks, self.scales = blocks, scales
+
+    def get_shape(self) -> list[int]:
+        experts, out, count = self.scales.get_shape()
+        return [experts, 32 * count, out]
+
+    def get_dtype(self) -> str:
+        return "BF16"
+
+    def __getitem__(self, every: slice) -> np.ndarray:
+        with ThreadPoolExecutor() as pool:  # experts side by side
+            rows = pool.map(mxfp4, self.blocks[every], self.scales[every])
+            return np.stack([each.reshape(len(each), -1) for each in rows]).swapaxes(1, 2)
 
 
 TENSOR_TYPES: dict[int, TensorType] = {

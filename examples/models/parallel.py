@@ -34,12 +34,8 @@ def make_mesh(devices: int, *, data: int = 1) -> Mesh:
             f"{devices} devices were asked for, but JAX sees {len(jax.devices())}; on a CPU, set "
             f"the config option jax_num_cpu_devices to {devices} before the first use of a device"
         )
-    return jax.make_mesh(
-        (data, devices // data),
-        (DATA, AXIS),
-        axis_types=(AxisType.Auto,) * 2,
-        devices=jax.devices()[:devices],
-    )
+    shape, kinds = (data, devices // data), (AxisType.Auto,) * 2
+    return jax.make_mesh(shape, (DATA, AXIS), axis_types=kinds, devices=jax.devices()[:devices])
 
 
 def local_config(config: ModelConfig, devices: int) -> ModelConfig:

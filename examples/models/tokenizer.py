@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, NoReturn
@@ -141,12 +142,10 @@ class ChatTemplate:
         Raises:
           ValueError: it refuses the messages, uses what is not there, or what is not for it.
         """
-        environment = _Sandbox(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=["jinja2.ext.loopcontrols", _Generation],
-        )
-        environment.filters["tojson"] = _to_json
+        own = ["jinja2.ext.loopcontrols", _Generation]
+        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=own)
+        # Jinja's own escapes what HTML does not like.
+        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         environment.globals |= dict(
             raise_exception=_refuse, strftime_now=lambda form: datetime.now().strftime(form)
         )
@@ -177,18 +176,6 @@ class _Generation(Extension):
 
 def _refuse(message: str) -> NoReturn:
     raise TemplateError(message)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Jinja's own escapes what HTML does not like."""
-    options = dict[str, Any](indent=indent, separators=separators, sort_keys=sort_keys)
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 def _of_folder(folder: Path) -> Tokenizer:

@@ -59,7 +59,7 @@ class Seats:
             sample.slot = None
             if sample in self._entering:
                 self._entering.remove(sample)
-        self.running = [s for s in self.running if s.slot is not None]
+            self.running.remove(sample)
 
     def enter(
         self, allocator: Allocator, grown: tuple[TableDelta, ...]

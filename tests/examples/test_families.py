@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from models import decoder, parallel
 from models.checkpoint import CheckpointError, Safetensors
+from models.families import read_recipe
 from safetensors.numpy import save_file
 
 from paged_decode import BlockAllocator, Engine, EngineConfig, KVCache, SamplingParams
@@ -130,6 +132,9 @@ def changed(tmp_path: Path, family: str, **changes: object) -> Path:
 NO_WINDOW = dict(use_sliding_window=None, max_window_layers=None)
 YARN = dict(type="yarn", factor=4.0, original_max_position_embeddings=32)
 LINEAR = dict(rope_type="linear", type="linear", factor=3.0)
+LLAMA = dict(architectures=["LlamaForCausalLM"], model_type="llama")
+LLAMA3 = dict(rope_type="llama3", factor=8.0, original_max_position_embeddings=32)
+LLAMA3 |= dict(low_freq_factor=1.0, high_freq_factor=4.0)
 
 
 @pytest.mark.parametrize(
@@ -153,6 +158,131 @@ def test_a_configuration_of_before_2026_is_the_same_model(tmp_path, family, chan
     (old, old_params), (new, params) = decoder.load(folder), decoder.load(GOLDEN / family)
     assert old == new
     jax.tree.map(np.testing.assert_array_equal, old_params, params)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("phi3", dict(attention_bias=False, lm_head_bias=False, use_mrope=False)),
+        ("gemma2", dict(sliding_window_size=6)),
+        ("qwen3_moe", dict(qkv_bias=False, use_qk_norm=True, shared_expert_intermediate_size=0)),
+        ("llama", dict(unsloth_version="2025.1", torchscript=False, do_sample=True, top_p=0.9)),
+        ("llama", dict(is_encoder_decoder=False, pruned_heads={}, temperature=0.6, num_beams=1)),
+    ],
+)
+def test_keys_that_change_nothing_are_taken_from_whoever_wrote_them(tmp_path, family, changes):
+    recipes = read_recipe(changed(tmp_path, family, **changes)), read_recipe(GOLDEN / family)
+    assert recipes[0].config == recipes[1].config and recipes[0].names == recipes[1].names
+
+
+def test_a_theta_may_be_large_or_beside_what_it_is_said_to_be_in(tmp_path):
+    inside = dict(LLAMA3, rope_theta=3580165449.0)
+    for number, own in enumerate((dict(), dict(rope_theta=3580165449.0))):
+        changes = dict(rope_parameters=None, rope_scaling=inside) | own
+        folder = changed(tmp_path / str(number), "llama", **changes)
+        assert read_recipe(folder).config.rope == decoder.Rope(
+            3580165449.0, "llama3", 8.0, first_positions=32, fast=4.0, slow=1.0
+        )
+
+
+@pytest.mark.parametrize(("said", "truncate"), [({}, True), ({"truncate": None}, False)])
+def test_yarn_rounds_unless_the_file_says_null(tmp_path, said, truncate):
+    rope = dict(YARN, rope_type="yarn", rope_theta=9.0) | said
+    assert (
+        read_recipe(changed(tmp_path, "qwen3", rope_parameters=rope)).config.rope.truncate
+        == truncate
+    )
+
+
+def test_frequencies_are_rounded_as_in_training():
+    """Those of PyTorch 2.14, `1 / 500000 ** (torch.arange(0, 128, 2).float() / 128)`."""
+    got = decoder.rope_frequencies(decoder.Rope(500000.0), 128)
+    want = {
+        0: 1.0,
+        1: 0.8146172165870667,
+        7: 0.2380538135766983,
+        20: 0.016560440883040428,
+        33: 0.001152042648755014,
+        47: 6.528582161990926e-05,
+        63: 2.4551407022954663e-06,
+    }
+    assert got.dtype == np.float32
+    np.testing.assert_array_equal(got[list(want)], np.array([*want.values()], np.float32))
+
+
+# ---- which tensors are read
+
+
+def tensors_of(folder: Path) -> dict[str, np.ndarray]:
+    source = Safetensors(folder)
+    return {name: each[:] for name, each in source.tensors.items()}
+
+
+def test_a_whole_file_goes_before_an_index(tmp_path):
+    folder = changed(tmp_path, "llama")
+    every = tensors_of(folder)
+    every["lm_head.weight"] = every["lm_head.weight"] + np.float32(1)
+    save_file(every, folder / "model.safetensors")
+    _, params = decoder.load(folder)
+    np.testing.assert_array_equal(params["head"].T, every["lm_head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda places: places.clear(), "expected files of tensors as its 'weight_map'"),
+        (lambda places: places.update(x=3), "'x' in a file beside it, got 3"),
+        (lambda places: places.update(x="../x.safetensors"), r"got '\.\./x\.safetensors'"),
+        (lambda places: places.update(x="sub/x.safetensors"), "got 'sub/x.safetensors'"),
+        (lambda places: places.pop("lm_head.weight"), r"another thing of \['lm_head\.weight'\]"),
+        (lambda places: places.update(x=places["lm_head.weight"]), r"another thing of \['x'\]"),
+    ],
+)
+def test_an_index_says_of_files_beside_it_what_they_hold(tmp_path, change, message):
+    folder = changed(tmp_path, "llama")
+    path = folder / "model.safetensors.index.json"
+    said = json.loads(path.read_text())
+    change(said["weight_map"])
+    path.write_text(json.dumps(said))
+    with pytest.raises(CheckpointError, match=message):
+        decoder.load(folder)
+
+
+def test_a_tied_head_may_be_held_once_more_but_not_another_one(tmp_path):
+    folder = changed(tmp_path, "gemma2")
+    every = tensors_of(folder)
+    for added in (0, 1):
+        head = every["model.embed_tokens.weight"] + np.float32(added)
+        save_file({**every, "lm_head.weight": head}, folder / "model.safetensors")
+        if added:
+            with pytest.raises(CheckpointError, match=r"'lm_head\.weight' is not tied to"):
+                decoder.load(folder)
+        else:
+            assert "head" not in decoder.load(folder)[1]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tensors_of_several_dtypes_are_one_matrix_of_the_one_that_was_asked_for(
+    tmp_path, family, dtype
+):
+    folder = changed(tmp_path, family)
+    kinds = itertools.cycle([np.float16, jnp.bfloat16, np.float32])
+    every = {name: each.astype(next(kinds)) for name, each in tensors_of(folder).items()}
+    save_file(every, folder / "model.safetensors")
+    _, params = decoder.load(folder, dtype)
+    q, k, v = (every[f"model.layers.0.self_attn.{each}_proj.weight"] for each in "qkv")
+    want = np.concatenate([each.astype(dtype) for each in (q, k, v)]).T
+    np.testing.assert_array_equal(np.asarray(params["layers"][0]["qkv"]), want)
+    assert {each.dtype for each in jax.tree.leaves(params)} <= {
+        np.dtype(dtype),
+        np.dtype("float32"),
+    }
+
+
+def test_weights_have_fractions():
+    with pytest.raises(ValueError, match="floating dtype of weights, got int8"):
+        decoder.load(GOLDEN / "llama", "int8")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -212,7 +342,11 @@ def test_blocks_of_a_checkpoint_that_says_nothing_of_4_bits_are_not_read(tmp_pat
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("llama", dict(architectures=["MambaForCausalLM"]), "architecture of .*'MambaForCausalLM'"),
+        (
+            "llama",
+            dict(architectures=["MambaForCausalLM"]),
+            "'MambaForCausalLM'.* only one of Llama",
+        ),
         ("gemma3", dict(architectures=["Gemma3ForConditionalGeneration"]), "Conditional"),
         ("llama", dict(use_alibi=True), "config.json: 'use_alibi' = True .*nobody here knows"),
         ("llama", dict(hidden_act="relu"), "'hidden_act' = 'relu' is not served, only 'silu'"),
@@ -224,15 +358,45 @@ def test_blocks_of_a_checkpoint_that_says_nothing_of_4_bits_are_not_read(tmp_pat
             dict(rope_parameters=dict(rope_type="linear", rope_theta=1.0, factor=2.0, shift=1)),
             "rope: 'shift' = 1",
         ),
-        ("gpt_oss", dict(quantization_config=dict(quant_method="fp8")), "'fp8' .*only 'mxfp4'"),
-        ("llama", dict(quantization_config=dict(quant_method="mxfp4")), "'mxfp4' .*dequantised"),
-        ("qwen3", dict(quantization_config=dict(bits=4)), "of None is not served"),
+        ("gpt_oss", dict(quantization_config=dict(quant_method="fp8")), "'fp8'.* only 'mxfp4'"),
+        ("llama", dict(quantization_config=dict(quant_method="mxfp4")), "'mxfp4'.* dequantised"),
+        ("qwen3", dict(quantization_config={}), "'quantization_config' = {} is not served"),
         ("gpt_oss", dict(swiglu_limit=5.0), "'swiglu_limit' = 5.0"),
         ("qwen3_moe", dict(mlp_only_layers=[1]), r"'mlp_only_layers' = \[1\]"),
         ("qwen3_moe", dict(decoder_sparse_step=2), "'decoder_sparse_step' = 2"),
         ("gemma2", dict(use_bidirectional_attention=True), "'use_bidirectional_attention'"),
         ("gemma2", dict(layer_types=["full_attention", "chunked_attention"]), "'layer_types'"),
         ("smollm3", dict(no_rope_layers=[1]), "'no_rope_layers'"),
+        (
+            "llama",
+            dict(model_type="granite"),
+            "'model_type' = 'granite' is not served, only 'llama'",
+        ),
+        ("gemma2", dict(model_type="gemma3_text"), "'gemma3_text' is not served, only 'gemma2'"),
+        ("llama", dict(is_encoder_decoder=True), "'is_encoder_decoder' = True"),
+        ("mistral", dict(mlp_bias=True), "'mlp_bias' = True"),
+        ("gemma3", dict(attn_logit_softcapping=4.0), "'attn_logit_softcapping' = 4.0"),
+        (
+            "gemma3",
+            dict(layer_types=None, _sliding_window_pattern=2),
+            "'_sliding_window_pattern' = 2",
+        ),
+        ("gemma2", dict(sliding_window_size=7), "'sliding_window_size' = 7 is not served, only"),
+        ("phi3", dict(layer_types=["sliding_attention"]), "'layer_types'"),
+        ("qwen3_moe", dict(layer_types=["sliding_attention"]), "'layer_types'"),
+        ("phi3", dict(rope_parameters=dict(rope_type="yarn", **YARN)), "'yarn' is not served by"),
+        ("llama", dict(rope_theta=5.0), "'rope_theta' = 5.0 is not served, only 1"),
+        (
+            "llama",
+            dict(rope_parameters=None, rope_theta=9.0, rope_scaling=dict(LLAMA3, rope_theta=7.0)),
+            "'rope_theta' = 9.0 is not served, only 7.0",
+        ),
+        (
+            "llama",
+            dict(rope_parameters=dict(LLAMA3, rope_theta=7.0, low_freq_factor=4.0)),
+            "'rope_parameters' = .*'low_freq_factor': 4.0",
+        ),
+        ("llama", dict(rope_parameters=dict(rope_theta=1.0)), "'rope_parameters'"),
     ],
 )
 def test_what_is_not_understood_is_refused_by_file_and_key(tmp_path, family, changes, message):
@@ -254,7 +418,11 @@ def test_what_is_not_understood_is_refused_by_file_and_key(tmp_path, family, cha
         ("llama", dict(vocab_size=True), "'vocab_size' of type"),
         ("qwen3_moe", dict(num_experts_per_tok=6), "all 5 experts .* got 6"),
         ("smollm3", dict(rope_parameters=None), "'rope_theta'"),
-        ("phi3", dict(rope_parameters=dict(rope_theta=1.0, partial_rotary_factor=0.4)), "even"),
+        ("mistral", dict(sliding_window=None), "a key 'sliding_window', the file has none"),
+        ("gemma2", dict(attn_logit_softcapping=None), "'attn_logit_softcapping'"),
+        ("gemma2", dict(final_logit_softcapping=None), "'final_logit_softcapping'"),
+        ("gpt_oss", dict(rope_parameters=None, rope_theta=9.0), "'rope_scaling'"),
+        ("phi3", dict(rope_parameters=dict(rope_theta=9.0, partial_rotary_factor=0.4)), "even"),
     ],
 )
 def test_sizes_that_do_not_fit_the_files_are_named(tmp_path, family, changes, message):
@@ -265,11 +433,10 @@ def test_sizes_that_do_not_fit_the_files_are_named(tmp_path, family, changes, me
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("llama", dict(tie_word_embeddings=True), r"lm_head\.weight"),
         ("llama_biased", dict(attention_bias=False), r"12 tensors .*k_proj\.bias"),
         (
             "qwen3",
-            dict(architectures=["LlamaForCausalLM"], layer_types=None, **NO_WINDOW),
+            dict(LLAMA, layer_types=None, **NO_WINDOW),
             r"k_norm\.weight",
         ),
     ],
