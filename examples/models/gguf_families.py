@@ -24,7 +24,7 @@ def read_gguf_recipe(gguf: GGUF) -> Recipe:
 
     Raises:
       GGUFError: the file is no model, or its sizes do not fit each other.
-      NotImplementedError: another architecture, or a feature of the family that is not here.
+      NotImplementedError: another architecture, or a key of it that is not understood.
     """
     architecture = gguf.value("general.architecture", str)
     if architecture not in _FAMILIES:
@@ -34,6 +34,7 @@ def read_gguf_recipe(gguf: GGUF) -> Recipe:
         )
     prefix, names = architecture + ".", _names()
     said = {k.removeprefix(prefix): v for k, v in gguf.metadata.items() if k.startswith(prefix)}
+    said = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in said.items()}
     keys = Keys(gguf.path, said, GGUFError)
     keys.layers, keys.width = keys.size("block_count"), keys.size("embedding_length")
     keys.heads = keys.size("attention.head_count")
@@ -41,21 +42,31 @@ def read_gguf_recipe(gguf: GGUF) -> Recipe:
     head_dim = keys.size("attention.key_length", max(keys.width // keys.heads, 1))
     for key in ("rope.dimension_count", "attention.value_length"):
         keys.only(key, head_dim)
+        keys.only(key + "_swa", head_dim)
+    keys.only("attention.key_length_swa", head_dim)
+    scale = own.get("query_scale") or head_dim**-0.5
+    keys.only("attention.scale", float(np.float32(scale)))
     if "rope_freqs.weight" in gguf.tensors:  # of Llama 3
         divisors = gguf.tensor("rope_freqs.weight", (head_dim // 2,)).tolist()
         own["rope"] = replace(own["rope"], divisors=tuple(divisors))
+    sizes: dict[str, Any] = dict(
+        vocab_size=gguf.info("token_embd.weight").shape[0],
+        num_layers=keys.layers,
+        width=keys.width,
+        num_heads=keys.heads,
+        num_kv_heads=keys.size("attention.head_count_kv", keys.heads),
+        head_dim=head_dim,
+        max_positions=keys.size("context_length"),
+        norm_eps=keys.number("attention.layer_norm_rms_epsilon", 1e-5),
+    )
+    keys.only("vocab_size", sizes["vocab_size"])
+    for key, off in _OFF.items():
+        keys.only(key, off)
+    for key in _WITHOUT_EFFECT:
+        keys.left.pop(key, None)
+    keys.nothing_left()
     try:
-        config = ModelConfig(
-            vocab_size=gguf.info("token_embd.weight").shape[0],
-            num_layers=keys.layers,
-            width=keys.width,
-            num_heads=keys.heads,
-            num_kv_heads=keys.size("attention.head_count_kv", keys.heads),
-            head_dim=head_dim,
-            max_positions=keys.size("context_length"),
-            norm_eps=keys.number("attention.layer_norm_rms_epsilon", 1e-5),
-            **own,
-        )
+        config = ModelConfig(**sizes, **own)
     except ValueError as error:
         raise GGUFError(f"{gguf.path}: {error}") from error
     names = {role: tuple("blk.{layer}." + name for name in each) for role, each in names.items()}
@@ -67,6 +78,27 @@ def read_gguf_recipe(gguf: GGUF) -> Recipe:
         halves = Stored(ours=lambda matrix: _halves(matrix.T, head_dim).T)
         stored = {f"blk.{{layer}}.attn_{each}.weight": halves for each in "qk"}
     return Recipe(config, names, stored)
+
+
+# What says nothing of what is computed, or only of positions under YaRN.
+_WITHOUT_EFFECT = ("rope.scaling.finetuned", "rope.scaling.original_context_length")
+# What a family that has not read it does without, by the value that asks for nothing.
+_OFF: dict[str, Any] = {
+    "attention.causal": True,
+    "attention.clamp_kqv": 0.0,
+    "attention.max_alibi_bias": 0.0,
+    "attn_logit_softcapping": 0.0,
+    "expert_count": 0,
+    "expert_used_count": 0,
+    "final_logit_softcapping": 0.0,
+    "logit_scale": 1.0,
+    "pooling_type": 0,
+    "residual_scale": 1.0,
+    "rope.scaling.attn_factor": 1.0,
+    "rope.scaling.yarn_log_multiplier": 0.0,
+    "tensor_data_layout": "Meta AI original pth",  # with the heads of llama.cpp
+    "use_parallel_residual": False,
+}
 
 
 def _halves(matrix: np.ndarray, dim: int) -> np.ndarray:
@@ -90,10 +122,10 @@ def _windows(keys: Keys, default: int) -> dict[str, Any]:
     one, or the period of a family whose files leave it out."""
     key, window = "attention.sliding_window_pattern", keys.size("attention.sliding_window")
     found = keys.left.get(key)
-    if isinstance(found, np.ndarray):
-        if found.shape != (keys.layers,):
-            keys.refuse(key, found.tolist())
-        full = np.flatnonzero(~found.astype(bool)).tolist()
+    if isinstance(found, list):
+        if len(found) != keys.layers or not all(each in (False, True) for each in found):
+            keys.refuse(key, found)
+        full = [layer for layer, local in enumerate(keys.take(key, list)) if not local]
     else:
         every = keys.size(key, default)
         full = range(every - 1, min(keys.layers, 1 << 16), every)
@@ -101,18 +133,24 @@ def _windows(keys: Keys, default: int) -> dict[str, Any]:
 
 
 def _rope(keys: Keys, *served: str) -> Rope:
-    """With how positions past the first context are served."""
-    keys.left.setdefault("rope.scaling.type", "none")
+    """With how positions past the first context are served: a factor alone is a linear one."""
+    theta = keys.number("rope.freq_base", 10000.0)
+    factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", None))
+    keys.left.setdefault("rope.scaling.type", "none" if factor is None else "linear")
     kind = keys.left["rope.scaling.type"]
     keys.only("rope.scaling.type", "none", *served)
-    theta = keys.number("rope.freq_base", 10000.0)
+    if kind == "none":  # where a factor says nothing
+        return Rope(theta)
     if kind == "linear":
-        return Rope(theta, kind, keys.number("rope.scaling.factor", 1.0))
-    if kind == "yarn":
-        factor = keys.number("rope.scaling.factor")
-        first = keys.size("rope.scaling.original_context_length")
-        return Rope(theta, kind, factor, first, magnitude=0.1 * math.log(factor) + 1)
-    return Rope(theta)
+        return Rope(theta, kind, factor or 1.0)
+    factor = factor or keys.number("rope.scaling.factor")  # which there must be
+    first = keys.size("rope.scaling.original_context_length")
+    fast = keys.number("rope.scaling.yarn_beta_fast", 32.0)
+    slow = keys.number("rope.scaling.yarn_beta_slow", 1.0)
+    keys.only("rope.scaling.yarn_ext_factor", 1.0)
+    if theta <= 1 or slow >= fast:
+        keys.refuse("rope.scaling.type", kind, f" for a base of {theta} and {fast} to {slow} turns")
+    return Rope(theta, kind, factor, first, fast, slow, magnitude=0.1 * math.log(factor) + 1)
 
 
 def _llama(keys: Keys, names: Names) -> dict[str, Any]:
@@ -135,6 +173,7 @@ def _gemma3(keys: Keys, names: Names) -> dict[str, Any]:
         local_rope=Rope(keys.number("rope.freq_base_swa", 10000.0)),
         embedding_scale=keys.width**0.5,
         gate="gelu",
+        logit_cap=keys.number("final_logit_softcapping", None),
     )
     if keys.layers == 62:  # the 27B alone takes another scale, which no key tells
         own["query_scale"] = (keys.width / keys.heads) ** -0.5
@@ -155,9 +194,12 @@ def _gpt_oss(keys: Keys, names: Names) -> dict[str, Any]:
         "down": ("ffn_down_exps.weight",),
         "down_bias": ("ffn_down_exps.bias",),
     }
+    keys.take("feed_forward_length", int, None)  # of layers without experts
+    rope = _rope(keys, "yarn")
+    keys.only("rope.freq_base_swa", rope.theta)
     return _windows(keys, 2) | dict(
         inner_width=keys.size("expert_feed_forward_length"),
-        rope=_rope(keys, "yarn"),
+        rope=rope,
         gate="clamped",
         num_experts=keys.size("expert_count"),
         experts_per_token=keys.size("expert_used_count"),

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import decoder
-from models.gguf_reader import GGUFError
+from models import decoder, gguf_families
+from models.gguf_reader import GGUFError, read_gguf
 
 from paged_decode import DecodeBatch, KVCache
 
@@ -227,6 +227,67 @@ def test_a_tensor_without_a_place_is_refused_and_not_ignored(tmp_path):
 def test_a_configuration_that_is_not_served_is_named(tmp_path, changes, error, message):
     with pytest.raises(error, match=message):
         decoder.load(write_llama(tmp_path / "m.gguf", llama_weights(), **changes))
+
+
+def config_of(tmp_path, **changes) -> decoder.ModelConfig:
+    path = write_llama(tmp_path / "m.gguf", llama_weights(), **changes)
+    return gguf_families.read_gguf_recipe(read_gguf(path)).config
+
+
+@pytest.mark.parametrize(
+    ("key", "kind", "value"),
+    [
+        ("attention.causal", "bool", False),
+        ("attention.clamp_kqv", "f32", 1.0),
+        ("attention.scale", "f32", 0.9),
+        ("attention.sliding_window_pattern", "u32", 2),
+        ("attention.temperature_scale", "f32", 0.1),
+        ("attention.key_length_swa", "u32", DIM + 2),
+        ("attn_logit_softcapping", "f32", 3.0),
+        ("embedding_scale", "f32", 12.0),
+        ("expert_count", "u32", 8),
+        ("expert_used_count", "u32", 2),
+        ("final_logit_softcapping", "f32", 3.0),
+        ("logit_scale", "f32", 0.5),
+        ("residual_scale", "f32", 0.2),
+        ("rope.dimension_sections", "array:u32", [1, 1]),
+        ("rope.scaling.attn_factor", "f32", 2.0),
+        ("use_parallel_residual", "bool", True),
+        ("vocab_size", "u32", VOCAB + 1),
+        ("no_such_thing", "array:u8", [1, 2]),
+    ],
+)
+def test_a_key_that_is_not_understood_is_refused_and_not_ignored(tmp_path, key, kind, value):
+    with pytest.raises(NotImplementedError, match=f"'{key}' = "):
+        config_of(tmp_path, **{f"llama.{key}": (kind, value)})
+
+
+def test_keys_that_ask_for_nothing_change_nothing(tmp_path):
+    """Of converters of several years; keys of others than the architecture are not its own."""
+    said = {
+        "vocab_size": ("u32", VOCAB),
+        "attention.key_length": ("u32", DIM),
+        "attention.value_length": ("u32", DIM),
+        "attention.causal": ("bool", True),
+        "attention.scale": ("f32", DIM**-0.5),
+        "expert_count": ("u32", 0),
+        "expert_used_count": ("u32", 0),
+        "logit_scale": ("f32", 1.0),
+        "rope.scaling.type": ("string", "none"),
+        "rope.scaling.attn_factor": ("f32", 1.0),
+        "rope.scaling.finetuned": ("bool", True),
+        "rope.scaling.original_context_length": ("u32", 32),
+        "tensor_data_layout": ("string", "Meta AI original pth"),
+    }
+    changes = {f"llama.{key}": entry for key, entry in said.items()}
+    others = {"general.file_type": ("u32", 0), "quantize.imatrix.file": ("string", "x")}
+    assert config_of(tmp_path, **changes, **others) == config_of(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["rope.scaling.factor", "rope.scale_linear"])
+def test_a_factor_without_a_kind_slows_all_positions_down(tmp_path, key):
+    found = config_of(tmp_path, **{f"llama.{key}": ("f32", 4.0)})
+    assert found.rope == decoder.Rope(100.0, "linear", 4.0)
 
 
 def test_a_file_that_is_no_model_is_refused(tmp_path):

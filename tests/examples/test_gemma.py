@@ -166,6 +166,12 @@ def test_only_the_layers_that_see_all_tokens_are_slowed_down(tmp_path):
         assert config.local_rope == decoder.Rope(100.0)
 
 
+def test_logits_are_capped_where_the_file_says_so(tmp_path):
+    assert config_of(tmp_path).logit_cap is None
+    found = config_of(tmp_path, **{"gemma3.final_logit_softcapping": ("f32", 3.0)})
+    assert found.logit_cap == 3.0
+
+
 def test_the_largest_gemma_takes_another_scale(tmp_path):
     found = config_of(tmp_path, **{"gemma3.block_count": ("u32", 62)})
     assert found.query_scale == (WIDTH / HEADS) ** -0.5
@@ -181,7 +187,14 @@ def test_the_largest_gemma_takes_another_scale(tmp_path):
             NotImplementedError,
             "sliding_window_pattern",
         ),
+        (
+            {"gemma3.attention.sliding_window_pattern": ("array:u32", [1, 2, 1, 0])},
+            NotImplementedError,
+            "sliding_window_pattern",
+        ),
         ({"gemma3.rope.scaling.type": ("string", "yarn")}, NotImplementedError, "'yarn'"),
+        ({"gemma3.attn_logit_softcapping": ("f32", 50.0)}, NotImplementedError, "softcapping"),
+        ({"gemma3.attention.scale": ("f32", 0.1)}, NotImplementedError, "attention.scale"),
         ({"gemma3.attention.value_length": ("u32", 4)}, NotImplementedError, "value_length"),
         ({"gemma3.attention.head_count_kv": ("u32", 3)}, GGUFError, "multiple"),
     ],

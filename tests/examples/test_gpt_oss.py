@@ -6,6 +6,7 @@ Sinks per head, a window on every other layer, YaRN, biases, four experts of eig
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -55,6 +56,23 @@ def test_yarn_leaves_fast_pairs_as_they_are_and_slows_the_others_by_the_whole_sc
     assert (np.diff(slowed_by[8:19]) > 0).all()
 
 
+def test_the_bounds_of_yarn_are_the_files_own(tmp_path):
+    changes = {
+        "gpt-oss.rope.scaling.yarn_beta_fast": ("f32", 16.0),
+        "gpt-oss.rope.scaling.yarn_beta_slow": ("f32", 2.0),
+        "gpt-oss.rope.scaling.yarn_ext_factor": ("f32", 1.0),
+        "gpt-oss.rope.freq_base_swa": ("f32", GPT_OSS["theta"]),
+    }
+    plain, own = (
+        gguf_families.read_gguf_recipe(
+            read_gguf(write_gpt_oss(tmp_path / "m.gguf", gpt_oss_weights(), **each))
+        ).config
+        for each in ({}, changes)
+    )
+    assert (plain.rope.fast, plain.rope.slow) == (32.0, 1.0)
+    assert own == replace(plain, rope=replace(plain.rope, fast=16.0, slow=2.0))
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -63,6 +81,19 @@ def test_yarn_leaves_fast_pairs_as_they_are_and_slows_the_others_by_the_whole_sc
         ({"gpt-oss.expert_used_count": ("u32", 9)}, GGUFError, "all 8 experts .* got 9"),
         ({"gpt-oss.rope.scaling.type": ("string", "linear")}, NotImplementedError, "'linear'"),
         ({"gpt-oss.rope.scaling.original_context_length": None}, GGUFError, "original_context"),
+        ({"gpt-oss.rope.scaling.factor": None}, GGUFError, "scaling.factor"),
+        (
+            {"gpt-oss.rope.scaling.yarn_attn_factor": ("f32", 1.3)},
+            NotImplementedError,
+            "yarn_attn_factor",
+        ),
+        (
+            {"gpt-oss.rope.scaling.yarn_beta_slow": ("f32", 32.0)},
+            NotImplementedError,
+            "32.0 to 32.0 turns",
+        ),
+        ({"gpt-oss.rope.freq_base_swa": ("f32", 100.0)}, NotImplementedError, "freq_base_swa"),
+        ({"gpt-oss.expert_gating_func": ("u32", 2)}, NotImplementedError, "gating_func"),
     ],
 )
 def test_a_configuration_that_is_not_served_is_named(tmp_path, changes, error, message):
