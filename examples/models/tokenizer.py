@@ -189,15 +189,15 @@ def _of_folder(folder: Path) -> Tokenizer:
     inner.no_truncation()  # which a file may ask for
     inner.no_padding()
     config, named = _entries(config_path), _entries(folder / "special_tokens_map.json")
-    spelt = {name: _spelling(config.get(name) or named.get(name)) for name in _SPECIAL}
-    special = {name: text for name, text in spelt.items() if text is not None}
+    special = {n: s for n in _SPECIAL if (s := _spelling(config.get(n) or named.get(n)))}
     ends = [inner.token_to_id(special["eos_token"])] if "eos_token" in special else []
     for name in ("generation_config.json", "config.json"):
         found = _entries(folder / name).get("eos_token_id")
         ends += found if isinstance(found, list) else [found]
-    eos_ids = tuple(dict.fromkeys(i for i in ends if i is not None))
-    if not eos_ids or not all(isinstance(i, int) and i >= 0 for i in eos_ids):
-        raise ValueError(f"{folder}: expected files that name the tokens at the end, got {eos_ids}")
+    ends = [i for i in ends if i is not None]
+    if {*map(type, ends)} != {int} or min(ends) < 0:
+        raise ValueError(f"{folder}: expected the ids of end tokens as 'eos_token_id', got {ends}")
+    eos_ids = tuple(dict.fromkeys(ends))
     size = max(inner.get_vocab().values(), default=-1) + 1
     tokens = [inner.id_to_token(i) or "" for i in range(size)]
     return Tokenizer(inner, tokens, eos_ids, _template_of(folder, config_path, config, special))

@@ -188,6 +188,8 @@ def test_every_token_that_a_file_calls_an_end_is_one(tmp_path, files, ends):
         (dict(tokenizer_config=[]), ValueError, "tokenizer_config.json: expected an object"),
         (dict(config=dict(eos_token_id="2")), ValueError, "end"),
         (dict(generation_config=dict(eos_token_id=[-1])), ValueError, "end"),
+        (dict(generation_config=dict(eos_token_id=[[1]])), ValueError, r"eos_token_id.*\[1\]"),
+        (dict(config=dict(eos_token_id=True)), ValueError, "eos_token_id.*True"),
         (dict(tokenizer_config=dict(eos_token="<|end|>", chat_template=7)), ValueError, "as text"),
         (
             dict(
