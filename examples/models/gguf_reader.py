@@ -147,7 +147,10 @@ class _Parser:
     def parse(self) -> GGUF:
         magic = self.take(4, "the magic")
         if magic != b"GGUF":
-            raise self.error(f"expected a GGUF file, which begins with b'GGUF', got {magic!r}")
+            raise self.error(
+                f"expected a GGUF file, which begins with b'GGUF', got {magic!r}; of a checkpoint "
+                "in other files, give the folder"
+            )
         version = self.u32("the version")
         if version not in (2, 3):
             raise self.error(f"expected GGUF version 2 or 3 (little-endian), got {version}")

@@ -151,6 +151,7 @@ ROOM = bytes(256)
 BROKEN = {
     "empty": (b"", "4 bytes for the magic"),
     "another kind of file": (b"PK\x03\x04" + ROOM, "begins with b'GGUF'"),
+    "the config.json of a checkpoint": (b'{"architectures": []}', "give the folder"),
     "version 1": (header(version=1), "version 2 or 3"),
     "big-endian": (header(version=3 << 24), "version 2 or 3"),
     "2**64 - 1 tensors": (header(ROOM, tensors=2**64 - 1), "tensors"),
