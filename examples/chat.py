@@ -62,14 +62,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--num-pages", type=int, help=f"default: for {MOST_TOKENS} tokens")
     parser.add_argument("--draft", type=int, default=0, metavar="K", help="tokens guessed a step")
     args = parser.parse_args()
+    if args.devices < 1:
+        parser.error(f"--devices: expected at least 1, got {args.devices}")
     if args.draft and args.devices != 1:
         parser.error("--draft is for one device: the split model has logits of one token alone")
     return args
 
 
-def fingerprint(path: Path, dtype: str) -> bytes:
-    """Tells the weights that pages were computed with, by the ends of their files."""
-    digest, edge = hashlib.sha256(dtype.encode()), 1 << 20
+def fingerprint(path: Path, config: decoder.ModelConfig, dtype: str) -> bytes:
+    """Tells what pages were computed with: weights, by the ends of their files, all that was read
+    of the model beside them, and the dtype of both."""
+    digest, edge = hashlib.sha256(f"{config!r} {dtype}".encode()), 1 << 20
     for part in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
         with part.open("rb") as file:
             digest.update(file.read(edge))
@@ -98,7 +101,7 @@ def make_engine(args: argparse.Namespace, path: Path, words: tokenizer.Tokenizer
         vocab_size=config.vocab_size,
     )
     cache = pd.KVCache.create(layout=layout, **where)
-    allocator = pd.BlockAllocator(layout, fingerprint=fingerprint(path, args.dtype))
+    allocator = pd.BlockAllocator(layout, fingerprint=fingerprint(path, config, args.dtype))
     drafter = pd.PromptLookup(args.draft) if args.draft else None
     given = model, params, cache, allocator, shapes
     return pd.Engine(*given, drafter=drafter, detokenize=words.decode)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import pytest
 from models import tokenizer
 
 from paged_decode import Engine, SamplingParams
+from paged_decode.errors import SnapshotMismatch
 
 from .test_tokenizer import CHATML, byte_spelling
 from .tiny_gguf import WIDTH, f32, gguf_bytes, interleaved, llama_metadata, llama_weights
@@ -191,6 +194,19 @@ def test_what_goes_wrong_is_one_line_and_loses_nothing(talk, tmp_path):
     assert len(said) == len(wrong), err
     for line, message in zip(said, wrong.values(), strict=True):
         assert message in line
+
+
+def test_pages_of_the_same_weights_under_another_configuration_are_refused(tmp_path):
+    words = tokenizer.load(write_model(tmp_path / "m.gguf"))
+    folder = tmp_path / "model"
+    shutil.copytree(Path(__file__).parent / "golden/smollm2", folder)
+    config = json.loads((folder / "config.json").read_text())
+    engine_of(folder, words).save(tmp_path / "c.pgd")
+    engine_of(folder, words).restore(tmp_path / "c.pgd")
+    config["rope_parameters"]["rope_theta"] *= 2
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SnapshotMismatch, match="fingerprint"):
+        engine_of(folder, words).restore(tmp_path / "c.pgd")
 
 
 def test_a_model_that_cannot_chat_so_is_one_line_on_stderr(tmp_path):
