@@ -8,6 +8,7 @@
 An ids file is `[{"name": ..., "prompt_ids": [...]}, ...]`; the result has per case `name`,
 `greedy_ids`, `finish_reason` and, with --top-logits K, `last_prompt_topK`: [[id, logit], ...], of
 the first token, and `final_step_topK`, of the last.
+An answer ends at the tokens that the model was made for, its prompt's included ("capacity").
 A model is a checkpoint's folder (config.json, safetensors), a GGUF file, or the name of one that is
 fetched once and checked by its hash. Gemma has terms of use, which you are shown and must accept. A
 model without a chat template continues the prompts.
@@ -97,6 +98,8 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if bool(args.prompt) == bool(args.ids_file):
         parser.error("give either prompts or --ids-file")
+    if args.devices < 1:
+        parser.error(f"--devices: expected at least 1, got {args.devices}")
     return args
 
 
@@ -127,7 +130,13 @@ class Engines:
             sums = DeviceSum(mesh, parallel.AXIS, width=self.config.width, dtype=args.dtype)
         self.model = decoder.make_model(self.config, mesh=mesh, sums=sums)
         self.where: dict[str, Any] = dict(mesh=mesh, head_axis=parallel.AXIS) if mesh else {}
-        self.totals = [len(prompt) + args.max_new for prompt in prompts]
+        most = self.config.max_positions
+        if (longest := max(map(len, prompts))) >= most:
+            raise ValueError(
+                f"expected prompts and answers of at most {most} tokens, for which the model was "
+                f"made, got a prompt of {longest}"
+            )
+        self.totals = [min(len(prompt) + args.max_new, most) for prompt in prompts]
         needed = sum(-(-tokens // args.page_size) for tokens in self.totals)
         self.num_pages = args.num_pages or needed + 1
         rows = 1 if args.one_by_one else min(args.max_rows, len(prompts))
@@ -241,6 +250,12 @@ def main() -> None:
             print(f"> {case['name']}\n{words.decode(completion.tokens)}\n")
         if completion.finish_reason == "invalid_logits":
             print(f"{case['name']}: the model gave no valid logits", file=sys.stderr)
+        if completion.finish_reason == "capacity":
+            print(
+                f"{case['name']}: ends with {len(case['prompt_ids']) + len(completion.tokens)} "
+                "tokens, its prompt's included: the model or the pool is for no more",
+                file=sys.stderr,
+            )
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n")
     elif words is None:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chat
+import generate
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -130,6 +132,36 @@ def test_a_bad_ids_file_is_one_line_on_stderr(tmp_path, ids, message):
     done = run("--model", "none.gguf", "--ids-file", tmp_path / "in.json")
     assert done.returncode == 1 and message in done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_no_answer_goes_past_what_the_model_was_made_for(tmp_path):
+    path = write_llama(tmp_path / "m.gguf", llama_weights())  # for 64 tokens
+    cases = [dict(name=f"{n}", prompt_ids=[i % 7 for i in range(n)]) for n in (3, 60, 63)]
+    (tmp_path / "in.json").write_text(json.dumps(cases))
+    new = ("--max-new", 61, "--json", tmp_path / "out.json")
+    done = run("--model", path, "--ids-file", tmp_path / "in.json", *new)
+    assert done.returncode == 0, done.stderr
+    found = [(len(r["greedy_ids"]), r["finish_reason"]) for r in json.loads(new[-1].read_text())]
+    assert found == [(61, "length"), (4, "capacity"), (1, "capacity")]
+    said = [line.split(",")[0] for line in done.stderr.splitlines() if ": ends with" in line]
+    assert said == ["60: ends with 64 tokens", "63: ends with 64 tokens"]
+
+
+def test_a_prompt_that_the_model_was_not_made_for_is_refused(tmp_path):
+    path = write_llama(tmp_path / "m.gguf", llama_weights())
+    (tmp_path / "in.json").write_text(json.dumps([dict(name="a", prompt_ids=[1] * 64)]))
+    done = run("--model", path, "--ids-file", tmp_path / "in.json")
+    assert done.returncode == 1 and "at most 64 tokens" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("script", [chat, generate])
+@pytest.mark.parametrize("count", ["0", "-1"])
+def test_a_model_on_no_device_is_refused(script, count, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script", "--devices", count, *["a"] * (script is generate)])
+    with pytest.raises(SystemExit):
+        script.arguments()
+    assert f"--devices: expected at least 1, got {count}" in capsys.readouterr().err
 
 
 def test_pages_for_a_window_that_no_layer_has_are_refused(tmp_path):
