@@ -1,7 +1,7 @@
 """Models that people have, written against the public API of paged_decode.
 
 One configuration and one forward pass for all families: a folder of a model hub (Llama, Mistral,
-SmolLM, Qwen, Gemma, gpt-oss, Phi), or a GGUF file (Llama, Gemma 3, gpt-oss).
+SmolLM, Qwen, Gemma, gpt-oss, Phi), or a GGUF file of them.
 
 config: what a model is, and the cache's layout · families: that from config.json · checkpoint: its
 weights · decoder: the forward pass · parallel: over several devices · tokenizer: text and

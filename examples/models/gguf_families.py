@@ -1,6 +1,7 @@
 """From the metadata of a GGUF file to a configuration and the names of its tensors.
 
-Llama, Gemma 3 and gpt-oss; the names are those of llama.cpp's files.
+All families of a model hub that llama.cpp knows; the names are those of its files. What such a
+file does not tell, and a family has in one way only in what was published, is known here.
 """
 
 from __future__ import annotations
@@ -38,8 +39,10 @@ def read_gguf_recipe(gguf: GGUF) -> Recipe:
     keys = Keys(gguf.path, said, GGUFError)
     keys.layers, keys.width = keys.size("block_count"), keys.size("embedding_length")
     keys.heads = keys.size("attention.head_count")
-    own = _FAMILIES[architecture](keys, names)
-    head_dim = keys.size("attention.key_length", max(keys.width // keys.heads, 1))
+    keys.head_dim = keys.size("attention.key_length", max(keys.width // keys.heads, 1))
+    if "rope_factors_long.weight" in gguf.tensors:
+        keys.refuse("rope.scaling.type", "longrope")
+    own, head_dim = _FAMILIES[architecture](keys, names), keys.head_dim
     for key in ("rope.dimension_count", "attention.value_length"):
         keys.only(key, head_dim)
         keys.only(key + "_swa", head_dim)
@@ -74,7 +77,7 @@ def read_gguf_recipe(gguf: GGUF) -> Recipe:
     if "output.weight" in gguf.tensors:
         names["head"] = ("output.weight",)
     stored = {}
-    if architecture == "llama":  # the two halves of every head that is turned are interleaved
+    if architecture in ("llama", "smollm3"):  # the two halves of every head are interleaved
         halves = Stored(ours=lambda matrix: _halves(matrix.T, head_dim).T)
         stored = {f"blk.{{layer}}.attn_{each}.weight": halves for each in "qk"}
     return Recipe(config, names, stored)
@@ -117,6 +120,14 @@ def _names() -> Names:
     }
 
 
+_QK_NORM: Names = {"qk_norm": ("attn_q_norm.weight", "attn_k_norm.weight")}
+_EXPERTS: Names = {
+    "router": ("ffn_gate_inp.weight",),
+    "gate_up": ("ffn_gate_exps.weight", "ffn_up_exps.weight"),
+    "down": ("ffn_down_exps.weight",),
+}
+
+
 def _windows(keys: Keys, default: int) -> dict[str, Any]:
     """The window, and the layers without one: a period in the file, a list of those that have
     one, or the period of a family whose files leave it out."""
@@ -132,8 +143,11 @@ def _windows(keys: Keys, default: int) -> dict[str, Any]:
     return dict(sliding_window=window, full_layers=tuple(full))
 
 
-def _rope(keys: Keys, *served: str) -> Rope:
-    """With how positions past the first context are served: a factor alone is a linear one."""
+def _rope(keys: Keys, *served: str, truncate: bool = True) -> Rope:
+    """With how positions past the first context are served: a factor alone is a linear one.
+
+    No key tells whether "yarn" rounds its bounds.
+    """
     theta = keys.number("rope.freq_base", 10000.0)
     factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", None))
     keys.left.setdefault("rope.scaling.type", "none" if factor is None else "linear")
@@ -150,57 +164,116 @@ def _rope(keys: Keys, *served: str) -> Rope:
     keys.only("rope.scaling.yarn_ext_factor", 1.0)
     if theta <= 1 or slow >= fast:
         keys.refuse("rope.scaling.type", kind, f" for a base of {theta} and {fast} to {slow} turns")
-    return Rope(theta, kind, factor, first, fast, slow, magnitude=0.1 * math.log(factor) + 1)
+    magnitude = 0.1 * math.log(factor) + 1
+    return Rope(theta, kind, factor, first, fast, slow, truncate, magnitude)
 
 
 def _llama(keys: Keys, names: Names) -> dict[str, Any]:
+    """Llama 2 and 3, Mistral, SmolLM2."""
     own = dict(inner_width=keys.size("feed_forward_length"), rope=_rope(keys, "linear"))
     if keys.left.get("attention.sliding_window") is not None:
         own["sliding_window"] = keys.size("attention.sliding_window")
     return own
 
 
+def _smollm3(keys: Keys, names: Names) -> dict[str, Any]:
+    """Every fourth layer does not turn its heads."""
+    return dict(
+        inner_width=keys.size("feed_forward_length"),
+        rope=_rope(keys, "linear", "yarn"),
+        unturned_layers=tuple(range(3, min(keys.layers, 1 << 16), 4)),
+    )
+
+
+def _qwen2(keys: Keys, names: Names) -> dict[str, Any]:
+    """Files know no windows; what was published does not use them."""
+    names["qkv_bias"] = tuple(f"attn_{each}.bias" for each in "qkv")
+    width = keys.size("feed_forward_length")
+    return dict(inner_width=width, rope=_rope(keys, "linear", "yarn"))
+
+
+def _qwen3(keys: Keys, names: Names) -> dict[str, Any]:
+    own = _qwen2(keys, names)
+    del names["qkv_bias"]
+    names.update(_QK_NORM)
+    return own
+
+
+def _qwen3_moe(keys: Keys, names: Names) -> dict[str, Any]:
+    """The weights of the chosen experts add up to one."""
+    names.update(_QK_NORM | _EXPERTS)
+    return _chosen(keys) | dict(rope=_rope(keys, "linear", "yarn"))
+
+
+def _phi3(keys: Keys, names: Names) -> dict[str, Any]:
+    """Phi-3 and Phi-4: matrices that read the same input are one tensor. The window must be said,
+    0 if there is none: old files kept it to themselves."""
+    names["qkv"], names["gate_up"] = ("attn_qkv.weight",), ("ffn_up.weight",)
+    key = "attention.sliding_window"
+    window = keys.take(key, int)
+    return dict(
+        inner_width=keys.size("feed_forward_length"),
+        rope=_rope(keys),
+        rotary_dim=keys.size("rope.dimension_count", keys.head_dim),
+        sliding_window=keys.positive(key, window) if window else None,
+    )
+
+
+def _gemma2(keys: Keys, names: Names) -> dict[str, Any]:
+    """Gemma 2 (Gemma Team, 2024)."""
+    return _gemma(keys, names, 2, largest=46) | dict(
+        attention_cap=keys.number("attn_logit_softcapping"),
+        logit_cap=keys.number("final_logit_softcapping"),
+    )
+
+
 def _gemma3(keys: Keys, names: Names) -> dict[str, Any]:
-    """Gemma 3 (Gemma Team, 2025). Files leave out what all of its sizes have in common; norms
-    have their 1."""
+    """Gemma 3 (Gemma Team, 2025). Files leave out what all of its sizes have in common."""
+    names.update(_QK_NORM)
+    return _gemma(keys, names, 6, largest=62) | dict(
+        local_rope=Rope(keys.number("rope.freq_base_swa", 10000.0)),
+        logit_cap=keys.number("final_logit_softcapping", None),
+    )
+
+
+def _gemma(keys: Keys, names: Names, every: int, largest: int) -> dict[str, Any]:
+    """Norms around both blocks, which have their 1."""
     names |= {
-        "qk_norm": ("attn_q_norm.weight", "attn_k_norm.weight"),
         "attention_end_norm": ("post_attention_norm.weight",),
         "inner_end_norm": ("post_ffw_norm.weight",),
     }
-    own = _windows(keys, 6) | _llama(keys, names)
-    own |= dict(
-        local_rope=Rope(keys.number("rope.freq_base_swa", 10000.0)),
+    own = _windows(keys, every) | dict(
+        inner_width=keys.size("feed_forward_length"),
+        rope=_rope(keys, "linear"),
         embedding_scale=keys.width**0.5,
         gate="gelu",
-        logit_cap=keys.number("final_logit_softcapping", None),
     )
-    if keys.layers == 62:  # the 27B alone takes another scale, which no key tells
+    if keys.layers == largest:  # the 27B alone takes another scale, which no key tells
         own["query_scale"] = (keys.width / keys.heads) ** -0.5
     return own
 
 
 def _gpt_oss(keys: Keys, names: Names) -> dict[str, Any]:
     """gpt-oss (OpenAI, 2025)."""
-    names |= {
+    names |= _EXPERTS | {
         "inner_norm": ("post_attention_norm.weight",),
         "qkv_bias": tuple(f"attn_{each}.bias" for each in "qkv"),
         "out_bias": ("attn_output.bias",),
         "sinks": ("attn_sinks.weight",),
-        "router": ("ffn_gate_inp.weight",),
         "router_bias": ("ffn_gate_inp.bias",),
-        "gate_up": ("ffn_gate_exps.weight", "ffn_up_exps.weight"),
         "gate_up_bias": ("ffn_gate_exps.bias", "ffn_up_exps.bias"),
-        "down": ("ffn_down_exps.weight",),
         "down_bias": ("ffn_down_exps.bias",),
     }
-    keys.take("feed_forward_length", int, None)  # of layers without experts
-    rope = _rope(keys, "yarn")
+    rope = _rope(keys, "yarn", truncate=False)
     keys.only("rope.freq_base_swa", rope.theta)
-    return _windows(keys, 2) | dict(
+    return _windows(keys, 2) | _chosen(keys) | dict(rope=rope, gate="clamped")
+
+
+def _chosen(keys: Keys) -> dict[str, Any]:
+    """The experts of a layer, and how many are chosen."""
+    keys.take("feed_forward_length", int, None)  # of layers without experts
+    return dict(
         inner_width=keys.size("expert_feed_forward_length"),
-        rope=rope,
-        gate="clamped",
         num_experts=keys.size("expert_count"),
         experts_per_token=keys.size("expert_used_count"),
     )
@@ -208,6 +281,12 @@ def _gpt_oss(keys: Keys, names: Names) -> dict[str, Any]:
 
 _FAMILIES: dict[str, Callable[[Keys, Names], dict[str, Any]]] = {
     "llama": _llama,
+    "smollm3": _smollm3,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "qwen3moe": _qwen3_moe,
+    "phi3": _phi3,
+    "gemma2": _gemma2,
     "gemma3": _gemma3,
     "gpt-oss": _gpt_oss,
 }

@@ -210,9 +210,9 @@ def test_a_tensor_without_a_place_is_refused_and_not_ignored(tmp_path):
     ("changes", "error", "message"),
     [
         (
-            {"general.architecture": ("string", "qwen2")},
+            {"general.architecture": ("string", "mamba")},
             NotImplementedError,
-            "'gpt-oss', got 'qwen2'",
+            "'gpt-oss', got 'mamba'",
         ),
         ({"llama.rope.scaling.type": ("string", "yarn")}, NotImplementedError, "'yarn'"),
         ({"llama.rope.dimension_count": ("u32", 2)}, NotImplementedError, "dimension_count"),
