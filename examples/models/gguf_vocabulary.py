@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from tokenizers import (
@@ -30,9 +31,10 @@ def _byte_level(use_regex: bool = True) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
 
 
-def _llama3() -> pre_tokenizers.PreTokenizer:
+def _words(digits: int) -> pre_tokenizers.PreTokenizer:
+    """Words with what goes before them, and numbers of so many digits."""
     pattern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,{digits}}}"
         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
     split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
@@ -45,12 +47,18 @@ def _smollm() -> pre_tokenizers.PreTokenizer:
 
 
 # By `tokenizer.ggml.pre`: how text is cut before the merges. A wrong one still yields tokens,
-# and quietly other ones, so an unknown name is refused.
+# and quietly other ones, so an unknown name is refused. SmolLM3 is "smaug-bpe", Phi-4 "dbrx".
 _PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     "smollm": _smollm,
     "gpt-2": _byte_level,
-    "llama-bpe": _llama3,
+    "llama-bpe": partial(_words, 3),
+    "smaug-bpe": partial(_words, 3),
+    "dbrx": partial(_words, 3),
+    "qwen2": partial(_words, 1),
 }
+# Llama 3's vocabulary, that begins with <bos> or not: a word that it has is kept whole, even if no
+# merges lead there.
+_WHOLE_WORDS = ("llama-bpe", "smaug-bpe")
 
 
 def build(gguf: GGUF) -> tuple[Tokenizer, list[str], tuple[int, ...], dict[str, str]]:
@@ -111,8 +119,9 @@ def _build_byte_level(gguf: GGUF, tokens: list[str], types: Sequence[int]) -> To
         raise GGUFError(f"{gguf.path}: expected merges as strings")
     vocab = {token: i for i, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ")) for merge in listed]
-    # Llama 3 keeps a word whole that is in its vocabulary, even if no merges lead there.
-    tokenizer = _bpe(gguf, vocab, merges, ignore_merges=pre == "llama-bpe")
+    tokenizer = _bpe(gguf, vocab, merges, ignore_merges=pre in _WHOLE_WORDS)
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer, tokenizer.decoder = _PRE_TOKENIZERS[pre](), decoders.ByteLevel()
     _add_whole(tokenizer, _of_type(_CONTROL, tokens, types), _of_type(_USER_DEFINED, tokens, types))
     return tokenizer

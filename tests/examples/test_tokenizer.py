@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from models import tokenizer
 from models.gguf_reader import GGUFError
+from tokenizers import Tokenizer
 
 from .tiny_gguf import gguf_bytes
 
@@ -15,6 +16,7 @@ CHATML = (
     " + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+MERGES = ["h e", "l l", "he ll", "hell o", "1 2"]
 TEXTS = [
     "",
     "hello hello",
@@ -32,8 +34,7 @@ def byte_spelling() -> list[str]:
 
 
 def tiny_file(tmp_path, pre: str = "smollm", **changes) -> Path:
-    words = ["he", "ll", "hell", "hello", "12"]
-    merges = ["h e", "l l", "he ll", "hell o", "1 2"]
+    words = ["he", "ll", "hell", "hello", "12", "whole"]
     special = ["<|im_start|>", "<|im_end|>"]
     tokens = [*special, *byte_spelling(), *words]
     metadata = {
@@ -41,7 +42,7 @@ def tiny_file(tmp_path, pre: str = "smollm", **changes) -> Path:
         "tokenizer.ggml.pre": ("string", pre),
         "tokenizer.ggml.tokens": ("array:string", tokens),
         "tokenizer.ggml.token_type": ("array:i32", [3, 3] + [1] * (len(tokens) - 2)),
-        "tokenizer.ggml.merges": ("array:string", merges),
+        "tokenizer.ggml.merges": ("array:string", MERGES),
         "tokenizer.ggml.bos_token_id": ("u32", 0),
         "tokenizer.ggml.eos_token_id": ("u32", 1),
         "tokenizer.ggml.add_bos_token": ("bool", False),
@@ -53,7 +54,7 @@ def tiny_file(tmp_path, pre: str = "smollm", **changes) -> Path:
     return path
 
 
-@pytest.mark.parametrize("pre", ["smollm", "gpt-2", "llama-bpe"])
+@pytest.mark.parametrize("pre", ["smollm", "gpt-2", "llama-bpe", "smaug-bpe", "dbrx", "qwen2"])
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_text_survives_the_round_trip(tmp_path, pre, text):
     words = tokenizer.load(tiny_file(tmp_path, pre))
@@ -67,6 +68,65 @@ def test_smollm_cuts_numbers_into_digits_and_the_others_do_not(tmp_path):
         spelt[pre] = [words.tokens[i] for i in words.encode("hello 12")]
     assert spelt["smollm"] == ["hello", "Ġ", "1", "2"]
     assert spelt["gpt-2"] == spelt["llama-bpe"] == ["hello", "Ġ", "12"]
+
+
+# The regular expression of the hub's tokenizer.json, by how many digits of a number it takes.
+HUB = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def hub_tokenizer(words, pattern: str, *, composed: bool = False, whole: bool = False) -> Tokenizer:
+    """What a tokenizer.json says, of the vocabulary of `tiny_file`."""
+    split = dict(type="Split", pattern=dict(Regex=pattern), behavior="Isolated", invert=False)
+    bytes_ = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=False)
+    model = dict(type="BPE", vocab={text: i for i, text in enumerate(words.tokens)})
+    model |= dict(merges=MERGES, ignore_merges=whole, fuse_unk=False, byte_fallback=False)
+    model |= dict.fromkeys(("dropout", "unk_token"))
+    model |= dict.fromkeys(("continuing_subword_prefix", "end_of_word_suffix"), "")
+    said = dict(version="1.0", truncation=None, padding=None, added_tokens=[], model=model)
+    said |= dict(normalizer=dict(type="NFC") if composed else None, post_processor=None)
+    said |= dict(pre_tokenizer=dict(type="Sequence", pretokenizers=[split, bytes_]))
+    said |= dict(decoder=bytes_)
+    return Tokenizer.from_str(json.dumps(said))
+
+
+@pytest.mark.parametrize(
+    ("pre", "digits", "options"),
+    [
+        ("qwen2", r"\p{N}", dict(composed=True)),
+        ("smaug-bpe", r"\p{N}{1,3}", dict(whole=True)),
+        ("llama-bpe", r"\p{N}{1,3}", dict(whole=True)),
+        ("dbrx", r"\p{N}{1,3}", dict()),
+    ],
+)
+def test_ids_are_those_of_the_hubs_own_definition(tmp_path, pre, digits, options):
+    path = tiny_file(tmp_path, pre, tokenizer__ggml__add_bos_token=("bool", False))
+    words = tokenizer.load(path)
+    theirs = hub_tokenizer(words, HUB % digits, **options)
+    texts = ["I'LL he'll\r\n\n hello, hello!? \n", "12 1234 ١٢٣٤ ½", "cafe\u0301 \u212b n\u0303"]
+    for text in [*TEXTS, *texts, "whole wholewhole", " whole\t\t12  hello   "]:
+        assert words.encode(text) == theirs.encode(text).ids, text
+
+
+def test_qwen_takes_digits_one_by_one_and_composes_letters(tmp_path):
+    qwen, phi = (tokenizer.load(tiny_file(tmp_path, pre)) for pre in ("qwen2", "dbrx"))
+    assert [qwen.tokens[i] for i in qwen.encode("12")] == ["1", "2"]
+    assert [phi.tokens[i] for i in phi.encode("12")] == ["12"]
+    assert qwen.encode("e\u0301") == qwen.encode("\u00e9") != phi.encode("e\u0301")
+
+
+def test_only_llama_3_keeps_a_word_whole_to_which_no_merges_lead(tmp_path):
+    for pre, whole in (("llama-bpe", True), ("smaug-bpe", True), ("dbrx", False), ("qwen2", False)):
+        words = tokenizer.load(tiny_file(tmp_path, pre))
+        assert ("whole" in [words.tokens[i] for i in words.encode("whole")]) == whole
+
+
+def test_only_a_file_of_llama_3_that_says_nothing_begins_with_the_begin_token(tmp_path):
+    for pre in ("llama-bpe", "smaug-bpe", "dbrx", "qwen2"):
+        path = tiny_file(tmp_path, pre, tokenizer__ggml__add_bos_token=None)
+        assert (tokenizer.load(path).encode("hello")[0] == 0) == (pre == "llama-bpe")
 
 
 def test_text_up_to_half_a_character_ends_in_what_stands_for_it(tmp_path):
@@ -126,8 +186,8 @@ def test_a_model_without_a_template_has_no_chats(tmp_path):
 
 
 def test_an_unknown_pre_tokenizer_is_named_with_those_that_are_known(tmp_path):
-    with pytest.raises(NotImplementedError, match="'qwen2'.*'smollm', 'gpt-2', 'llama-bpe'"):
-        tokenizer.load(tiny_file(tmp_path, "qwen2"))
+    with pytest.raises(NotImplementedError, match="'tekken'.*'smollm', 'gpt-2', 'llama-bpe'"):
+        tokenizer.load(tiny_file(tmp_path, "tekken"))
 
 
 @pytest.mark.parametrize(
