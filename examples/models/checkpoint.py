@@ -81,10 +81,9 @@ class Safetensors:
 
         self.path = path
         self.tensors: dict[str, Any] = {}
-        index, files = path / "model.safetensors.index.json", {"model.safetensors": set[str]()}
-        if index.is_file() and not (path / "model.safetensors").is_file():
-            files = _files_of(index)
-        name = ""
+        index, name = path / "model.safetensors.index.json", "model.safetensors"
+        alone = (path / name).is_file() or not index.is_file()
+        files = {name: set[str]()} if alone else _files_of(index)
         try:
             for name, told in files.items():
                 file = safe_open(path / name, framework="numpy")
@@ -142,7 +141,7 @@ class _Reader:
                 name = template.format(layer=layer, expert=expert)
                 self.source.info(name)
                 unread.discard(name)
-        tied, shape = ("lm_head.weight", "model.embed_tokens.weight"), self.pieces["embed"][0][::-1]
+        tied, shape = ("lm_head.weight", *self.recipe.names["embed"]), self.pieces["embed"][0][::-1]
         if tied[0] in unread and "head" not in self.recipe.names:  # some files hold it once more
             head, embedding = (self.source.tensor(name, shape) for name in tied)
             if not np.array_equal(head, embedding):
@@ -168,9 +167,9 @@ class _Reader:
         turned = role in _MATRICES
         kind = np.dtype(np.float32) if role == "sinks" or "norm" in role else self.dtype
         found = [self.read(n, p, layer, turned) for n, p in zip(names, pieces, strict=True)]
-        joined = found[0].astype(kind, copy=False)
         if len(found) > 1:
-            joined = np.concatenate(found, axis=-1, dtype=kind, casting="unsafe")
+            found = [np.concatenate(found, axis=-1, dtype=kind, casting="unsafe")]
+        joined = found[0].astype(kind, copy=False)
         if "norm" in role:
             joined = joined + self.recipe.norm_offset
         return joined.reshape({"sinks": (-1, 1), "qk_norm": (2, -1)}.get(role, joined.shape))

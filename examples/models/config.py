@@ -141,8 +141,7 @@ def rope_frequencies(rope: Rope, dim: int) -> np.ndarray:
         if rope.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, dim - 1)
-        pairs = np.arange(half, dtype=np.float32)
-        kept = 1 - np.clip((pairs - low) / max(high - low, 1e-3), 0, 1)
+        kept = 1 - np.clip((np.arange(half, dtype=np.float32) - low) / max(high - low, 1e-3), 0, 1)
     return frequencies * kept + frequencies / rope.factor * (1 - kept)
 
 

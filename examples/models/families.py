@@ -76,7 +76,7 @@ def read_recipe(folder: Path) -> Recipe:
       NotImplementedError: another architecture, or anything that is not understood.
     """
     path = folder / "config.json"
-    keys = Keys(path, read_object(path))
+    keys = Keys(path, {k: v for k, v in read_object(path).items() if k not in _WITHOUT_EFFECT})
     kinds = keys.take("architectures", list)
     if len(kinds) != 1 or kinds[0] not in _FAMILIES:
         keys.refuse("architectures", kinds, f", only one of {', '.join(_FAMILIES)}")
@@ -105,7 +105,7 @@ def read_recipe(folder: Path) -> Recipe:
         norm_eps=keys.number("rms_norm_eps"),
     )
     stored, offset = own.pop("stored", {}), own.pop("norm_offset", 0.0)
-    keys.nothing_left()
+    keys.nothing_left(_OFF)
     try:
         config = ModelConfig(**sizes, **own)
     except ValueError as error:
@@ -182,9 +182,9 @@ class Keys:
     def refuse(self, key: str, found: object, more: str = "") -> None:
         raise NotImplementedError(f"{self.path}: {key!r} = {found!r:.200} is not served{more}")
 
-    def nothing_left(self) -> None:
+    def nothing_left(self, off: frozenset[str] = frozenset()) -> None:
         for key, found in self.left.items():
-            if found is not None and key not in _WITHOUT_EFFECT and (found or key not in _OFF):
+            if found is not None and (found or key not in off):
                 self.refuse(key, found, ": nobody here knows what it means")
 
 

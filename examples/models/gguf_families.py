@@ -56,6 +56,7 @@ def read_gguf_recipe(gguf: GGUF) -> Recipe:
         vocab_size=gguf.info("token_embd.weight").shape[0],
         num_layers=keys.layers,
         width=keys.width,
+        inner_width=own.pop("inner_width", None) or keys.size("feed_forward_length"),
         num_heads=keys.heads,
         num_kv_heads=keys.size("attention.head_count_kv", keys.heads),
         head_dim=head_dim,
@@ -170,7 +171,7 @@ def _rope(keys: Keys, *served: str, truncate: bool = True) -> Rope:
 
 def _llama(keys: Keys, names: Names) -> dict[str, Any]:
     """Llama 2 and 3, Mistral, SmolLM2."""
-    own = dict(inner_width=keys.size("feed_forward_length"), rope=_rope(keys, "linear"))
+    own: dict[str, Any] = dict(rope=_rope(keys, "linear"))
     if keys.left.get("attention.sliding_window") is not None:
         own["sliding_window"] = keys.size("attention.sliding_window")
     return own
@@ -179,7 +180,6 @@ def _llama(keys: Keys, names: Names) -> dict[str, Any]:
 def _smollm3(keys: Keys, names: Names) -> dict[str, Any]:
     """Every fourth layer does not turn its heads."""
     return dict(
-        inner_width=keys.size("feed_forward_length"),
         rope=_rope(keys, "linear", "yarn"),
         unturned_layers=tuple(range(3, min(keys.layers, 1 << 16), 4)),
     )
@@ -188,8 +188,7 @@ def _smollm3(keys: Keys, names: Names) -> dict[str, Any]:
 def _qwen2(keys: Keys, names: Names) -> dict[str, Any]:
     """Files know no windows; what was published does not use them."""
     names["qkv_bias"] = tuple(f"attn_{each}.bias" for each in "qkv")
-    width = keys.size("feed_forward_length")
-    return dict(inner_width=width, rope=_rope(keys, "linear", "yarn"))
+    return dict(rope=_rope(keys, "linear", "yarn"))
 
 
 def _qwen3(keys: Keys, names: Names) -> dict[str, Any]:
@@ -212,7 +211,6 @@ def _phi3(keys: Keys, names: Names) -> dict[str, Any]:
     key = "attention.sliding_window"
     window = keys.take(key, int)
     return dict(
-        inner_width=keys.size("feed_forward_length"),
         rope=_rope(keys),
         rotary_dim=keys.size("rope.dimension_count", keys.head_dim),
         sliding_window=keys.positive(key, window) if window else None,
@@ -243,7 +241,6 @@ def _gemma(keys: Keys, names: Names, every: int, largest: int) -> dict[str, Any]
         "inner_end_norm": ("post_ffw_norm.weight",),
     }
     own = _windows(keys, every) | dict(
-        inner_width=keys.size("feed_forward_length"),
         rope=_rope(keys, "linear"),
         embedding_scale=keys.width**0.5,
         gate="gelu",

@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, NoReturn
@@ -145,7 +144,9 @@ class ChatTemplate:
         own = ["jinja2.ext.loopcontrols", _Generation]
         environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=own)
         # Jinja's own escapes what HTML does not like.
-        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+        environment.filters["tojson"] = lambda value, ensure_ascii=False, **options: json.dumps(
+            value, ensure_ascii=ensure_ascii, **options
+        )
         environment.globals |= dict(
             raise_exception=_refuse, strftime_now=lambda form: datetime.now().strftime(form)
         )
@@ -189,7 +190,8 @@ def _of_folder(folder: Path) -> Tokenizer:
     inner.no_truncation()  # which a file may ask for
     inner.no_padding()
     config, named = _entries(config_path), _entries(folder / "special_tokens_map.json")
-    special = {n: s for n in _SPECIAL if (s := _spelling(config.get(n) or named.get(n)))}
+    found = ((name, _spelling(config.get(name) or named.get(name))) for name in _SPECIAL)
+    special = {name: text for name, text in found if text is not None}
     ends = [inner.token_to_id(special["eos_token"])] if "eos_token" in special else []
     for name in ("generation_config.json", "config.json"):
         found = _entries(folder / name).get("eos_token_id")

@@ -397,6 +397,11 @@ def test_blocks_of_a_checkpoint_that_says_nothing_of_4_bits_are_not_read(tmp_pat
             "'rope_parameters' = .*'low_freq_factor': 4.0",
         ),
         ("llama", dict(rope_parameters=dict(rope_theta=1.0)), "'rope_parameters'"),
+        (
+            "llama",
+            dict(rope_parameters=dict(LLAMA3, rope_theta=9.0, top_p=0.9)),
+            "rope: 'top_p' = 0.9",
+        ),
     ],
 )
 def test_what_is_not_understood_is_refused_by_file_and_key(tmp_path, family, changes, message):

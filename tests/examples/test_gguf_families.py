@@ -21,7 +21,7 @@ from models.gguf_reader import GGUFError, read_gguf
 from paged_decode.planning import read_model
 
 from .test_families import GOLDEN, every_logit, golden
-from .tiny_gguf import f32, gguf_bytes
+from .tiny_gguf import f32, gguf_bytes, interleaved
 
 ARCHITECTURES = dict(
     qwen2="qwen2",
@@ -108,8 +108,7 @@ def tensors_of(family: str) -> Tensors:
         if family == "gemma2" and name.endswith("norm.weight"):
             weight = weight + 1
         if family == "smollm3" and name.endswith(("q_proj.weight", "k_proj.weight")):
-            halves = weight.reshape(-1, 2, said["head_dim"] // 2, weight.shape[1])
-            weight = halves.swapaxes(1, 2).reshape(weight.shape)
+            weight = interleaved(weight, said["head_dim"])
         if "layers" not in name:
             tops = {"model.embed_tokens": "token_embd", "model.norm": "output_norm"}
             whole, kind = name.rsplit(".", 1)

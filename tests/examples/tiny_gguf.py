@@ -102,9 +102,9 @@ def llama_weights(seed: int = 0, *, tied: bool = True) -> dict[str, np.ndarray]:
     return weights
 
 
-def interleaved(matrix: np.ndarray) -> np.ndarray:
+def interleaved(matrix: np.ndarray, dim: int = DIM) -> np.ndarray:
     """Row order of Q and K in a file: the two halves of each head alternate."""
-    heads = matrix.reshape(-1, 2, DIM // 2, matrix.shape[1])
+    heads = matrix.reshape(-1, 2, dim // 2, matrix.shape[1])
     return heads.swapaxes(1, 2).reshape(matrix.shape)
 
 
