@@ -260,8 +260,25 @@ def _log_probability(logits: Array, highest: Array, tokens: Array) -> tuple[Arra
         return jnp.where(logits == highest, 0, logits - highest)  # at infinity, too
 
     mine = below(jnp.take_along_axis(logits, tokens[:, None], axis=-1))
-    mass = jnp.log(jnp.sum(jnp.exp(below(logits)), axis=-1, keepdims=True))
+    mass = jnp.log(_summed(jnp.exp(below(logits))))
     return (mine - mass)[:, 0], (highest + mass)[:, 0]
+
+
+def _summed(shares: Array) -> Array:
+    """The sum `[B, 1]` of numbers `[B, V]` from 0 to 1, to 2**-36 of each.
+
+    Integers are added, digit by digit: a sum of floats rounds by its order, which XLA chooses by
+    the program around it, and a token that is scored has the bits of one that was drawn.
+    """
+    bits = 30 - shares.shape[-1].bit_length()  # the sum of a digit stays within int32
+    total, unit = jnp.float32(0), 1.0
+    for _ in range(-(-36 // bits)):
+        shares, unit = shares * 2.0**bits, unit / 2.0**bits
+        digit = jnp.floor(shares)
+        shares -= digit
+        digits = jnp.sum(digit.astype(jnp.int32), axis=-1, keepdims=True)
+        total += digits.astype(jnp.float32) * jnp.float32(unit)
+    return total
 
 
 def _shaped(logits: Array, rows: SamplingRows, counts: Counts | None) -> Array:

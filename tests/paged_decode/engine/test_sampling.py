@@ -13,7 +13,7 @@ import pytest
 from paged_decode import SamplingParams
 from paged_decode.engine import sampling
 from paged_decode.engine.params import Kind
-from paged_decode.engine.sampling import Broken, SamplingRows, _kept, sample
+from paged_decode.engine.sampling import Broken, SamplingRows, _kept, log_probability, sample
 
 draw = jax.jit(sample)
 kept = jax.jit(_kept)
@@ -157,6 +157,22 @@ def test_a_row_depends_on_its_own_seed_index_logits_and_params_alone():
     for row in range(count):
         alone = SamplingRows.create([params[row]], [index[row]], 1)
         assert draw(logits[row : row + 1], alone)[0] == whole[row], params[row]
+
+
+@pytest.mark.parametrize("width", [300, 128256])
+def test_no_bit_of_a_log_probability_follows_from_the_order_of_a_sum(width):
+    """XLA sums in another order in every program; here the numbers lie in another order."""
+    rng = np.random.default_rng(6)
+    logits = rng.standard_normal((1, width)).astype(np.float32) * 2
+    orders = [np.arange(width), np.arange(width)[::-1]] + [rng.permutation(width) for _ in "12345"]
+    numbers = jax.jit(log_probability)
+    found = [
+        np.array(numbers(logits[:, order], np.argmax(order == 7)[None].astype(np.int32)))
+        for order in orders
+    ]
+    exact = np.log(np.exp(logits.astype(np.float64)).sum())
+    assert {each.tobytes() for each in found} == {found[0].tobytes()}
+    assert np.allclose(found[0][:, 0], [logits[0, 7] - exact, exact], rtol=0, atol=4e-6)
 
 
 INF, MAX = np.inf, float(np.finfo(np.float32).max)
