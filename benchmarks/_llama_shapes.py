@@ -1,4 +1,4 @@
-"""Random weights of Llama-3.1-8B's shapes, and the example model on them.
+"""Random weights of the shapes of Llama-3.1-8B or Llama-3.2-1B, and the example model on them.
 
 Time does not depend on what the weights say, so none are fetched. `small` is a model of a few
 thousand weights in float32, with which the benchmarks run on a CPU in seconds.
@@ -21,7 +21,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 from models.config import ModelConfig, Rope  # noqa: E402
 from models.decoder import make_model  # noqa: E402
 
-__all__ = ["LlamaShapes", "llama_shapes"]
+__all__ = ["LARGE", "MEDIUM", "LlamaShapes", "llama_shapes"]
 
 LARGE = ModelConfig(
     vocab_size=128256,
@@ -34,6 +34,7 @@ LARGE = ModelConfig(
     max_positions=131072,
     rope=Rope(500000.0),
 )
+MEDIUM = replace(LARGE, num_layers=16, width=2048, inner_width=8192, head_dim=64)
 SMALL = replace(
     LARGE,
     vocab_size=512,
@@ -72,13 +73,17 @@ class LlamaShapes:
 
 
 def llama_shapes(
-    layers: int | None = None, *, small: bool = False, by_columns: bool = False
+    layers: int | None = None,
+    *,
+    small: bool = False,
+    by_columns: bool = False,
+    config: ModelConfig = LARGE,
 ) -> LlamaShapes:
-    """Weights and model; `layers` makes it shallower, with all else as in the 8B model.
+    """Weights and model; `layers` makes it shallower, with all else as in `config`.
 
     With `by_columns` a matrix `[in, out]` lies in memory as checkpoints have it: out times in.
     """
-    config = SMALL if small else LARGE
+    config = SMALL if small else config
     config = replace(config, num_layers=layers or config.num_layers)
     dtype = jnp.float32 if small else jnp.bfloat16
     return LlamaShapes(config, _params(config, dtype, by_columns), make_model(config), dtype)

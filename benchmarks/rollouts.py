@@ -1,13 +1,13 @@
 """Rollouts through the engine: what shared prefixes gain, and what bits that no batch changes cost.
 
-    python benchmarks/rollouts.py --layers 8     # one GPU, about 80 s
+    python benchmarks/rollouts.py                # one GPU, about 80 s
     python benchmarks/rollouts.py --small        # tiny shapes on a CPU
 
 P prompts of G samples each are submitted at once to an engine without options, to one with
 `shared_prefix` and to one with `batch_invariant`. `prefill_s` is from the submission to the visit
 in which every sample has a token, `median_s` the time of an output token of a row after that, over
-rounds with prompts of their own. The model is the example's, with Llama-3.1-8B's shapes (fewer
-layers with `--layers`) and random weights.
+rounds with prompts of their own. The model is the example's, with Llama-3.2-1B's shapes, or those
+of Llama-3.1-8B (`--large`), fewer layers with `--layers`, and random weights.
 
 For the engines with and without `batch_invariant` it then counts completions whose tokens and
 log-probabilities have the same bits when requests are run alone (`alone`), when a conversation goes
@@ -28,7 +28,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import numpy as np
-from _llama_shapes import LlamaShapes, llama_shapes
+from _llama_shapes import LARGE, MEDIUM, LlamaShapes, llama_shapes
 from _result import spread, write_result
 
 from paged_decode import BlockAllocator, Completion, Engine, EngineConfig, KVCache, SamplingParams
@@ -124,6 +124,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--large", action="store_true")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--samples", type=int, default=16)
@@ -136,7 +137,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.small:
         args.samples, args.prefix, args.new, args.chunk = 4, 256, 32, 64
-    shapes, records, wrong = llama_shapes(args.layers, small=args.small), [], []
+    config = LARGE if args.large else MEDIUM
+    shapes = llama_shapes(args.layers, small=args.small, config=config)
+    records, wrong = [], []
     case = shapes.name | {
         name: getattr(args, name) for name in ("prompts", "samples", "prefix", "new", "chunk")
     }

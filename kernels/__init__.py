@@ -5,6 +5,7 @@ from .cache_ops import append_kv, copy_pages
 from .dense import decode_attention
 from .device_sum import DeviceSum
 from .dispatch import BACKENDS, Backend, backend_status
+from .grouped_matmul import GroupedRows, group_rows, grouped_matmul
 from .merge import merge_attention
 from .op import append_and_attend, paged_attention
 from .placement import Placement
@@ -15,6 +16,7 @@ __all__ = [
     "AttentionOptions",
     "Backend",
     "DeviceSum",
+    "GroupedRows",
     "Implementation",
     "Placement",
     "SharedPrefix",
@@ -23,6 +25,8 @@ __all__ = [
     "backend_status",
     "copy_pages",
     "decode_attention",
+    "group_rows",
+    "grouped_matmul",
     "merge_attention",
     "paged_attention",
     "shared_prefix_plan",

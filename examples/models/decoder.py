@@ -11,6 +11,7 @@ heads, D head dim, I inner width, X experts, K of them for a token.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from paged_decode import DecodeBatch, DeviceSum, KVCache
+from paged_decode import DecodeBatch, DeviceSum, KVCache, group_rows, grouped_matmul
 
 from .checkpoint import Params, load
 from .config import ModelConfig, Rope, layout, rope_frequencies
@@ -28,7 +29,6 @@ __all__ = ["ModelConfig", "Rope", "layout", "load", "make_model", "rope_frequenc
 
 _ALPHA, _LIMIT = 1.702, 7.0  # of gpt-oss's gate
 _TWO_ROWS = 10_000_000  # numbers of a matrix; one row times a smaller one is not a product to XLA
-_ROWS = 128  # that a product may have for the time of reading its weights
 Model = Callable[[Params, KVCache, Array, DecodeBatch], tuple[Array, KVCache]]
 
 
@@ -159,51 +159,15 @@ def _mix_experts(config: ModelConfig, layer: Params, x: Float[Array, "M E"]) -> 
     """The K experts with the best scores for each token, weighted by a softmax."""
     scores = _linear(x, layer, "router")
     best, chosen = jax.lax.top_k(scores, config.experts_per_token)
-    ask = _ask_own if chosen.size < config.num_experts else _ask_all
-    out = ask(config, layer, x, chosen.reshape(-1)).reshape(*chosen.shape, -1)
+    expert = chosen.reshape(-1)
+    rows = group_rows(expert, config.num_experts)
+    product = partial(grouped_matmul, rows=rows)
+    out = _feed_forward(config, layer, x, product, lambda bias: bias[expert])
+    out = out.reshape(*chosen.shape, -1)
     best, scores = best.astype(jnp.float32), scores.astype(jnp.float32)
     over = best if config.weigh_chosen else scores
     weight = jnp.exp(best - jax.nn.logsumexp(over, axis=-1, keepdims=True)).astype(x.dtype)
     return jnp.einsum("mk,mke->me", weight, out)
-
-
-def _ask_own(config: ModelConfig, layer: Params, x: Array, expert: Int[Array, " MK"]) -> Array:
-    """Fewer choices than experts: only the weights of those are read, and none are copied."""
-
-    def one_by_one(x: Array, weights: Array) -> Array:
-        return jax.lax.map(lambda each: each[0] @ weights[each[1]], (x, expert))
-
-    def at_once(x: Array, weights: Array) -> Array:  # XLA fuses the gather into the sum
-        wide, own = x[:, :, None].astype(jnp.float32), weights[expert].astype(jnp.float32)
-        return jnp.sum(wide * own, axis=1).astype(x.dtype)
-
-    def product(x: Array, weights: Array) -> Array:
-        return jax.lax.platform_dependent(x, weights, cpu=one_by_one, default=at_once)
-
-    rows = jnp.repeat(x, config.experts_per_token, axis=0)
-    return _feed_forward(config, layer, rows, product, lambda bias: bias[expert])
-
-
-def _ask_all(config: ModelConfig, layer: Params, x: Array, expert: Int[Array, " MK"]) -> Array:
-    """Rounds, in each of which every expert takes the next R of its tokens, in one batched product.
-
-    R rows cost little more than one, as long as it is the weights that take the time. So there is
-    one round of few tokens, and else as many as the busiest expert needs.
-    """
-    average = len(expert) // config.num_experts
-    size = min(len(x), max(_ROWS, average * 3 // 2))
-    order = jnp.argsort(expert)
-    begins = jnp.sum(expert < jnp.arange(config.num_experts)[:, None], axis=1)
-    place = jnp.argsort(order) - begins[expert]  # of a choice among those of the same expert
-
-    def round_of(number: Array, out: Array) -> Array:
-        asked = begins[:, None] + number * size + jnp.arange(size)  # past the last: for nothing
-        token = order[jnp.minimum(asked, len(order) - 1)] // config.experts_per_token
-        mixed = _feed_forward(config, layer, x[token], jnp.matmul, lambda bias: bias[:, None])
-        return jnp.where((place // size == number)[:, None], mixed[expert, place % size], out)
-
-    rounds = 1 if size == len(x) else 1 + jnp.max(place) // size
-    return jax.lax.fori_loop(0, rounds, round_of, jnp.zeros((len(expert), x.shape[1]), x.dtype))
 
 
 def _linear(

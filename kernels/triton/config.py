@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 from ..cards import Card
 from ..record import AttentionCall
 
-__all__ = ["DecodeConfig", "TailConfig", "choose_config", "power"]
+__all__ = ["BIG_SHARED_MEMORY", "DecodeConfig", "TailConfig", "choose_config", "power"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,7 +180,7 @@ SPLIT_TOKENS = 2048  # of a program, where only its row may say how many it gets
 FEW_QUERIES = 64  # the largest tile of drafts
 _LONG_ROW = {"few": 1024, "many": 8192}  # tokens of capacity above which a batch is `long`
 _LONG_BATCH = 2**17  # and the tokens times KV heads, where it has few rows, but not one
-_BIG_SHARED_MEMORY = (80, 90, 100, 103)  # generations with at least 160 KiB a multiprocessor
+BIG_SHARED_MEMORY = (80, 90, 100, 103)  # generations with at least 160 KiB a multiprocessor
 _WARPGROUPS = (90, 100, 103)  # and those whose matrix unit takes operands from there
 
 
@@ -209,7 +209,7 @@ def _decode_config(call: AttentionCall, card: Card) -> DecodeConfig:
     if call.q.dtype.itemsize == 4:
         # Exact float32 products do not use the matrix unit: small tiles, many programs.
         return DecodeConfig(tokens=16, warps=4, stages=2, ragged=4 * processors, **small)
-    if card.generation not in _BIG_SHARED_MEMORY:
+    if card.generation not in BIG_SHARED_MEMORY:
         tokens = 64 if call.dim <= 128 else 32
         return DecodeConfig(tokens=tokens, warps=4, stages=2, ragged=8 * processors, **small)
     kind = "few" if lanes <= processors else "many"
