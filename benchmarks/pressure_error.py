@@ -353,17 +353,17 @@ def main() -> None:
         return
     if args.traces is None:
         parser.error("--traces DIR is needed")
-    found = list(records(args, SMALL if args.small else LARGE))
-    if args.small:
-        return
     words = [] if args.workloads == list(WORKLOADS) else ["--workloads", *args.workloads]
-    device = jax.devices()[0]
-    write_result(
-        "pressure_error",
-        found,
-        command=" ".join(["python benchmarks/pressure_error.py --traces DIR", *words]),
-        device=None if device.platform == "cpu" else device.device_kind,
-    )
+    device, found = jax.devices()[0], []
+    for record in records(args, SMALL if args.small else LARGE):
+        found.append(record)
+        if not args.small:  # after each: what was measured is not lost with what follows
+            write_result(
+                "pressure_error",
+                found,
+                command=" ".join(["python benchmarks/pressure_error.py --traces DIR", *words]),
+                device=None if device.platform == "cpu" else device.device_kind,
+            )
 
 
 if __name__ == "__main__":

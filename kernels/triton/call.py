@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int32
 from ..cards import Card, compute_capability, zero_counters
 from ..record import AttentionCall
 from . import launch, widen
-from .config import FEW_QUERIES
+from .config import FEW_QUERIES, by_tiles
 from .decode import decode_kernel
 from .plan import Plan
 from .tail import tail_kernel
@@ -38,7 +38,7 @@ def refusal(call: AttentionCall) -> str | None:
         return f"it serves D up to {MAX_DIM}; got D = {call.dim}"
     if call.k_scales is not None and call.dim % 2:
         return f"it reads pages of 8 bits by pairs of numbers; got D = {call.dim}"
-    if call.group > MAX_GROUP:
+    if call.group > MAX_GROUP and not by_tiles(call):
         return f"it serves up to {MAX_GROUP} query heads a KV head; got {call.group}"
     if call.page_size & (call.page_size - 1):
         return f"it serves page sizes that are powers of two; got {call.page_size}"
@@ -59,9 +59,9 @@ def append_and_attend(
 ) -> tuple[Array, ...]:
     """Write k and v at the newest positions of every row and serve `call`.
 
-    One launch where T = 1; else one that writes goes before it.
+    One launch, or of the kernel for T > 1 two: one that writes goes before it.
     """
-    if not call.one_token:
+    if by_tiles(call):
         written = call.with_newest(k, v, slots)
         return *attend(written), *written.pools
     out, lse, _, _, *pools = run(call, Card.here(), (k, v, slots))
@@ -77,7 +77,7 @@ def run(
     append, (k, v, slots) = newest is not None, newest or (None, None, None)
     plan = Plan.of(call, card, append=append, slots=slots is not None)
     inputs = _inputs(call, plan)
-    if not call.one_token:
+    if by_tiles(call):
         inputs += _new_tokens(call, plan)
         return _launched(tail_kernel, inputs, plan, "paged_tail", {})
     inputs += (

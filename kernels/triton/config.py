@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 from ..cards import Card
 from ..record import AttentionCall
 
-__all__ = ["BIG_SHARED_MEMORY", "DecodeConfig", "TailConfig", "choose_config", "power"]
+__all__ = ["BIG_SHARED_MEMORY", "DecodeConfig", "TailConfig", "by_tiles", "choose_config", "power"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,10 +186,18 @@ _WARPGROUPS = (90, 100, 103)  # and those whose matrix unit takes operands from 
 
 def choose_config(call: AttentionCall, card: Card) -> DecodeConfig | TailConfig:
     """The config of a call: from the tables, or a small tiling that fits every card."""
-    if not call.one_token:
+    if by_tiles(call):
         return _tail_config(call, card)
     config = _decode_config(call, card)
     return of_row_alone(call, config) if call.batch_invariant else config
+
+
+def by_tiles(call: AttentionCall) -> bool:
+    """Whether the kernel of T > 1 serves a call: those, and T = 1 with so many query heads a KV
+    head that they are a tile, as the shared part of many rows is. That kernel computes them with
+    fewer registers, and takes any number of heads."""
+    tile = call.group > 32 and call.q.dtype.itemsize == 2 == call.itemsize
+    return not call.one_token or (tile and not call.batch_invariant)
 
 
 def of_row_alone(call: AttentionCall, config: DecodeConfig) -> DecodeConfig:

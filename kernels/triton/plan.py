@@ -6,7 +6,7 @@ from typing import Any
 from ..cards import Card
 from ..eight_bits import LARGEST
 from ..record import AttentionCall
-from .config import DecodeConfig, TailConfig, choose_config, power
+from .config import FEW_QUERIES, DecodeConfig, TailConfig, choose_config, power
 
 __all__ = ["Plan"]
 
@@ -118,7 +118,7 @@ def _tail(call: AttentionCall, config: TailConfig) -> Plan:
         BLOCK_D=block_d,
         TOKENS=config.tokens,
         STAGES=config.stages,
-        CHUNK=min(max(32 * 32 * config.warps // (16 * block_d), 2), 16),  # 32 registers a thread
+        CHUNK=_merged_at_once(config, block_d),
         BLOCK_ITEMS=power(items) if split else 1,
         AIM=max(config.aim, 1),
         SPLIT=split,
@@ -131,6 +131,13 @@ def _tail(call: AttentionCall, config: TailConfig) -> Plan:
         constants["WINDOW"] = 0
     counters = items * heads if split else 0
     return _plan(call, config, programs * heads, constants, counters, (max(slots * heads, 1), m))
+
+
+def _merged_at_once(config: TailConfig, block_d: int) -> int:
+    """Parts of 16 queries that a merge loads before it uses the first, for each wait is for L2:
+    as many as the registers of a thread hold that the products of a tile need anyway."""
+    registers = 128 if config.queries == FEW_QUERIES and not config.registers else 32
+    return min(max(registers * 32 * config.warps // (16 * block_d), 2), 16)
 
 
 def _block_d(call: AttentionCall) -> int:

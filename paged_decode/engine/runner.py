@@ -215,9 +215,13 @@ class DeviceRunner(Launching):
     def _compile(
         self, lowered: Sequence[tuple[tuple[str, Any], Any]], progress: Progress | None = None
     ) -> None:
-        """Several at a time: compiling does not hold Python's lock."""
-        done = 0
-        with ThreadPoolExecutor(thread_name_prefix="paged-decode-compile") as pool:
+        """Several at a time: compiling does not hold Python's lock.
+
+        One by one where bits may not depend on the program: on a GPU XLA times several algorithms
+        for a product and remembers the best, but two threads may take different ones.
+        """
+        done, most = 0, 1 if self._config.rows_apart else None
+        with ThreadPoolExecutor(most, thread_name_prefix="paged-decode-compile") as pool:
             coming = {pool.submit(each.compile): key for key, each in lowered}
             for finished in as_completed(coming):
                 self._executables[coming[finished]] = finished.result()
