@@ -30,9 +30,10 @@ from .workload import Request
 
 __all__ = ["calibrate"]
 
-_LEAST_SECONDS = 0.02  # of a timing
+_LEAST_SECONDS = 0.1  # of a timing
 _MOST_LAUNCHES = 12
 _ROUNDS = 3  # the median of so many timings counts
+_LAUNCHES = 2 + _ROUNDS * (_MOST_LAUNCHES + 2)  # of a point
 _ENTER = 8  # rows that begin in one message
 
 
@@ -154,7 +155,7 @@ class _Device:
                 yield self._decode_point(lengths, steps)
 
     def _decode_point(self, lengths: Sequence[int], steps: int) -> tuple[Program, float]:
-        ahead = steps * (_ROUNDS * _MOST_LAUNCHES + 4)
+        ahead = steps * _LAUNCHES
         # So that no row goes past the longest sequence, whose pages the table has room for.
         room = self.engine.max_sequence_tokens
         begin = np.array([max(1, min(length, room - ahead)) for length in lengths], np.int64)
@@ -287,23 +288,23 @@ class _Device:
     # ---- time
 
     def _timed(self, launch: Callable[[], Any]) -> float:
-        """Seconds of a program among others of its kind; how long one takes to begin is noted."""
-        wait = self.runner.wait
-        start = time.perf_counter()
-        wait(launch())
-        alone = time.perf_counter() - start
-        count = int(np.clip(_LEAST_SECONDS / max(alone, 1e-6), 2, _MOST_LAUNCHES))
-        found = []
-        for _ in range(_ROUNDS):
-            wait(launch())
+        """Seconds of a program among others of its kind; how long one takes to begin is noted.
+
+        What n more launches add counts: the first one of a round finds the device idle, and all
+        would take a part of the time that it waits for the host.
+        """
+        self.runner.wait(launch())
+
+        def round_of(launches: int) -> float:
             start = time.perf_counter()
-            outs = [launch() for _ in range(count)]
-            wait(outs[-1])
-            found.append((time.perf_counter() - start) / count)
-        seconds = statistics.median(found)
-        start = time.perf_counter()
-        wait(launch())
-        alone = min(alone, time.perf_counter() - start)
+            outs = [launch() for _ in range(launches)]
+            self.runner.wait(outs[-1])
+            return time.perf_counter() - start
+
+        more = int(np.clip(-(-_LEAST_SECONDS // max(round_of(1), 1e-6)), 2, _MOST_LAUNCHES))
+        alone = statistics.median(round_of(1) for _ in range(_ROUNDS))
+        among = statistics.median(round_of(1 + more) for _ in range(_ROUNDS))
+        seconds = (among - alone) / more if among > alone else among / (1 + more)
         self.launches.append(max(0.0, alone - seconds))
         return seconds
 
