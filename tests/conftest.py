@@ -14,7 +14,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 
 import jaxtyping
 import pytest
-from jaxtyping import install_import_hook
+
+from . import checked
 
 ROOT = Path(__file__).parents[1]
 # Every module but those of kernels: Triton compiles their source and cannot see through wrappers.
@@ -26,8 +27,9 @@ MODULES = [
     for path in (ROOT / room).rglob("*.py")
     if path.name != "__init__.py" and "@triton.jit" not in path.read_text()
 ]
-# Every array annotation of the package is checked at run time while the tests run.
-install_import_hook(MODULES, "beartype.beartype")
+# Every annotation of the package is checked at run time while the tests run.
+jaxtyping.jaxtyped = checked.jaxtyped
+jaxtyping.install_import_hook(MODULES, "tests.checked.check")
 
 import jax  # noqa: E402
 
