@@ -34,7 +34,7 @@ def jaxtyped(fn: Any = None, *, typechecker: Callable[[Any], Any]) -> Any:
         hints = get_type_hints(fn, localns=FASTER, include_extras=True)
     except NameError:  # of a class that is not there yet, or is there for type checkers alone
         return with_shapes(fn, typechecker=typechecker)
-    if any(map(has_shape, hints.values())):
+    if any(map(has_shape, hints.values())) or inspect.isgeneratorfunction(fn):
         return with_shapes(fn, typechecker=typechecker)
     twin = FunctionType(fn.__code__, fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
     twin.__kwdefaults__, twin.__annotations__ = fn.__kwdefaults__, hints
