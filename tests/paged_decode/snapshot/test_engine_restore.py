@@ -53,7 +53,13 @@ def key(event):
     return event.request_id, event.sample, event.index, event.token, event.finish_reason
 
 
-@pytest.mark.parametrize("num_pages, visits", [(24, 0), (24, 4), (24, 11), (120, 1), (120, 5)])
+@pytest.mark.parametrize(
+    "num_pages, visits",
+    [
+        *((24, 4), (120, 5)),
+        *(pytest.param(*each, marks=pytest.mark.long) for each in ((24, 0), (24, 11), (120, 1))),
+    ],
+)
 def test_tokens_after_a_restore_are_those_of_the_uninterrupted_run(tmp_path, num_pages, visits):
     whole, twin = (
         make_engine(num_pages, max_sequence_tokens=92),
