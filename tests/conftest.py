@@ -7,10 +7,13 @@ from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "PYTEST_XDIST_WORKER" not in os.environ:
+if not os.environ.keys() & {"PYTEST_XDIST_WORKER", "JAX_COMPILATION_CACHE_DIR"}:
     # What one worker has compiled the others need not compile again, in this run alone.
     COMPILED = tempfile.TemporaryDirectory(prefix="paged-decode-compiled-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+# Also in the processes that tests start.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jaxtyping
 import pytest
@@ -34,8 +37,6 @@ jaxtyping.install_import_hook(MODULES, "tests.checked.check")
 import jax  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_num_cpu_devices", 8)  # for tests of meshes; the others use the first one
 
 MAPS = Path("/proc/self/maps")
