@@ -45,7 +45,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+# One shape of tiles more.
+FOR_CI = ("even", "one row of one page", "D 96", "pages of 256", "many rows", "bfloat16")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.long if n in FOR_CI else ()) for n in CASES]
+)
 def test_rows_cut_into_programs_match_the_oracle(name):
     check(SPLIT, CASES[name])
 

@@ -232,7 +232,7 @@ def toward_one(prompt: list[int], force: float, residue: int, count: int = 9) ->
     return tuple(text[len(prompt) :])
 
 
-@pytest.mark.parametrize("drafts", [False, True])
+@pytest.mark.parametrize("drafts", [pytest.param(False, marks=pytest.mark.long), True])
 def test_process_logits_sees_each_row_with_its_text_and_its_arguments(drafts):
     policies = dict(process_logits=toward) | (dict(drafter=PromptLookup(3)) if drafts else {})
     fn = every_token if drafts else model

@@ -161,7 +161,7 @@ def test_saving_behind_the_loop_while_it_steps_on(tmp_path):
 
 
 def test_a_request_moves_between_two_running_engines(tmp_path):
-    first, second, alone = make_engine(40), make_engine(60), make_engine(40)
+    first, second, alone = make_engine(), make_engine(), make_engine()
     moving, staying = prompts(2, seed=8, low=9, high=20)
     params = SamplingParams(max_new_tokens=30, temperature=0.8, seed=5)
     want = alone.generate([moving], params)[0].tokens
