@@ -9,10 +9,10 @@ demo: $(VENV)/.ready-examples
 	$(BIN)/python examples/demo.py
 
 test: lint
-	$(BIN)/python -m pytest -n auto -m "not long"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not long"
 
 test-fast: $(VENV)/.ready-test
-	$(BIN)/python -m pytest -n auto -m "not slow and not long"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not long"
 
 lint: $(VENV)/.ready-test
 	$(BIN)/ruff check .

@@ -7,14 +7,18 @@ from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "PYTEST_XDIST_WORKER" not in os.environ:
+if not os.environ.keys() & {"PYTEST_XDIST_WORKER", "JAX_COMPILATION_CACHE_DIR"}:
     # What one worker has compiled the others need not compile again, in this run alone.
     COMPILED = tempfile.TemporaryDirectory(prefix="paged-decode-compiled-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+# Also in the processes that tests start.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jaxtyping
 import pytest
-from jaxtyping import install_import_hook
+
+from . import checked
 
 ROOT = Path(__file__).parents[1]
 # Every module but those of kernels: Triton compiles their source and cannot see through wrappers.
@@ -26,14 +30,13 @@ MODULES = [
     for path in (ROOT / room).rglob("*.py")
     if path.name != "__init__.py" and "@triton.jit" not in path.read_text()
 ]
-# Every array annotation of the package is checked at run time while the tests run.
-install_import_hook(MODULES, "beartype.beartype")
+# Every annotation of the package is checked at run time while the tests run.
+jaxtyping.jaxtyped = checked.jaxtyped
+jaxtyping.install_import_hook(MODULES, "tests.checked.check")
 
 import jax  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_num_cpu_devices", 8)  # for tests of meshes; the others use the first one
 
 MAPS = Path("/proc/self/maps")

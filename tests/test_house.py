@@ -11,9 +11,13 @@ import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
+from jaxtyping import TypeCheckError
 
 import paged_decode
+from paged_decode.allocator import BlockAllocator
+from paged_decode.kernels import paged_attention
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("allocator", "kernels", "paged_decode")
@@ -65,6 +69,24 @@ def test_no_library_code_asserts_or_unpickles():
 
 def test_no_file_of_the_library_exceeds_500_lines():
     assert {p.name: n for p in SOURCES if (n := len(p.read_text().splitlines())) > 500} == {}
+
+
+def test_annotations_are_checked_with_a_shape_and_without_one_until_a_test_turns_it_off(request):
+    allocator, pages = BlockAllocator(9, 4), np.zeros((2, 1, 4, 8), np.float32)
+    tables = np.zeros((1, 3), np.int32), np.zeros(1, np.int32)
+
+    def wrong():
+        yield TypeError, lambda: allocator.ref_count("a page")  # type: ignore
+        yield ValueError, lambda: paged_attention(np.zeros(8, np.float32), pages, pages, *tables)
+
+    for _, call in wrong():
+        with pytest.raises(TypeCheckError):
+            call()
+    request.getfixturevalue("unchecked")
+    for error, call in wrong():
+        with pytest.raises(error) as caught:
+            call()
+        assert not isinstance(caught.value, TypeCheckError)
 
 
 def test_importing_the_package_touches_no_device():

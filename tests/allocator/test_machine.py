@@ -398,7 +398,10 @@ def run(seed: int, steps: int) -> None:
         machine.every_sequence_reads_its_own_history()
 
 
-@pytest.mark.parametrize("seed", range(40))
+# The first twelve are every digest with one shard and two, with objects that raise and without.
+@pytest.mark.parametrize(
+    "seed", [*range(12), *(pytest.param(s, marks=pytest.mark.long) for s in range(12, 40))]
+)
 def test_dense_random_programs_read_their_own_history(seed):
     run(seed, 80)
 

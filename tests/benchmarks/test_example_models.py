@@ -86,12 +86,20 @@ def test_time_is_told_apart_by_what_the_kernels_are(models):
 
 
 @pytest.mark.slow
-def test_a_small_run_stores_every_case_with_device_versions_and_date(models, tmp_path):
-    models.main(["--small", "--name", "tried"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["gpt-oss-20b"],
+        pytest.param(["llama-3.1-8b", "qwen3-30b-a3b", "gpt-oss-20b"], marks=pytest.mark.long),
+    ],
+    ids=len,
+)
+def test_a_small_run_stores_every_case_with_device_versions_and_date(models, tmp_path, names):
+    models.main(["--small", "--name", "tried", "--models", *names])
     stored = json.loads((tmp_path / "tried.json").read_text())
     assert {"benchmark", "command", "date", "device", "versions", "records"} == set(stored)
     ceiling, *records = stored["records"]
     assert ceiling["system"] == "ceiling" and ceiling["bytes_per_s"] > 0
-    assert [r["case"]["model"] for r in records] == [m for m in models.MODELS for _ in models.SMALL]
+    assert [r["case"]["model"] for r in records] == [m for m in names for _ in models.SMALL]
     assert all(0 < record["min_s"] <= record["median_s"] for record in records)
     assert all(0 < record["floor_s"] < record["median_s"] for record in records)

@@ -127,7 +127,7 @@ def test_answers_are_those_of_the_whole_chat_and_earlier_turns_are_found(talk, t
     assert found[0] == 0 < found[1]
 
 
-@pytest.mark.parametrize("options", [GREEDY, DRAWN])
+@pytest.mark.parametrize("options", [pytest.param(GREEDY, marks=pytest.mark.long), DRAWN])
 def test_an_answer_goes_on_in_a_new_process_as_if_it_had_never_stopped(talk, tmp_path, options):
     whole, _ = talk("hello", "more", options=options)
     answer, later, _ = whole.split("\n")
@@ -148,7 +148,9 @@ def test_an_answer_goes_on_in_a_new_process_as_if_it_had_never_stopped(talk, tmp
     assert "> hello" in done.stderr
 
 
-@pytest.mark.parametrize("options", [GREEDY, (*DRAWN, "--draft", "3")])
+@pytest.mark.parametrize(
+    "options", [pytest.param(GREEDY, marks=pytest.mark.long), (*DRAWN, "--draft", "3")]
+)
 def test_an_answer_may_be_stopped_saved_and_loaded_anywhere(talk, options):
     answer = talk("hello", options=options)[0].removesuffix("\n")
     out, err = talk("hello", *("",) * 20, options=options, screen=Screen(every=3, times=20))

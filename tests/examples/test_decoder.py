@@ -129,7 +129,10 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize(("name", "width"), [*((m, 4) for m in MODELS), ("tied", 1), ("tied", 16)])
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [*((m, 4) for m in MODELS), ("tied", 1), pytest.param("tied", 16, marks=pytest.mark.long)],
+)
 def test_chunked_prefill_and_decode_equal_a_dense_float64_forward(tmp_path, name, width):
     options = dict(MODELS[name])
     weights = llama_weights(tied=options.pop("tied", True))

@@ -72,7 +72,9 @@ def dense_logits(weights, tokens, window=GEMMA_WINDOW) -> np.ndarray:
     return norm(x, w["output_norm"]) @ w["token_embd"].T
 
 
-@pytest.mark.parametrize("page_size", [1, 4, 16])
+@pytest.mark.parametrize(
+    "page_size", [4, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 16))]
+)
 def test_prefill_in_chunks_and_decode_equal_a_dense_float64_forward(tmp_path, page_size):
     """With pages of a window that are just enough, and NaN in all that went back."""
     weights = gemma_weights()

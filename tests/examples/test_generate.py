@@ -92,7 +92,7 @@ def test_gemma_says_the_golden_words_in_two_page_groups(real_gemma, tmp_path, op
 @pytest.mark.parametrize(
     "options",
     [
-        "--page-size 1 --no-prefix-cache --devices 2",
+        pytest.param("--page-size 1 --no-prefix-cache --devices 2", marks=pytest.mark.long),
         "--page-size 4 --num-pages 18 --window-pages 11 --prefill-chunk 8 --decode-steps 3",
         pytest.param(
             "--num-pages 18 --page-size 4 --prefill-chunk 8 --no-prefix-cache --host-pages 40",

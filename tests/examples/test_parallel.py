@@ -85,8 +85,22 @@ def first_logits(model, params, config, **where) -> np.ndarray:
     return np.asarray(jax.jit(model, donate_argnums=1)(params, cache, tokens, batch)[0])
 
 
-@pytest.mark.parametrize("vocab", [32, 33])  # 33 cannot be split, and every device has all of it
-@pytest.mark.parametrize("devices, tied", [(1, True), (2, False), (4, True), (8, False)])
+@pytest.mark.parametrize(
+    "devices, tied, vocab",  # 33 cannot be split, and every device has all of it
+    [
+        *((2, False, 33), (4, True, 32), (8, False, 33)),
+        *(
+            pytest.param(*each, marks=pytest.mark.long)
+            for each in (
+                (1, True, 32),
+                (1, True, 33),
+                (2, False, 32),
+                (4, True, 33),
+                (8, False, 32),
+            )
+        ),
+    ],
+)
 def test_logits_on_several_devices_equal_those_of_one(devices, tied, vocab):
     """From 4 devices on there are several copies of every KV head."""
     config = replace(SMALL, vocab_size=vocab)

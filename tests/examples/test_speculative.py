@@ -67,6 +67,7 @@ def test_ragged_drafts_that_are_partly_wrong_change_no_token(tmp_path, monkeypat
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_real_model_says_the_golden_words_with_drafts_too(real_gguf):
     """One program of T = 5 for prompts of 5 to 39 tokens; the file holds the plain answers."""
     speaker = speculative.Speaker(real_gguf, [case["prompt_ids"] for case in GOLDEN], 64)

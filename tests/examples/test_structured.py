@@ -36,7 +36,7 @@ def test_every_answer_is_json_of_the_schema_however_hot_and_others_are_as_they_a
     asked = [
         engine.submit(prompt, SamplingParams(200, heat, seed=seed), mask=mask)
         for seed, prompt in enumerate(prompts)
-        for heat in (0.0, 1.0, 3.0)
+        for heat in (0.0, 3.0)
     ]
     said: dict[int, list[int]] = {request: [] for request in (free, *asked)}
     for event in engine.stream():

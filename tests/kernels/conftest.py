@@ -30,17 +30,14 @@ def interpreted_backends() -> Iterator[None]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave to CI what the op does around a kernel that XLA compiles for seconds in every test."""
+    """Leave to CI one option with several queries, where another test tries all at once, and what
+    the op does around a kernel that XLA compiles for seconds in every test."""
     for item in items:
-        backend = getattr(getattr(item, "callspec", None), "params", {}).get("backend")
-        if backend == tpu.NAME and (item.path.name in AROUND or _one_of_many(item)):
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        around = params.get("backend") == tpu.NAME and item.path.name in AROUND
+        one_of_many = params.get("tokens") == 5 and params.get("name") not in (None, "all at once")
+        if around or one_of_many:
             item.add_marker(pytest.mark.long)
-
-
-def _one_of_many(item: pytest.Item) -> bool:
-    """Whether it tries one option with several queries, where another tries all at once."""
-    params = item.callspec.params  # pyright: ignore[reportAttributeAccessIssue]
-    return params.get("tokens") == 5 and params.get("name") not in (None, "all at once")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -153,6 +153,8 @@ def build(case: Case, *, fill: float = 0.0, order: int = 0) -> Inputs:
 
     need = [-(-length // size) for length in case.lens]
     pages = sum(need) + 1 + case.spare_pages
+    if case.spare_pages:  # at least so many: pools of one size make programs of one shape
+        pages = -(-pages // 32) * 32
     ids = iter(np.random.default_rng(order).permutation(np.arange(1, pages)))
     pools = np.full((2, pages, case.kv_heads, size, case.dim), fill)
     table = np.zeros((rows, case.columns), np.int32)

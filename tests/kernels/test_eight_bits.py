@@ -53,19 +53,38 @@ READ = {
 }
 
 
+def one_dtype(names: dict, *also: tuple[str, str]) -> pytest.MarkDecorator:
+    """Every name with the dtypes by turns, or as `also` says; and with the other one for CI."""
+    now = {(name, DTYPES[place % 2]) for place, name in enumerate(names)} | {*also}
+    return pytest.mark.parametrize(
+        ("name", "pages"),
+        [
+            pytest.param(name, pages, marks=() if (name, pages) in now else pytest.mark.long)
+            for name in names
+            for pages in DTYPES
+        ],
+    )
+
+
 @every_backend
-@every_dtype
-@pytest.mark.parametrize("name", READ)
+@one_dtype(READ, ("pages of 128, T = 5, options", "int8"))
 def test_numbers_times_scales_are_what_is_attended_to(backend, pages, name):
     check(backend, replace(READ[name], pages=pages))
 
 
+UNSEEN = {
+    "one query": (None, 4),
+    "T = 3": (3, 4),
+    "T = 3, pages of 128": (3, 128),
+    "one query, pages of 128": (None, 128),
+}
+
+
 @every_backend
-@every_dtype
-@pytest.mark.parametrize("size", [4, 128])
-@pytest.mark.parametrize("tokens", [None, 3], ids=["one query", "T=3"])
-def test_poison_that_no_query_sees_changes_no_bit(backend, pages, tokens, size):
-    lens = (0, 1, 3, 9, 16) if size == 4 else (0, 3, 130, 256)
+@one_dtype(UNSEEN)
+def test_poison_that_no_query_sees_changes_no_bit(backend, pages, name):
+    tokens, size = UNSEEN[name]
+    lens = (0, 1, 3, 9, 16) if size == 4 else (0, 3, 130)
     options = dict(sliding_window=5)
     case = Case(lens, page_size=size, tokens=tokens, pages=pages, options=options)
     clean, loud = build(case), build(case, fill=np.nan)
@@ -158,16 +177,15 @@ WRITE = {
         (0, 2, 130, 17), 2, 3, 64, 128, 2, tokens=3, query_lens=(0, 1, 3, 2)
     ),
 }
+WRITE["fixed scales"] = WRITE["one token"]
+WRITE["fixed scales, ragged T"] = WRITE["ragged T"]
 
 
 @every_backend
-@every_dtype
-@pytest.mark.parametrize(
-    ("name", "fixed"), [*((name, False) for name in WRITE), ("one token", True), ("ragged T", True)]
-)
-def test_append_and_attend_is_append_and_then_attend(backend, pages, fixed, name):
+@one_dtype(WRITE, ("ragged T", "float8_e4m3fn"), ("pages of 128, ragged T", "int8"))
+def test_append_and_attend_is_append_and_then_attend(backend, pages, name):
     """To the last bit in the pools, whichever kernel writes them."""
-    case = replace(WRITE[name], pages=pages)
+    case, fixed = replace(WRITE[name], pages=pages), name.startswith("fixed")
     inputs = build(case, fill=np.nan)
     rows, tokens, size = len(case.lens), case.tokens or 1, case.page_size
     k, v = tokens_of(rows * tokens, case.kv_heads, case.dim, case.dtype)
@@ -308,8 +326,8 @@ def test_scales_that_do_not_fit_are_refused_with_what_was_expected(unchecked):
 
 @pytest.mark.parametrize("dtype", ["float8_e5m2", "int16", "uint8"])
 def test_other_small_dtypes_are_refused_by_name(unchecked, dtype):
-    pages = np.zeros((9, 2, 4, 16), jnp.dtype(dtype))
-    scales = np.zeros((9, 2, 4), np.float32)
+    pages = np.zeros((32, 2, 4, 16), jnp.dtype(dtype))
+    scales = np.zeros((32, 2, 4), np.float32)
     with pytest.raises(ValueError, match=f"int8 or float8_e4m3fn; got pages of dtype {dtype}"):
         call(k_pages=pages, v_pages=pages, k_scales=scales, v_scales=scales)
     with pytest.raises(NotImplementedError, match=f"k_pages of dtype {dtype} is not served"):

@@ -19,9 +19,10 @@ from ..devices import first_devices
 from .test_attention import SHAPES
 
 POOL_BYTES = 2**27  # of one layer, keys or values; nothing of it is allocated
-# KV heads, page size, head dim: those of the suite, and every axis of length 1.
-SIZES = sorted({(heads, size, dim) for _, heads, dim, size, *_ in SHAPES}) + [
-    ones for ones in itertools.product((1, 2), (1, 4), (1, 8)) if 1 in ones
+# KV heads, page size, head dim: every axis of length 1, and those of the suite, most for CI alone.
+SIZES = [ones for ones in itertools.product((1, 2), (1, 4), (1, 8)) if 1 in ones] + [
+    pytest.param(sizes, marks=pytest.mark.long if place % 5 else ())
+    for place, sizes in enumerate(sorted({(h, size, dim) for _, h, dim, size, *_ in SHAPES}))
 ]
 LAYERS = (None, 1, 3)  # a tuple's layer, and stacks
 ROWS, TABLE, LENS = 4, np.zeros((4, 4), np.int32), np.full(4, 4, np.int32)

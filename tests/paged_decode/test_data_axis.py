@@ -81,8 +81,16 @@ def test_a_step_over_data_shards_equals_one_device(data, heads, kinds):
         assert local.page_table.max() < 32 // data
 
 
-@pytest.mark.parametrize("within", [False, True], ids=["", "set_mesh"])
-@pytest.mark.parametrize("kinds", [KINDS[1], MIXED[0]], ids=kind_id)
+@pytest.mark.parametrize(
+    ("kinds", "within"),
+    [
+        *((KINDS[1], True), (MIXED[0], False)),
+        *(
+            pytest.param(*each, marks=pytest.mark.long)
+            for each in ((KINDS[1], False), (MIXED[0], True))
+        ),
+    ],
+)
 def test_the_engine_runs_over_axes_of_every_kind(kinds, within):
     """`jax.make_mesh` makes Explicit ones, which are part of the type of every array.
 
@@ -102,7 +110,9 @@ def test_the_engine_runs_over_axes_of_every_kind(kinds, within):
     assert all(len(c.tokens) == 5 for c in again) and engine.idle
 
 
-@pytest.mark.parametrize("data, heads, kinds", [(2, 1, KINDS[0]), (4, 2, KINDS[1])])
+@pytest.mark.parametrize(
+    "data, heads, kinds", [pytest.param(2, 1, KINDS[0], marks=pytest.mark.long), (4, 2, KINDS[1])]
+)
 def test_the_engine_over_data_shards_gives_the_tokens_of_one_device(data, heads, kinds):
     """With forks, prefix hits and preemption, and no program is made after warm-up."""
     sizes = dict(num_layers=tiny.LAYERS, num_pages=12 * data, head_dim=tiny.DIM)
@@ -130,9 +140,9 @@ def test_the_engine_over_data_shards_gives_the_tokens_of_one_device(data, heads,
     allocator.check_invariants()
 
 
-@pytest.mark.parametrize("data, heads", [(2, 2), (1, 4)])
-def test_groups_of_layers_over_a_mesh_give_the_tokens_of_one_device(data, heads):
-    """With forks, copies of pages, and more devices than KV heads."""
+def test_groups_of_layers_over_a_mesh_give_the_tokens_of_one_device():
+    """With forks, copies of pages, two shards of rows, and more devices than KV heads."""
+    data, heads = 2, 4
     kinds = dict(num_kv_heads=tiny.KV_HEADS, head_dim=tiny.DIM)
     groups = (
         PageSpec((1,), num_pages=40 * data, **kinds),

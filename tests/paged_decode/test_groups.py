@@ -125,7 +125,7 @@ def life(poison: bool, backend: str | None) -> list:
     return loop.seen
 
 
-@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("backend", [None, pytest.param("reference", marks=pytest.mark.long)])
 def test_what_a_window_gave_back_changes_no_bit_of_what_is_seen(backend):
     clean, poison = life(False, backend), life(True, backend)
     assert len(clean) == len(poison) > 100

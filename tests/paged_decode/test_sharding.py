@@ -57,8 +57,16 @@ def run(args, kv_heads, implementation="xla", **where):
 FITTING = [(hk, n) for hk in (1, 2, 3, 8) for n in (1, 2, 4, 8) if hk % n == 0 or n % hk == 0]
 
 
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
-@pytest.mark.parametrize("kv_heads", [1, 2, 3, 8])
+@pytest.mark.parametrize(
+    ("implementation", "kv_heads"),
+    [
+        *(("xla", 1), ("reference", 2), ("xla", 3), ("xla", 8)),
+        *(
+            pytest.param(*each, marks=pytest.mark.long)
+            for each in (("reference", 1), ("xla", 2), ("reference", 3), ("reference", 8))
+        ),
+    ],
+)
 def test_attention_on_a_mesh_equals_one_device(kv_heads, implementation):
     """To the last bit in the reference, where no head's arithmetic depends on how many there are.
 
@@ -189,7 +197,11 @@ def test_copies_reach_every_device(kind):
 
 
 @pytest.mark.parametrize(
-    "devices, kind", [(1, KINDS[0]), (2, KINDS[1]), (4, KINDS[0]), (4, KINDS[1])]
+    "devices, kind",
+    [
+        *((2, KINDS[1]), (4, KINDS[0])),
+        *(pytest.param(*each, marks=pytest.mark.long) for each in ((1, KINDS[0]), (4, KINDS[1]))),
+    ],
 )
 def test_the_engine_gives_the_tokens_of_one_device_with_forks_prefixes_and_preemption(
     devices, kind

@@ -34,9 +34,9 @@ def test_no_copy_races_and_none_is_read_before_it_arrived(mode):
 
 def test_a_missing_wait_and_an_address_outside_the_pool_are_caught():
     """The interpreter is on trial, with kernels that are broken on purpose."""
-    late = run("on_wait", "without waits")["without waits"]
+    found = run("on_wait", "without waits", "without bounds")
+    late, outside = found["without waits"], found["without bounds"]
     assert not late.get("error", float("nan")) < 1  # NaN: the pages never arrived
     race = run("eager", "without waits")["without waits"]
     assert race["races"] or "race" in race.get("raised", "").lower(), race
-    outside = run("on_wait", "without bounds")["without bounds"]
     assert "out of bounds" in outside.get("raised", "").lower().replace("-", " "), outside

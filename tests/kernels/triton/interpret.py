@@ -35,18 +35,21 @@ class Variant:
       tokens: of a tile of every config, with work for many programs; None: as shipped.
       generation: the card that the config is chosen for, 10 * major + minor.
       order: seed of the order in which the programs run.
+      processors: multiprocessors of the card.
     """
 
     tokens: int | None = None
     generation: int = 90
     order: int = 0
+    processors: int = 132
 
 
 # The small tiles cut even the short rows of the common suite into several programs; the aims that
 # come with them are as uneven as they can be, so that both the even and the ragged plan are used.
+# The common suite has a small card: on a large one most programs have no work, and take as long.
 VARIANTS = {
-    NAME: Variant(),
-    f"{NAME}-other-order": Variant(order=1),
+    NAME: Variant(processors=16),
+    f"{NAME}-other-order": Variant(order=1, processors=16),
     f"{NAME}-other-card": Variant(generation=89),
     f"{NAME}-split": Variant(tokens=16),
     f"{NAME}-split-other-order": Variant(tokens=16, order=1),
@@ -70,6 +73,7 @@ def _config(call: Any, card: Any, variant: Variant, chosen: Callable[..., Any]) 
 
 
 def _module(name: str, variant: Variant) -> ModuleType:
+    from paged_decode.kernels import cards
     from paged_decode.kernels.triton import call as library
     from paged_decode.kernels.triton import launch as launching
     from paged_decode.kernels.triton import plan
@@ -91,6 +95,7 @@ def _module(name: str, variant: Variant) -> ModuleType:
             with (
                 mock.patch.object(launching, "launch", launch),
                 mock.patch.object(plan, "choose_config", config),
+                mock.patch.object(cards, "processors", lambda: variant.processors),
             ):
                 return function(*args)
 

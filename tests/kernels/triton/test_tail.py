@@ -51,7 +51,8 @@ def test_tiles_of_queries_match_the_oracle(name):
     check(SPLIT, CASES[name])
 
 
-ORDERS = ["one tile cut along its keys", "all options, float16", "ragged T over several tiles"]
+ORDERS = ["one tile cut along its keys", "ragged T over several tiles"]
+ORDERS.append(pytest.param("all options, float16", marks=pytest.mark.long))
 
 
 @pytest.mark.parametrize("name", ORDERS)
@@ -60,7 +61,8 @@ def test_no_bit_depends_on_which_program_comes_last(name):
     same_bits(inputs.call(f"{SPLIT}-other-order"), inputs.call(SPLIT))
 
 
-@pytest.mark.parametrize("fill", [np.nan, np.inf])
-def test_poison_and_page_order_change_no_bit(fill):
+def test_poison_and_page_order_change_no_bit():
     case = CASES["all options, float16"]
-    same_bits(build(case, fill=fill, order=3).call(SPLIT), build(case).call(SPLIT))
+    clean = build(case).call(SPLIT)
+    for fill in (np.nan, np.inf):
+        same_bits(build(case, fill=fill, order=3).call(SPLIT), clean)

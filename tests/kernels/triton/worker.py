@@ -28,6 +28,7 @@ def start() -> None:
 
     _repair_small_floats(interpreter)
     _repair_scalars(interpreter)
+    _patch_once(interpreter)
 
 
 def run(
@@ -187,3 +188,18 @@ def _repair_scalars(interpreter: Any) -> None:
         )
 
     interpreter._patch_lang_tensor = patch_lang_tensor
+
+
+def _patch_once(interpreter: Any) -> None:
+    """Patch the language once a launch: every call of a function within it did so again."""
+    import triton.language as tl
+
+    patch = interpreter._patch_lang
+
+    def patch_lang(function: Any) -> Any:
+        langs = [each for each in (tl, tl.core) if each in function.__globals__.values()]
+        if any(tl.core.is_builtin(lang.load) for lang in langs):
+            return patch(function)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = patch_lang

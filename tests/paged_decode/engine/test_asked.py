@@ -140,7 +140,8 @@ def mix(rng: np.random.Generator) -> SamplingParams:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "count, straight", [(40, False), (40, True), pytest.param(500, False, marks=pytest.mark.long)]
+    "count, straight",
+    [(40, True), *(pytest.param(n, False, marks=pytest.mark.long) for n in (40, 500))],
 )
 def test_a_request_in_any_mix_gets_the_tokens_that_it_gets_alone(count, straight, compiled):
     rng = np.random.default_rng(count)

@@ -163,6 +163,7 @@ def test_log_probabilities_of_scoring_are_those_of_the_draw(expected):
         assert last.tobytes() == logprobs
 
 
+@pytest.mark.long
 def test_without_the_mode_the_same_requests_round_otherwise(expected):
     """What the tests above are worth: they fail without the mode."""
     engine = make(batch_invariant=False, score_chunk=32)

@@ -46,7 +46,9 @@ def expected() -> dict[tuple[int, ...], tuple[int, ...]]:
     return {tuple(p): dense_greedy(p, 12) for p in prompts(9)}
 
 
-@pytest.mark.parametrize("page_size, num_pages", [(1, 400), (4, 100), (32, 20)])
+@pytest.mark.parametrize(
+    "page_size, num_pages", [(1, 400), pytest.param(4, 100, marks=pytest.mark.long), (32, 20)]
+)
 def test_greedy_tokens_equal_a_dense_forward_at_every_page_size(expected, page_size, num_pages):
     engine = make_engine(num_pages, page_size)
     assert tokens_of(engine.generate(expected, GREEDY)) == list(expected.values())

@@ -77,7 +77,11 @@ def test_a_window_pool_of_the_bound_serves_all_rows_without_a_preemption():
 
 
 @pytest.mark.parametrize(
-    ("windowed", "admission"), [(BOUND + 1, None), (2 * BOUND, None), (2 * BOUND, MustFit())]
+    ("windowed", "admission"),
+    [
+        *((BOUND + 1, None), (2 * BOUND, MustFit())),
+        pytest.param(2 * BOUND, None, marks=pytest.mark.long),
+    ],
 )
 def test_where_window_pages_are_short_requests_wait_or_give_way_and_get_the_same_tokens(
     windowed, admission
@@ -93,7 +97,7 @@ def test_short_of_pages_of_either_group_or_preempted_at_will_tokens_are_the_same
     assert engine.stats.preemptions > 3
 
 
-@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("stacked", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_what_gave_way_comes_back_from_the_tier_in_every_group(stacked):
     """Windows without the pages that they had passed."""
     tier = HostTier(500, buckets=(1, 4))

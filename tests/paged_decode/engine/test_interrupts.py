@@ -85,7 +85,7 @@ def check(events, expected, at):
             assert tuple(e.token for e in own) == want, f"tokens after line {at}"
 
 
-@pytest.mark.parametrize("tier", [False, True])
+@pytest.mark.parametrize("tier", [pytest.param(False, marks=pytest.mark.long), True])
 def test_a_step_that_is_interrupted_anywhere_goes_on_with_the_same_tokens(
     expected, tier, unchecked
 ):

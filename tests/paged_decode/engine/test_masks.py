@@ -75,7 +75,7 @@ def test_a_masked_row_takes_a_step_a_visit_while_the_others_take_several():
     assert engine.allocator.num_used == 0
 
 
-@pytest.mark.parametrize("pages", [128, 12])
+@pytest.mark.parametrize("pages", [pytest.param(128, marks=pytest.mark.long), 12])
 def test_masks_hold_through_preemption_samples_and_forks(pages):
     engine = masked_engine(num_pages=pages, decode_steps=2)
     ids = [engine.submit(P[i], params(), mask=Residues, n=1 + i % 2) for i in range(3)]
@@ -232,7 +232,7 @@ def toward_one(prompt: list[int], force: float, residue: int, count: int = 9) ->
     return tuple(text[len(prompt) :])
 
 
-@pytest.mark.parametrize("drafts", [False, True])
+@pytest.mark.parametrize("drafts", [pytest.param(False, marks=pytest.mark.long), True])
 def test_process_logits_sees_each_row_with_its_text_and_its_arguments(drafts):
     policies = dict(process_logits=toward) | (dict(drafter=PromptLookup(3)) if drafts else {})
     fn = every_token if drafts else model

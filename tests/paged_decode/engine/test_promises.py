@@ -389,10 +389,10 @@ def life(seed: int, *, straight: bool = False, **config) -> list:
 
 @pytest.mark.parametrize(
     "seeds, other",
-    [(range(8, 12), dict(collect_at_once=True)), (range(8, 12), dict(straight=True))]
+    [(range(10, 12), dict(collect_at_once=True)), (range(10, 12), dict(straight=True))]
     + [
-        pytest.param(range(i, i + 4), other, marks=pytest.mark.long)
-        for i in (0, 4)
+        pytest.param(range(i, i + 5), other, marks=pytest.mark.long)
+        for i in (0, 5)
         for other in (dict(collect_at_once=True), dict(straight=True))
     ],
     ids=str,
@@ -537,7 +537,7 @@ def test_a_decode_visit_sends_what_changed_in_one_message_or_two_and_reads_one_a
     assert sorted({told for told, _ in each}) == [1, 2]  # a page holds the tokens of four visits
 
 
-@pytest.mark.parametrize("straight", [False, True])
+@pytest.mark.parametrize("straight", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_warmup_says_how_far_it_is_and_compiles_everything(compiled, straight):
     engine = make_engine(20, row_buckets=(1, 4), chunk_buckets=(4, 8))
     engine.runner.straight = straight

@@ -198,7 +198,7 @@ class Wrong:
         ("preemption", None),
     ],
 )
-def test_the_engine_goes_on_after_a_policy_that_was_wrong(kind, answer):
+def test_the_engine_goes_on_after_a_policy_that_was_wrong(unchecked, kind, answer):
     right = dict(victim=LastAdmitted(), admission=Watermark(0), preemption=Swap())
     engine = make_engine(16, policies=right | {kind: Wrong(answer)} | dict(tier=HostTier(64)))
     ids = [engine.submit(p, GREEDY) for p in P]

@@ -96,7 +96,7 @@ def expected(groups: int, prompt, count: int = 12):
     return dense_greedy(prompt, count, PER_LAYER, windows)
 
 
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("groups", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_short_of_pages_poisoned_and_swapped_out_rows_get_the_tokens_of_a_dense_model(groups):
     engine = engine_of(groups, tier=HostTier(64))
     Faults(FaultPlan(poison=True, preempt_every=4)).install(engine)

@@ -72,7 +72,7 @@ def parted(events) -> tuple[list, list[float]]:
     return list(map(exact, events)), numbers
 
 
-@pytest.mark.parametrize("visit", [1, 2, 3])
+@pytest.mark.parametrize("visit", [2, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 3))])
 def test_requests_that_ask_for_everything_go_on_as_without_the_save(begun, visit):
     """Tokens, texts and reasons, and log-probabilities but for the rounding of another program:
     what was not saved yet is computed in a chunk, where others add in another order."""

@@ -83,7 +83,9 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(
+    "name", ["merged", pytest.param("wider", marks=pytest.mark.long), "narrower"]
+)
 def test_requests_go_on_in_other_groups_and_are_computed_again_where_pages_are_missing(saved, name):
     path, _ = saved
     groups, windows = OTHERS[name]

@@ -53,7 +53,13 @@ def key(event):
     return event.request_id, event.sample, event.index, event.token, event.finish_reason
 
 
-@pytest.mark.parametrize("num_pages, visits", [(24, 0), (24, 4), (24, 11), (120, 1), (120, 5)])
+@pytest.mark.parametrize(
+    "num_pages, visits",
+    [
+        *((24, 4), (120, 5)),
+        *(pytest.param(*each, marks=pytest.mark.long) for each in ((24, 0), (24, 11), (120, 1))),
+    ],
+)
 def test_tokens_after_a_restore_are_those_of_the_uninterrupted_run(tmp_path, num_pages, visits):
     whole, twin = (
         make_engine(num_pages, max_sequence_tokens=92),
@@ -155,7 +161,7 @@ def test_saving_behind_the_loop_while_it_steps_on(tmp_path):
 
 
 def test_a_request_moves_between_two_running_engines(tmp_path):
-    first, second, alone = make_engine(40), make_engine(60), make_engine(40)
+    first, second, alone = make_engine(), make_engine(), make_engine()
     moving, staying = prompts(2, seed=8, low=9, high=20)
     params = SamplingParams(max_new_tokens=30, temperature=0.8, seed=5)
     want = alone.generate([moving], params)[0].tokens

@@ -399,7 +399,7 @@ def test_heads_of_groups_over_a_mesh_are_saved_once_and_restored_on_one_device(t
     assert (tmp_path / "four").read_bytes() == (tmp_path / "one").read_bytes()
 
 
-@pytest.mark.parametrize("pools", [(64, 32), (40, 20)])
+@pytest.mark.parametrize("pools", [pytest.param((64, 32), marks=pytest.mark.long), (40, 20)])
 def test_steps_after_a_restore_read_nothing_but_what_was_saved(tmp_path, pools):
     """NaN in every page that is free; the attention of every step is bit for bit the same."""
     loop, rng = Loop(poison=False, backend=None), np.random.default_rng(3)
