@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import _attention_tables as attention
+import _model_tables as models
 import _other_tables as other
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +29,8 @@ PAGES = {
         attention.tails,
         attention.prefill,
         attention.decode_step,
+        models.example_models,
+        models.experts,
         attention.tpu_static,
         other.cpu_decode,
         other.allocator_step,
@@ -36,6 +39,7 @@ PAGES = {
     ),
     "docs/eight_bits.md": (attention.eight_bits, NEXT, attention.eight_bits_time),
     "docs/embedding.md": (other.drafts,),
+    "docs/training.md": (models.rollouts, models.shared_prefix, NEXT, models.trainer_rollouts),
     "docs/attention.md": (attention.decode_models, attention.hopper),
     "docs/snapshots.md": (other.snapshot, other.snapshot_gpu),
     "docs/planning.md": (other.memory,),
