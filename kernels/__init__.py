@@ -1,5 +1,6 @@
 """Device code: attention over pages, writes into pages, merges. Pure functions of arrays."""
 
+from .add_norm import add_and_norm
 from .annotations import AttentionOptions, Implementation
 from .cache_ops import append_kv, copy_pages
 from .dense import decode_attention
@@ -20,6 +21,7 @@ __all__ = [
     "Implementation",
     "Placement",
     "SharedPrefix",
+    "add_and_norm",
     "append_and_attend",
     "append_kv",
     "backend_status",

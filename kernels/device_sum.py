@@ -18,6 +18,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from .add_norm import add_and_norm
+from .checks import check_twins
 from .dispatch import default_platform
 
 __all__ = ["DeviceSum"]
@@ -81,12 +83,13 @@ class DeviceSum:
 
         The mean is of float32 squares, to which eps is added; both results have the dtype of part,
         whatever that of weight is.
+
+        Raises:
+          ValueError: the residual has another shape or dtype.
         """
-        if not self._serves(part) or residual.dtype != part.dtype:
-            x = residual + jax.lax.psum(part, self.axis)
-            wide = x.astype(jnp.float32)
-            scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-            return x, (wide * scale * weight.astype(jnp.float32)).astype(x.dtype)
+        check_twins("residual", residual, "part", part)
+        if not self._serves(part):
+            return add_and_norm(residual, jax.lax.psum(part, self.axis), weight, eps)
         # Models keep such weights in float32; one dtype is one kernel, which `_load` has loaded.
         x, normed = self._launch(part, residual, weight.astype(jnp.float32), eps)
         return x, normed

@@ -19,7 +19,14 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from paged_decode import DecodeBatch, DeviceSum, KVCache, group_rows, grouped_matmul
+from paged_decode import (
+    DecodeBatch,
+    DeviceSum,
+    KVCache,
+    add_and_norm,
+    group_rows,
+    grouped_matmul,
+)
 
 from .checkpoint import Params, load
 from .config import ModelConfig, Rope, layout, rope_frequencies
@@ -74,8 +81,8 @@ def make_model(
         """x and what a block made, under a norm of its own if the family has one; and the norm."""
         if sums is not None and end is None:
             return sums.add_and_norm(part, x, following, config.norm_eps)
-        x = x + _rms_norm(total(part), end, config.norm_eps)
-        return x, _rms_norm(x, following, config.norm_eps)
+        part = _rms_norm(total(part), end, config.norm_eps)
+        return add_and_norm(x, part, following, config.norm_eps)
 
     def model(
         params: Params, cache: KVCache, tokens: Int[Array, "B T"], batch: DecodeBatch

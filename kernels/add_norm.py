@@ -1,0 +1,87 @@
+"""The residual sum of a decoder and the norm behind it, in one launch on a GPU.
+
+XLA makes three kernels of them, which at a few rows take longer to begin than to run, and at many
+read the sum again.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .checks import AnyArray, check_axes, check_float, check_twins
+from .dispatch import default_platform
+
+__all__ = ["add_and_norm"]
+
+WIDEST = 1 << 14  # numbers of a row that a program holds
+
+
+def add_and_norm(
+    x: Float[AnyArray, "*M E"],
+    part: Float[AnyArray, "*M E"],
+    weight: Float[AnyArray, " E"],
+    eps: float,
+) -> tuple[Float[Array, "*M E"], Float[Array, "*M E"]]:
+    """`x + part`, and that divided by its root mean square, times weight.
+
+    The mean is of float32 squares, to which eps is added. On NVIDIA GPUs, with the `cuda` extra,
+    it is one launch of a Triton kernel where XLA need not split it: on one device, or inside a
+    `shard_map`. Elsewhere it is what XLA makes of it. It has a derivative.
+
+    Args:
+      x, part: of one dtype, which both results have.
+      weight: of any floating-point dtype.
+      eps: a Python float.
+
+    Raises:
+      TypeError: arrays that are not floating-point.
+      ValueError: shapes or dtypes that disagree.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> total, normed = add_and_norm(jnp.ones((1, 2)), jnp.array([[2.0, 3.0]]), jnp.ones(2), 0.0)
+      >>> total.tolist(), [round(each, 3) for each in normed[0].tolist()]
+      ([[3.0, 4.0]], [0.849, 1.131])
+    """
+    for name, array in (("x", x), ("part", part), ("weight", weight)):
+        check_float(name, array)
+    check_twins("part", part, "x", x)
+    check_axes("weight", weight, "E", E=x.shape[-1])
+    return _added(float(eps), jnp.asarray(x), jnp.asarray(part), jnp.asarray(weight))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _added(eps: float, x: Array, part: Array, weight: Array) -> tuple[Array, Array]:
+    if x.size == 0 or not _launches(x):
+        return _by_xla(eps, x, part, weight)
+    from .triton.add_norm import add_and_norm as launched
+
+    return launched(x, part, weight, eps)
+
+
+@_added.defjvp
+def _(eps: float, primals: Any, tangents: Any) -> Any:
+    return _added(eps, *primals), jax.jvp(partial(_by_xla, eps), primals, tangents)[1]
+
+
+def _by_xla(eps: float, x: Array, part: Array, weight: Array) -> tuple[Array, Array]:
+    total = x + part
+    wide = total.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return total, (wide * scale * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+def _launches(x: Array) -> bool:
+    """Whether a kernel serves it here."""
+    if default_platform() != "gpu" or x.shape[-1] > WIDEST:
+        return False
+    from .triton import launch
+
+    alone = len(jax.devices()) == 1 or jax.sharding.get_abstract_mesh().manual_axes
+    known = x.dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
+    return bool(alone) and known and launch.problem() is None
