@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int32
 
 from . import dispatch
 from .annotations import FixedScales
-from .merge import merge_attention
+from .merge import finished, finite
 from .record import POOLS, AttentionCall
 from .shared_prefix import SharedPrefix
 
@@ -106,10 +106,22 @@ def _merged(
         lse = jnp.swapaxes(lse.reshape(per_row), 1, 2).reshape(-1, call.heads)
         out = out.at[shared.place].get(mode="fill", fill_value=0)
         lse = lse.at[shared.place].get(mode="fill", fill_value=-jnp.inf)
-        outs = jnp.stack([out[:, None], tails[0]])
-        lses = jnp.stack([lse[:, None], tails[1]])
-        sinks = None if call.sink is None else call.sink[:, None]
-        return merge_attention(outs, lses, sinks=sinks)
+        return _joined((out[:, None], lse[:, None]), tails, call.sink)
+
+
+def _joined(
+    one: tuple[Array, Array], other: tuple[Array, Array], sink: Array | None
+) -> tuple[Array, Array]:
+    """`merge_attention` of two parts, which XLA fuses with the gather of one: it stacks none."""
+    top = jnp.maximum(one[1], other[1])
+    base, acc, total = finite(top), 0.0, 0.0
+    for out, lse in (one, other):
+        weight = jnp.exp(lse - base)
+        # A part of weight 0 saw nothing; its output counts as 0 whatever it holds.
+        seen = jnp.where(weight[..., None] > 0, out.astype(jnp.float32), 0.0)
+        acc, total = acc + weight[..., None] * seen, total + weight
+    out, lse = finished(acc, top, total, sink)
+    return out.astype(one[0].dtype), lse
 
 
 def _prefixes(call: AttentionCall, shared: SharedPrefix) -> AttentionCall:
