@@ -8,6 +8,10 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.ready-examples
 	$(BIN)/python examples/demo.py
 
+# Most of the time of the tests is XLA's, which compiles small programs: without optimizing them it
+# takes two thirds. The long tests of CI run with what users have.
+test test-fast: export XLA_FLAGS ?= --xla_backend_optimization_level=0
+
 test: lint
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not long"
 

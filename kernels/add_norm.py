@@ -34,7 +34,8 @@ def add_and_norm(
     `shard_map`. Elsewhere it is what XLA makes of it. It has a derivative.
 
     Args:
-      x, part: of one dtype, which both results have.
+      x: the residual, of the dtype that both results have.
+      part: what is added, of the same dtype.
       weight: of any floating-point dtype.
       eps: a Python float.
 
