@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from . import dispatch
 from .checks import AnyArray, check_axes, check_float, check_twins
-from .dispatch import default_platform
 
 __all__ = ["add_and_norm"]
 
@@ -78,11 +78,4 @@ def _by_xla(eps: float, x: Array, part: Array, weight: Array) -> tuple[Array, Ar
 
 
 def _launches(x: Array) -> bool:
-    """Whether a kernel serves it here."""
-    if default_platform() != "gpu" or x.shape[-1] > WIDEST:
-        return False
-    from .triton import launch
-
-    alone = len(jax.devices()) == 1 or jax.sharding.get_abstract_mesh().manual_axes
-    known = x.dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
-    return bool(alone) and known and launch.problem() is None
+    return x.shape[-1] <= WIDEST and dispatch.launches_whole(x.dtype)

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from . import dispatch
 from .checks import AnyArray, check_axes, check_float, check_index
-from .dispatch import default_platform
 
 __all__ = ["GroupedRows", "group_rows", "grouped_matmul"]
 
@@ -78,8 +78,8 @@ def grouped_matmul(
     """Row i of the result is row `i // (R / M)` of x times the matrix of row i.
 
     Products are summed in float32. On NVIDIA GPUs, with the `cuda` extra, it is one launch of a
-    Triton kernel for bfloat16, float16 and float32; elsewhere a loop over the tiles. Under `vmap`
-    it is a loop; it has no derivative.
+    Triton kernel for bfloat16, float16 and float32 where XLA need not split it: on one device, or
+    inside a `shard_map`. Elsewhere it is a loop over the tiles. It has no derivative.
 
     Args:
       x: `[M, K]`; each row has R / M products, one after the other in the result.
@@ -112,20 +112,11 @@ def grouped_matmul(
         )
     if 0 in (*rows.order.shape, *matrices.shape[1:]):
         return jnp.zeros((len(rows.order), matrices.shape[2]), x.dtype)
-    if default_platform() == "gpu" and (launched := _launched(x, matrices, rows)) is not None:
-        return launched
+    if dispatch.launches_whole(x.dtype):
+        from .triton.grouped_matmul import multiply
+
+        return multiply(jnp.asarray(x), jnp.asarray(matrices), rows.order, rows.ends)
     return _looped(jnp.asarray(x), jnp.asarray(matrices), rows)
-
-
-def _launched(x: Any, matrices: Any, rows: GroupedRows) -> Array | None:
-    """The product by the kernel, or None where it cannot run."""
-    from .triton import launch
-
-    if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32) or launch.problem() is not None:
-        return None
-    from .triton.grouped_matmul import multiply
-
-    return multiply(x, matrices, rows.order, rows.ends)
 
 
 def rows_of_tile(rows: int, matrices: int) -> int:

@@ -1,6 +1,5 @@
 """The residual sum with the norm behind it, by XLA and by the kernel."""
 
-import importlib
 from functools import partial
 
 import jax
@@ -11,7 +10,7 @@ import pytest
 from paged_decode import add_and_norm
 
 from .triton.compiled import CARDS, Launched, needs
-from .triton.interpret import INSTALLED, _launch
+from .triton.interpret import INSTALLED, as_on_a_gpu
 
 EPS = 1e-3
 
@@ -40,16 +39,9 @@ def check(x, part, weight):
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Calls reach the kernel as on a GPU, and it is interpreted."""
     if not INSTALLED:
         pytest.skip("triton has no wheel for this platform")
-    library = importlib.import_module("paged_decode.kernels.add_norm")
-    from paged_decode.kernels.triton import launch
-
-    monkeypatch.setattr(library, "default_platform", lambda: "gpu")
-    monkeypatch.setattr(jax, "devices", lambda: [None])
-    monkeypatch.setattr(launch, "launch", partial(_launch, order=1))
-    monkeypatch.setattr(launch, "problem", lambda: None)
+    as_on_a_gpu(monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

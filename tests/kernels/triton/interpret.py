@@ -9,7 +9,7 @@ import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -21,7 +21,7 @@ from paged_decode.kernels.dispatch import Backend
 
 from . import worker
 
-__all__ = ["BACKENDS", "INSTALLED", "NAME"]
+__all__ = ["BACKENDS", "INSTALLED", "NAME", "as_on_a_gpu"]
 
 INSTALLED = importlib.util.find_spec("triton") is not None
 NAME = "triton-interpret"
@@ -133,6 +133,17 @@ def _launch(
 
     results = [*outputs, *again]
     return jax.pure_callback(interpret, results, *inputs, vmap_method="sequential")
+
+
+def as_on_a_gpu(patch: Any) -> None:
+    """Whole arrays reach their kernels as on a machine with one card, and these are interpreted."""
+    from paged_decode.kernels import dispatch
+    from paged_decode.kernels.triton import launch
+
+    patch.setattr(dispatch, "default_platform", lambda: "gpu")
+    patch.setattr(jax, "devices", lambda: [None])
+    patch.setattr(launch, "launch", partial(_launch, order=1))
+    patch.setattr(launch, "problem", lambda: None)
 
 
 @cache

@@ -1,6 +1,5 @@
 """The kernel of `grouped_matmul`: interpreted, and compiled for cards that are not here."""
 
-import importlib
 from functools import partial
 
 import jax
@@ -9,20 +8,14 @@ import pytest
 
 from ..test_grouped_matmul import CASES, arrays, check
 from .compiled import CARDS, Launched, needs
-from .interpret import INSTALLED, _launch
+from .interpret import INSTALLED, as_on_a_gpu
 
 pytestmark = pytest.mark.skipif(not INSTALLED, reason="triton has no wheel for this platform")
 
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Calls reach the kernel as on a GPU, and it is interpreted."""
-    from paged_decode.kernels.triton import launch
-
-    library = importlib.import_module("paged_decode.kernels.grouped_matmul")
-    monkeypatch.setattr(library, "default_platform", lambda: "gpu")
-    monkeypatch.setattr(launch, "launch", partial(_launch, order=1))
-    monkeypatch.setattr(launch, "problem", lambda: None)
+    as_on_a_gpu(monkeypatch)
 
 
 @pytest.mark.parametrize("case", CASES)
