@@ -30,8 +30,8 @@ def add_and_norm(
     """`x + part`, and that divided by its root mean square, times weight.
 
     The mean is of float32 squares, to which eps is added. On NVIDIA GPUs, with the `cuda` extra,
-    it is one launch of a Triton kernel where XLA need not split it: on one device, or inside a
-    `shard_map`. Elsewhere it is what XLA makes of it. It has a derivative.
+    it is one launch of a Triton kernel, which XLA does not split: where arrays lie on several
+    devices, call it inside a `shard_map`. Elsewhere it is left to XLA. It has a derivative.
 
     Args:
       x: the residual, of the dtype that both results have.
@@ -78,4 +78,4 @@ def _by_xla(eps: float, x: Array, part: Array, weight: Array) -> tuple[Array, Ar
 
 
 def _launches(x: Array) -> bool:
-    return x.shape[-1] <= WIDEST and dispatch.launches_whole(x.dtype)
+    return x.shape[-1] <= WIDEST and dispatch.launches(x.dtype)

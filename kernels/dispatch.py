@@ -34,7 +34,7 @@ __all__ = [
     "attend",
     "backend_status",
     "default_platform",
-    "launches_whole",
+    "launches",
 ]
 
 
@@ -82,15 +82,11 @@ def default_platform(platform: str | None = None) -> str:
     return "gpu" if platform in ("cuda", "rocm") else platform
 
 
-def launches_whole(dtype: Any) -> bool:
-    """Whether a Triton kernel over whole arrays of this dtype runs here.
-
-    XLA does not split a kernel: where arrays may lie on several devices, it would gather them.
-    """
+def launches(dtype: Any) -> bool:
+    """Whether a Triton kernel over arrays of this dtype runs here."""
     if default_platform() != "gpu" or dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return False
-    one = len(jax.devices()) == 1 or jax.sharding.get_abstract_mesh().manual_axes
-    return bool(one) and importlib.import_module(".triton.launch", __package__).problem() is None
+    return importlib.import_module(".triton.launch", __package__).problem() is None
 
 
 def attend(

@@ -78,8 +78,9 @@ def grouped_matmul(
     """Row i of the result is row `i // (R / M)` of x times the matrix of row i.
 
     Products are summed in float32. On NVIDIA GPUs, with the `cuda` extra, it is one launch of a
-    Triton kernel for bfloat16, float16 and float32 where XLA need not split it: on one device, or
-    inside a `shard_map`. Elsewhere it is a loop over the tiles. It has no derivative.
+    Triton kernel for bfloat16, float16 and float32, which XLA does not split: where arrays lie on
+    several devices, call it inside a `shard_map`. Elsewhere it is a loop over the tiles. It has no
+    derivative.
 
     Args:
       x: `[M, K]`; each row has R / M products, one after the other in the result.
@@ -112,7 +113,7 @@ def grouped_matmul(
         )
     if 0 in (*rows.order.shape, *matrices.shape[1:]):
         return jnp.zeros((len(rows.order), matrices.shape[2]), x.dtype)
-    if dispatch.launches_whole(x.dtype):
+    if dispatch.launches(x.dtype):
         from .triton.grouped_matmul import multiply
 
         return multiply(jnp.asarray(x), jnp.asarray(matrices), rows.order, rows.ends)
