@@ -11,10 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from . import dispatch
-from .checks import AnyArray, check_axes, check_float, check_twins
+from .checks import AnyArray, check_axes, check_float, check_number, check_twins
 
 __all__ = ["add_and_norm"]
 
@@ -31,17 +32,18 @@ def add_and_norm(
 
     The mean is of float32 squares, to which eps is added. On NVIDIA GPUs, with the `cuda` extra,
     it is one launch of a Triton kernel, which XLA does not split: where arrays lie on several
-    devices, call it inside a `shard_map`. Elsewhere it is left to XLA. It has a derivative.
+    devices, call it inside a `shard_map`. Elsewhere, and where a derivative is taken, it is left to
+    XLA.
 
     Args:
       x: the residual, of the dtype that both results have.
       part: what is added, of the same dtype.
       weight: of any floating-point dtype.
-      eps: a Python float.
+      eps: a Python float, 0 or more.
 
     Raises:
-      TypeError: arrays that are not floating-point.
-      ValueError: shapes or dtypes that disagree.
+      TypeError: arrays that are not floating-point, or another eps.
+      ValueError: shapes or dtypes that disagree, or an eps below 0 or not finite.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -52,8 +54,10 @@ def add_and_norm(
     for name, array in (("x", x), ("part", part), ("weight", weight)):
         check_float(name, array)
     check_twins("part", part, "x", x)
-    check_axes("weight", weight, "E", E=x.shape[-1])
-    return _added(float(eps), jnp.asarray(x), jnp.asarray(part), jnp.asarray(weight))
+    check_axes("weight", weight, "E", E=np.shape(x)[-1] if np.ndim(x) else 0)
+    if (eps := check_number("eps", eps)) < 0:
+        raise ValueError(f"eps must be 0 or more; got {eps}")
+    return _added(eps, jnp.asarray(x), jnp.asarray(part), jnp.asarray(weight))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -67,7 +71,7 @@ def _added(eps: float, x: Array, part: Array, weight: Array) -> tuple[Array, Arr
 
 @_added.defjvp
 def _(eps: float, primals: Any, tangents: Any) -> Any:
-    return _added(eps, *primals), jax.jvp(partial(_by_xla, eps), primals, tangents)[1]
+    return jax.jvp(partial(_by_xla, eps), primals, tangents)
 
 
 def _by_xla(eps: float, x: Array, part: Array, weight: Array) -> tuple[Array, Array]:

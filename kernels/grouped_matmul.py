@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -66,6 +67,8 @@ def group_rows(matrix: Int[AnyArray, " R"], matrices: int) -> GroupedRows:
     check_axes("matrix", matrix, "R")
     if isinstance(matrices, bool) or not isinstance(matrices, int) or matrices < 1:
         raise ValueError(f"matrices must be an int >= 1; got {matrices!r}")
+    if isinstance(matrix, np.ndarray):  # before JAX takes the low half of a large number
+        matrix = np.clip(matrix, 0, matrices - 1)
     matrix = jnp.clip(jnp.asarray(matrix), 0, matrices - 1).astype(jnp.int32)
     number = jnp.arange(matrices, dtype=jnp.int32)
     ends = jnp.sum(matrix <= number[:, None], axis=1, dtype=jnp.int32)
@@ -88,7 +91,7 @@ def grouped_matmul(
       rows: of the R products, from `group_rows`.
 
     Raises:
-      TypeError: arrays that are not floating-point, or of two dtypes.
+      TypeError: arrays that are not floating-point, or of two dtypes; other rows.
       ValueError: shapes that disagree, or an R that M does not divide.
 
     Examples:
@@ -103,11 +106,13 @@ def grouped_matmul(
     check_float("matrices", matrices)
     check_axes("x", x, "M, K")
     check_axes("matrices", matrices, "G, K, N", K=x.shape[1])
+    if not isinstance(rows, GroupedRows):
+        raise TypeError(f"rows must come from group_rows; got {type(rows).__name__}")
     check_axes("rows.order", rows.order, "R")
     check_axes("rows.ends", rows.ends, "G", G=matrices.shape[0])
     if x.dtype != matrices.dtype:
         raise TypeError(f"x and matrices must be of one dtype; got {x.dtype}, {matrices.dtype}")
-    if len(x) == 0 or len(rows.order) % len(x):
+    if len(rows.order) % max(len(x), 1) or len(rows.order) > len(x) == 0:
         raise ValueError(
             f"R = {len(rows.order)} products must be so many for each of M = {len(x)} rows"
         )
@@ -131,15 +136,17 @@ def _looped(x: Array, matrices: Array, rows: GroupedRows) -> Array:
     order, ends = jnp.asarray(rows.order), jnp.asarray(rows.ends)
     count, size, each = len(order), rows_of_tile(len(order), len(ends)), len(order) // len(x)
     begins = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
-    upto = jnp.cumsum(-(-(ends - begins) // size))
+    upto = jnp.cumsum(-(-(ends - begins) // size), dtype=jnp.int32)
 
     def add(tile: Array, out: Array) -> Array:
-        group = jnp.sum(upto <= tile)
+        group = jnp.sum(upto <= tile, dtype=jnp.int32)
         before = upto[group] - -(-(ends[group] - begins[group]) // size)
-        place = begins[group] + (tile - before) * size + jnp.arange(size)
+        place = begins[group] + (tile - before) * size + jnp.arange(size, dtype=jnp.int32)
         row = order.at[place].get(mode="clip")
         part = jnp.matmul(x[row // each], matrices[group], preferred_element_type=jnp.float32)
         row = jnp.where(place < ends[group], row, count)
         return out.at[row].set(part.astype(out.dtype), mode="drop")
 
-    return lax.fori_loop(0, upto[-1], add, jnp.zeros((count, matrices.shape[2]), x.dtype))
+    # In a `shard_map` the first tile makes the result differ between devices, as all later ones.
+    first = add(jnp.int32(0), jnp.zeros((count, matrices.shape[2]), x.dtype))
+    return lax.fori_loop(1, upto[-1], add, first)

@@ -250,7 +250,7 @@ def _likeliest(logits: Array) -> tuple[Array, Array, Array]:
 def log_probability(logits: Array, tokens: Array) -> tuple[Array, Array]:
     """Of these tokens `[B]` by float32 logits `[B, V]`, and what was taken from their logits; NaN
     where the logits have one."""
-    return _log_probability(logits, jnp.max(logits, axis=-1, keepdims=True), tokens)
+    return _log_probability(logits, _likeliest(logits)[2], tokens)  # XLA's max may lose a NaN
 
 
 def _log_probability(logits: Array, highest: Array, tokens: Array) -> tuple[Array, Array]:

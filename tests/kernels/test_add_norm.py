@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 from paged_decode import add_and_norm
 
@@ -45,7 +46,7 @@ def launched(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_the_sum_is_rounded_before_its_norm(dtype):
+def test_the_norm_is_of_the_sum(dtype):
     check(*arrays(dtype, 3, 2))
 
 
@@ -73,6 +74,18 @@ def test_it_has_a_derivative_where_the_kernel_serves_it(launched):
         np.testing.assert_allclose(got, each, rtol=1e-4, atol=1e-5)
 
 
+def test_a_derivative_is_taken_in_a_shard_map_too(launched):
+    x, part, weight = arrays("float32", 4)
+    mesh = jax.make_mesh((2,), ("rows",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    split, whole = PartitionSpec("rows"), PartitionSpec()
+    mapped = jax.shard_map(
+        partial(add_and_norm, eps=EPS), mesh=mesh, in_specs=(split, split, whole), out_specs=split
+    )
+    got = jax.jit(jax.grad(lambda x: jnp.sum(mapped(x, part, weight)[1])))(x)
+    want = jax.grad(lambda x: jnp.sum(add_and_norm(x, part, weight, EPS)[1]))(x)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
 def test_a_batch_is_each_of_them(launched):
     x, part, weight = arrays("float32", 3, 2)
     total, normed = jax.vmap(partial(add_and_norm, eps=EPS), in_axes=(0, 0, None))(x, part, weight)
@@ -92,12 +105,14 @@ def test_no_rows_are_no_launch(launched):
         (dict(part=jnp.ones((2, 4), jnp.bfloat16)), ValueError, "part must have the shape and"),
         (dict(weight=jnp.ones(3)), ValueError, r"weight must be \[E\] with E = 4"),
         (dict(x=jnp.ones((2, 4), jnp.int32)), TypeError, "x must be a floating-point array"),
+        (dict(eps=-1.0), ValueError, "eps must be 0 or more; got -1.0"),
+        (dict(eps="1e-3"), TypeError, "eps must be a Python float; got str"),
     ],
 )
 def test_what_does_not_fit_is_refused(unchecked, wrong, error, message):
     told = dict(x=jnp.ones((2, 4)), part=jnp.ones((2, 4)), weight=jnp.ones(4)) | wrong
     with pytest.raises(error, match=message):
-        add_and_norm(**told, eps=EPS)
+        add_and_norm(**dict(eps=EPS) | told)
 
 
 @pytest.mark.skipif(not INSTALLED, reason="triton has no wheel for this platform")

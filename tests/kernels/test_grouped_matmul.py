@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 from paged_decode import group_rows, grouped_matmul
 
@@ -56,15 +57,31 @@ def test_numbers_of_every_dtype_are_summed_in_float32(case, dtype):
     check(*arrays(case, dtype, width=1000, columns=320))
 
 
-def test_numbers_outside_are_clipped():
-    rows = group_rows(jnp.array([-5, 9, 1]), 3)
+@pytest.mark.parametrize("kind", [np.int32, np.int64])
+def test_numbers_outside_are_clipped(kind):
+    far = [-5, 9, 1] if kind == np.int32 else [-(2**32), 2**32, 1]
+    rows = group_rows(np.array(far, kind), 3)
     assert rows.order.tolist() == [0, 2, 1]
     assert rows.ends.tolist() == [1, 2, 3]
+
+
+def test_rows_may_be_split_over_devices():
+    x, matrices, matrix = arrays("a matrix for most")
+    mesh = jax.make_mesh((2,), ("rows",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    split, whole = PartitionSpec("rows"), PartitionSpec()
+
+    def product(x, m, of):
+        return grouped_matmul(x, m, group_rows(of, 5))
+
+    mapped = jax.shard_map(product, mesh=mesh, in_specs=(split, whole, split), out_specs=split)
+    got = jax.jit(mapped)(x, matrices, matrix)
+    np.testing.assert_allclose(got, product(x, matrices, matrix), rtol=1e-5, atol=1e-5)
 
 
 def test_no_products_and_no_columns_are_empty():
     none = group_rows(jnp.zeros(0, jnp.int32), 2)
     assert grouped_matmul(jnp.ones((3, 4)), jnp.ones((2, 4, 5)), none).shape == (0, 5)
+    assert grouped_matmul(jnp.ones((0, 4)), jnp.ones((2, 4, 5)), none).shape == (0, 5)
     one = group_rows(jnp.zeros(1, jnp.int32), 2)
     assert grouped_matmul(jnp.ones((1, 4)), jnp.ones((2, 4, 0)), one).shape == (1, 0)
 
@@ -90,6 +107,11 @@ def test_what_does_not_fit_is_refused(unchecked, wrong, error, message):
     told = dict(x=jnp.ones((2, 3)), matrices=jnp.ones((2, 3, 4))) | wrong
     with pytest.raises(error, match=message):
         grouped_matmul(**told, rows=group_rows(jnp.zeros(6, jnp.int32), 2))
+
+
+def test_rows_are_those_of_group_rows(unchecked):
+    with pytest.raises(TypeError, match="rows must come from group_rows; got ndarray"):
+        grouped_matmul(jnp.ones((2, 3)), jnp.ones((2, 3, 4)), np.zeros(2, np.int32))  # type: ignore
 
 
 @pytest.mark.parametrize("matrices", [0, 2.0, True])

@@ -60,13 +60,15 @@ def _config(call: Any, card: Any, variant: Variant, chosen: Callable[..., Any]) 
     config = chosen(call, replace(card, generation=variant.generation))
     if variant.tokens is None:
         return config
+    from paged_decode.kernels.triton.config import DecodeConfig
+
     lanes = call.rows * call.kv_heads
     if call.batch_invariant:
         from paged_decode.kernels.triton import config as configs
 
         with mock.patch.object(configs, "SPLIT_TOKENS", 2 * variant.tokens):
             return configs.of_row_alone(call, replace(config, tokens=variant.tokens))
-    if call.tokens == 1:
+    if isinstance(config, DecodeConfig):
         return replace(config, tokens=variant.tokens, even=3 * lanes, ragged=7 * lanes)
     queries = min(config.queries, 32)
     return replace(config, queries=queries, tokens=variant.tokens, aim=5 * lanes)

@@ -40,6 +40,10 @@ CASES = {
         (75, 50), 1, 2, 16, 8, 10, tokens=40, tail_mask=0.5
     ),
     "a scale below 0": Case((50, 20), 1, 2, 16, 16, 4, tokens=9, options=dict(scale=-0.7)),
+    "one token of many heads, all options": Case(
+        (70, 0, 3, 140), 2, 40, 32, 16, 9, dtype="bfloat16", starts=(0, 0, 2, 90), sinks=(80, 2),
+        options=dict(sliding_window=60, soft_cap=2.0, scale=0.4),
+    ),
     "bfloat16, a prompt from its first token": Case(
         (40, 33), 1, 4, 64, 8, 5, tokens=40, dtype="bfloat16"
     ),

@@ -175,6 +175,13 @@ def test_no_bit_of_a_log_probability_follows_from_the_order_of_a_sum(width):
     assert np.allclose(found[0][:, 0], [logits[0, 7] - exact, exact], rtol=0, atol=4e-6)
 
 
+def test_a_nan_among_the_logits_is_a_nan_of_every_log_probability():
+    logits = np.zeros((3, 32000), np.float32)
+    logits[1, 5] = np.nan
+    found = np.array(jax.jit(log_probability)(logits, np.zeros(3, np.int32)))
+    np.testing.assert_array_equal(np.isnan(found), [[False, True, False]] * 2)
+
+
 INF, MAX = np.inf, float(np.finfo(np.float32).max)
 ROWS = {  # logits, and what may be drawn
     "ordinary": ([1.0, 3.0, 2.0, -INF], {0, 1, 2}),
