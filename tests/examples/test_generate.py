@@ -53,19 +53,16 @@ def check(gguf: Path, golden: list[dict], folder: Path, options: str, atol: floa
     return done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "options",
     [
         "--page-size 16",
-        pytest.param("--page-size 1 --no-prefix-cache --num-pages 160", marks=pytest.mark.long),
-        pytest.param(
-            "--page-size 64 --num-pages 4 --prefill-chunk 8 --decode-steps 5",
-            marks=pytest.mark.long,
-        ),
-        pytest.param("--page-size 16 --one-by-one", marks=pytest.mark.long),
-        pytest.param("--page-size 16 --num-pages 10 --host-pages 20", marks=pytest.mark.long),
-        pytest.param("--page-size 16 --snapshot-at 40 answer.pgd", marks=pytest.mark.long),
+        "--page-size 1 --no-prefix-cache --num-pages 160",
+        "--page-size 64 --num-pages 4 --prefill-chunk 8 --decode-steps 5",
+        "--page-size 16 --one-by-one",
+        "--page-size 16 --num-pages 10 --host-pages 20",
+        "--page-size 16 --snapshot-at 40 answer.pgd",
     ],
 )
 def test_greedy_ids_and_logits_equal_the_golden_file(real_gguf, tmp_path, options):

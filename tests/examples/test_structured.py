@@ -25,7 +25,7 @@ def is_valid(answer: dict) -> bool:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_answer_is_json_of_the_schema_however_hot_and_others_are_as_they_are_alone(real_gguf):
     engine, own = structured.make(real_gguf, rows=8, tokens=256)
     mask = structured.json_grammar(own, engine.config.vocab_size, structured.SCHEMA)

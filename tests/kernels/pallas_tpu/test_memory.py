@@ -22,7 +22,8 @@ def run(mode: str, *names: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("mode", ["on_wait", pytest.param("eager", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("mode", ["on_wait", "eager"])
 def test_no_copy_races_and_none_is_read_before_it_arrived(mode):
     names = "ragged", "window", "tail", "append", "write"
     eight_bits = "int8", "float8, tail", "append int8", "write int8"
