@@ -115,6 +115,8 @@ found.inside = box.left >= 0 && box.top >= 0 && box.right <= innerWidth;
 point.dispatchEvent(new PointerEvent("pointerleave"));
 found.after = [shown(), document.querySelectorAll(".hot").length];
 point.focus();
+found.reached = document.activeElement === point;
+point.dispatchEvent(new FocusEvent("focus"));  // a page in no window may not be told
 found.focused = shown();
 const second = at('.lines input[value="1"]');
 second.click();
@@ -140,6 +142,7 @@ def test_in_a_browser_a_point_tells_its_run_and_lines_are_hidden(tmp_path):
     assert match, out[-2000:]
     found = json.loads(html.unescape(match[1]))
     assert (found["before"], found["over"], found["focused"]) == ("none", "block", "block")
+    assert found["reached"]
     assert found["tip"].startswith("512 pages, eviction <b>lfu</b>\nfinished")
     assert found["hot"] == 4 and found["row"] == "rgb(255, 243, 196)" and found["inside"]
     assert found["after"] == ["none", 0]
