@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _host_timing import host_clock
 from _result import spread, write_result
 
 from paged_decode import group_rows, grouped_matmul
@@ -136,17 +136,6 @@ def measure(
     floor = max(numbers * x.dtype.itemsize / rates[0], flops / rates[1])
     for name, seconds in clock(calls).items():
         yield dict(case=case, system=name, floor_s=floor, **spread(seconds))
-
-
-def host_clock(calls: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
-    """Seconds of some rounds of all calls, by the clock of the host."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(3):
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - begin)
-    return times
 
 
 def product_rate(clock: Any) -> float:

@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -35,6 +34,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _host_timing import host_clock
 from _result import spread, write_result
 
 from paged_decode import paged_attention
@@ -170,17 +170,6 @@ def measure(
         calls[name] = call
     for name, seconds in clock(calls).items():
         yield dict(case=case, system=name, bytes=systems[name][1], **spread(seconds))
-
-
-def host_clock(calls: dict[str, Call]) -> dict[str, list[float]]:
-    """Seconds of some rounds of all calls, by the clock of the host."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(5):
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - begin)
-    return times
 
 
 def main() -> None:
