@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from _result import RESULTS
-from _tables import OURS, head, heading, line, load
+from _tables import OURS, head, heading, line, load, measured
 
 __all__ = ["example_models", "experts", "rollouts", "shared_prefix", "trainer_rollouts"]
 
@@ -17,14 +16,10 @@ MODELS = ("llama-3.1-8b", "qwen3-30b-a3b", "gpt-oss-20b")
 KINDS = ("attention", "products", "sums", "rest")
 
 
-def _measured(name: str) -> bool:
-    return (RESULTS / f"{name}.json").is_file()
-
-
 def example_models() -> Iterator[str]:
     """Steps and prefill of the example models against what they must cost."""
     for name in MODELS:
-        if not _measured(f"example_models_{name}"):
+        if not measured(f"example_models_{name}"):
             continue
         result = load(f"example_models_{name}")
         of_peer = {tuple(r["case"].items()): r for r in result["records"] if r["system"] != OURS}
@@ -56,7 +51,7 @@ def example_models() -> Iterator[str]:
 
 def experts() -> Iterator[str]:
     """Grouped products against their floor and `jax.lax.ragged_dot`."""
-    if not _measured("grouped_matmul"):
+    if not measured("grouped_matmul"):
         return
     result = load("grouped_matmul")
     yield from heading("Products of tokens with the experts that they chose", result,
@@ -76,7 +71,7 @@ def experts() -> Iterator[str]:
 
 def shared_prefix() -> Iterator[str]:
     """Attention of samples that share prompts, with and without reading them together."""
-    if not _measured("shared_prefix"):
+    if not measured("shared_prefix"):
         return
     result = load("shared_prefix")
     yield from heading("Attention of 64 rows that share prompts", result,
@@ -100,7 +95,7 @@ def shared_prefix() -> Iterator[str]:
 
 def rollouts() -> Iterator[str]:
     """Engines with shared prefixes and with bits that no batch changes."""
-    if not _measured("rollouts"):
+    if not measured("rollouts"):
         return
     result = load("rollouts")
     case = result["records"][0]["case"]
@@ -120,7 +115,7 @@ def rollouts() -> Iterator[str]:
 
 def trainer_rollouts() -> Iterator[str]:
     """Rollouts and updates beside tunix's own sampler."""
-    if not _measured("trainer_rollouts"):
+    if not measured("trainer_rollouts"):
         return
     result = load("trainer_rollouts")
     yield from heading("Rollouts for a trainer", result, ("jax", "google-tunix"))

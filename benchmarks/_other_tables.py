@@ -6,8 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from _result import RESULTS
-from _tables import OURS, head, heading, line, load
+from _tables import OURS, head, heading, line, load, measured
 
 __all__ = [
     "allocator_step",
@@ -194,7 +193,7 @@ def _cpu(record: dict[str, Any]) -> str:
 
 def sharding_gpus() -> Iterator[str]:
     """Steps on one card and on two; nothing, as long as no two cards have measured it."""
-    if not (RESULTS / "tensor_parallel.json").is_file():
+    if not measured("tensor_parallel"):
         return
     result = load("tensor_parallel")
     title = "A decode step on two GPUs against one"
@@ -397,10 +396,10 @@ ERRORS = {
 def pressure_error() -> Iterator[str]:
     """Engine and simulation side by side, and how well the measured programs fit; nothing, as long
     as no card has measured it."""
-    if not (RESULTS / "pressure_error.json").is_file():
+    if not measured("pressure_error"):
         return
     result = load("pressure_error")
-    measured, *runs = result["records"]
+    calibration, *runs = result["records"]
     title = "The engine and its simulation, and the error of the simulation"
     yield from heading(title, result, ("jax",))
     yield head("workload", *(word for word, _, _ in ERRORS.values()))
@@ -430,9 +429,9 @@ def pressure_error() -> Iterator[str]:
     yield "\nAlike are requests with as many prompt tokens found and as many preemptions on both "
     yield "sides.\n"
     yield "\n![pages in use over time, of the engine and of its simulation](pressure_error.png)\n"
-    yield f"\nCalibrated in {measured['seconds']:.0f} s:\n\n"
+    yield f"\nCalibrated in {calibration['seconds']:.0f} s:\n\n"
     yield head("program", "points", "mean residual", "largest")
-    for fit in measured["programs"]:
+    for fit in calibration["programs"]:
         shape = {
             "decode": f"{fit['rows']} rows, {fit['width'] or 'fewer'} steps",
             "prefill": f"{fit['rows']} rows of {fit['width']} tokens",

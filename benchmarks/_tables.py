@@ -8,9 +8,14 @@ from typing import Any
 
 from _result import RESULTS
 
-__all__ = ["OURS", "head", "heading", "line", "load"]
+__all__ = ["OURS", "head", "heading", "line", "load", "measured"]
 
 OURS = "paged-decode"
+
+
+def measured(name: str) -> bool:
+    """Whether there is a result of this name: some wait for a card."""
+    return (RESULTS / f"{name}.json").is_file()
 
 
 def load(name: str) -> dict[str, Any]:

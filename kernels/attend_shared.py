@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int32
 
 from . import dispatch
 from .annotations import FixedScales
-from .merge import finished, finite
+from .merge import finished, finite, weighed
 from .record import POOLS, AttentionCall
 from .shared_prefix import SharedPrefix
 
@@ -114,13 +114,8 @@ def _joined(
 ) -> tuple[Array, Array]:
     """`merge_attention` of two parts, which XLA fuses with the gather of one: it stacks none."""
     top = jnp.maximum(one[1], other[1])
-    base, acc, total = finite(top), 0.0, 0.0
-    for out, lse in (one, other):
-        weight = jnp.exp(lse - base)
-        # A part of weight 0 saw nothing; its output counts as 0 whatever it holds.
-        seen = jnp.where(weight[..., None] > 0, out.astype(jnp.float32), 0.0)
-        acc, total = acc + weight[..., None] * seen, total + weight
-    out, lse = finished(acc, top, total, sink)
+    (first, mass), (second, more) = (weighed(*part, finite(top)) for part in (one, other))
+    out, lse = finished(first + second, top, mass + more, sink)
     return out.astype(one[0].dtype), lse
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from .checks import AnyArray, check_float
 
-__all__ = ["check_sinks", "finished", "finite", "merge_attention", "sink_mass"]
+__all__ = ["check_sinks", "finished", "finite", "merge_attention", "sink_mass", "weighed"]
 
 
 def merge_attention(
@@ -55,13 +55,24 @@ def merge_attention(
         check_sinks(sinks, heads)
     lses = lses.astype(jnp.float32)
     top = jnp.max(lses, axis=0)
-    weights = jnp.exp(lses - finite(top))
-    # A part of weight 0 saw nothing; its output counts as 0 whatever it holds.
-    parts = jnp.where(weights[..., None] > 0, outs.astype(jnp.float32), 0.0)
-    summed = jnp.sum(weights[..., None] * parts, axis=0)
+    parts, weights = weighed(outs, lses, finite(top))
+    summed = jnp.sum(parts, axis=0)
     sink = None if sinks is None else sink_mass(sinks, heads)
     out, lse = finished(summed, top, jnp.sum(weights, axis=0), sink)
     return out.astype(outs.dtype), lse
+
+
+def weighed(
+    out: Float[AnyArray, "*queries D"],
+    lse: Float[AnyArray, "*queries"],
+    base: Float[Array, "..."],
+) -> tuple[Float[Array, "*queries D"], Float[Array, "*queries"]]:
+    """What a partial result adds to sums relative to exp(base): to those of values, and its mass.
+
+    A part of mass 0 saw nothing; its output counts as 0 whatever it holds.
+    """
+    mass = jnp.exp(lse - base)
+    return mass[..., None] * jnp.where(mass[..., None] > 0, out.astype(jnp.float32), 0.0), mass
 
 
 def finished(

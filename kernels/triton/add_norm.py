@@ -15,22 +15,17 @@ def add_and_norm(x: Array, part: Array, weight: Array, eps: float) -> tuple[Arra
     """`x + part` and its norm, of `[..., E]` and weight `[E]`."""
     width = x.shape[-1]
     block = power(width)
-
-    @jax.custom_batching.sequential_vmap
-    def launched(x: Array, part: Array, weight: Array) -> tuple[Array, Array]:
-        total, normed = launch.launch(
-            add_norm_kernel,
-            (x, part, weight),
-            [jax.ShapeDtypeStruct(x.shape, x.dtype)] * 2,
-            grid=x.size // width,
-            warps=min(max(block // 512, 1), 16),
-            stages=1,
-            name="add_norm",
-            constants=dict(WIDTH=width, BLOCK=block, EPS=eps),
-        )
-        return total, normed
-
-    return launched(x, part, weight)
+    total, normed = launch.looped(
+        add_norm_kernel,
+        (x, part, weight),
+        [jax.ShapeDtypeStruct(x.shape, x.dtype)] * 2,
+        grid=x.size // width,
+        warps=min(max(block // 512, 1), 16),
+        stages=1,
+        name="add_norm",
+        constants=dict(WIDTH=width, BLOCK=block, EPS=eps),
+    )
+    return total, normed
 
 
 @triton.jit

@@ -258,7 +258,7 @@ class _Device:
             def launch(copies: Any = copies) -> None:
                 self.runner.copy(copies)
 
-            seconds = self._timed_cache(launch)
+            seconds = self._timed(launch, lambda _: jax.block_until_ready(self.runner.cache))
             yield Program("copy", total, 1, 0, 0), seconds
 
     def _tier(self) -> Iterator[tuple[Program, float]]:
@@ -287,18 +287,19 @@ class _Device:
 
     # ---- time
 
-    def _timed(self, launch: Callable[[], Any]) -> float:
+    def _timed(self, launch: Callable[[], Any], wait: Callable[[Any], Any] | None = None) -> float:
         """Seconds of a program among others of its kind; how long one takes to begin is noted.
 
         What n more launches add counts: the first one of a round finds the device idle, and all
         would take a part of the time that it waits for the host.
         """
-        self.runner.wait(launch())
+        wait = wait or self.runner.wait
+        wait(launch())
 
         def round_of(launches: int) -> float:
             start = time.perf_counter()
             outs = [launch() for _ in range(launches)]
-            self.runner.wait(outs[-1])
+            wait(outs[-1])
             return time.perf_counter() - start
 
         more = int(np.clip(-(-_LEAST_SECONDS // max(round_of(1), 1e-6)), 2, _MOST_LAUNCHES))
@@ -307,19 +308,6 @@ class _Device:
         seconds = (among - alone) / more if among > alone else among / (1 + more)
         self.launches.append(max(0.0, alone - seconds))
         return seconds
-
-    def _timed_cache(self, launch: Callable[[], Any]) -> float:
-        """The same for what changes the cache alone."""
-        launch()
-        jax.block_until_ready(self.runner.cache)
-        found = []
-        for _ in range(_ROUNDS):
-            start = time.perf_counter()
-            for _ in range(_MOST_LAUNCHES):
-                launch()
-            jax.block_until_ready(self.runner.cache)
-            found.append((time.perf_counter() - start) / _MOST_LAUNCHES)
-        return statistics.median(found)
 
 
 def _host(engine: Engine) -> dict[str, Line]:

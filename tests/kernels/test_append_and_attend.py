@@ -9,6 +9,7 @@ import pytest
 
 from paged_decode.kernels import append_and_attend
 
+from ..selection import for_ci
 from .oracle import (
     COMPILED,
     LSE_TOLERANCE,
@@ -100,9 +101,7 @@ def run(backend, k, v, inputs: Inputs, **more):
 FOR_CI = ("pages of one token", "starts past the end", "one token of some rows", "three tokens")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.long if n in FOR_CI else ()) for n in CASES]
-)
+@pytest.mark.parametrize("name", for_ci(CASES, FOR_CI))
 def test_it_attends_to_what_it_writes_and_changes_no_other_slot(backend, name):
     whole = build(CASES[name])
     k, v, hollow = take_newest(whole)

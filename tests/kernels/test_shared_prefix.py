@@ -21,6 +21,7 @@ from paged_decode.kernels import (
 )
 
 from ..devices import first_devices
+from ..selection import for_ci
 from .oracle import (
     LSE_TOLERANCE,
     NAMES,
@@ -80,9 +81,7 @@ FOR_CI = ("float16", "e4m3")  # where others are like them
 
 
 @every_backend
-@pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=pytest.mark.long if k in FOR_CI else ()) for k in KINDS]
-)
+@pytest.mark.parametrize("kind", for_ci(KINDS, FOR_CI))
 def test_random_batches_that_share_prefixes_match_the_oracle(backend, kind):
     rng = np.random.default_rng(list(KINDS).index(kind))
     lens = tuple(int(n) for n in rng.integers(0, 37, 8))

@@ -16,6 +16,7 @@ from paged_decode.kernels.pallas_tpu.plan import Plan
 from paged_decode.kernels.pallas_tpu.work import deal
 from paged_decode.kernels.record import AttentionCall
 
+from ...selection import for_ci
 from ..oracle import Case, build, check
 from .interpret import NAME
 
@@ -46,9 +47,7 @@ FOR_CI = ("bfloat16", "a chunk, bfloat16", "one row", "no rows see anything")
 
 
 @pytest.mark.parametrize("backend", [BLOCKS, pytest.param(CORES, marks=pytest.mark.long)])
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.long if n in FOR_CI else ()) for n in CASES]
-)
+@pytest.mark.parametrize("name", for_ci(CASES, FOR_CI))
 def test_rows_of_several_blocks_match_the_oracle(backend, name):
     check(backend, CASES[name])
 

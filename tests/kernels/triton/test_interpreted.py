@@ -7,6 +7,7 @@ on trial; and each variant runs its programs in an order of its own.
 import numpy as np
 import pytest
 
+from ...selection import for_ci
 from ..oracle import Case, build, check, same_bits
 from .interpret import INSTALLED, NAME, worker
 
@@ -49,9 +50,7 @@ CASES = {
 FOR_CI = ("even", "one row of one page", "D 96", "pages of 256", "many rows", "bfloat16")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.long if n in FOR_CI else ()) for n in CASES]
-)
+@pytest.mark.parametrize("name", for_ci(CASES, FOR_CI))
 def test_rows_cut_into_programs_match_the_oracle(name):
     check(SPLIT, CASES[name])
 
