@@ -61,4 +61,5 @@ def disagree(process, out):
 if __name__ == "__main__":
     main(*sys.argv[1:])
     sys.stdout.flush()
+    sys.stdin.read()  # whoever serves jax.distributed leaves last, as this ends all others
     os._exit(0)  # leaving jax.distributed in order may wait for a process that has failed

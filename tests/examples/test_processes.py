@@ -17,7 +17,11 @@ GOLDEN = json.loads((ROOT / "tests/golden/smollm2_greedy.json").read_text())
 
 
 def run_two(tmp_path, cases: str, gguf: str, timeout: float) -> list:
-    """What two processes write; both are killed when time is up, as SIGTERM would not end them."""
+    """What two processes write; both are killed when time is up, as SIGTERM would not end them.
+
+    The first one serves jax.distributed, so it stays until the second has left: that is when its
+    standard input ends.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -34,8 +38,8 @@ def run_two(tmp_path, cases: str, gguf: str, timeout: float) -> list:
                 )
             )
     try:
-        for process in processes:
-            process.wait(timeout)
+        for process in reversed(processes):
+            process.communicate(timeout=timeout)
     finally:
         for process in processes:
             process.kill()
