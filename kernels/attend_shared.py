@@ -129,9 +129,10 @@ def _prefixes(call: AttentionCall, shared: SharedPrefix) -> AttentionCall:
     q = call.q[:, 0].at[seats.reshape(-1)].get(mode="fill", fill_value=0)
     q = q.reshape(parts * cuts, size, call.kv_heads, call.group, call.dim)
     q = jnp.swapaxes(q, 1, 2).reshape(parts * cuts, 1, -1, call.dim)
-    lens = jnp.repeat(shared.seq_lens, cuts)
-    lens = jnp.where(seats[:, 0] < call.rows, lens, 0)
-    table = jnp.repeat(shared.page_table, cuts, axis=0)
+    table, lens = shared.page_table, shared.seq_lens
+    if cuts > 1:
+        table, lens = jnp.repeat(table, cuts, axis=0), jnp.repeat(lens, cuts)
+        lens = jnp.where(seats[:, 0] < call.rows, lens, 0)
     return replace(call, q=q, page_table=table, seq_lens=lens, starts=None, sink=None)
 
 

@@ -224,6 +224,8 @@ def _decode_config(call: AttentionCall, card: Card) -> DecodeConfig:
     long = call.capacity > _LONG_ROW[kind]
     if kind == "few":
         long = long and call.rows > 1 and lanes * call.capacity >= _LONG_BATCH
+    elif call.starts is not None:  # behind what rows share they are short, and alike
+        long = False
     dim = _table_dim(call)
     found = _DECODE.tilings[dim, kind + " long" * long]
     if call.itemsize == 1:

@@ -27,11 +27,16 @@ def sweep(card: Hardware, group: int) -> dict[str, dict]:
     from paged_decode.kernels.triton.config import DecodeConfig, choose_config
 
     found: dict[str, dict] = {}
-    for rows, kv_heads, dim, columns, dtype in itertools.product(
-        (1, 16, 64, 300), (8, 7), (64, 128, 256), (32, 256, 2**13), ("bfloat16", "float32")
+    for rows, kv_heads, dim, columns, dtype, starts in itertools.product(
+        (1, 16, 64, 300),
+        (8, 7),
+        (64, 128, 256),
+        (32, 256, 2**13),
+        ("bfloat16", "float32"),
+        (True, False),  # the first one wins: nearly every tiling is compiled with `starts`
     ):
         call = dict(rows=rows, kv_heads=kv_heads, group=group, dim=dim, page_size=16)
-        call |= dict(columns=columns, dtype=dtype)
+        call |= dict(columns=columns, dtype=dtype, starts=starts)
         config = choose_config(AttentionCall.of_sizes(**call), card)
         assert isinstance(config, DecodeConfig)
         tile = (config.tokens, config.warps, config.stages)
