@@ -17,7 +17,7 @@ mooncake_conversation.jsonl are read, the first lines of which are enough.
 
 Both sides have the same pool, which is too small for `mooncake` and `rollouts`.
 
-The wall time of a workload is 15 to 20 s on one H100 or H200. With `--small` every program sleeps
+The wall time of a workload is 15 to 27 s on one H100 or H200. With `--small` every program sleeps
 as long as one of a card would take, more or less, so that the host has the cores for itself, as it
 has them there: it checks the model of time and not the card's, and stores nothing.
 """
@@ -94,7 +94,7 @@ class Size:
 LARGE = Size(
     tokens=1,
     seconds=1.0,
-    counts=dict(azure=120, mooncake=28, burst=140, rollouts=96, chats=160),
+    counts=dict(azure=120, mooncake=40, burst=140, rollouts=96, chats=160),
     pool=24576,
     longest=16384,
     engine=dict(
