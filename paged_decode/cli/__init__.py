@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -35,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("paged-decode: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever reads has enough, as `head` has; nor is the rest flushed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (PagedDecodeError, OSError) as error:
         print(f"paged-decode: {type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -139,7 +141,10 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("workload", type=_workload, help=" or ".join(WORKLOADS))
     text = "only the first so many requests (default: 1000 generated ones, or the whole trace)"
     parser.add_argument("--limit", type=count(1, 10**7), help=text)
-    text = "arrivals per second, generated (default: 1; a trace has its own)"
+    text = (
+        "requests per second (default: 1; a trace has its own); of several turns or calls: when as "
+        "many sessions end as begin"
+    )
     parser.add_argument("--rate", type=number(), help=text)
     option(parser, "--stretch", "of the time between arrivals", type=number(), default=1.0)
     text = "of what is generated (default: 0)"
@@ -275,11 +280,10 @@ def _run_all(cases: Sequence[Case], folder: Path, jobs: int) -> list[dict[str, A
         for case, figures in _figures(missing, jobs):
             path = folder / f"{case.key}.json"
             part = path.with_suffix(".part")
-            text = as_json(figures)
-            part.write_text(text, "utf-8")
+            known[case.key] = json.loads(as_json(figures))
+            part.write_text(as_json({"digest": _digest(figures), **figures}), "utf-8")
             part.replace(path)  # whole or absent, so a sweep that was cut off can go on
             bar.update()
-            known[case.key] = json.loads(text)
     return [figures for case in cases if (figures := known[case.key]) is not None]
 
 
@@ -289,7 +293,13 @@ def _stored(path: Path) -> dict[str, Any] | None:
         figures = json.loads(path.read_text("utf-8"))
     except (FileNotFoundError, ValueError, RecursionError):
         return None
-    return figures if isinstance(figures, dict) and "requests" in figures else None
+    whole = isinstance(figures, dict) and figures.pop("digest", None) == _digest(figures)
+    return figures if whole else None
+
+
+def _digest(figures: dict[str, Any]) -> str:
+    """Says whether figures are those that were written."""
+    return hashlib.sha256(json.dumps(figures).encode()).hexdigest()
 
 
 def _figures(cases: Sequence[Case], jobs: int) -> Iterator[tuple[Case, dict[str, Any]]]:
@@ -317,7 +327,8 @@ def _print_sweep(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
         for run in runs
     ]
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    fits = max(i for i in range(1, len(head) + 1) if i == 1 or sum(widths[:i]) + 2 * i <= 82)
+    most = shutil.get_terminal_size().columns + 2
+    fits = max(i for i in range(1, len(head) + 1) if i == 1 or sum(widths[:i]) + 2 * i <= most)
     print_table(tuple(head[:fits]), [tuple(row[:fits]) for row in rows])
 
 

@@ -163,7 +163,8 @@ class EngineStats:
 
     Attributes:
       visits: turns of the host: calls of `step`, whoever makes them.
-      prefill_tokens: tokens computed by prefill; recomputed_tokens of them for a second time.
+      prefill_tokens: tokens computed by prefill; recomputed_tokens of them again: their sample, or
+        another of its prompt, had them in the cache before.
       prefix_hit_tokens: prompt tokens found in the prefix cache at first admission.
       decode_tokens: tokens generated; draft_tokens of them were drafts, and took no step.
       preemptions: times that a sample lost its pages to another one.

@@ -57,7 +57,7 @@ class Forks(ABC):
             prepared = in_groups(self.allocator.prepare([child.handle], length))
         except (OutOfPages, PageTableError):  # or a window has given back what it begins with
             self._leaving.append(child.handle)
-            child.handle, child.computed = None, 0
+            child.leave_pages()
             self.waiting.put(child)
             self.release()
             return ()
@@ -76,6 +76,7 @@ class Forks(ABC):
             fits = sample.asked or self.room.has_fork(sibling, here, shard, forked=position)
             if self._seats.full or not fits:
                 for other in siblings[position:]:
+                    other.known = sample.computed
                     self.waiting.put(other)
                 return
             self._fork(sibling, sample)

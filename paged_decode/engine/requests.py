@@ -76,6 +76,7 @@ class Sample:
       siblings: further samples of the prompt, forked when it is in the cache.
       handle: its pages; None while it has none.
       computed: tokens whose keys and values are in the cache, or will be by programs launched.
+      known: tokens that were computed before its pages went, by it or by whom it came from.
       priority, place: when it came, and how much sooner its turn is, as `WaitingQueue` says.
       slot: its row on the device from admission to its last visit; None without one.
       in_flight: tokens that visits were launched for and that are not read yet.
@@ -100,6 +101,7 @@ class Sample:
     siblings: list[Sample] = field(default_factory=list)
     handle: Any = None  # a Handle
     computed: int = 0
+    known: int = 0
     preemptions: int = 0
     priority: int = 0
     limit: int = _UNLIMITED
@@ -121,6 +123,8 @@ class Sample:
 
     def __post_init__(self) -> None:
         self.bound(self.limit)
+        if self.generated:
+            self.known = max(self.known, len(self.tokens) - 1)
         asked = self.sampling.prompt_logprobs is not None and not self.generated
         if asked and self.scores is None:
             self.scores = Scores(self.prompt_len)
@@ -154,6 +158,11 @@ class Sample:
     def admit(self, now: float, cached: int | None) -> None:
         """It has pages, so many tokens of which were there already; the first time counts."""
         self.times = self.begin(now).admit(now, cached)
+
+    def leave_pages(self) -> None:
+        """It has none from here on, and will compute its tokens again."""
+        self.known = max(self.known, self.computed)
+        self.handle, self.computed, self.in_flight = None, 0, 0
 
     @property
     def generated(self) -> int:

@@ -71,6 +71,7 @@ class Scheduler(Renews):
       pins: prefixes that keep their pages.
       limits: who has to begin or to end by when; `expire` when `limits.passed`.
       on_admitted: called with a sample that has got pages, for whoever watches.
+      on_release: called before pages of who is gone are freed.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Scheduler(Renews):
         self.allocator, self.config, self.stats, self.room = allocator, config, stats, room
         self.limit, self.swapping, self.clock = limit, swapping, clock
         self.on_admitted: Callable[[Sample], object] | None = None
+        self.on_release: Callable[[], object] | None = None
         self._journal = Journal(outcomes, texts, clock)
         self.living = self._journal.living
         self.waiting = WaitingQueue(allocator.page_size, config.priority_ageing)
@@ -161,6 +163,8 @@ class Scheduler(Renews):
     def release(self) -> None:
         """Free the pages of who is gone; if a user's rank raises, the next time."""
         if self._leaving:
+            if self.on_release is not None:
+                self.on_release()
             self.allocator.free(self._leaving)
             self._leaving = []
 
@@ -186,8 +190,8 @@ class Scheduler(Renews):
         self.pins.clear()
         anew: dict[int, Scores] = {}  # of prompts that nobody was told of, by what was known
         for sample in samples:
-            sample.handle, sample.slot, sample.computed, sample.in_flight = None, None, 0, 0
-            sample.siblings = []
+            sample.leave_pages()
+            sample.slot, sample.siblings = None, []
             if sample.scores is not None and not sample.generated:
                 sample.scores = anew.setdefault(id(sample.scores), Scores(sample.prompt_len))
             self.waiting.put(sample)
@@ -244,8 +248,6 @@ class Scheduler(Renews):
             sample.computed = self.allocator.sequence(handle).computed
         if sample.preemptions == 0:
             self.stats.prefix_hit_tokens += sample.computed
-        else:
-            self.stats.recomputed_tokens += len(sample.tokens) - 1 - sample.computed
         self.stats.note_usage(self.allocator.num_used)
 
     def _seat(self, sample: Sample, digests: list[bytes], cached: int | None = None) -> None:
@@ -309,6 +311,8 @@ class Scheduler(Renews):
         ends = self._prefilling.turn(plans)
         self._scored += scored_by(plans)
         self.stats.prefill_tokens += sum(end - sample.computed for sample, end in ends)
+        again = (min(end, sample.known) - sample.computed for sample, end in ends)
+        self.stats.recomputed_tokens += sum(max(0, count) for count in again)
         self.allocator.commit([s.handle for s, _ in ends], [end for _, end in ends])
         for sample, end in ends:
             sample.computed = end
@@ -474,7 +478,7 @@ class Scheduler(Renews):
             self.waiting.take(sample)
             return
         self._leaving.append(sample.handle)
-        sample.handle, sample.computed, sample.in_flight = None, 0, 0
+        sample.leave_pages()
         if sample.slot is not None:
             self._seats.leave([sample])
         elif not sample.pinned:

@@ -95,7 +95,7 @@ CARD = {
 """What an H100 gets of its data sheet."""
 
 _LAUNCH_SECONDS = 20e-6
-_FORM = 2  # of the figures: files of an older one are not taken for a run's
+_FORM = 3  # of the figures: files of an older one are not taken for a run's
 
 
 @dataclass(frozen=True, slots=True)

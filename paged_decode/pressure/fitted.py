@@ -97,7 +97,7 @@ def fit_program(timings: Sequence[tuple[Program, float]], decode_steps: int) -> 
 
 def fit_line(points: Sequence[tuple[int, float]]) -> Line:
     """The line through points (size, seconds), with the least sum of absolute errors in effect: the
-    median at every size counts, as a host has slow moments.
+    median at every size counts, as a host has slow moments. Residuals are those of all points.
 
     Raises:
       ValueError: there are none.
@@ -108,9 +108,10 @@ def fit_line(points: Sequence[tuple[int, float]]) -> Line:
     middle = [float(np.median([s for size, s in points if size == each])) for each in sizes]
     times = np.maximum(middle, 1e-9)
     terms = np.stack([np.ones(len(sizes)), np.array(sizes, float)], axis=1)
-    factors, errors = _least(terms, times)
+    factors, _ = _least(terms, times)
     base, each = factors.tolist()
-    return Line(base, each, len(points), *_sizes(errors))
+    errors = [(base + each * size) / max(seconds, 1e-9) - 1 for size, seconds in points]
+    return Line(base, each, len(points), *_sizes(np.array(errors)))
 
 
 def _sizes(errors: np.ndarray) -> tuple[float, float]:
@@ -197,6 +198,26 @@ class Fitted:
         names = (*_SIZES[1:], *_BUCKETS, "prefill_tokens")
         return EngineConfig(**{name: self.sizes[name] for name in names})
 
+    def _check(self, count: int) -> None:
+        """Raise ValueError unless it has every program of its engine, once, with all its terms."""
+        config = self.config  # which refuses sizes that contradict each other
+        if len(self.programs) != count:
+            raise ValueError("expected every shape of a program once")
+        steps = {config.decode_steps, 0 if config.decode_steps > 1 else 1}
+        needed = {("decode", rows, width) for rows in config.row_buckets for width in steps}
+        needed |= {("prefill", config.prefill_rows, width) for width in config.chunk_buckets}
+        if missing := sorted(needed - {*self.programs}):
+            kind, rows, width = missing[0]
+            raise ValueError(f"no {kind} program of {rows} rows and width {width}")
+        lengths: dict[bool, set[int]] = {True: set(), False: {2}}
+        for fit in self.programs.values():
+            lengths[fit.kind in ("prefill", "decode")].add(len(fit.factors))
+        if len(lengths[True]) != 1 or min(lengths[True]) < 4 or lengths[False] != {2}:
+            raise ValueError(
+                "expected 2 factors of every copy, and 4 of other programs, with one more for each "
+                f"window; got {sorted(lengths[False] | lengths[True])}"
+            )
+
     def write(self, path: str | Path) -> None:
         """Write it as JSON."""
         value = {
@@ -224,8 +245,9 @@ class Fitted:
             about = {name: each for name, each in value.items() if name not in known}
             fits = [_fit(each) for each in value["programs"]]
             host = {work: _line(work, value["host"]) for work in HOST_WORK}
-            sizes = _engine_sizes(value["engine"])
-            return cls({fit[:3]: fit for fit in fits}, host, sizes, about)
+            found = cls({fit[:3]: fit for fit in fits}, host, _engine_sizes(value["engine"]), about)
+            found._check(len(fits))
+            return found
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             why = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"{printable(path)} has no calibrated costs: {why}") from None
@@ -250,7 +272,9 @@ def _line(work: str, values: Mapping[str, Any]) -> Line:
 
 def _quality(value: Mapping[str, Any]) -> tuple[int, float, float]:
     mean, most = (as_number(n, value[n], zero=True) for n in ("mean_residual", "max_residual"))
-    return as_whole("points", value["points"]), mean, most
+    if mean > most * (1 + 1e-9):
+        raise ValueError(f"mean_residual must not be above max_residual, got {mean} and {most}")
+    return as_whole("points", value["points"], 1), mean, most
 
 
 def _engine_sizes(value: Mapping[str, Any]) -> dict[str, Any]:

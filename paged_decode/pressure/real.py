@@ -174,6 +174,7 @@ def run(
         coming = in_order(requests)
         upcoming = next(coming, None)
         start = time.perf_counter()
+        engine.scheduler.on_release = lambda: usage.held(time.perf_counter() - start)
         while upcoming is not None or not engine.idle:
             now = time.perf_counter() - start
             while (
@@ -186,7 +187,7 @@ def run(
             if engine.idle and upcoming is not None:
                 wait = upcoming.arrival_seconds * time_scale - now
                 time.sleep(min(max(0.0, wait), _LONGEST_SLEEP))
-                usage.note_idle(time.perf_counter() - start)
+                usage.held(time.perf_counter() - start)
                 continue
             ended = watch.note(engine.step(), time.perf_counter() - start)
             usage.note(time.perf_counter() - start, *watch.counts(before))
@@ -218,15 +219,16 @@ def _since(before: EngineStats, now: EngineStats, usage: UsageLog) -> EngineStat
 @contextmanager
 def _watched(engine: Engine) -> Iterator[_Watch]:
     """Watches the engine for the time of a run, which takes its requests with it if it fails."""
-    watch, watched = _Watch(engine), engine.scheduler.on_admitted
-    engine.scheduler.on_admitted = watch.admitted
+    watch, scheduler = _Watch(engine), engine.scheduler
+    watched = scheduler.on_admitted, scheduler.on_release
+    scheduler.on_admitted = watch.admitted
     try:
         yield watch
     except BaseException:
         engine._withdraw(watch.living())
         raise
     finally:
-        engine.scheduler.on_admitted = watched
+        scheduler.on_admitted, scheduler.on_release = watched
 
 
 class _Watch:
@@ -276,7 +278,8 @@ class _Watch:
                 record.output_tokens += 1
                 record.first_seconds = now if record.first_seconds is None else record.first_seconds
             if event.finish_reason is not None:
-                record.note_end(event.finish_reason, now)
+                told = event.figures
+                record.note_end(event.finish_reason, now, told.preemptions if told else 0)
                 self._open[number] -= 1
                 if self._open[number] == 0:
                     del self._open[number]

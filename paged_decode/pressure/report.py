@@ -24,7 +24,7 @@ LIFETIME_EDGES = tuple(2.0**i for i in range(-10, 15))
 TOO_LONG = "too long"
 """The ending of a request whose prompt and one token can never fit."""
 
-_WASTE_EVERY = 32  # visits: the tail waste takes a look at every page
+_EVERY_VISIT, _EVERY = 1024, 32  # visits that all are looked at for tail waste; then every 32nd
 
 
 def as_json(value: Any) -> str:
@@ -36,6 +36,8 @@ def as_json(value: Any) -> str:
 class Record:
     """One request; times in seconds from the start, None if it never got there.
 
+    `output_tokens` and `preemptions` are those of all its samples; `hit_tokens` are tokens of the
+    prompt that were in the prefix cache when its first sample was admitted.
     `finished` is whether it got all its tokens. `ending` says how it ended: "length" with all of
     them; "too long" if the prompt and one token can never fit; "capacity" if the output outgrew the
     pool, or the longest sequence that the engine takes; "invalid_logits" if the model gave no
@@ -58,10 +60,11 @@ class Record:
         """One of its samples has got pages, for the first time or again."""
         if sample.preemptions == 0 and sample.index == 0:
             self.hit_tokens = sample.computed
-        self.preemptions = max(self.preemptions, sample.preemptions)
 
-    def note_end(self, reason: str, seconds: float) -> None:
-        """One of its samples has ended; the request ends with the last, as the worst of them."""
+    def note_end(self, reason: str, seconds: float, preemptions: int = 0) -> None:
+        """One of its samples has ended, preempted so often; the request ends with the last, as the
+        worst of them."""
+        self.preemptions += preemptions
         self.end_seconds = max(seconds, self.end_seconds or 0.0)
         if self.ending in (None, "length"):
             self.ending = reason
@@ -89,12 +92,14 @@ class Report:
     the percentiles of what never came. `finished`, `too_long`, `outgrown` and `invalid_logits`
     count requests by how they ended (see `Record.ending`), and add up to `requests`;
     `max_sequence_tokens` is what they had to fit. `hit_rate` is the part of the prompt tokens of
-    requests that fit which was found in the prefix cache; `recompute_tax` is the part of all
-    computed tokens that was computed again; `utilisation` the mean part of the pool in use;
-    `tail_waste` the mean part of the used pages' slots that held no token. `lifetimes` counts pages
-    by how long their content stayed, from being taken to being freed or evicted: one number per
-    bin, below the first, between two, and above the last of `LIFETIME_EDGES`. Pages are those
-    of the first group of layers; figures of others end with the group's number: "evictions/1".
+    requests that fit which their first samples found in the prefix cache; `recompute_tax` is the
+    part of all computed tokens that was computed again, by the sample that had lost it or by
+    another one of its prompt; `utilisation` the mean part of the pool in use, over time;
+    `tail_waste` the mean part of the used pages' slots that held no token when visits had been
+    read, over the time that some were used. `lifetimes` counts pages by how long their content
+    stayed, from being taken to being freed or evicted: one number per bin, below the first, between
+    two, and above the last of `LIFETIME_EDGES`. Pages are those of the first group of layers;
+    figures of others end with the group's number: "evictions/1".
 
     `timeline` has up to 512 points in order of time, as columns: `seconds`; pages that are free,
     cached (evictable), owned by one sequence, shared by several; samples that wait in the engine
@@ -163,25 +168,32 @@ class UsageLog:
         self._born = np.zeros(allocator.num_pages)  # when they got it
         self._lifetimes = np.zeros(len(LIFETIME_EDGES) + 1, np.int64)
         self._now = 0.0
-        self._used = np.zeros(len(allocator.pools))
-        self._peak = np.zeros(len(allocator.pools), np.int64)
+        self._used = [0.0] * len(allocator.pools)  # pages times seconds
+        self._peak = [0] * len(allocator.pools)
         self._before = [allocator.stats(group) for group in range(len(allocator.pools))]
-        self._visits = self._looks = 0
-        self._waste = 0.0
+        self._visits, self._due = 0, True
+        self._waste = self._wasted = self._in_use = 0.0
         self._timeline, self._counts = Timeline(), (0, 0, 0)
+
+    def held(self, now: float) -> None:
+        """What is held now was held since the last call: it is about to change, or nothing ran."""
+        passed, self._now = now - self._now, now
+        others = (self._allocator.stats(g).used for g in range(1, len(self._used)))
+        for group, used in enumerate((self._allocator.num_used, *others)):
+            self._used[group] += passed * used
+            self._peak[group] = max(self._peak[group], used)
+        if passed > 0 and self._allocator.num_used:
+            if self._due:  # it takes a look at every page
+                self._waste, self._due = self._allocator.stats().tail_waste, False
+            self._wasted += passed * self._waste
+            self._in_use += passed
 
     def note(self, now: float, waiting: int = 0, running: int = 0, preemptions: int = 0) -> None:
         """A visit has ended at this time, in seconds from the start."""
         allocator = self._allocator
-        others = (allocator.stats(g).used for g in range(1, len(self._used)))
-        used = np.array([allocator.num_used, *others])
-        self._used += (now - self._now) * used
-        self._peak = np.maximum(self._peak, used)
-        self._now = now
-        if self._visits % _WASTE_EVERY == 0 and allocator.num_used:
-            self._waste += allocator.stats().tail_waste
-            self._looks += 1
+        self.held(now)
         self._visits += 1
+        self._due = self._due or self._visits < _EVERY_VISIT or self._visits % _EVERY == 0
         states, stamps = allocator.page_states(), allocator.page_stamps()
         # Of plain ints numpy makes no wider numbers.
         holds = (states != int(PageState.FREE)) & (states != int(PageState.NULL))
@@ -194,12 +206,6 @@ class UsageLog:
         self._held, self._stamps = holds, stamps
         self._counts = waiting, running, preemptions
         self._timeline.note(lambda: self._point(states))
-
-    def note_idle(self, now: float) -> None:
-        """Nothing ran since the last visit: what is held now was held all the time."""
-        others = (self._allocator.stats(g).used for g in range(1, len(self._used)))
-        self._used += (now - self._now) * np.array([self._allocator.num_used, *others])
-        self._now = now
 
     def _point(self, states: np.ndarray) -> Point:
         kinds = PageState.FREE, PageState.CACHED, PageState.OWNED, PageState.SHARED
@@ -215,18 +221,18 @@ class UsageLog:
         """Evictions, copies, and the most pages used at once, since the log began."""
         before, now = self._before[group], self._allocator.stats(group)
         # The allocator's own peak is exact, but may be older than the log; then: at visits' ends.
-        peak = now.peak_used if now.peak_used > before.peak_used else int(self._peak[group])
+        peak = now.peak_used if now.peak_used > before.peak_used else self._peak[group]
         return now.evictions - before.evictions, now.copies - before.copies, peak
 
     def utilisation(self, group: int = 0) -> float:
         """Mean part of the usable pages that had an owner, weighted by time."""
         usable = self._allocator.pools[group][0] - 1
-        return float(self._used[group]) / self._now / usable if self._now else 0.0
+        return self._used[group] / self._now / usable if self._now else 0.0
 
     @property
-    def tail_waste(self) -> float:
-        """Mean part of the used pages' slots without a token, over every 32nd visit."""
-        return self._waste / self._looks if self._looks else 0.0
+    def tail_waste(self) -> float | None:
+        """Mean part of the used pages' slots without a token, over the time that some were used."""
+        return self._wasted / self._in_use if self._in_use else None
 
     @property
     def lifetimes(self) -> tuple[int, ...]:

@@ -62,7 +62,8 @@ def agents(
     block_tokens = as_whole("block_tokens", block_tokens, 1)
     system = as_whole("system_blocks", system_blocks, 1)
     task = as_whole("task_blocks", task_blocks, 1)
-    ends = 1 / (1 + as_number("calls - 1", calls - 1, zero=True))
+    if (calls := as_number("calls", calls)) < 1:
+        raise ValueError(f"calls must be 1 or more, got {calls}")
     sigma = as_number("sigma", sigma, zero=True)
     chance = as_number("pause_chance", pause_chance, zero=True, most=1.0)
     log_tool = np.log(as_number("tool_median", tool_median))
@@ -75,7 +76,7 @@ def agents(
         blocks = [*range(first, first + system), *range(fresh, fresh + task)]
         fresh += task
         when = start
-        for _ in range(int(rng.geometric(ends))):
+        for _ in range(int(rng.geometric(1 / calls))):
             length = len(blocks) * block_tokens
             output = drawn_length(rng.lognormal(log_output, sigma))
             requests.append(Request(when, tuple(blocks), block_tokens, length, output))

@@ -37,7 +37,7 @@ from ..engine.scheduler import Scheduler
 from ..engine.swapping import TierSwapping
 from ..policies import AdmissionPolicy, PreemptionPolicy, VictimPolicy
 from ..tiers import HostTier
-from ._values import as_whole
+from ._values import as_number, as_whole
 from .clairvoyant import Belady, ForetoldRoom
 from .costs import CostModel, HostCosts, Program
 from .programs import decode_program, prefill_program
@@ -103,6 +103,7 @@ class _ModelledRunner:
         windows: Sequence[int],
     ):
         self.cache, self._windows = cache, windows
+        self.texts: list[int] = []  # of each request, the token that its first sample generates
         self._config, self._costs, self._clock, self._stats = config, costs, clock, stats
         self._shapes: set[tuple[int, int]] = set()
         self._host = costs if isinstance(costs, HostCosts) else None
@@ -132,7 +133,7 @@ class _ModelledRunner:
         plan = ticket.plan
         self._clock.wait(ticket.out)
         self.spend_host("read", int(plan.budgets.sum()))
-        texts = np.array([_generated(sample) for sample in plan.samples], np.int32)
+        texts = np.array([self.texts[s.request_id] + s.index for s in plan.samples], np.int32)
         tokens = np.broadcast_to(texts, (int(plan.budgets.max()), len(texts)))
         return Result(tokens, plan.budgets, np.zeros(len(texts), bool))
 
@@ -187,7 +188,7 @@ class _Records:
                     record.first_seconds = self._clock.now
                 record.output_tokens += len(tokens)
             if reason is not None:
-                record.note_end(reason, self._clock.now)
+                record.note_end(reason, self._clock.now, sample.preemptions)
                 if self._belady is not None:  # it may have waited
                     self._belady.begin(sample.request_id)
                     self._belady.come_back(sample)
@@ -286,6 +287,7 @@ class _Simulation:
     ):
         self.allocator, self.config, self.clock = allocator, config, _Clock()
         self.stats, self.limit = EngineStats(), sequence_limit(config, allocator)
+        self._text = FIRST_GENERATED  # no two samples generate the same
         self.runner = _ModelledRunner(
             _pool_without_memory(allocator),
             config,
@@ -320,11 +322,12 @@ class _Simulation:
     def run(self, coming: Iterator[Request], queue_rows: int) -> Report:
         """Hand over what has arrived, visit after visit."""
         upcoming, usage = next(coming, None), UsageLog(self.allocator)
+        self.scheduler.on_release = lambda: usage.held(self.clock.now)
         room = queue_rows * self.config.max_rows
         while upcoming is not None or not self.idle:
             if self.idle and upcoming is not None:
                 self.clock.now = max(self.clock.now, upcoming.arrival_seconds)
-                usage.note_idle(self.clock.now)
+                usage.held(self.clock.now)
             now = self.clock.now
             while (
                 upcoming is not None
@@ -349,6 +352,8 @@ class _Simulation:
         number, size = len(self.records.records), request.prompt_tokens
         record = Record(number, request.arrival_seconds, size, samples=request.samples)
         self.records.records[number] = record
+        self.runner.texts.append(self._text)
+        self._text += request.samples
         if size + 1 > self.limit:
             self.records.refuse(number)
             return
@@ -365,19 +370,14 @@ def _cost(costs: CostModel, program: Program) -> float:
     return _time(costs.seconds(program), program, "seconds")
 
 
-def _time(seconds: float, of: object, method: str) -> float:
+def _time(seconds: Any, of: object, method: str) -> float:
     """A time that a cost model has given; what is none would stop the clock for good."""
-    if 0 <= seconds < float("inf"):
-        return float(seconds)
-    raise ValueError(f"costs.{method} must be a finite time of 0 or more, got {seconds} for {of}")
+    if type(seconds) is float and 0 <= seconds < float("inf"):
+        return seconds
+    return as_number(f"the time of {of} by costs.{method}", seconds, zero=True)
 
 
 def _pool_without_memory(allocator: BlockAllocator) -> KVCache:
     groups = (PageSpec((i,), 1, 1, n, window=w) for i, (n, w) in enumerate(allocator.pools))
     layout = CacheLayout(allocator.page_size, tuple(groups))
     return jax.eval_shape(lambda: KVCache.create(layout=layout))
-
-
-def _generated(sample: Sample) -> int:
-    """A token for the text of this sample alone: of 2**20 requests with 2**10 samples each."""
-    return FIRST_GENERATED + (sample.request_id * 2**10 + sample.index) % FIRST_GENERATED

@@ -160,6 +160,8 @@ def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
             where = f"{_shown(path)}, line {number}"
             if len(line) == _LONGEST_LINE:
                 raise ValueError(f"{where}: expected lines of less than {_LONGEST_LINE} bytes")
+            if number == 1 and line.startswith(b"\x1f\x8b"):
+                raise ValueError(f"{where}: expected UTF-8, got gzip; unpack it")
             if number == 1 and line.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
                 raise ValueError(
                     f"{where}: expected UTF-8 without a byte order mark, got one; convert it"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -91,9 +93,10 @@ def test_a_sweep_writes_its_files_and_does_not_repeat_itself(tmp_path, capsys):
     cases = [p for p in tmp_path.glob("tree-*.json")]
     cases[0].unlink()  # as if it had been cut off
     cases[1].write_text('{"seconds": 1')  # or somebody had broken it
-    kept = {p: p.stat().st_mtime_ns for p in cases[2:]}
+    cases[2].write_text(re.sub('"hit_rate": [^,]*', '"hit_rate": 5.0', cases[2].read_text()))
+    kept = {p: p.stat().st_mtime_ns for p in cases[3:]}
     assert main(line) == 0
-    assert {p: p.stat().st_mtime_ns for p in cases[2:]} == kept
+    assert {p: p.stat().st_mtime_ns for p in cases[3:]} == kept
     assert strict(tmp_path / "sweep.json") == runs
 
     capsys.readouterr()
@@ -102,6 +105,13 @@ def test_a_sweep_writes_its_files_and_does_not_repeat_itself(tmp_path, capsys):
     assert "hit_rate" in shown and "(x1.00)" in shown and "[4]  eviction fifo, 512" in shown
     assert max(map(len, shown.splitlines())) <= 80
     assert rows_of(tmp_path / "compare.csv") == 4
+
+    read, write = os.pipe()
+    os.close(read)  # whoever read it has enough
+    again = [sys.executable, "-m", "paged_decode.cli", "pressure", "compare", "sweep.json"]
+    done = subprocess.run(again, cwd=tmp_path, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_one_run_of_a_sweep_is_shown_over_its_time(tmp_path):

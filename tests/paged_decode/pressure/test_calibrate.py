@@ -48,6 +48,7 @@ def test_a_slow_moment_of_the_host_is_no_part_of_its_line():
     points = [(size, 1e-3 + 1e-6 * size) for size in (1, 10, 100) for _ in range(5)]
     line = fit_line([*points, (10, 1.0), (100, 2.0)])
     assert (line.base, line.each) == pytest.approx((1e-3, 1e-6))
+    assert line.points == 17 and 0.1 < line.mean_residual < line.max_residual < 1
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +136,15 @@ def test_recompute_takes_the_chunks_and_swap_needs_a_tier_to_be_measured(engine_
         (lambda value: value["host"].pop("read"), "'read' is missing"),
         (lambda value: value["engine"].update(max_rows=0), "max_rows must be"),
         (lambda value: value["programs"][0].update(kind="other"), "unknown kind"),
+        (lambda value: value["programs"][0]["factors"].pop(), "expected 2 factors of every copy"),
+        (lambda value: [each.update(factors=[]) for each in value["programs"]], "expected 2 fac"),
+        (lambda value: value["programs"].append(value["programs"][0]), "every shape .* once"),
+        (lambda value: value["programs"].pop(0), "no decode program of 1 rows and width"),
+        (lambda value: value.update(programs=[]), "no decode program of 1 rows"),
+        (lambda value: value["engine"].update(decode_steps=64), "no decode program of 1 rows"),
+        (lambda value: value["engine"].update(row_buckets=[3, 2]), "row_buckets"),
+        (lambda value: value["programs"][0].update(points=0), "points must be"),
+        (lambda value: value["programs"][0].update(mean_residual=9.0), "above max_residual"),
     ],
 )
 def test_a_file_that_is_none_is_named_with_what_is_wrong(engine_and_costs, tmp_path, change, why):

@@ -81,6 +81,24 @@ def test_a_pool_that_waits_for_a_request_is_not_in_use():
     assert report.figures["utilisation"] < 0.1
 
 
+def test_pages_are_in_use_until_they_are_freed_whenever_the_host_looks():
+    # One request after another holds 63 of 64 pages for the 1000 s of its prompt and its token.
+    work = [Request(1001.0 * i, (i,), 1000, 1000, 1) for i in range(5)]
+    config = EngineConfig(max_rows=1, decode_steps=1, prefill_chunk=1000)
+    allocator = BlockAllocator(65, 16, prefix_cache=False)
+    figures = simulate(work, allocator, One(), config=config).figures
+    assert figures["utilisation"] == pytest.approx(63 / 64 * 1000 / 1001, rel=1e-3)
+    # The slots without a token are those of the newest page: 1000 tokens, or 999 of them.
+    assert figures["tail_waste"] == pytest.approx(1 - 1000 / 63 / 16, abs=1e-3)
+
+
+def test_tail_waste_is_a_mean_over_time_and_not_that_of_the_beginning():
+    # One token and then 240: of ever more pages, one is not full when a visit has been read.
+    work, config = [Request(0.0, (0,), 1, 1, 240)], EngineConfig(max_rows=1, decode_steps=8)
+    figures = simulate(work, BlockAllocator(33, 16), One(), config=config).figures
+    assert 0.05 < figures["tail_waste"] < 0.3
+
+
 def test_requests_are_counted_by_how_they_ended():
     work = [request(0.0, range(9), 1), request(0.0, [1], 90), request(0.0, [1], 4)]
     report = simulate(work, BlockAllocator(9, 4), PerKind(), config=CONFIG)
@@ -178,9 +196,9 @@ class Seconds:
         return self.value
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0, None, "1"])
 def test_a_cost_that_is_no_time_is_refused_and_never_ends_the_clock(bad):
-    with pytest.raises(ValueError, match="finite time"):
+    with pytest.raises(ValueError, match="by costs.seconds must be a finite number"):
         simulate([request(0.0, [1], 4)], BlockAllocator(9, 4), Seconds(bad), config=CONFIG)
 
 

@@ -155,6 +155,53 @@ def test_a_swapped_sample_takes_the_copies_computed_by_hand():
         assert report.figures["swapped_in_pages"] == (0 if tier is None else 2)
 
 
+class Counting(PerKind):
+    """How many tokens are prefilled."""
+
+    tokens = 0
+
+    def seconds(self, program):
+        self.tokens += program.tokens if program.kind == "prefill" else 0
+        return super().seconds(program)
+
+
+@pytest.mark.parametrize("swaps", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_recompute_tax_counts_what_was_computed_again_and_nothing_else(seed, swaps):
+    """Prompts that share nothing: all that is prefilled beyond each of them once was there before,
+    whether a sample was preempted in its prompt or behind it, or came too late to share pages."""
+    rng, costs = np.random.default_rng(seed), Counting()
+    work = [
+        Request(float(at), (i,), prompt, prompt, output, samples=samples)
+        for i, (at, prompt, output, samples) in enumerate(
+            zip(
+                rng.integers(0, 300, 24).cumsum(),
+                rng.integers(1, 60, 24).tolist(),
+                rng.integers(1, 60, 24).tolist(),
+                rng.integers(1, 4, 24).tolist(),
+                strict=True,
+            )
+        )
+    ]
+    config = EngineConfig(max_rows=6, decode_steps=4, prefill_chunk=8, max_sequence_tokens=128)
+    tier = HostTier(400, buckets=(4,)) if swaps else None
+    report = simulate(work, BlockAllocator(40, 4), costs, config=config, tier=tier)
+    again = costs.tokens - sum(each.prompt_tokens - 1 for each in work)
+    made = sum(each.output_tokens * each.samples for each in work)
+    assert report.figures["recompute_tax"] == pytest.approx(again / (costs.tokens + made))
+    assert report.figures["preemptions"] == sum(r.preemptions for r in report.records) > 3
+    assert again > 0 or swaps
+
+
+def test_no_two_of_many_samples_generate_the_same_text():
+    # A page of the prompt, and for each sample one that it has filled.
+    work = [Request(100.0 * i, (0,), 5, 5, 8, samples=1100) for i in range(2)]
+    config = EngineConfig(max_rows=64, decode_steps=8, prefill_chunk=8)
+    allocator = BlockAllocator(5000, 4)
+    simulate(work, allocator, PerKind(), config=config)
+    assert allocator.stats().published == 1 + 2 * 1100 * 2
+
+
 def test_what_can_never_fit_is_refused_and_what_outgrows_the_pool_ends():
     both = [request(0.0, range(9), 1), request(0.0, [1], 90)]
     report = simulate(both, BlockAllocator(9, 4), PerKind(), config=CONFIG)

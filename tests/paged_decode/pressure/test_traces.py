@@ -1,5 +1,6 @@
 """A trace is read whole and right, or the line that is wrong is named."""
 
+import gzip
 import json
 import os
 import re
@@ -116,6 +117,13 @@ def test_zones_are_all_or_none(tmp_path):
 def test_what_is_no_text_of_utf_8_is_refused(tmp_path, read, text, content):
     (tmp_path / "trace").write_bytes(content(text))
     with pytest.raises(ValueError, match="trace, line 1: "):
+        list(read(tmp_path / "trace"))
+
+
+@pytest.mark.parametrize("read, text", [(read_mooncake, rows({})), (read_azure, HEAD + ROW)])
+def test_a_compressed_trace_is_to_be_unpacked(tmp_path, read, text):
+    (tmp_path / "trace").write_bytes(gzip.compress(text.encode()))
+    with pytest.raises(ValueError, match="line 1: .*gzip; unpack it"):
         list(read(tmp_path / "trace"))
 
 
