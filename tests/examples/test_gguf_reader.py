@@ -89,7 +89,7 @@ def test_a_whole_file_reads_as_the_oracle_reads_it(tmp_path):
     same_as_oracle(file)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_real_file_reads_as_the_oracle_reads_it(real_gguf):
     same_as_oracle(read_gguf(real_gguf))
 

@@ -21,6 +21,7 @@ from .tiny_models import GPT_OSS, gpt_oss_weights, write_gpt_oss
 CASES = json.loads(golden.FILE.read_text())["cases"]
 
 
+@pytest.mark.long
 def test_prefill_in_chunks_and_decode_equal_the_golden_file(tmp_path):
     """Across the window, in a pool that has no page too many, with NaN in what went back."""
     path = write_gpt_oss(tmp_path / "m.gguf", gpt_oss_weights())

@@ -33,6 +33,7 @@ def test_no_copy_races_and_none_is_read_before_it_arrived(mode):
         assert answer["error"] < 2e-5, (name, answer)
 
 
+@pytest.mark.long
 def test_a_missing_wait_and_an_address_outside_the_pool_are_caught():
     """The interpreter is on trial, with kernels that are broken on purpose."""
     found = run("on_wait", "without waits", "without bounds")

@@ -142,7 +142,13 @@ def turns(done) -> list[list[int]]:
     return [[*prompt, *each.tokens, 1, 2, 3] for prompt, each in zip(PROMPTS, done, strict=True)]
 
 
-@pytest.mark.parametrize("windows", [False, True], ids=["full", "with a window"])
+@pytest.mark.parametrize(
+    "windows",
+    [
+        pytest.param(False, marks=pytest.mark.long, id="full"),
+        pytest.param(True, id="with a window"),
+    ],
+)
 def test_answers_that_are_found_in_the_prefix_cache_have_the_bits_of_computed_ones(windows):
     engine = make(windows=windows)
     following = turns(engine.generate(PROMPTS, DRAWN))

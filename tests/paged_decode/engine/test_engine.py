@@ -47,7 +47,8 @@ def expected() -> dict[tuple[int, ...], tuple[int, ...]]:
 
 
 @pytest.mark.parametrize(
-    "page_size, num_pages", [(1, 400), pytest.param(4, 100, marks=pytest.mark.long), (32, 20)]
+    "page_size, num_pages",
+    [(1, 400), *(pytest.param(*each, marks=pytest.mark.long) for each in ((4, 100), (32, 20)))],
 )
 def test_greedy_tokens_equal_a_dense_forward_at_every_page_size(expected, page_size, num_pages):
     engine = make_engine(num_pages, page_size)

@@ -11,6 +11,7 @@ from paged_decode import BlockAllocator, SamplingParams
 from paged_decode.engine.limits import Limits
 from paged_decode.engine.requests import Sample
 
+from ...selection import for_ci
 from ..tiny import dense_greedy, make_engine, preempt, prompts
 from .test_promises import greedy, host_engine
 
@@ -111,7 +112,7 @@ def test_ten_thousand_that_wait_are_ended_at_once_and_looked_at_only_then():
 # ---- in an engine
 
 
-@pytest.mark.parametrize("visits", range(9))
+@pytest.mark.parametrize("visits", for_ci(range(9), left=(1, 3, 5, 7)))
 def test_a_timeout_ends_a_request_in_every_state_and_nobody_else_notices(visits):
     """Waiting, behind a prefix, prefilling, decoding, with a visit in flight, with siblings."""
     engine, clock = timed(num_pages=30)
