@@ -24,7 +24,7 @@ LIFETIME_EDGES = tuple(2.0**i for i in range(-10, 15))
 TOO_LONG = "too long"
 """The ending of a request whose prompt and one token can never fit."""
 
-_EVERY_VISIT, _EVERY = 1024, 32  # visits that all are looked at for tail waste; then every 32nd
+_EVERY_VISIT, _EVERY = 256, 32  # visits that all are looked at for tail waste; then every 32nd
 
 
 def as_json(value: Any) -> str:
