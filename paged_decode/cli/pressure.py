@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import multiprocessing
 import shlex
 import shutil
@@ -33,6 +31,8 @@ from ..pressure._case import (
     check_workload,
     curves,
     read_workload,
+    store,
+    stored,
 )
 from ..pressure._labels import MAIN_FIGURES, label, quantity, swept
 from ..pressure.clairvoyant import Belady
@@ -273,33 +273,14 @@ def _run_all(cases: Sequence[Case], folder: Path, jobs: int) -> list[dict[str, A
     """The figures of all cases, those that have a file from there."""
     from tqdm import tqdm
 
-    known = {case.key: _stored(folder / f"{case.key}.json") for case in cases}
+    known = {case.key: stored(folder / f"{case.key}.json") for case in cases}
     missing = [case for case in cases if known[case.key] is None]
     done = len(cases) - len(missing)
     with tqdm(total=len(cases), initial=done, unit="run", disable=None) as bar:
         for case, figures in _figures(missing, jobs):
-            path = folder / f"{case.key}.json"
-            part = path.with_suffix(".part")
-            known[case.key] = json.loads(as_json(figures))
-            part.write_text(as_json({"digest": _digest(figures), **figures}), "utf-8")
-            part.replace(path)  # whole or absent, so a sweep that was cut off can go on
+            known[case.key] = store(folder / f"{case.key}.json", figures)
             bar.update()
     return [figures for case in cases if (figures := known[case.key]) is not None]
-
-
-def _stored(path: Path) -> dict[str, Any] | None:
-    """Figures of an earlier sweep; None if there are none, or somebody broke the file."""
-    try:
-        figures = json.loads(path.read_text("utf-8"))
-    except (FileNotFoundError, ValueError, RecursionError):
-        return None
-    whole = isinstance(figures, dict) and figures.pop("digest", None) == _digest(figures)
-    return figures if whole else None
-
-
-def _digest(figures: dict[str, Any]) -> str:
-    """Says whether figures are those that were written."""
-    return hashlib.sha256(json.dumps(figures).encode()).hexdigest()
 
 
 def _figures(cases: Sequence[Case], jobs: int) -> Iterator[tuple[Case, dict[str, Any]]]:

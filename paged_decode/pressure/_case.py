@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
@@ -33,7 +34,7 @@ from ._values import as_number, as_whole
 from .clairvoyant import Belady
 from .costs import Roofline
 from .fitted import Fitted
-from .report import Report
+from .report import Report, as_json
 from .sessions import agents, branches, rollouts
 from .simulate import simulate
 from .traces import read_azure, read_mooncake
@@ -52,6 +53,8 @@ __all__ = [
     "check_workload",
     "curves",
     "read_workload",
+    "store",
+    "stored",
 ]
 
 EVICTIONS = {
@@ -252,6 +255,28 @@ def curves(report: Report) -> dict[str, Any]:
         "ttft_quantiles": report.ttft_quantiles(),
         "unfit_requests": [record.request_id for record in report.unfit],
     }
+
+
+def store(path: Path, figures: dict[str, Any]) -> dict[str, Any]:
+    """Write the figures of a run, whole or not at all; returns them as `stored` does."""
+    part, digest = path.with_suffix(".part"), _digest(figures)
+    part.write_text(as_json({"digest": digest, **figures}), "utf-8")
+    part.replace(path)
+    return json.loads(as_json(figures))
+
+
+def stored(path: Path) -> dict[str, Any] | None:
+    """The figures of an earlier run; None if there are none, or somebody changed the file."""
+    try:
+        figures = json.loads(path.read_text("utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
+    whole = isinstance(figures, dict) and figures.pop("digest", None) == _digest(figures)
+    return figures if whole else None
+
+
+def _digest(figures: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(figures).encode()).hexdigest()
 
 
 def read_workload(
