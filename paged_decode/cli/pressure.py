@@ -273,14 +273,16 @@ def _run_all(cases: Sequence[Case], folder: Path, jobs: int) -> list[dict[str, A
     """The figures of all cases, those that have a file from there."""
     from tqdm import tqdm
 
-    known = {case.key: stored(folder / f"{case.key}.json") for case in cases}
-    missing = [case for case in cases if known[case.key] is None]
+    paths = {case: folder / f"{case.key}.json" for case in cases}  # a key is read off its trace
+    known = {case: stored(path) for case, path in paths.items()}
+    missing = [case for case in cases if known[case] is None]
     done = len(cases) - len(missing)
     with tqdm(total=len(cases), initial=done, unit="run", disable=None) as bar:
         for case, figures in _figures(missing, jobs):
-            known[case.key] = store(folder / f"{case.key}.json", figures)
+            store(paths[case], figures)
+            known[case] = figures
             bar.update()
-    return [figures for case in cases if (figures := known[case.key]) is not None]
+    return [figures for case in cases if (figures := known[case]) is not None]
 
 
 def _figures(cases: Sequence[Case], jobs: int) -> Iterator[tuple[Case, dict[str, Any]]]:

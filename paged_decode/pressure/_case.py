@@ -257,12 +257,11 @@ def curves(report: Report) -> dict[str, Any]:
     }
 
 
-def store(path: Path, figures: dict[str, Any]) -> dict[str, Any]:
-    """Write the figures of a run, whole or not at all; returns them as `stored` does."""
-    part, digest = path.with_suffix(".part"), _digest(figures)
-    part.write_text(as_json({"digest": digest, **figures}), "utf-8")
+def store(path: Path, figures: dict[str, Any]) -> None:
+    """Write the figures of a run, whole or not at all."""
+    part = path.with_suffix(".part")
+    part.write_text(as_json({"digest": _digest(figures), **figures}), "utf-8")
     part.replace(path)
-    return json.loads(as_json(figures))
 
 
 def stored(path: Path) -> dict[str, Any] | None:

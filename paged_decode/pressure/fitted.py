@@ -209,13 +209,13 @@ class Fitted:
         if missing := sorted(needed - {*self.programs}):
             kind, rows, width = missing[0]
             raise ValueError(f"no {kind} program of {rows} rows and width {width}")
-        lengths: dict[bool, set[int]] = {True: set(), False: {2}}
-        for fit in self.programs.values():
-            lengths[fit.kind in ("prefill", "decode")].add(len(fit.factors))
-        if len(lengths[True]) != 1 or min(lengths[True]) < 4 or lengths[False] != {2}:
+        fits = self.programs.values()
+        of_models = {len(fit.factors) for fit in fits if fit.kind in ("prefill", "decode")}
+        of_copies = {len(fit.factors) for fit in fits if fit.kind not in ("prefill", "decode")}
+        if len(of_models) != 1 or min(of_models) < 4 or of_copies - {2}:
             raise ValueError(
                 "expected 2 factors of every copy, and 4 of other programs, with one more for each "
-                f"window; got {sorted(lengths[False] | lengths[True])}"
+                f"window; got {sorted(of_models | of_copies)}"
             )
 
     def write(self, path: str | Path) -> None:
