@@ -379,27 +379,24 @@ class Bookkeeping:
         what a snapshot calls the weights.
         """
         cache, rows = self.cache, self.rows
-        live = [] if generation is None else rows.live.tolist()
+        live = np.array([], np.int64) if generation is None else rows.live
         new = cache.generation if generation is None else generation
-        keys = {rows.namespaces[row].key for row in live}
+        keys = {rows.namespaces[row].key for row in live.tolist()}
         roots = {key: Namespace(key, cache.root_digest(key, new)) for key in keys}
 
         def apply() -> None:
-            public = [row for row in live if not (rows.private[row] or self._holds(row))]
-            for row in live:  # first: from here on nothing of before is found or published
-                rows.make_private(row)
+            held = np.any([group.table.end[live] for group in self.groups], axis=0)
+            public = live[(rows.private[live] == 0) & ~held]
+            rows.make_private(live)  # first: from here on nothing of before is found or published
             self.main.pool.clear_cache()
             cache.generation = new
             if weights is not None:
                 cache.num_updates, cache.weights = cache.num_updates + 1, weights
-            for row in live:
+            for row in live.tolist():
                 rows.namespaces[row] = roots[rows.namespaces[row].key]
             rows.private[public] = False
 
         return apply
-
-    def _holds(self, row: int) -> bool:
-        return any(group.table.end[row] for group in self.groups)
 
     def plan_prioritize(self, pages: Iterable[int], priority: int) -> Plan[None]:
         """`BlockAllocator.prioritize`, of pages with ids from 0."""

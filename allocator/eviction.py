@@ -233,7 +233,9 @@ class EvictionQueue(Ranked):
         if self._rank is not None:
             return [self.pop() for _ in range(count)]
         pages = [*islice(self._queued, count)]
-        for page in pages:
+        if len(pages) == len(self._queued):
+            self._queued.clear()
+        for page in pages if self._queued else ():
             del self._queued[page]
         return pages
 

@@ -322,8 +322,7 @@ class PagePool(Generic[C]):
 
     def clear_cache(self: "PagePool[PrefixCache]") -> None:
         """Forget every published page: first those without an owner, in the order of eviction."""
-        self._push(np.array(self.cache.evict(self.cache.num_evictable), np.int32))
-        self.cache.forget_each(list(self.cache.by_page))
+        self._push(np.fromiter(self.cache.clear(), np.int32))
 
     def repair(self, owners: np.ndarray) -> None:
         """Count all anew from what cannot be torn: the rows that hold each page `[N]`, and `raw`.

@@ -343,6 +343,20 @@ class PrefixCache(CachedPages[EvictionQueue]):
         self.by_page, self.published = kept, published
         self.index = {entry.digest: entry for entry in kept.values()}
 
+    def clear(self) -> list[int]:
+        """Forget every page; returns those without an owner, in the order of eviction."""
+        if self.followers:  # who want to hear of each
+            pages = self.evict(self.num_evictable)
+            self.forget_each(list(self.by_page))
+            return pages
+        pages, every = self.eviction.pop_each(self.num_evictable), len(self.by_page)
+        self.by_page, self.index = {}, {}
+        self.published[:] = False
+        self.eviction.known.clear()
+        self.num_evicted += len(pages)
+        self.num_withdrawn += every - len(pages)
+        return pages
+
     def _forget(self, pages: list[int]) -> None:
         entries = [*map(self.by_page.pop, pages)]
         for digest in map(_digest_of, entries):

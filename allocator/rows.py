@@ -201,11 +201,12 @@ class RowTable:
         """Batches have described the tokens below `end`."""
         self.described[row] = np.where(end >= self.length[row], ALL, end)
 
-    def make_private(self, row: int) -> None:
-        """From now on the row publishes nothing, and neither do its forks; what it has published
+    def make_private(self, row: np.ndarray | int) -> None:
+        """From now on rows publish nothing, and neither do their forks; what they have published
         stays."""
         self.private[row], self.borrows[row] = True, False
-        self.digests[row], self.chains[row] = [], []
+        for each in np.atleast_1d(row).tolist():
+            self.digests[each], self.chains[each] = [], []
 
     def close(self, row: int) -> None:
         """Make a row vacant whose sequence has ended."""

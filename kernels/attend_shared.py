@@ -25,7 +25,6 @@ from jaxtyping import Array, Float, Int32
 
 from . import dispatch
 from .annotations import FixedScales
-from .merge import finished, finite, weighed
 from .record import POOLS, AttentionCall
 from .shared_prefix import SharedPrefix
 
@@ -98,32 +97,17 @@ def _merged(
 ) -> tuple[Array, Array]:
     """The attention of each row, from that over its tail and over what it shares."""
     with jax.named_scope("paged_decode.shared_prefix"):
-        out, lse = dispatch.attend(_prefixes(call, shared), names)
-        kv_heads, group, dim = call.kv_heads, call.group, call.dim
-        # [V * cuts, Hk * (R / cuts) * G, ...]: every row's own is somewhere along it.
-        per_row = (len(out), kv_heads, -1, group)
-        out = jnp.swapaxes(out.reshape(*per_row, dim), 1, 2).reshape(-1, call.heads, dim)
-        lse = jnp.swapaxes(lse.reshape(per_row), 1, 2).reshape(-1, call.heads)
-        out = out.at[shared.place].get(mode="fill", fill_value=0)
-        lse = lse.at[shared.place].get(mode="fill", fill_value=-jnp.inf)
-        return _joined((out[:, None], lse[:, None]), tails, call.sink)
-
-
-def _joined(
-    one: tuple[Array, Array], other: tuple[Array, Array], sink: Array | None
-) -> tuple[Array, Array]:
-    """`merge_attention` of two parts, which XLA fuses with the gather of one: it stacks none."""
-    top = jnp.maximum(one[1], other[1])
-    (first, mass), (second, more) = (weighed(*part, finite(top)) for part in (one, other))
-    out, lse = finished(first + second, top, mass + more, sink)
-    return out.astype(one[0].dtype), lse
+        parts, members = shared.members.shape
+        filled = min(parts, -(-call.rows // members)) * _cuts(call, members)
+        own: dict[str, Any] = dict(filled=filled, place=shared.place, tails=tails, sink=call.sink)
+        return dispatch.attend_joined(_prefixes(call, shared), names, **own)
 
 
 def _prefixes(call: AttentionCall, shared: SharedPrefix) -> AttentionCall:
     """The call of the parts: T = 1, and the heads of their rows beside each other, KV head by KV
     head. Parts of too many heads for a kernel are cut."""
     parts, members = shared.members.shape
-    cuts = next(n for n in range(1, members + 1) if _fits(members, n, call.group))
+    cuts = _cuts(call, members)
     size = members // cuts
     seats = shared.members.reshape(parts * cuts, size)
     q = call.q[:, 0].at[seats.reshape(-1)].get(mode="fill", fill_value=0)
@@ -136,5 +120,7 @@ def _prefixes(call: AttentionCall, shared: SharedPrefix) -> AttentionCall:
     return replace(call, q=q, page_table=table, seq_lens=lens, starts=None, sink=None)
 
 
-def _fits(members: int, cuts: int, group: int) -> bool:
-    return members % cuts == 0 and members // cuts * group <= QUERIES
+def _cuts(call: AttentionCall, members: int) -> int:
+    """Into how many a part of so many rows is cut, so that a tile holds each."""
+    rows = max(QUERIES // call.group, 1)
+    return next(n for n in range(1, members + 1) if members % n == 0 and members // n <= rows)

@@ -6,12 +6,13 @@ A backend is a module with two functions, imported only when it is asked for:
 - `attend(call) -> (out [B, T, Hq, D] like q, lse float32 [B, T, Hq])`, B at least 1. What it raises
   is an error, NotImplementedError as well: a slower backend must not take over without a word.
 
-Two more are optional. `append_and_attend(call, k, v, slots) -> (out, lse, *pools)` writes the
+Three more are optional. `append_and_attend(call, k, v, slots) -> (out, lse, *pools)` writes the
 newest tokens, k and v `[B, T, Hk, D]` of the pages' dtype (as they came, for pages of 8 bits, to
 which the kernel quantises them), in the same launch, but for those with a slot in the null page;
 without it they are written before the call. `prefers(call) -> bool`
 says that this backend serves the call and is the fastest that does, by what was measured: where
-nobody named another, it comes first.
+nobody named another, it comes first. `attend_joined(call, filled, place, tails, sink)` does at once
+what `attend` and `merge.join` do.
 """
 
 import importlib
@@ -25,6 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from .annotations import FixedScales
+from .merge import join
 from .record import AttentionCall
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "Backend",
     "append_and_attend",
     "attend",
+    "attend_joined",
     "backend_status",
     "default_platform",
     "launches",
@@ -106,13 +109,39 @@ def attend(
       ExceptionGroup: several were asked and all refused; it holds one NotImplementedError for each.
     """
 
-    def run(module: ModuleType) -> tuple[Array, Array]:
-        if _is_empty(call):
-            return _nothing(call)
-        with jax.named_scope("paged_decode.attend"):
-            return module.attend(call)
+    return _first(call, implementation, backends, lambda module: _attend(module, call))
 
-    return _first(call, implementation, backends, run)
+
+def _attend(module: ModuleType, call: AttentionCall) -> tuple[Array, Array]:
+    if _is_empty(call):
+        return _nothing(call)
+    with jax.named_scope("paged_decode.attend"):
+        return module.attend(call)
+
+
+def attend_joined(
+    call: AttentionCall,
+    names: Sequence[str] | None = None,
+    *,
+    filled: int,
+    place: Int32[Array, " B"],
+    tails: tuple[Float[Array, "B 1 Hq D"], Float[Array, "B 1 Hq"]],
+    sink: Float[Array, " Hq"] | None,
+    backends: tuple[Backend, ...] = BACKENDS,
+) -> tuple[Float[Array, "B 1 Hq D"], Float[Array, "B 1 Hq"]]:
+    """`attend` of parts of R rows, T = 1, merged with the tails of B rows: `merge.join`.
+
+    `filled` is about how many of the parts are not empty.
+    """
+
+    def run(module: ModuleType) -> tuple[Array, Array]:
+        joined = getattr(module, "attend_joined", None)
+        if joined is None:
+            return join(_attend(module, call), place, tails, sink, call.kv_heads)
+        with jax.named_scope("paged_decode.attend"):
+            return joined(call, filled, place, tails, sink)
+
+    return _first(call, names, backends, run)
 
 
 def append_and_attend(

@@ -4,11 +4,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from .checks import AnyArray, check_float
 
-__all__ = ["check_sinks", "finished", "finite", "merge_attention", "sink_mass", "weighed"]
+__all__ = [
+    "check_sinks",
+    "finished",
+    "finite",
+    "join",
+    "merge_attention",
+    "sink_mass",
+    "weighed",
+]
 
 
 def merge_attention(
@@ -60,6 +68,34 @@ def merge_attention(
     sink = None if sinks is None else sink_mass(sinks, heads)
     out, lse = finished(summed, top, jnp.sum(weights, axis=0), sink)
     return out.astype(outs.dtype), lse
+
+
+def join(
+    parts: tuple[Float[Array, "N 1 M D"], Float[Array, "N 1 M"]],
+    place: Int32[Array, " B"],
+    tails: tuple[Float[Array, "B 1 Hq D"], Float[Array, "B 1 Hq"]],
+    sink: Float[Array, " Hq"] | None,
+    kv_heads: int,
+) -> tuple[Float[Array, "B 1 Hq D"], Float[Array, "B 1 Hq"]]:
+    """Each row's attention over what it shares, which is where it sits in the parts, and its tail.
+
+    The M heads of a part are those of its R rows beside each other, KV head by KV head, and `place`
+    counts rows through all parts; N * R or more: a row is in none. XLA stacks nothing here: the
+    gather is part of the merge.
+    """
+    heads = tails[1].shape[-1]
+
+    def of_rows(x: Float[Array, "N 1 M *D"], empty: float) -> Float[Array, "B 1 Hq *D"]:
+        size = x.shape[3:]
+        x = jnp.swapaxes(x.reshape(len(x), kv_heads, -1, heads // kv_heads, *size), 1, 2)
+        rows = x.reshape(-1, heads, *size)
+        return rows.at[place].get(mode="fill", fill_value=empty)[:, None]
+
+    prefix = of_rows(parts[0], 0.0), of_rows(parts[1], -jnp.inf)
+    top = jnp.maximum(prefix[1], tails[1])
+    (first, mass), (second, more) = (weighed(*part, finite(top)) for part in (prefix, tails))
+    out, lse = finished(first + second, top, mass + more, sink)
+    return out.astype(tails[0].dtype), lse
 
 
 def weighed(

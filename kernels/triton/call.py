@@ -12,11 +12,12 @@ from ..record import AttentionCall
 from . import launch, widen
 from .config import FEW_QUERIES, by_tiles
 from .decode import decode_kernel
+from .join import join
 from .plan import Plan
 from .tail import tail_kernel
 from .write import WRITTEN
 
-__all__ = ["append_and_attend", "attend", "refusal"]
+__all__ = ["append_and_attend", "attend", "attend_joined", "refusal"]
 
 POOLS_AT = (1, 2, 9, 10)  # where the pools are among the inputs
 FLOAT8 = 8.9  # the first compute capability that converts it
@@ -51,6 +52,18 @@ def attend(call: AttentionCall) -> tuple[Float[Array, "B T Hq D"], Float[Array, 
     return out, lse
 
 
+def attend_joined(
+    call: AttentionCall,
+    filled: int,
+    place: Int32[Array, " B"],
+    tails: tuple[Float[Array, "B 1 Hq D"], Float[Array, "B 1 Hq"]],
+    sink: Float[Array, " Hq"] | None,
+) -> tuple[Float[Array, "B 1 Hq D"], Float[Array, "B 1 Hq"]]:
+    """Serve a call of parts in one launch, and in another merge them with the tails of rows."""
+    outs, lses, *_ = run(call, Card.here(), filled=filled)
+    return join(outs, lses, place, tails, sink, call.kv_heads)
+
+
 def append_and_attend(
     call: AttentionCall,
     k: Float[Array, "B T Hk D"],
@@ -69,13 +82,16 @@ def append_and_attend(
 
 
 def run(
-    call: AttentionCall, card: Card, newest: tuple[Array, Array, Array | None] | None = None
+    call: AttentionCall,
+    card: Card,
+    newest: tuple[Array, Array, Array | None] | None = None,
+    filled: int | None = None,
 ) -> list[Array]:
     """The launch as a custom call: out, lse, two scratches and the pages, if they are written."""
     if call.k_scales is not None and not call.one_token and _many_queries(call):
         call = widen.widened(call)
     append, (k, v, slots) = newest is not None, newest or (None, None, None)
-    plan = Plan.of(call, card, append=append, slots=slots is not None)
+    plan = Plan.of(call, card, append=append, slots=slots is not None, filled=filled)
     inputs = _inputs(call, plan)
     if by_tiles(call):
         inputs += _new_tokens(call, plan)

@@ -1,6 +1,6 @@
 """From a call to one launch of a kernel: the grid, the constants, the buffers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..cards import Card
@@ -16,6 +16,7 @@ MAX_SPLIT_ROWS = 4096
 # What work.py packs: four counts of programs into one int64, and an item with its first program.
 PACKED = 2**16
 INT32 = 2**31
+MOST_SETS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +46,17 @@ class Plan:
         *,
         append: bool = False,
         slots: bool = False,
+        filled: int | None = None,
     ) -> "Plan":
         """The launch of `call` on `card`, by `config` if one is given.
 
         `append` also writes the newest token of T = 1, of the rows that `slots` name where those
-        are given.
+        are given. With `filled`, about how many rows are not empty, tiles of queries leave their
+        parts to the caller, who merges: out and lse have one more axis in front.
         """
         config = choose_config(call, card) if config is None else config
         if isinstance(config, TailConfig):
-            return _tail(call, config)
+            return _tail(call, config, 1 if filled is None else _sets(call, card, config, filled))
         return _decode(call, card, config, append, slots)
 
 
@@ -98,7 +101,14 @@ def _decode(
     return _plan(call, config, items * heads, constants, rows * heads, (partials, call.group))
 
 
-def _tail(call: AttentionCall, config: TailConfig) -> Plan:
+def _sets(call: AttentionCall, card: Card, config: TailConfig, filled: int) -> int:
+    """Programs for each tile, two for each multiprocessor: to merge more takes longer."""
+    tiles = max(filled, 1) * -(-call.tokens * call.group // config.queries)
+    sets = min(2 * card.processors // (tiles * call.kv_heads), MOST_SETS)
+    return max(min(sets, -(-call.capacity // config.tokens)), 1)
+
+
+def _tail(call: AttentionCall, config: TailConfig, sets: int) -> Plan:
     heads, m = call.kv_heads, config.queries
     block_d = _block_d(call)
     tiles = -(-call.tokens * call.group // m)
@@ -107,8 +117,8 @@ def _tail(call: AttentionCall, config: TailConfig) -> Plan:
     # Rounding to the nearest gives every tile at most one program more than its share of the aim.
     split = config.aim > 0 and items <= MAX_SPLIT_ROWS and items + config.aim // heads < PACKED
     # The share of a program is a number of blocks, and it is doubled.
-    split = split and 2 * -(-items * blocks * heads // config.aim) < INT32
-    programs = min(items + config.aim // heads, items * max(blocks, 1)) if split else items
+    split = split and sets == 1 and 2 * -(-items * blocks * heads // config.aim) < INT32
+    programs = min(items + config.aim // heads, items * max(blocks, 1)) if split else items * sets
     # A tile that is cut has 1.5 shares of the work or more, so at most 4/3 programs a share.
     slots = min(programs, config.aim * 4 // (3 * heads) + 2) if split else 0
     constants = _constants(call) | dict(
@@ -122,6 +132,7 @@ def _tail(call: AttentionCall, config: TailConfig) -> Plan:
         BLOCK_ITEMS=power(items) if split else 1,
         AIM=max(config.aim, 1),
         SPLIT=split,
+        SETS=sets,
         QUERY_LENS=call.query_lens is not None,
         TREE=call.tail_mask is not None,
         REGISTERS=config.registers,
@@ -130,7 +141,12 @@ def _tail(call: AttentionCall, config: TailConfig) -> Plan:
     if constants["WINDOW"] >= call.capacity:
         constants["WINDOW"] = 0
     counters = items * heads if split else 0
-    return _plan(call, config, programs * heads, constants, counters, (max(slots * heads, 1), m))
+    partials = (max(slots * heads, 1), m)
+    made = _plan(call, config, programs * heads, constants, counters, partials)
+    if sets == 1:
+        return made
+    (out, dtype), (lse, wide), *scratch = made.outputs
+    return replace(made, outputs=(((sets, *out), dtype), ((sets, *lse), wide), *scratch))
 
 
 def _merged_at_once(config: TailConfig, block_d: int) -> int:

@@ -217,6 +217,7 @@ def tail_kernel(
     BLOCK_ITEMS: tl.constexpr,
     AIM: tl.constexpr,
     SPLIT: tl.constexpr,
+    SETS: tl.constexpr,
     STARTS: tl.constexpr,
     SINKS: tl.constexpr,
     QUERY_LENS: tl.constexpr,
@@ -233,6 +234,9 @@ def tail_kernel(
     `[ROWS, T]` for its windows; lse `[ROWS, T, Hq]`; part_acc `[slots, M, D]` and
     part_lse `[slots, M]`, anything before and after. With SCALED, pages are of 8 bits, and k_scales
     and v_scales `[L, PAGES, KV_HEADS, PAGE]`. REGISTERS is for `launch.py` alone.
+
+    With SETS > 1 the blocks of every tile are dealt out to so many programs, and nobody merges
+    them: out and lse have an axis SETS in front.
     """
     HEADS: tl.constexpr = KV_HEADS * GROUP
     CAPACITY: tl.constexpr = COLUMNS * PAGE
@@ -244,11 +248,19 @@ def tail_kernel(
     item = place
     base = place
     parts = 1
-    if SPLIT:
+    sets = parts  # of the blocks of the tile, and which of them is ours
+    mine = place * 0
+    if SETS > 1:
+        item = place // SETS
+        sets = SETS
+        mine = place % SETS
+    elif SPLIT:
         item, base, parts = place_of_tile(
             place, seq_lens, starts, query_lens, ROWS, TILES, T, GROUP, M, KV_HEADS, CAPACITY,
             WINDOW, TOKENS, BLOCK_ITEMS, AIM, STARTS, QUERY_LENS, TREE,
         )  # fmt: skip
+        sets = parts
+        mine = place - base
     if parts > 0:
         row = item % ROWS
         tile = TILES - 1 - item // ROWS
@@ -292,9 +304,9 @@ def tail_kernel(
         q_mask = own[:, None] & (dim < D)[None, :]
         q_tile = tl.load(q + at[:, None] * D + dim[None, :], mask=q_mask, other=0.0)
 
-        step = parts * TOKENS
+        step = sets * TOKENS
         low = begin
-        begin = (begin // TOKENS + place - base) * TOKENS
+        begin = (begin // TOKENS + mine) * TOKENS
         token = begin + tl.arange(0, TOKENS)
         ids = page_ids(table, token, token < end, PAGE)
         head = (tl.load(layer).to(tl.int64) * (PAGES * KV_HEADS) + kv_head) * PAGE
@@ -350,11 +362,13 @@ def tail_kernel(
             sinks = tl.full([M], -float("inf"), tl.float32)
             if SINKS:
                 sinks = tl.load(sink + kv_head * GROUP + query % GROUP, mask=real, other=0.0)
+            if SETS > 1:
+                at += mine.to(tl.int64) * (ROWS * T * HEADS)
             store_result(out, lse, at, real, sinks, acc, top, total, D, BLOCK_D)
         else:
             slot0 = base * KV_HEADS + kv_head
             if arrive(
-                part_acc, part_lse, slot0 + (place - base) * KV_HEADS, acc, top, total,
+                part_acc, part_lse, slot0 + mine * KV_HEADS, acc, top, total,
                 counters + item * KV_HEADS + kv_head, parts, M, D, M, BLOCK_D,
             ):  # fmt: skip
                 for some in tl.range(0, M, BLOCK_M, num_stages=1):

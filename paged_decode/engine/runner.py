@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -37,6 +37,13 @@ __all__ = ["DeviceRunner", "Progress"]
 Progress = Callable[[int, int], object]
 _LAUNCHED_SOON = 0.02  # seconds; a launch that takes longer waits for the device
 _KIND = ("shape", "dtype", "weak_type", "format")  # what a program is compiled for
+
+
+class Placed(NamedTuple):
+    """Weights on their devices, and what a program is compiled for: the tree, and of each leaf."""
+
+    params: Any
+    kind: tuple[Any, list[list[Any]]]
 
 
 class DeviceRunner(Launching):
@@ -130,26 +137,27 @@ class DeviceRunner(Launching):
         self._drain()
         self._cache = cache
 
-    def placed(self, params: Any) -> Any:
+    def placed(self, params: Any) -> Placed:
         """Weights as programs take them: what lies on the host is put on the device once, not at
         every launch.
 
         Raises:
           ValueError: they are not alike to those that are in use.
         """
-        placed = jax.tree.map(self._on_device, params)
-        if self._kind is not None:
-            check_alike(self.params, placed)
+        leaves, tree = jax.tree.flatten(params)
+        leaves = [*map(self._on_device, leaves)]
+        kind = tree, [[getattr(leaf, name, None) for name in _KIND] for leaf in leaves]
+        placed = Placed(jax.tree.unflatten(tree, leaves), kind)
+        if self._kind is not None and kind != self._kind:
+            check_alike(self.params, placed.params)
         return placed
 
-    def use(self, placed: Any) -> None:
+    def use(self, placed: Placed) -> None:
         """Launch with these weights from now on."""
         self._drain()
-        leaves, tree = jax.tree.flatten(placed)
-        kind = tree, [[getattr(leaf, name, None) for name in _KIND] for leaf in leaves]
-        if kind != self._kind:
-            self._kind, self._executables = kind, {}
-        self.params = placed
+        if placed.kind != self._kind:
+            self._kind, self._executables = placed.kind, {}
+        self.params = placed.params
 
     def _on_device(self, leaf: Any) -> Any:
         """What lies on the host goes to the cache's devices; to the first one uncommitted, as an

@@ -105,7 +105,7 @@ class Trains(Keeps):
 
             self.runner.exchange(change)
             if donate:
-                _delete(old, but=placed)
+                _delete(old, but=placed.params)
 
     @property
     def asleep(self) -> bool:

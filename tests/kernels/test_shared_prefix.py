@@ -33,6 +33,8 @@ from .oracle import (
     same_bits,
 )
 from .oracle import Case as Shape
+from .triton.interpret import INSTALLED
+from .triton.interpret import NAME as INTERPRETED
 
 Case = partial(Shape, columns=10)
 every_backend = pytest.mark.parametrize("backend", NAMES)
@@ -69,6 +71,7 @@ KINDS = {
     "one head a KV head": dict(group=1),
     "more heads than a tile": dict(group=12, kv_heads=1),
     "bfloat16": dict(dtype="bfloat16"),
+    "a tile of bfloat16": dict(dtype="bfloat16", group=6, kv_heads=2),
     "float16": dict(dtype="float16"),
     "int8": dict(dtype="bfloat16", pages="int8", dim=32),
     "e4m3": dict(dtype="bfloat16", pages="float8_e4m3fn", dim=32),
@@ -126,20 +129,42 @@ def test_a_row_that_has_ended_since_the_plan_sees_nothing_and_others_see_what_th
     np.testing.assert_allclose(lse_after[[0, 2, 3]], lse[[0, 2, 3]], *LSE_TOLERANCE)
 
 
+def unchecked_call(backend: str, inputs: Inputs, plan: SharedPrefix) -> Any:
+    """Under `jit`, which sees no values."""
+    args = (inputs.q, inputs.k_pages, inputs.v_pages, inputs.page_table, inputs.seq_lens)
+    options: dict[str, Any] = dict(return_lse=True, implementation=backend)
+    return jax.jit(lambda *a: paged_attention(*a, shared=plan, **options))(*args)
+
+
 @every_backend
-def test_a_broken_page_of_a_shared_prefix_breaks_its_rows_alone(backend):
-    inputs = together(build(Case((20, 21, 18, 6, 0))), ((0, 1), 4))
+@pytest.mark.parametrize("kind", ["plain", "a tile of bfloat16"])
+def test_a_broken_page_of_a_shared_prefix_breaks_its_rows_alone(backend, kind):
+    case = Case((36, 37, 18, 6, 0, 3, 3, 3), **KINDS[kind])
+    inputs = together(build(case), ((0, 1), 8))
     inputs.page_table[:2, 1] = len(inputs.k_pages)
     plan = plan_of(inputs)
-    assert plan.seq_lens[0] == 16
-    args = (inputs.q, inputs.k_pages, inputs.v_pages, inputs.page_table, inputs.seq_lens)
+    assert plan.seq_lens[0] == 32
     call = partial(attend, backend, shared=plan)
-    out, lse = jax.jit(lambda *a: paged_attention(
-        *a, shared=plan, return_lse=True, implementation=backend))(*args)  # fmt: skip
+    out, lse = unchecked_call(backend, inputs, plan)
     assert np.isnan(out[:2]).all() and np.isnan(lse[:2]).all()
     inputs.page_table[:2, 1] = 1
     same = call(inputs.q, inputs.k_pages, inputs.v_pages, inputs.page_table, inputs.seq_lens)
-    np.testing.assert_allclose(out[2:], same[0][2:], *TOLERANCE["float32"])
+    np.testing.assert_allclose(out[2:], same[0][2:], *TOLERANCE[case.dtype])
+
+
+@pytest.mark.skipif(not INSTALLED, reason="triton has no wheel for this platform")
+@pytest.mark.parametrize("page", [None, -1], ids=["sound", "broken"])
+def test_tokens_of_a_prefix_that_programs_deal_out_and_leave_unmerged_match_the_oracle(page):
+    case = Case((39, 40, 38, 6, 0, 20, 21, 0), sinks=(12, 2), **KINDS["a tile of bfloat16"])
+    inputs = together(build(case, fill=np.nan), ((0, 1, 2), 9), ((5, 6), 5))
+    plan = plan_of(inputs, members=8)
+    assert sorted(plan.seq_lens.tolist())[-2:] == [16, 36]  # of 3 sets, 16 tokens at a time
+    if page is None:
+        check(f"{INTERPRETED}-split", inputs, case.dtype, plan)
+        return
+    inputs.page_table[:3, 5] = page
+    found = unchecked_call(f"{INTERPRETED}-split", inputs, plan_of(inputs, members=8))
+    assert all(np.isnan(x[:3]).all() and not np.isnan(x[3:]).any() for x in found)
 
 
 @every_backend
@@ -198,7 +223,13 @@ def tokens_read(call: Inputs, plan: SharedPrefix | None) -> int:
         return record.q, lse
 
     arrays = (call.q, call.k_pages, call.v_pages, call.page_table, call.seq_lens)
-    with jax.disable_jit(), mock.patch.object(dispatch, "attend", count):
+
+    def count_parts(record, *_, tails, **__):
+        count(record)
+        return tails
+
+    counted: dict[str, Any] = dict(attend=count, attend_joined=count_parts)
+    with jax.disable_jit(), mock.patch.multiple(dispatch, **counted):
         paged_attention(*map(jnp.asarray, arrays), shared=plan)
     return total
 

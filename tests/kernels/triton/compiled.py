@@ -3,6 +3,7 @@
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from paged_decode.kernels.cards import Card
 from paged_decode.kernels.record import AttentionCall
 
-__all__ = ["CARDS", "Hardware", "Launched", "Needs", "launched", "needs"]
+__all__ = ["CARDS", "Hardware", "Launched", "Needs", "launched", "needs", "recorded"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +72,9 @@ class Needs:
     listing: str  # PTX, or the assembler of the card
 
 
-def launched(hardware: Hardware, *, append: bool = False, **sizes: Any) -> Launched:
-    """The launch that the library makes of a call of these sizes on `hardware`."""
-    from paged_decode.kernels.triton import call as library
+def recorded(run: Callable[..., Any], *shapes: Any, config: Any = None) -> Launched:
+    """The last launch that `run` makes of arrays of these shapes."""
     from paged_decode.kernels.triton import launch as launching
-    from paged_decode.kernels.triton.config import choose_config
 
     seen: dict[str, Any] = {}
 
@@ -88,26 +87,31 @@ def launched(hardware: Hardware, *, append: bool = False, **sizes: Any) -> Launc
         seen.update(options, kernel=kernel, arrays=[*inputs, *outputs, *last])
         return [jnp.zeros(out.shape, out.dtype) for out in (*outputs, *last)]
 
+    with mock.patch.object(launching, "launch", launch):
+        jax.eval_shape(run, *shapes)
+    pointers = tuple(str(jnp.dtype(array.dtype)) for array in seen["arrays"])
+    own = (seen[name] for name in ("warps", "stages", "constants"))
+    return Launched(seen["kernel"], pointers, *own, config)
+
+
+def launched(
+    hardware: Hardware, *, append: bool = False, filled: int | None = None, **sizes: Any
+) -> Launched:
+    """The launch that the library makes of a call of these sizes on `hardware`."""
+    from paged_decode.kernels.triton import call as library
+    from paged_decode.kernels.triton.config import choose_config
+
     given = dict(layers=32, pages=4096, scale=sizes["dim"] ** -0.5, starts=True, sinks=True)
     call = AttentionCall.of_sizes(**given | sizes)
 
     def run(arrays: dict[str, Any]) -> Any:
         new = jnp.zeros((call.rows, 1, call.kv_heads, call.dim), call.q.dtype)
         newest = (new, new, jnp.zeros((call.rows, 1), jnp.int32)) if append else None
-        return library.run(replace(call, **arrays), hardware, newest)
+        return library.run(replace(call, **arrays), hardware, newest, filled)
 
     arrays = {f.name: getattr(call, f.name) for f in fields(call)}
     arrays = {k: v for k, v in arrays.items() if isinstance(v, jax.ShapeDtypeStruct)}
-    with mock.patch.object(launching, "launch", launch):
-        jax.eval_shape(run, arrays)
-    return Launched(
-        seen["kernel"],
-        tuple(str(jnp.dtype(array.dtype)) for array in seen["arrays"]),
-        seen["warps"],
-        seen["stages"],
-        seen["constants"],
-        choose_config(call, hardware),
-    )
+    return recorded(run, arrays, config=choose_config(call, hardware))
 
 
 _TYPES = {

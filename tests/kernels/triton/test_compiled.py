@@ -7,12 +7,15 @@ is on trial without being named here.
 import itertools
 import re
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
+import jax
 import pytest
 
 from paged_decode.kernels.record import AttentionCall
 
-from .compiled import CARDS, Hardware, launched, needs
+from .compiled import CARDS, Hardware, launched, needs, recorded
 from .interpret import INSTALLED
 
 pytestmark = pytest.mark.skipif(not INSTALLED, reason="triton has no wheel for this platform")
@@ -174,6 +177,7 @@ TAILS = {
     ]
 }  # fmt: skip
 TAILS["bfloat16 D128 T=1 G=64"] = TAILS["bfloat16 D128 T=2"] | dict(tokens=1, group=64)
+TAILS["bfloat16 D128, a part of 64"] = TAILS["bfloat16 D128 T=1 G=64"] | dict(filled=4)
 
 
 def check_tail(card_name: str, call: dict) -> None:
@@ -196,10 +200,27 @@ def test_a_tiling_of_drafts_fits_its_card_with_trees_in_windows_too(card, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["bfloat16 D128 T=8", "bfloat16 D128 T=512", "bfloat16 D128 T=1 G=64"]
+    "name", ["bfloat16 D128 T=8", "bfloat16 D128 T=512", "bfloat16 D128, a part of 64"]
 )
 def test_a_tiling_of_several_queries_fits_its_card(name):
     check_tail("sm_90", TAILS[name])
+
+
+@pytest.mark.parametrize("card", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("group, dim", [(4, 128), (32, 256)])
+def test_a_join_of_as_many_sets_as_there_are_fits_every_card(card, group, dim):
+    from paged_decode.kernels.triton import join
+    from paged_decode.kernels.triton.plan import MOST_SETS
+
+    def shape(*sizes: int, dtype: str = "bfloat16") -> Any:
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    many, heads = 8 * 64, 8 * group
+    parts = shape(MOST_SETS, 16, 1, many, dim), shape(MOST_SETS, 16, 1, many, dtype="float32")
+    tails = shape(64, 1, heads, dim), shape(64, 1, heads, dtype="float32")
+    own = shape(64, dtype="int32"), tails, shape(heads, dtype="float32")
+    need = needs(recorded(partial(join.join, kv_heads=8), *parts, *own), CARDS[card])
+    assert need.stack_bytes == 0
 
 
 @pytest.mark.long

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from ..test_grouped_matmul import CASES, arrays, check
-from .compiled import CARDS, Launched, needs
+from .compiled import CARDS, needs, recorded
 from .interpret import INSTALLED, as_on_a_gpu
 
 pytestmark = pytest.mark.skipif(not INSTALLED, reason="triton has no wheel for this platform")
@@ -43,23 +43,13 @@ def test_it_compiles_without_spills(card, rows):
     for dtype in ("bfloat16", "float32") if rows == 8 else ("bfloat16",):
         size = jnp.dtype(dtype).itemsize
         tiling = grouped_matmul.choose_tiling(rows, 128, size, CARDS[card])
-        seen: dict = {}
-
-        def launch(kernel, inputs, outputs, *, seen=seen, **options):
-            seen.update(options, kernel=kernel, arrays=[*inputs, *outputs])
-            return [jnp.zeros(out.shape, out.dtype) for out in outputs]
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(grouped_matmul.launch, "launch", launch)
-            shapes = [
-                jax.ShapeDtypeStruct((rows // 8, 2048), dtype),
-                jax.ShapeDtypeStruct((128, 2048, 1536), dtype),
-                jax.ShapeDtypeStruct((rows,), jnp.int32),
-                jax.ShapeDtypeStruct((128,), jnp.int32),
-            ]
-            jax.eval_shape(partial(grouped_matmul.multiply, tiling=tiling), *shapes)
-        pointers = tuple(str(jnp.dtype(array.dtype)) for array in seen["arrays"])
-        told = seen["kernel"], pointers, tiling.warps, tiling.stages, seen["constants"], tiling
-        need = needs(Launched(*told), CARDS[card])
+        shapes = [
+            jax.ShapeDtypeStruct((rows // 8, 2048), dtype),
+            jax.ShapeDtypeStruct((128, 2048, 1536), dtype),
+            jax.ShapeDtypeStruct((rows,), jnp.int32),
+            jax.ShapeDtypeStruct((128,), jnp.int32),
+        ]
+        made = recorded(partial(grouped_matmul.multiply, tiling=tiling), *shapes)
+        need = needs(made, CARDS[card])
         assert need.stack_bytes == 0
         assert need.shared_bytes <= CARDS[card].block_bytes

@@ -51,6 +51,35 @@ def test_tiles_are_cut_only_where_the_packed_counts_of_a_program_fit(aim, sizes,
     assert split(config, **dict(tokens=64, group=16) | sizes) is fits
 
 
+@pytest.mark.parametrize(
+    "rows, filled, group, columns, sets",
+    [
+        (16, 4, 64, 512, 8),
+        (16, 16, 64, 512, 2),
+        (16, 132, 64, 512, 1),
+        (16, 0, 64, 512, 8),  # a plan without parts
+        (16, 4, 128, 512, 4),  # two tiles of queries
+        (16, 4, 64, 9, 3),  # of 64 tokens
+    ],
+)
+def test_sets_of_tokens_are_two_programs_a_multiprocessor_and_what_a_table_holds(
+    rows, filled, group, columns, sets
+):
+    sizes = dict(rows=rows, group=group, columns=columns, dtype="bfloat16", kv_heads=8, dim=128)
+    call = AttentionCall.of_sizes(**SIZES | sizes)
+    card = Card(generation=90, processors=132)
+    made, alone = Plan.of(call, card, filled=filled), Plan.of(call, card)
+    assert alone.constants["SETS"] == 1 and alone.constants["SPLIT"]
+    if sets == 1:
+        assert made == alone
+        return
+    assert made.constants["SETS"] == sets and made.grid == rows * 8 * (group // 64) * sets
+    assert not made.constants["SPLIT"] and made.counters == 0
+    shapes = [shape for shape, _ in made.outputs]
+    assert shapes[:2] == [(sets, *shape) for shape, _ in alone.outputs[:2]]
+    assert shapes[2] == (1, 64, 128)  # nobody merges there
+
+
 TILING = dict(tokens=64, warps=4, stages=2)
 
 
