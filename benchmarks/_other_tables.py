@@ -192,10 +192,13 @@ def _cpu(record: dict[str, Any]) -> str:
 
 
 def sharding_gpus() -> Iterator[str]:
-    """Steps on one card and on two; nothing, as long as no two cards have measured it."""
-    if not measured("tensor_parallel"):
-        return
-    result = load("tensor_parallel")
+    """Steps on one card and on two, for each model that two cards have measured."""
+    for name in ("tensor_parallel", "tensor_parallel_70b"):
+        if measured(name):
+            yield from _on_two_gpus(load(name))
+
+
+def _on_two_gpus(result: dict[str, Any]) -> Iterator[str]:
     title = "A decode step on two GPUs against one"
     yield from heading(title, result, ("jax", "triton", "jax-triton"))
     yield head("model", "rows", "GPUs", "step", "of one GPU", "attention, a layer", "a sum")
