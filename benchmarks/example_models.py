@@ -10,9 +10,9 @@ step has B rows of 2048 tokens (128 rows: 1024), and takes the greedy token of e
 chunk of some prompts. Seconds are wall time of steps in a row with one wait at the end. The floor
 is the larger of two: weights that are touched and K and V that are seen, at the rate at which the
 card reads 4 GiB; and the products, at the rate of one large bfloat16 product. Of experts, those are
-touched that M tokens choose if all are as likely. One trace more says which kernels took the time:
-attention, products, sums (norms, the greedy token, and the products of few tokens with experts),
-and all else. The peers of the dense model are `_torch_loop.py` and `_torch_prefill.py`.
+touched that the tokens of the case do ask, `experts_of_a_layer` on average. One trace more says
+which kernels took the time: attention, products, sums (norms, the greedy token) and all else. The
+peers of the dense model are `_torch_loop.py` and `_torch_prefill.py`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # 61 GB are weights
@@ -44,7 +45,7 @@ from models import decoder
 from models.checkpoint import pieces
 from models.config import ModelConfig, Rope
 
-from paged_decode import BlockAllocator, DecodeBatch, KVCache
+from paged_decode import BlockAllocator, DecodeBatch, KVCache, group_rows
 
 Record = dict[str, Any]
 PAGE, REPEATS, TRACED, SETTLE = 16, 5, 3, 2
@@ -170,17 +171,13 @@ def random_params(shape: Shape, dtype: Any) -> dict[str, Any]:
 # ---- what it must cost
 
 
-def touched(config: ModelConfig, tokens: int) -> float:
-    """Experts of a layer that so many tokens choose, if all are as likely."""
-    experts = config.num_experts
-    return experts * (1 - (1 - config.experts_per_token / experts) ** tokens)
-
-
-def least_bytes(config: ModelConfig, params: dict[str, Any], case: Case) -> float:
-    """Of weights, once, and of K and V that are read or written."""
+def least_bytes(
+    config: ModelConfig, params: dict[str, Any], case: Case, experts: float = 0.0
+) -> float:
+    """Of weights, once, and of K and V that are read or written; of so many experts of a layer."""
     size, tokens = params["head"].dtype.itemsize, case.rows * case.tokens
     total = (params["head"].size + tokens * config.width) * size  # of the embedding, its tokens'
-    part = touched(config, tokens) / config.num_experts if config.num_experts else 1.0
+    part = experts / config.num_experts if config.num_experts else 1.0
     of_experts = ("gate_up", "down", "gate_up_bias", "down_bias")
     for number, layer in enumerate(params["layers"]):
         for role, array in layer.items():
@@ -274,8 +271,11 @@ def measure(step: Any, params: Any, cache: Any, batch: DecodeBatch, steps: int) 
 
 KINDS = (
     ("attention_s", re.compile(r"paged_|decode_kernel|tail_kernel|widen_kernel")),
-    ("products_s", re.compile(r"gemm|gemv|nvjet|cutlass|cublas|xmma|splitk", re.IGNORECASE)),
-    ("sums_s", re.compile(r"reduce")),
+    (
+        "products_s",
+        re.compile(r"gemm|gemv|nvjet|cutlass|cublas|xmma|splitk|grouped", re.IGNORECASE),
+    ),
+    ("sums_s", re.compile(r"reduce|add_norm")),
 )
 
 
@@ -307,8 +307,15 @@ def ours(shape: Shape, cases: tuple[Case, ...], small: bool) -> dict[Case, Recor
     model = decoder.make_model(config)
 
     def step(params: Any, cache: Any, tokens: Any, batch: DecodeBatch) -> tuple[Any, Any]:
-        logits, cache = model(params, cache, tokens, batch)
-        return logits.argmax(-1), cache
+        asked: list[jax.Array] = []
+
+        def noted(*args: Any) -> Any:
+            asked.append((rows := group_rows(*args)).ends)
+            return rows
+
+        with mock.patch.object(decoder, "group_rows", noted):
+            logits, cache = model(params, cache, tokens, batch)
+        return (logits.argmax(-1), asked), cache
 
     batches = {case: batch_of(case, layout, config.vocab_size) for case in cases}
     lowered = {
@@ -322,9 +329,14 @@ def ours(shape: Shape, cases: tuple[Case, ...], small: bool) -> dict[Case, Recor
     found = {}
     for case, program in programs.items():
         steps = 2 if small else 20 if case.tokens == 1 else 5
-        found[case], cache = measure(program, params, cache, batches[case], steps)
+        batch = batches[case]
+        found[case], cache = measure(program, params, cache, batch, steps)
+        (_, asked), cache = program(params, cache, batch.tokens, batch)
+        experts = [np.count_nonzero(np.diff(ends, prepend=0)) for ends in map(np.asarray, asked)]
+        each = float(np.mean(experts)) if experts else 0.0
         found[case] |= dict(
-            bytes=least_bytes(config, params, case),
+            experts_of_a_layer=each,
+            bytes=least_bytes(config, params, case, each),
             flops=least_flops(config, params, case),
             temp_bytes=program.memory_analysis().temp_size_in_bytes,
         )

@@ -166,6 +166,12 @@ def _branch(token, end, tree, WINDOW: tl.constexpr):
 
 
 @triton.jit
+def _heads(row, query, kv_head, T: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr):
+    """Where the query heads of queries of a row are among all, `[ROWS, T, HEADS]`."""
+    return (row.to(tl.int64) * T + query // GROUP) * HEADS + kv_head * GROUP + query % GROUP
+
+
+@triton.jit
 def _any_outside(table, length, PAGES: tl.constexpr, PAGE: tl.constexpr, CHUNK: tl.constexpr):
     """Whether a row's table names a page outside the pool, of those that its length reaches."""
     column = tl.arange(0, CHUNK)
@@ -236,7 +242,7 @@ def tail_kernel(
     and v_scales `[L, PAGES, KV_HEADS, PAGE]`. REGISTERS is for `launch.py` alone.
 
     With SETS > 1 the blocks of every tile are dealt out to so many programs, and nobody merges
-    them: out and lse have an axis SETS in front.
+    them: out and lse have an axis SETS in front. Where lse is -inf, out may be anything.
     """
     HEADS: tl.constexpr = KV_HEADS * GROUP
     CAPACITY: tl.constexpr = COLUMNS * PAGE
@@ -261,7 +267,17 @@ def tail_kernel(
         )  # fmt: skip
         sets = parts
         mine = place - base
-    if parts > 0:
+    busy = parts > 0
+    if SETS > 1:  # most parts of a plan are empty: their programs say so, and have ended
+        held = tl.load(seq_lens + item % ROWS)
+        busy = mine * TOKENS < held
+        if mine * TOKENS >= held:
+            query = (TILES - 1 - item // ROWS) * M + tl.arange(0, M)
+            at = _heads(item % ROWS, query, kv_head, T, GROUP, HEADS)
+            at += mine.to(tl.int64) * (ROWS * T * HEADS)
+            nothing = tl.full([M], -float("inf"), tl.float32)
+            tl.store(lse + at, nothing, mask=query < T * GROUP)
+    if busy:
         row = item % ROWS
         tile = TILES - 1 - item // ROWS
         length = tl.load(seq_lens + row)
@@ -300,7 +316,7 @@ def tail_kernel(
             first = tl.maximum(first, stand - WINDOW + 1)
             clear = tl.maximum(clear, highest - WINDOW + 1)
         dim = tl.arange(0, BLOCK_D)
-        at = (row.to(tl.int64) * T + query // GROUP) * HEADS + kv_head * GROUP + query % GROUP
+        at = _heads(row, query, kv_head, T, GROUP, HEADS)
         q_mask = own[:, None] & (dim < D)[None, :]
         q_tile = tl.load(q + at[:, None] * D + dim[None, :], mask=q_mask, other=0.0)
 

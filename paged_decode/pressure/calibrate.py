@@ -155,44 +155,29 @@ class _Device:
                 yield self._decode_point(lengths, steps)
 
     def _decode_point(self, lengths: Sequence[int], steps: int) -> tuple[Program, float]:
-        ahead = steps * _LAUNCHES
-        # So that no row goes past the longest sequence, whose pages the table has room for.
-        room = self.engine.max_sequence_tokens
-        begin = np.array([max(1, min(length, room - ahead)) for length in lengths], np.int64)
-        count = min(ahead, int(room - begin.max())) // steps
-        self._enter(begin, begin + steps * count)
-        at = 0
+        rows = _Decoding(self, lengths, steps)
+        self.runner.wait(rows.launch())
+        first = rows.at
+        seconds = self._timed(rows.launch)
+        middle = rows.begin + (first + rows.at) // 2 * steps
+        return decode_program(self.plan(middle, steps), self.config, self.windows), seconds
 
-        def launch() -> Any:
-            nonlocal at
-            if at >= count:  # from the beginning: only a very short sequence has no room
-                self._enter(begin, begin + steps * count)
-                at = 0
-            ticket = self.runner.decode(self._plan(begin + at * steps, steps))
-            at += 1
-            return ticket.out
-
-        self.runner.wait(launch())
-        first = at
-        seconds = self._timed(launch)
-        middle = begin + (first + at) // 2 * steps
-        return decode_program(self._plan(middle, steps), self.config, self.windows), seconds
-
-    def _plan(self, context: np.ndarray, steps: int) -> Decode:
-        slots = np.arange(len(context), dtype=np.int32)
+    def plan(self, context: np.ndarray, steps: int, slot: int = 0) -> Decode:
+        """So many steps of rows that have these tokens, in the slots from `slot` on."""
+        slots = np.arange(slot, slot + len(context), dtype=np.int32)
         budgets = np.full(len(context), steps, np.int32)
         copies, tables = self.nothing.copies, self._one_entry()
         return Decode(0, copies, tables, (), slots, budgets, context, ())
 
-    def _enter(self, begin: np.ndarray, end: np.ndarray) -> None:
+    def enter(self, begin: np.ndarray, end: np.ndarray, slot: int = 0) -> None:
         """Rows of these lengths, with pages up to those, each with its own if there are so many."""
         sampling, counts = SamplingParams(max_new_tokens=2**30, seed=0), -(-end // self.size)
         starts = np.cumsum(counts) - counts
         for first in range(0, len(begin), _ENTER):
-            slots = np.arange(first, min(first + _ENTER, len(begin)), dtype=np.int32)
-            pairs = zip(slots.tolist(), begin[slots].tolist(), strict=True)
-            enter = tuple(Enter(slot, np.zeros(n, np.int32), 1, sampling) for slot, n in pairs)
-            self.runner.enter(enter, self._tables(slots, counts[slots], starts[slots]))
+            rows = np.arange(first, min(first + _ENTER, len(begin)), dtype=np.int32)
+            pairs = zip((slot + rows).tolist(), begin[rows].tolist(), strict=True)
+            enter = tuple(Enter(each, np.zeros(n, np.int32), 1, sampling) for each, n in pairs)
+            self.runner.enter(enter, self._tables(slot + rows, counts[rows], starts[rows]))
 
     def _one_entry(self) -> tuple[TableDelta, ...]:
         """That of the first page of row 0, as it is: visits rarely change no table."""
@@ -218,11 +203,20 @@ class _Device:
     # ---- prefill
 
     def _prefill(self, width: int) -> Iterator[tuple[Program, float]]:
-        """Full and shorter chunks, at the beginning of prompts and late, in all rows or one."""
+        """Full and shorter chunks, at the beginning of prompts and late, in all rows or one.
+
+        Each is followed by a decode program, which is taken off again, as it is in a visit: one
+        behind the other they would heat a card, which then computes more slowly than in a visit.
+        """
         rows = min(self.config.prefill_rows, self.config.max_rows)
         full = min(width, self._longest(rows))
         late, alone = self._longest(rows) - full, self._longest(1) - full
         less = full // 2 + 1 if full > 1 else 1
+        behind = None
+        if rows < self.config.max_rows:
+            short = [min(2 * self.size, self._longest(1))]
+            behind = _Decoding(self, short, self.config.decode_steps, self.config.max_rows - 1)
+        decoding = 0.0 if behind is None else self._timed(behind.launch)
         for chunks in (
             [(0, full)] * rows,
             [(late // 2, full)] * rows,
@@ -232,17 +226,23 @@ class _Device:
             [(0, full)],
             [(alone, full)],
         ):
-            yield self._prefill_point(width, chunks)
+            program, seconds = self._prefill_point(width, chunks, behind)
+            yield program, max(seconds - decoding, 0.0)
 
     def _prefill_point(
-        self, width: int, chunks: Sequence[tuple[int, int]]
+        self, width: int, chunks: Sequence[tuple[int, int]], behind: _Decoding | None
     ) -> tuple[Program, float]:
         ends = np.array([begin + count for begin, count in chunks], np.int64)
-        self._enter(ends + 1, ends)
+        self.enter(ends + 1, ends)
         given = tuple(Chunk(slot, begin, [0] * count) for slot, (begin, count) in enumerate(chunks))
         plan = Prefill(self.nothing.copies, self._one_entry(), (), width, given, ())
-        self.runner.wait(self.runner.prefill(plan))
-        seconds = self._timed(lambda: self.runner.prefill(plan))
+
+        def launch() -> Any:
+            out = self.runner.prefill(plan)
+            return out if behind is None else behind.launch()
+
+        self.runner.wait(launch())
+        seconds = self._timed(launch)
         return prefill_program(plan, self.config, self.windows), seconds
 
     # ---- copies
@@ -308,6 +308,37 @@ class _Device:
         seconds = (among - alone) / more if among > alone else among / (1 + more)
         self.launches.append(max(0.0, alone - seconds))
         return seconds
+
+
+class _Decoding:
+    """Rows that decode so many steps at every launch, in the slots from `slot` on.
+
+    Attributes:
+      begin: tokens of each at first.
+      at: launches since then.
+    """
+
+    def __init__(self, device: _Device, lengths: Sequence[int], steps: int, slot: int = 0):
+        self._device, self._steps, self._slot = device, steps, slot
+        ahead = steps * _LAUNCHES
+        # So that no row goes past the longest sequence, whose pages the table has room for.
+        room = device.engine.max_sequence_tokens
+        self.begin = np.array([max(1, min(length, room - ahead)) for length in lengths], np.int64)
+        self._count = min(ahead, int(room - self.begin.max())) // steps
+        self._enter()
+
+    def _enter(self) -> None:
+        self._device.enter(self.begin, self.begin + self._steps * self._count, self._slot)
+        self.at = 0
+
+    def launch(self) -> Any:
+        """From the beginning where no room is left; what `wait` takes."""
+        if self.at >= self._count:
+            self._enter()
+        context = self.begin + self.at * self._steps
+        ticket = self._device.runner.decode(self._device.plan(context, self._steps, self._slot))
+        self.at += 1
+        return ticket.out
 
 
 def _host(engine: Engine) -> dict[str, Line]:
