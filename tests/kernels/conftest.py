@@ -15,7 +15,7 @@ from .pallas_tpu import interpret as tpu
 from .triton import interpret as triton
 
 # What is about the op and not about one of its kernels.
-AROUND = {"test_transforms.py", "test_merge.py", "test_dense.py"}
+AROUND = {"test_transforms.py", "test_merge.py", "test_dense.py", "test_shared_prefix.py"}
 
 
 @pytest.fixture(scope="session", autouse=True)
