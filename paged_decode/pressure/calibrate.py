@@ -205,15 +205,15 @@ class _Device:
     def _prefill(self, width: int) -> Iterator[tuple[Program, float]]:
         """Full and shorter chunks, at the beginning of prompts and late, in all rows or one.
 
-        Each is followed by a decode program, which is taken off again, as it is in a visit: one
-        behind the other they would heat a card, which then computes more slowly than in a visit.
+        On a card that slows down as it gets hot, each is followed by a decode program, as it is in
+        a visit, and that is taken off again.
         """
         rows = min(self.config.prefill_rows, self.config.max_rows)
         full = min(width, self._longest(rows))
         late, alone = self._longest(rows) - full, self._longest(1) - full
         less = full // 2 + 1 if full > 1 else 1
         behind = None
-        if rows < self.config.max_rows:
+        if _gets_hot(self.engine) and rows < self.config.max_rows:
             short = [min(2 * self.size, self._longest(1))]
             behind = _Decoding(self, short, self.config.decode_steps, self.config.max_rows - 1)
         decoding = 0.0 if behind is None else self._timed(behind.launch)
@@ -227,7 +227,11 @@ class _Device:
             [(alone, full)],
         ):
             program, seconds = self._prefill_point(width, chunks, behind)
-            yield program, max(seconds - decoding, 0.0)
+            if behind is not None and seconds <= decoding:  # too short to be told apart
+                program, seconds = self._prefill_point(width, chunks, None)
+                yield program, seconds
+            else:
+                yield program, seconds - decoding
 
     def _prefill_point(
         self, width: int, chunks: Sequence[tuple[int, int]], behind: _Decoding | None
@@ -308,6 +312,12 @@ class _Device:
         seconds = (among - alone) / more if among > alone else among / (1 + more)
         self.launches.append(max(0.0, alone - seconds))
         return seconds
+
+
+def _gets_hot(engine: Engine) -> bool:
+    """Whether products one behind the other slow the device down; a difference of two times is
+    otherwise less exact than one."""
+    return next(iter(engine.cache.k_pages[0].devices())).platform == "gpu"
 
 
 class _Decoding:

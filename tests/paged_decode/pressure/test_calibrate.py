@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -100,7 +101,8 @@ def test_a_simulation_runs_on_costs_and_their_file_holds_all_of_them(engine_and_
         simulate(work, BlockAllocator(64, 4), costs, config=EngineConfig(max_rows=2))
 
 
-def test_copies_of_a_tier_and_every_window_are_measured():
+def test_copies_of_a_tier_and_every_window_are_measured_and_chunks_among_decodes(monkeypatch):
+    monkeypatch.setattr(sys.modules[calibrate.__module__], "_gets_hot", lambda engine: True)
     tier = HostTier(32, buckets=(1, 4))
     engine = make_engine(64, vocab_size=VOCAB, policies=dict(tier=tier))
     engine.warmup()
