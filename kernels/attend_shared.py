@@ -116,7 +116,7 @@ def _prefixes(call: AttentionCall, shared: SharedPrefix) -> AttentionCall:
     table, lens = shared.page_table, shared.seq_lens
     if cuts > 1:
         table, lens = jnp.repeat(table, cuts, axis=0), jnp.repeat(lens, cuts)
-        lens = jnp.where(seats[:, 0] < call.rows, lens, 0)
+        lens = jnp.where(jnp.any(seats < call.rows, axis=1), lens, 0)
     return replace(call, q=q, page_table=table, seq_lens=lens, starts=None, sink=None)
 
 

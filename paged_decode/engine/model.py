@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from ..cache import DecodeBatch, KVCache
 
-__all__ = ["Model", "call_model", "check_alike"]
+__all__ = ["Model", "call_model", "check_alike", "check_arrays"]
 
 
 @runtime_checkable
@@ -71,6 +73,24 @@ def call_model(
             "return what cache.append or cache.append_and_attend returned last"
         )
     return logits, after
+
+
+def check_arrays(leaves: Sequence[Any], params: Any) -> None:
+    """Refuse weights, and these are their leaves, that no program can be launched with.
+
+    Raises:
+      ValueError: a leaf is no array and no number, or an array that was deleted; it is named.
+    """
+    for number, leaf in enumerate(leaves):
+        if isinstance(leaf, jax.Array):
+            what = "an array that was deleted" if leaf.is_deleted() else None
+        else:
+            known = isinstance(leaf, np.ndarray | np.generic | int | float | complex)
+            what = None if known else f"a {type(leaf).__name__}"
+        if what is not None:
+            path = jax.tree_util.tree_leaves_with_path(params)[number][0]
+            where = jax.tree_util.keystr(path) or "their root"
+            raise ValueError(f"weights must be arrays or numbers; got {what} at {where}")
 
 
 def check_alike(old: Any, new: Any) -> None:

@@ -15,7 +15,7 @@ from ..cache import KVCache
 from .config import EngineConfig, EngineStats
 from .drafting import Drafter, check_drafter
 from .launching import Launched, Launching
-from .model import Model, check_alike
+from .model import Model, check_alike, check_arrays
 from .packing import Packing
 from .params import Kind
 from .plans import Taken
@@ -142,9 +142,10 @@ class DeviceRunner(Launching):
         every launch.
 
         Raises:
-          ValueError: they are not alike to those that are in use.
+          ValueError: they are not alike to those that are in use, or hold what is no array.
         """
         leaves, tree = jax.tree.flatten(params)
+        check_arrays(leaves, params)
         leaves = [*map(self._on_device, leaves)]
         kind = tree, [[getattr(leaf, name, None) for name in _KIND] for leaf in leaves]
         placed = Placed(jax.tree.unflatten(tree, leaves), kind)

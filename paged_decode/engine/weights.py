@@ -80,8 +80,8 @@ class Trains(Keeps):
             refers to them; their memory is free when a visit in flight is over.
 
         Raises:
-          ValueError: another word, or a tree, a shape or a dtype that differs. Whatever is raised,
-            the old weights go on.
+          ValueError: another word, a tree, a shape or a dtype that differs, or a leaf that is no
+            array, or a deleted one. Whatever is raised, the old weights go on.
         """
         if in_flight not in get_args(InFlight):
             raise ValueError(f"in_flight must be one of {get_args(InFlight)}, got {in_flight!r}")

@@ -194,6 +194,17 @@ def test_the_same_call_with_a_plan_gives_the_same_bits(backend):
     same_bits(inputs.call(backend), inputs.call(backend))
 
 
+@every_backend
+def test_seats_of_a_part_that_are_empty_may_be_anywhere(backend):
+    """`shared_prefix_plan` fills them from the front; a part of so many heads is cut in two."""
+    case = Case((20, 22, 25, 9), group=16, kv_heads=1)
+    inputs = together(build(case), ((0, 1, 2), 4))
+    plan = plan_of(inputs, members=4, parts=1)
+    seats, place = [[4, 0, 4, 1, 4, 4, 4, 2]], [1, 3, 7, 8]
+    members = jnp.array(seats, jnp.int32), jnp.array(place, jnp.int32)
+    check(backend, inputs, case.dtype, replace(plan, members=members[0], place=members[1]))
+
+
 # --- what is read -----------------------------------------------------------------------------
 
 

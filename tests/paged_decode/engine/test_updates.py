@@ -200,7 +200,14 @@ def test_an_update_that_is_refused_changes_nothing(engine, unchecked):
     base, (first,) = engine.version, engine.generate(PROMPTS[:1], GREEDY)
     request = engine.submit([*PROMPTS[0], 5], GREEDY)
     events = step_until(engine, lambda count: count >= 2)
+    gone = jax.device_put(OTHER["head"])
+    gone.delete()
     wrong = {
+        r"an array that was deleted at \['head'\]": (OTHER | {"head": gone}, "keep"),
+        r"got a ShapeDtypeStruct at \['head'\]": (
+            OTHER | {"head": jax.ShapeDtypeStruct(gone.shape, gone.dtype)},
+            "end",
+        ),
         "in_flight must be one of": (OTHER, "keep_all"),
         r"\['head'\].*\(32, 61\) and dtype float32, these \(32, 60\)": (
             OTHER | {"head": OTHER["head"][:, :60]},
