@@ -235,8 +235,9 @@ class EvictionQueue(Ranked):
         pages = [*islice(self._queued, count)]
         if len(pages) == len(self._queued):
             self._queued.clear()
-        for page in pages if self._queued else ():
-            del self._queued[page]
+        else:
+            for page in pages:
+                del self._queued[page]
         return pages
 
     def repair(self, published: dict[int, Any], idle: set[int]) -> None:

@@ -254,21 +254,19 @@ def tail_kernel(
     item = place
     base = place
     parts = 1
-    sets = parts  # of the blocks of the tile, and which of them is ours
-    mine = place * 0
     if SETS > 1:
         item = place // SETS
-        sets = SETS
-        mine = place % SETS
+        base = item * SETS
     elif SPLIT:
         item, base, parts = place_of_tile(
             place, seq_lens, starts, query_lens, ROWS, TILES, T, GROUP, M, KV_HEADS, CAPACITY,
             WINDOW, TOKENS, BLOCK_ITEMS, AIM, STARTS, QUERY_LENS, TREE,
         )  # fmt: skip
-        sets = parts
-        mine = place - base
+    sets = parts  # of the blocks of the tile, and which of them is ours
+    mine = place - base
     busy = parts > 0
     if SETS > 1:  # most parts of a plan are empty: their programs say so, and have ended
+        sets = SETS
         held = tl.load(seq_lens + item % ROWS)
         busy = mine * TOKENS < held
         if mine * TOKENS >= held:

@@ -226,12 +226,10 @@ class _Device:
             [(0, full)],
             [(alone, full)],
         ):
-            program, seconds = self._prefill_point(width, chunks, behind)
-            if behind is not None and seconds <= decoding:  # too short to be told apart
+            program, both = self._prefill_point(width, chunks, behind)
+            if (seconds := both - decoding) <= 0:  # too short to be told apart
                 program, seconds = self._prefill_point(width, chunks, None)
-                yield program, seconds
-            else:
-                yield program, seconds - decoding
+            yield program, seconds
 
     def _prefill_point(
         self, width: int, chunks: Sequence[tuple[int, int]], behind: _Decoding | None
